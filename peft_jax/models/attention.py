@@ -1,0 +1,197 @@
+"""Attention through one function that picks the best implementation for the backend.
+
+`attention` runs cuDNN's flash kernel on GPUs, the splash kernel on TPUs, and a grouped einsum with a float32
+softmax elsewhere or where a kernel does not apply (a soft cap on the GPU, single tokens, odd shapes).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from peft_jax.models.splash import splash_attention, splash_supports
+
+_MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
+
+
+@struct.dataclass
+class Mask:
+    """Who may look at whom, prepared once per forward pass and shared by all layers.
+
+    `full` and `local` are boolean [B or 1, 1, T, S] (True: visible), for layers without and with a sliding window;
+    None means causal alone. `segment_ids` is [B, T], None without padding or packing. `aligned` says that queries and
+    keys are the same tokens in order, which the kernels of GPUs and TPUs ask for.
+    """
+
+    full: jax.Array | None
+    local: jax.Array | None
+    segment_ids: jax.Array | None
+    window: int | None = struct.field(pytree_node=False)
+    aligned: bool = struct.field(pytree_node=False)
+
+
+def make_mask(
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    q_segments: jax.Array | None,
+    kv_segments: jax.Array | None,
+    *,
+    window: int | None,
+    aligned: bool,
+) -> Mask:
+    """Causal visibility by position, within a segment, and within `window` positions for local layers.
+
+    Positions and segments are [B, T] and [B, S]; the segment 0 is padding (and empty cache slots).
+    """
+    distance = q_positions[:, None, :, None] - kv_positions[:, None, None, :]
+    full = distance >= 0
+    if q_segments is not None and kv_segments is not None:
+        full &= q_segments[:, None, :, None] == kv_segments[:, None, None, :]
+    needs_window = window is not None and window < kv_positions.shape[1]
+    local = full & (distance < window) if needs_window else full
+    return Mask(full, local, q_segments if aligned else None, window if needs_window else None, aligned)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    sliding: bool | jax.Array = False,
+    scale: float,
+    softcap: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Causal grouped-query attention: q [B, T, H, d], k and v [B, S, K, d] -> [B, T, H, d] in q's dtype.
+
+    `sliding` chooses the mask's local part, statically or (in scanned layers that differ) by a traced boolean.
+    `implementation` is "xla", "cudnn", "splash" or None for the best that applies. Softmax is in float32.
+    """
+    implementation = implementation or _best(q, mask, sliding, softcap)
+    if implementation == "cudnn":
+        return _cudnn(q, k, v, mask, sliding, scale)
+    if implementation == "splash":
+        window = mask.window if sliding is True else None
+        return splash_attention(q, k, v, mask.segment_ids, window=window, scale=scale, softcap=softcap)
+    if implementation != "xla":
+        raise ValueError(f"unknown attention implementation {implementation!r}: use xla, cudnn or splash")
+    return _xla(q, k, v, _visible(mask, sliding), scale, softcap, mask.aligned)
+
+
+def _visible(mask: Mask, sliding: bool | jax.Array) -> jax.Array:
+    assert mask.full is not None and mask.local is not None
+    if isinstance(sliding, bool):
+        return mask.local if sliding else mask.full
+    return jnp.where(sliding, mask.local, mask.full)
+
+
+def _best(q: jax.Array, mask: Mask, sliding: bool | jax.Array, softcap: float | None) -> str:
+    backend = jax.default_backend()
+    if not mask.aligned or q.shape[1] == 1:
+        return "xla"
+    if backend == "gpu":
+        fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+        return "cudnn" if fits and softcap is None else "xla"
+    if backend == "tpu" and (isinstance(sliding, bool) or mask.window is None):
+        return "splash" if splash_supports(q.shape) else "xla"
+    return "xla"
+
+
+def _cudnn(q, k, v, mask: Mask, sliding: bool | jax.Array, scale: float) -> jax.Array:
+    plain = mask.segment_ids is None and (mask.window is None or isinstance(sliding, bool))
+    call = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+    if plain:
+        window = (mask.window - 1, 0) if sliding is True and mask.window else None
+        return call(q, k, v, is_causal=True, local_window_size=window)
+    return call(q, k, v, mask=_visible(mask, sliding))
+
+
+def _xla(q, k, v, visible: jax.Array, scale: float, softcap: float | None, aligned: bool) -> jax.Array:
+    B, T, H, d = q.shape
+    K = k.shape[2]
+    # Heads lead and a group's queries are stacked, so each (row, kv head) is one plain matrix product.
+    q = jnp.moveaxis((q * scale).reshape(B, T, K, H // K, d), 1, 3)  # [B, K, G, T, d]
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, S, d]
+    bias = jnp.where(visible, 0.0, _MASKED)[:, :, None]  # [B or 1, 1, 1, T, S]
+    return jnp.moveaxis(_blocked(softcap, aligned, q, k, v, bias), 3, 1).reshape(B, T, H, d)
+
+
+def _blocks(T: int, S: int, aligned: bool) -> list[tuple[int, int, int]]:
+    """(first query, end of queries, end of keys): causal query blocks need only the keys before their end."""
+    size = max(64, -(-T // 8))  # at most 8 blocks, so that programs stay small
+    if not aligned or T % size:
+        return [(0, T, S)]
+    return [(start, start + size, start + size) for start in range(0, T, size)]
+
+
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _scores(q: jax.Array, k: jax.Array, softcap: float | None) -> jax.Array:
+    scores = _product("bkgtd,bksd->bkgts", q, k)
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocked(softcap: float | None, aligned: bool, q, k, v, bias) -> jax.Array:
+    """Softmax attention by causal query blocks, keeping only the log-sum-exp for the backward pass.
+
+    q [B, K, G, T, d]; k, v [B, K, S, d]; bias [B or 1, 1, 1, T, S]. The backward pass recomputes the weights of a
+    block (Dao et al. 2022, arXiv:2205.14135, section 3), which is cheaper on a CPU than storing and rereading them.
+    """
+    return _blocked_forward(softcap, aligned, q, k, v, bias)[0]
+
+
+def _blocked_forward(softcap, aligned, q, k, v, bias):
+    outs, sums = [], []
+    for start, end, keys in _blocks(q.shape[3], k.shape[2], aligned):
+        scores = _scores(q[..., start:end, :], k[:, :, :keys], softcap) + bias[..., start:end, :keys]
+        top = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        out = _product("bkgts,bksd->bkgtd", weights.astype(v.dtype), v[:, :, :keys])
+        outs.append((out / total).astype(q.dtype))
+        sums.append(top + jnp.log(total))
+    out, lse = jnp.concatenate(outs, 3), jnp.concatenate(sums, 3)
+    return out, (q, k, v, bias, out, lse)
+
+
+def _blocked_backward(softcap, aligned, saved, grad):
+    q, k, v, bias, out, lse = saved
+    delta = (grad.astype(jnp.float32) * out).sum(-1, keepdims=True)
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for start, end, keys in _blocks(q.shape[3], k.shape[2], aligned):
+        q_block, grad_block, k_block = q[..., start:end, :], grad[..., start:end, :], k[:, :, :keys]
+        scores = _scores(q_block, k_block, softcap)
+        weights = jnp.exp(scores + bias[..., start:end, :keys] - lse[..., start:end, :])
+        d_scores = weights * (_product("bkgtd,bksd->bkgts", grad_block, v[:, :, :keys]) - delta[..., start:end, :])
+        if softcap is not None:
+            d_scores *= 1 - jnp.square(scores / softcap)
+        d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
+        dq.append(_product("bkgts,bksd->bkgtd", d_scores, k_block))
+        dk = dk.at[:, :, :keys].add(_product("bkgts,bkgtd->bksd", d_scores, q_block))
+        dv = dv.at[:, :, :keys].add(_product("bkgts,bkgtd->bksd", weights, grad_block))
+    return jnp.concatenate(dq, 3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), jnp.zeros_like(bias)
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def empty_cache(
+    layers: int, batch: int, length: int, kv_heads: int, head_dim: int, dtype: Any = jnp.float32
+) -> dict[str, jax.Array]:
+    """A key/value cache of `length` slots: k and v [L, B, S, K, d]; positions and segments [B, S]; the next slot."""
+    shape = (layers, batch, length, kv_heads, head_dim)
+    return {
+        "k": jnp.zeros(shape, dtype),
+        "v": jnp.zeros(shape, dtype),
+        "positions": jnp.zeros((batch, length), jnp.int32),
+        "segment_ids": jnp.zeros((batch, length), jnp.int32),
+        "index": jnp.zeros((), jnp.int32),
+    }
