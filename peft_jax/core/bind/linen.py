@@ -1,0 +1,144 @@
+"""Binding for Flax Linen: one interceptor that looks at the called module's own part of the tree."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from peft_jax.core.attachment import Attachment
+from peft_jax.core.bind.rules import Rule, attend, bias_of, einsum_layer, embed, find_rule, linear, say_fallback
+from peft_jax.core.tree import resolve, with_rng
+from peft_jax.core.weight import Weight, materialize
+
+RULES: dict[tuple[type, str], Rule] = {}
+_OWN_METHODS = {"setup", "param", "variable", "make_rng", "has_rng", "sow", "perturb"}
+
+
+def register_rule(module_class: type[nn.Module], rule: Rule, *, method: str = "__call__") -> None:
+    """How `module_class.method` uses its parameters when some of them are Weights.
+
+    `rule(module, params, *args, **kwargs)` returns what the method would; `params` maps the names of the module's own
+    parameters to arrays or Weights. Subclasses inherit the rule unless they override the method.
+    """
+    RULES[module_class, method] = rule
+
+
+def bind_linen(model: nn.Module, *, strict: bool = False) -> Callable[..., Any]:
+    """See `peft_jax.bind`."""
+    said: set[str] = set()
+
+    def apply(params: Any, *args: Any, rng: jax.Array | None = None, method: str | None = None, **kwargs: Any) -> Any:
+        variables = {"params": resolve(with_rng(params, rng))}
+        rngs = {} if rng is None else {"dropout": rng}
+        with _interception(strict, said):
+            return model.apply(variables, *args, rngs=rngs, method=method, **kwargs)
+
+    return apply
+
+
+@contextlib.contextmanager
+def _interception(strict: bool, said: set[str]) -> Iterator[None]:
+    with nn.intercept_methods(functools.partial(_intercept, strict, said)):
+        yield
+
+
+def _intercept(strict: bool, said: set[str], call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    module, method = context.module, context.method_name
+    if module.scope is None or method in _OWN_METHODS:
+        return call(*args, **kwargs)
+    own: Mapping[str, Any] = module.scope.variables().get("params", {})
+    run = call
+    if any(isinstance(w, Weight) for w in own.values()):
+        rule = find_rule(RULES, type(module), method)
+        if rule is None:
+            names = [k for k, w in own.items() if isinstance(w, Weight)]
+            say_fallback(strict, said, "/".join(module.path), type(module), method, names)
+        run = functools.partial(_materialized_call, module, method) if rule is None else functools.partial(rule, module, own)
+    for name in sorted(own, reverse=True):
+        if isinstance(own[name], Attachment) and own[name].method == method:
+            run = functools.partial(own[name].around, run)
+    return run(*args, **kwargs)
+
+
+def _materialized_call(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
+    """The module's own method on a view of its parameters in which its own Weights are arrays (and nothing attached)."""
+
+    def arrays(variables: Any) -> Any:
+        own = {k: w for k, w in variables["params"].items() if not isinstance(w, Attachment)}
+        return {**variables, "params": {k: materialize(w) if isinstance(w, Weight) else w for k, w in own.items()}}
+
+    run = nn.map_variables(lambda m, *a, **k: getattr(m, method)(*a, **k), "params", trans_in_fn=arrays, mutable=False)
+    return run(module, *args, **kwargs)
+
+
+# Rules of Flax's own modules.
+
+
+def _default_dot(module: Any) -> bool:
+    return getattr(module, "dot_general", None) is None and getattr(module, "dot_general_cls", None) is None
+
+
+def _dense(module: nn.Dense, params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
+    if not _default_dot(module):
+        return _materialized_call(module, "__call__", inputs)
+    return linear(inputs, params["kernel"], bias_of(params), dtype=module.dtype, precision=module.precision)
+
+
+def _dense_general(module: nn.DenseGeneral, params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
+    batch = module.batch_dims if isinstance(module.batch_dims, tuple) else (module.batch_dims,)
+    if batch or not _default_dot(module):
+        return _materialized_call(module, "__call__", inputs)
+    axis = module.axis if isinstance(module.axis, tuple) else (module.axis,)
+    features = module.features if isinstance(module.features, tuple) else (module.features,)
+    return linear(
+        inputs,
+        params["kernel"],
+        bias_of(params),
+        axis=axis,
+        features=len(features),
+        dtype=module.dtype,
+        precision=module.precision,
+    )
+
+
+def _einsum(module: nn.Einsum, params: Mapping[str, Any], inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
+    equation = nn.merge_param("einsum_str", module.einsum_str, einsum_str)
+    kernel, bias = params["kernel"], bias_of(params)
+    return einsum_layer(equation, inputs, kernel, bias, dtype=module.dtype, precision=module.precision)
+
+
+def _embed(module: nn.Embed, params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
+    return embed(inputs, params["embedding"], dtype=module.dtype)
+
+
+def _attend(module: nn.Embed, params: Mapping[str, Any], query: jax.Array) -> jax.Array:
+    return attend(query, params["embedding"], dtype=module.dtype)
+
+
+def _conv(module: nn.Conv, params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
+    """A convolution kernel is small beside its activations, so it is materialised."""
+    return _materialized_call(module, "__call__", inputs)
+
+
+def _norm(module: nn.Module, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Scales and biases act element by element: nothing is cheaper than the array."""
+    return _materialized_call(module, "__call__", *args, **kwargs)
+
+
+for _class, _rule in {
+    nn.Dense: _dense,
+    nn.DenseGeneral: _dense_general,
+    nn.Einsum: _einsum,
+    nn.Embed: _embed,
+    nn.Conv: _conv,
+    nn.ConvTranspose: _conv,
+    nn.LayerNorm: _norm,
+    nn.RMSNorm: _norm,
+}.items():
+    register_rule(_class, _rule)
+register_rule(nn.Embed, _attend, method="attend")

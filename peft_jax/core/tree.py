@@ -1,0 +1,224 @@
+"""Parameter trees with nodes: paths, selection of places, partition into what trains and what does not, merging.
+
+A path is written with slashes, as in `model/layers/self_attn/q_proj/kernel`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from peft_jax.core.attachment import Attachment
+from peft_jax.core.weight import Node, Trainable, Weight
+
+OUTPUT_HEADS = ("lm_head", "head", "logits", "unembed", "output_projection")
+Targets = str | Iterable[str]
+
+
+def is_node(x: Any) -> bool:
+    """Whether `x` is a Weight or an Attachment."""
+    return isinstance(x, Node)
+
+
+def path_str(path: Any) -> str:
+    """A key path as a string with slashes."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def places(params: Any) -> dict[str, Any]:
+    """path -> array or node, nodes not entered."""
+    stop = lambda x: is_node(x) or isinstance(x, meta.AxisMetadata)  # noqa: E731
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=stop)[0]
+    for path, leaf in leaves:
+        if isinstance(leaf, meta.AxisMetadata):
+            raise ValueError(f"{path_str(path)} is boxed ({type(leaf).__name__}); call flax.linen.meta.unbox first")
+    return {path_str(path): leaf for path, leaf in leaves}
+
+
+def map_places(fn: Callable[[str, Any], Any], params: Any) -> Any:
+    """The tree with each array or node replaced by `fn(path, it)`."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(path_str(path), leaf), params, is_leaf=is_node)
+
+
+def _names(path: str) -> tuple[str, str]:
+    """(the full path, the path of the module that owns it)."""
+    return path, path.rpartition("/")[0]
+
+
+def matches(path: str, target: str) -> bool:
+    """Whether a place belongs to a target.
+
+    A target is a glob over the place's path or its module's path, a name or trailing part of the module's path
+    ("q_proj", "self_attn.q_proj"), or a regular expression written `re:...` that must match the whole path.
+    """
+    full, module = _names(path)
+    if target.startswith("re:"):
+        return any(re.fullmatch(target[3:], name) for name in (full, module))
+    target = target.replace(".", "/")
+    return any(name == target or name.endswith("/" + target) or fnmatch.fnmatchcase(name, target) for name in (full, module))
+
+
+def select(params: Any, targets: Targets = "all-linear", exclude: Targets = (), *, min_ndim: int = 2) -> list[str]:
+    """Paths of the places that `targets` name, in the order of the tree.
+
+    `targets` is "all-linear" (every `kernel` except the output head's), one target or several; see `matches`.
+    Places with fewer than `min_ndim` axes are passed over. Raises ValueError for a target that matches nothing.
+    """
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    unwanted = [exclude] if isinstance(exclude, str) else list(exclude)
+    candidates = [p for p, w in places(params).items() if not isinstance(w, Attachment) and w.ndim >= min_ndim]
+    chosen: set[str] = set()
+    for target in wanted:
+        found = [p for p in candidates if (_is_linear(p) if target == "all-linear" else matches(p, target))]
+        if not found:
+            raise ValueError(_nothing("target", target, candidates))
+        chosen.update(found)
+    for pattern in unwanted:
+        dropped = [p for p in candidates if matches(p, pattern)]
+        if not dropped:
+            raise ValueError(_nothing("exclude", pattern, candidates))
+        chosen.difference_update(dropped)
+    if not chosen:
+        raise ValueError(f"targets {wanted} with exclude {unwanted} leave no place")
+    return [p for p in candidates if p in chosen]
+
+
+def _is_linear(path: str) -> bool:
+    *module, name = path.split("/")
+    return name == "kernel" and not (module and module[-1] in OUTPUT_HEADS)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """" Did you mean 'x'?" with a leading blank, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _nothing(kind: str, target: str, candidates: list[str]) -> str:
+    names = sorted({p.split("/")[-2] for p in candidates if "/" in p}) or sorted(candidates)
+    return f"{kind} {target!r} matches nothing.{nearest(target, names)} Modules here: {', '.join(names)}"
+
+
+def by_pattern(path: str, default: Any, pattern: Mapping[str, Any]) -> Any:
+    """The value of the first key of `pattern` that matches `path` (PEFT's rank_pattern and alpha_pattern)."""
+    return next((value for key, value in pattern.items() if matches(path, key)), default)
+
+
+def check_patterns(paths: Iterable[str], **patterns: Mapping[str, Any]) -> None:
+    """Raise ValueError for a pattern key that matches none of `paths`."""
+    paths = list(paths)
+    for name, pattern in patterns.items():
+        for key in pattern:
+            if not any(matches(p, key) for p in paths):
+                raise ValueError(_nothing(name, key, paths))
+
+
+def trainable_mask(params: Any) -> Any:
+    """The tree of `params` with True for each array that trains.
+
+    An array trains where the innermost node around it lists its field in `trainable` and is not frozen.
+    """
+
+    def mask(x: Any, trains: bool) -> Any:
+        if is_node(x):
+            return x.replace(**{f: mask(getattr(x, f), f in x.trainable and not x.frozen) for f in data_fields(x)})
+        return jax.tree.map(lambda y: mask(y, False) if is_node(y) else trains, x, is_leaf=is_node)
+
+    return mask(params, False)
+
+
+def data_fields(node: Any) -> list[str]:
+    """Names of a node's fields that hold arrays or nodes."""
+    return [f.name for f in dataclasses.fields(node) if not f.metadata.get("static")]
+
+
+def partition(params: Any) -> tuple[Any, Any]:
+    """(trainable, frozen): two trees like `params` with None where the other one has an array."""
+    mask = trainable_mask(params)
+    return (
+        jax.tree.map(lambda m, x: x if m else None, mask, params),
+        jax.tree.map(lambda m, x: None if m else x, mask, params),
+    )
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """The tree whose `partition` is (trainable, frozen)."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None)
+
+
+def freeze(params: Any, targets: Targets = "*") -> Any:
+    """Nodes whose path matches `targets` no longer train (their inner nodes neither)."""
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+
+    def inner(x: Any) -> Any:
+        if not is_node(x):
+            return x
+        return x.replace(frozen=True, **{f: inner(getattr(x, f)) for f in data_fields(x)})
+
+    return map_places(lambda path, x: inner(x) if any(matches(path, t) for t in wanted) else x, params)
+
+
+def merge(params: Any) -> Any:
+    """Every Weight replaced by what it amounts to: updates folded into their base. Attachments stay."""
+    return map_places(lambda _, x: x.merge() if isinstance(x, Weight) else x, params)
+
+
+def unmerge(merged: Any, params: Any) -> Any:
+    """The tree of `params` (with its adapters) over bases recovered from `merged`; equal up to rounding."""
+    known = places(merged)
+    return map_places(lambda path, x: x.unmerge(known[path]) if isinstance(x, Weight) else known[path], params)
+
+
+def full(params: Any, key: Any = None, *, targets: Targets = "*", exclude: Targets = ()) -> Any:
+    """Full fine-tuning: the arrays that `targets` name train as they are. `key` is not used."""
+    paths = set(select(params, targets, exclude, min_ndim=0))
+    return map_places(lambda p, x: Trainable(x) if p in paths and not is_node(x) else x, params)
+
+
+def resolve(params: Any) -> Any:
+    """Nodes that merely mark an array replaced by the array."""
+    return map_places(lambda _, x: x.value if isinstance(x, Trainable) else x, params)
+
+
+def with_rng(params: Any, rng: jax.Array | None) -> Any:
+    """Stochastic nodes given a key each (one per slice of their leading axes), folded in by their place."""
+    if rng is None:
+        return params
+
+    def inner(x: Any, key: jax.Array) -> Any:
+        if not is_node(x):
+            return x
+        changes = {f: inner(getattr(x, f), jax.random.fold_in(key, 1)) for f in data_fields(x) if f != "key"}
+        if x.stochastic:
+            changes["key"] = jax.random.split(key, x.lead) if x.lead else key
+        return x.replace(**changes)
+
+    counter = iter(range(10**9))
+    return map_places(lambda _, x: inner(x, jax.random.fold_in(rng, next(counter))), params)
+
+
+def count(params: Any) -> tuple[int, int]:
+    """(trained, all) parameters; all counts logical weights, not the arrays of nodes."""
+    trainable, _ = partition(params)
+    trained = sum(x.size for x in jax.tree.leaves(trainable))
+    total = 0
+    for x in places(params).values():
+        total += sum(a.size for a in jax.tree.leaves(x)) if isinstance(x, Attachment) else math.prod(x.shape)
+    return trained, total
+
+
+def assert_finite(params: Any) -> None:
+    """Raise ValueError naming the first place that holds a NaN or an infinity."""
+    for path, x in places(params).items():
+        for array in jax.tree.leaves(x):
+            if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.isfinite(array).all()):
+                raise ValueError(f"{path} holds values that are not finite")
