@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 Axes = tuple[int, ...]
 static = functools.partial(dataclasses.field, metadata={"static": True})
@@ -68,6 +69,13 @@ class Weight(Node):
         """This weight with its update folded in: an array, or a simpler Weight."""
         return self.materialize()
 
+    def field_specs(self, spec: P) -> dict[str, P]:
+        """PartitionSpecs of this weight's fields, given `spec` (one entry an axis) for the array it replaces.
+
+        A field that is itself a Weight derives its own; fields left out are replicated.
+        """
+        return {}
+
     def unmerge(self, merged: Any) -> Self:
         """This node over the base that `merged` (made by `merge`) came from, up to rounding."""
         raise TypeError(f"{type(self).__name__} cannot be unmerged")
@@ -93,6 +101,9 @@ class Trainable(Weight):
 
     def materialize(self) -> jax.Array:
         return self.value
+
+    def field_specs(self, spec: P) -> dict[str, P]:
+        return {"value": spec}
 
     def unmerge(self, merged: Any) -> Self:
         return self.replace(value=merged)

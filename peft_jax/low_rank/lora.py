@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.tree import Targets, by_pattern, check_patterns, map_places, select
 from peft_jax.core.weight import (
@@ -46,6 +47,7 @@ class LoRA(Weight):
     in_axes: Axes = static(default=(-2,))
     out_axes: Axes = static(default=(-1,))
     dropout: float = static(default=0.0)
+    rslora: bool = static(default=False)  # how `scale` was made from alpha; kept for export
     name: str = static(default="default")
     frozen: bool = static(default=False)
 
@@ -65,6 +67,11 @@ class LoRA(Weight):
     @property
     def rank(self) -> int:
         return self.a.shape[-1]
+
+    def field_specs(self, spec: P) -> dict[str, P]:
+        lead = tuple(spec)[: len(self.lead)]
+        into, out = spec[self.in_axes[0]], spec[self.out_axes[0]]
+        return {"base": spec, "a": P(*lead, into, None), "b": P(*lead, None, out), "scale": P(*lead)}
 
     def delta(self) -> jax.Array:
         """The update s * A B in the base's logical shape, float32."""
@@ -171,6 +178,7 @@ def lora(
             in_axes=in_axes,
             out_axes=out_axes,
             dropout=dropout,
+            rslora=rslora,
             name=name,
         )
 

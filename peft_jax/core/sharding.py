@@ -1,0 +1,113 @@
+"""Sharding: a mesh with named axes and one rule table from path patterns to PartitionSpecs.
+
+Axes: `data` (rows of the batch), `fsdp` (rows, and parameters sharded), `tensor` (features of a layer), `sequence`
+(tokens). A rule speaks of a weight's last axes; leading (layer) axes are never split.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from peft_jax.core.tree import is_node, map_places, path_str
+from peft_jax.core.weight import Weight
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+Rules = Sequence[tuple[str, P]]
+
+# Column-parallel, row-parallel and vocabulary-parallel layers (Shoeybi et al. 2019, arXiv:1909.08053), with the other
+# axis fully sharded (Rajbhandari et al. 2019, arXiv:1910.02054).
+RULES: Rules = (
+    (r".*(q|k|v|qkv|gate|up|gate_up)_proj/kernel", P("fsdp", "tensor")),
+    (r".*(o|down)_proj/kernel", P("tensor", "fsdp")),
+    (r".*/embedding", P("tensor", "fsdp")),
+    (r".*lm_head/kernel", P("fsdp", "tensor")),
+    (r".*(q|k|v|qkv|gate|up|gate_up)_proj/bias", P("tensor")),
+)
+LOGICAL_RULES = (("batch", ("data", "fsdp")), ("length", "sequence"), ("embed", None))
+
+
+def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices. `axes` maps axis names to sizes, one of which may be -1 ("the rest"); missing ones are 1.
+
+    Raises ValueError for an unknown axis or sizes that do not multiply to the number of devices.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    axes = dict(axes or {"data": -1})
+    if unknown := set(axes) - set(AXES):
+        raise ValueError(f"unknown mesh axis {sorted(unknown)[0]!r}; the axes are {', '.join(AXES)}")
+    sizes = [axes.get(name, 1) for name in AXES]
+    if any(n == 0 or n < -1 for n in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"mesh sizes must be positive, at most one of them -1: {axes}")
+    known = math.prod(n for n in sizes if n > 0)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ValueError(f"mesh {axes} does not divide the {len(devices)} devices there are")
+    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+
+
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES) -> P:
+    """The PartitionSpec of the array at `path`: the first matching rule, without axes that do not divide the shape."""
+    rule = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), P())
+    if len(rule) > len(shape):
+        return P()
+    lead = len(shape) - len(rule)
+    return P(*[None] * lead, *(axis if _divides(shape[lead + i], axis, mesh) else None for i, axis in enumerate(rule)))
+
+
+def _divides(size: int, axis: Any, mesh: Mesh) -> bool:
+    names = axis if isinstance(axis, tuple) else (axis,)
+    return all(n is None for n in names) or size % math.prod(mesh.shape[n] for n in names if n) == 0
+
+
+def shardings(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """A tree like `params` (arrays or ShapeDtypeStructs, nodes or not) of NamedShardings.
+
+    A Weight derives the specs of its own fields from its base's through `Weight.field_specs`.
+    """
+
+    def place(path: str, x: Any) -> Any:
+        return _node_shardings(path, x, mesh, rules)
+
+    return map_places(place, params)
+
+
+def _node_shardings(path: str, x: Any, mesh: Mesh, rules: Rules) -> Any:
+    if not is_node(x):
+        return NamedSharding(mesh, spec_for(path, x.shape, mesh, rules))
+    if not isinstance(x, Weight):
+        return jax.tree.map(lambda _: NamedSharding(mesh, P()), x)
+    spec = spec_for(path, x.shape, mesh, rules)
+    own = x.field_specs(P(*spec, *[None] * (len(x.shape) - len(spec))))
+
+    def leaf(key: Any, y: Any) -> NamedSharding:
+        field = path_str(key).split("/")[0]
+        wanted = own.get(field, P())
+        fits = len(wanted) <= len(y.shape) and all(_divides(n, a, mesh) for n, a in zip(y.shape, wanted, strict=False))
+        return NamedSharding(mesh, wanted if fits else P())
+
+    changes = {}
+    for name in own:
+        value = getattr(x, name)
+        if isinstance(value, Weight):
+            changes[name] = _node_shardings(path, value, mesh, rules)
+    bare = jax.tree_util.tree_map_with_path(leaf, x)
+    return bare.replace(**changes)
+
+
+def shard(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """`params` placed on the mesh."""
+    return jax.device_put(params, shardings(params, mesh, rules))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp, tokens over sequence."""
+    return NamedSharding(mesh, P(("data", "fsdp"), "sequence"))

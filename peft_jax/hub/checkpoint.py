@@ -1,0 +1,225 @@
+"""Hugging Face checkpoints in and out: a folder or repository id <-> (vanilla Flax model, parameter tree)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from peft_jax.core.files import read_json, replacing_folder, write_json
+from peft_jax.core.sharding import RULES, Rules, shardings
+from peft_jax.core.tree import map_places, path_str, places, resolve
+from peft_jax.core.weight import Weight
+from peft_jax.hub.names import Tensor, tensors_of
+from peft_jax.hub.safetensors_io import Checkpoint, open_checkpoint, write_shards
+from peft_jax.models.config import decoder_config
+from peft_jax.models.decoder import Decoder
+
+_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # buffers of old Llama checkpoints
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def local_folder(folder_or_repo: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder itself, or the local copy of a hub repository. Raises FileNotFoundError naming what was tried."""
+    path = Path(folder_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    name = str(folder_or_repo)
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise FileNotFoundError(f"{name} is no folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED)))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{name} is neither a folder nor a repository that can be downloaded ({type(error).__name__})"
+        ) from error
+
+
+def read_config(folder: Path) -> Any:
+    """The Hugging Face config of a folder; code in the repository is never run."""
+    raw = read_json(folder / "config.json")
+    if "model_type" not in raw:
+        raise ValueError(f"{folder / 'config.json'} has no model_type")
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if raw["model_type"] not in CONFIG_MAPPING_NAMES:
+        from peft_jax.models.config import FAMILIES
+
+        raise ValueError(
+            f"model_type {raw['model_type']!r} in {folder} is not supported; "
+            f"supported families: {', '.join(sorted(FAMILIES))}"
+        )
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def load(
+    folder_or_repo: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+    revision: str | None = None,
+    scan_layers: bool = True,
+    remat: str = "none",
+    attention_implementation: str | None = None,
+) -> tuple[Decoder, Any]:
+    """(model, params) of a Hugging Face checkpoint: a vanilla Flax module and a plain tree.
+
+    `dtype` is that of parameters and computation; by default float32 on the CPU and the checkpoint's elsewhere. Tensors
+    go one by one straight into their dtype and, with a `mesh`, their sharding, each device reading its own part, so host
+    memory stays near the largest tensor. Raises FileNotFoundError, or ValueError naming the tensor, for an unsupported
+    family and for tensors that are missing, surplus or misshapen.
+    """
+    folder = local_folder(folder_or_repo, revision)
+    hf_config = read_config(folder)
+    dtype = _default_dtype(hf_config) if dtype is None else jnp.dtype(dtype)
+    model = Decoder(
+        decoder_config(hf_config),
+        dtype=dtype,
+        param_dtype=dtype,
+        scan_layers=scan_layers,
+        remat=remat,
+        attention_implementation=attention_implementation,
+    )
+    abstract = abstract_params(model)
+    with open_checkpoint(folder) as checkpoint:
+        _check(checkpoint, abstract, model, folder)
+        placed = None if mesh is None else places(shardings(abstract, mesh, rules))
+        read = lambda path, leaf: _read_leaf(checkpoint, path, leaf, model, placed and placed[path])  # noqa: E731
+        return model, map_places(read, abstract)
+
+
+def _default_dtype(hf_config: Any) -> Any:
+    stored = str(getattr(hf_config, "dtype", None) or "float32").removeprefix("torch.")
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else stored)
+
+
+def abstract_params(model: Decoder) -> Any:
+    """Shapes and dtypes of a decoder's parameters, nothing allocated."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def _tensors(path: str, model: Decoder) -> list[Tensor]:
+    return tensors_of(path, model.config.num_layers if model.scan_layers else None)
+
+
+def _check(checkpoint: Checkpoint, abstract: Any, model: Decoder, folder: Path) -> None:
+    """Names and shapes before a single tensor is read."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, leaf in places(abstract).items():
+        for tensor in _tensors(path, model):
+            shape = leaf.shape if tensor.layer is None else leaf.shape[1:]
+            expected[tensor.name] = shape[::-1] if tensor.transposed else shape
+    present = {name for name in checkpoint.names if not _IGNORED.fullmatch(name)}
+    if model.config.tie_embeddings:
+        present.discard("lm_head.weight")
+    if missing := sorted(set(expected) - present):
+        raise ValueError(f"{folder} lacks {_listed(missing)}")
+    if surplus := sorted(present - set(expected)):
+        raise ValueError(f"{folder} holds {_listed(surplus)}, which a {model.config.model_type} model has no place for")
+    for name, shape in expected.items():
+        if checkpoint.shape(name) != shape:
+            raise ValueError(f"{name} in {folder} has shape {checkpoint.shape(name)}, expected {shape}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _read_leaf(checkpoint: Checkpoint, path: str, leaf: Any, model: Decoder, sharding: NamedSharding | None) -> jax.Array:
+    tensors = _tensors(path, model)
+    if tensors[0].layer is None:
+        return _read_tensor(checkpoint, tensors[0], leaf.shape, leaf.dtype, sharding)
+    one = None if sharding is None else NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    buffer = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
+    for tensor in tensors:
+        buffer = _set_layer(buffer, _read_tensor(checkpoint, tensor, leaf.shape[1:], leaf.dtype, one), tensor.layer)
+    return buffer
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(buffer: jax.Array, value: jax.Array, layer: Any) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(buffer, value, layer, 0)
+
+
+def _read_tensor(checkpoint: Checkpoint, tensor: Tensor, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        if index is not None and tensor.transposed:
+            index = index[::-1]
+        value = checkpoint.read(tensor.name, index)
+        if not np.issubdtype(value.dtype, np.floating) and value.dtype.name not in ("bfloat16", "float16"):
+            raise ValueError(f"{tensor.name} has dtype {value.dtype}: quantized checkpoints are not read by load")
+        return np.ascontiguousarray((value.T if tensor.transposed else value).astype(dtype))
+
+    if sharding is None:
+        return jnp.asarray(part(None))
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    model: Decoder,
+    params: Any,
+    *,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a Hugging Face folder (config, safetensors in shards, tokenizer) that `transformers` loads.
+
+    `params` must hold arrays: `merge` trees with adapters first. The folder appears only when all is written.
+    Raises ValueError naming the first node that is not an array.
+    """
+    params = resolve(params)
+    for path, leaf in places(params).items():
+        if isinstance(leaf, Weight) or not hasattr(leaf, "dtype"):
+            raise ValueError(f"{path} is a {type(leaf).__name__}; call peft_jax.merge(params) before save")
+    expected = jax.tree_util.tree_flatten_with_path(abstract_params(model))[0]
+    known = places(params)
+    for key, leaf in expected:
+        if known.get(path_str(key)) is None or known[path_str(key)].shape != leaf.shape:
+            raise ValueError(f"params do not fit the model at {path_str(key)}: expected shape {leaf.shape}")
+    config = json.loads(model.config.hf_config)
+    config["dtype"] = str(jnp.dtype(jax.tree.leaves(params)[0].dtype))
+    with replacing_folder(folder) as temporary:
+        write_json(temporary / "config.json", config)
+        write_shards(temporary, _export(params, model), max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+
+
+def _export(params: Any, model: Decoder) -> Iterable[tuple[str, tuple[int, ...], Any, Any]]:
+    for path, leaf in places(params).items():
+        for tensor in _tensors(path, model):
+            shape = leaf.shape if tensor.layer is None else leaf.shape[1:]
+
+            def reader(leaf: Any = leaf, tensor: Tensor = tensor) -> np.ndarray:
+                value = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+                return value.T if tensor.transposed else value
+
+            yield tensor.name, shape, leaf.dtype, reader
+
+
+def load_tokenizer(folder_or_repo: str | os.PathLike[str], revision: str | None = None) -> Any:
+    """The tokenizer of a folder or repository, from `transformers`; code in the repository is never run."""
+    from transformers import AutoTokenizer
+
+    folder = local_folder(folder_or_repo, revision)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no tokenizer that transformers can load: {error}") from error

@@ -1,0 +1,111 @@
+"""Reading and writing safetensors checkpoints, one file or shards with an index. No pickle, ever."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from peft_jax.core.files import read_json, write_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """Lazily read tensors of a folder. `names` lists them; `shape` and `read` look one up."""
+
+    def __init__(self, files: dict[str, Path], handles: dict[Path, Any]) -> None:
+        self._files, self._handles = files, handles
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape stored in the file's header."""
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The tensor, or the part of it that `index` (one slice an axis) cuts out; only that part is read."""
+        part = self._slice(name)
+        return part[index] if index else part[:] if part.get_shape() else self._handles[self._files[name]].get_tensor(name)
+
+    def _slice(self, name: str) -> Any:
+        return self._handles[self._files[name]].get_slice(name)
+
+
+@contextlib.contextmanager
+def open_checkpoint(folder: Path, single: str = SINGLE, index: str = INDEX) -> Iterator[Checkpoint]:
+    """The safetensors checkpoint in `folder`.
+
+    Raises FileNotFoundError where there is none, and ValueError for a corrupt or truncated file, or an index that names
+    a file or a tensor that is not there.
+    """
+    with contextlib.ExitStack() as stack:
+        handles: dict[Path, Any] = {}
+        files: dict[str, Path] = {}
+        if (folder / index).is_file():
+            weight_map = read_json(folder / index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{folder / index} has no weight_map")
+            for file in sorted(set(weight_map.values())):
+                if Path(file).name != file:
+                    raise ValueError(f"{folder / index} names {file!r}, which is not a file beside it")
+                handles[folder / file] = stack.enter_context(_open(folder / file))
+            for name, file in weight_map.items():
+                if name not in handles[folder / file].keys():  # noqa: SIM118 (no mapping)
+                    raise ValueError(f"{folder / index} places {name} in {file}, which does not hold it")
+                files[name] = folder / file
+        elif (folder / single).is_file():
+            handles[folder / single] = stack.enter_context(_open(folder / single))
+            files = dict.fromkeys(handles[folder / single].keys(), folder / single)
+        else:
+            raise FileNotFoundError(_no_weights(folder, single))
+        yield Checkpoint(files, handles)
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is named by the index and does not exist")
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file (corrupt or truncated): {error}") from error
+
+
+def _no_weights(folder: Path, single: str) -> str:
+    if any(folder.glob("*.bin")):
+        return f"{folder} holds PyTorch .bin files (pickle, which is not read); convert them to {single}"
+    return f"{folder} holds no {single}"
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]], limit: int) -> None:
+    """Write (name, shape, dtype, reader) tensors into shards of at most `limit` bytes, with an index where several."""
+    shards: list[list[tuple[str, Callable[[], np.ndarray]]]] = [[]]
+    sizes, size = [], 0
+    for name, shape, dtype, reader in tensors:
+        n = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if shards[-1] and size + n > limit:
+            shards.append([])
+            sizes.append(size)
+            size = 0
+        shards[-1].append((name, reader))
+        size += n
+    sizes.append(size)
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_tensors(folder / file, {name: reader() for name, reader in shard})
+        weight_map.update({name: file for name, _ in shard})
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+
+
+def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """One safetensors file, marked as PyTorch's layout, which is what other tools look for."""
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path, metadata={"format": "pt"})
