@@ -1,0 +1,112 @@
+"""`peft-jax`: one thin command per verb. Errors that a user can mend are one sentence and exit status 2."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, OSError, TypeError)
+
+
+class _Command(click.Command):
+    """A command whose help ends with every option and its default."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from peft_jax.training.config import describe
+
+        with formatter.section("Options in CONFIG or as key=value"):
+            formatter.write_dl([(f"{name}={default}", text) for name, default, text in describe()])
+
+
+def _config(config: str | None, overrides: tuple[str, ...]) -> Any:
+    from peft_jax.training.config import load_config
+
+    if config is not None and "=" in config:
+        config, overrides = None, (config, *overrides)
+    return load_config(config, overrides)
+
+
+def _command(function: Any) -> Any:
+    function = click.argument("overrides", nargs=-1)(function)
+    function = click.argument("config", required=False)(function)
+    return main.command(cls=_Command)(function)
+
+
+@click.group()
+def main() -> None:
+    """Parameter-efficient fine-tuning of language models in JAX and Flax.
+
+    Each command takes a YAML file and overrides, as in: peft-jax train configs/quickstart.yaml method.rank=8
+    """
+
+
+@_command
+def train(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Fine-tune: evaluate, train, evaluate again, sample and export."""
+    from peft_jax.training.run import run_training, start_distributed
+
+    parsed = _config(config, overrides)
+    start_distributed()
+    run_training(parsed)
+
+
+@_command
+def evaluate(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Measure the model (with model.adapter, if given) on the held-out data."""
+    from peft_jax.training.run import run_evaluation, start_distributed
+
+    parsed = _config(config, overrides)
+    start_distributed()
+    table = Table("metric", "value")
+    for name, value in run_evaluation(parsed).items():
+        table.add_row(name, f"{value:.6g}")
+    Console().print(table)
+
+
+@_command
+def generate(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Continue generate.prompts."""
+    from peft_jax.training.run import run_generation
+
+    parsed = _config(config, overrides)
+    for prompt, text in zip(parsed.generate.prompts, run_generation(parsed), strict=True):
+        click.echo(f"{prompt}{text}\n")
+
+
+def export(config: str | None, overrides: tuple[str, ...], merged: bool) -> None:
+    """Write the newest checkpoint of a run as a PEFT adapter, or merged into a Hugging Face model folder."""
+    from peft_jax.training.run import run_export
+
+    click.echo(run_export(_config(config, overrides), merged=merged))
+
+
+_command(click.option("--merged", is_flag=True, help="write the whole model with the adapter merged in")(export))
+
+
+@_command
+def inspect(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Print the tree with the method in it: path, kind, shape, dtype, bytes and what trains."""
+    from peft_jax.cli.inspect import tree_table
+    from peft_jax.training.run import add_method, set_up
+
+    parsed = _config(config, overrides)
+    setup = set_up(parsed)
+    Console(width=None if sys.stdout.isatty() else 160).print(tree_table(add_method(parsed, setup.params, setup.mesh)))
+
+
+def run() -> None:
+    """The console script: user errors become one sentence on standard error and exit status 2."""
+    try:
+        main(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except USER_ERRORS as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)

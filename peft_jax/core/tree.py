@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from peft_jax.core.attachment import Attachment
 from peft_jax.core.weight import Node, Trainable, Weight
 
 OUTPUT_HEADS = ("lm_head", "head", "logits", "unembed", "output_projection")
-Targets = str | Iterable[str]
+Targets = str | Sequence[str]
 
 
 def is_node(x: Any) -> bool:

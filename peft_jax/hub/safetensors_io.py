@@ -109,3 +109,4 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, tuple[int, ...], Any
 def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """One safetensors file, marked as PyTorch's layout, which is what other tools look for."""
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the library makes files that only their owner can read

@@ -143,13 +143,13 @@ def lora(
     bias: Literal["none", "all", "lora_only"] = "none",
     modules_to_save: Targets = (),
     init: Literal["kaiming", "gaussian"] = "kaiming",
-    name: str = "default",
+    adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
     """`params` with a LoRA node of rank `rank` at each place that `targets` name.
 
     `alpha` defaults to the rank (scale 1). `rank_pattern` and `alpha_pattern` override both for the places that their
-    keys match. `bias` also trains biases, `modules_to_save` whole modules, as in PEFT. `layout` (see `layout_of`) says
+    keys match. `bias` also trains biases, `modules_to_save` whole modules, as in PEFT; `adapter` names it. `layout` (see `layout_of`) says
     which axes of a weight are inputs; without it a weight is [*leading, in, out]. Raises ValueError for a rank below 1,
     dropout outside [0, 1), or a target or pattern that matches nothing.
     """
@@ -179,7 +179,7 @@ def lora(
             out_axes=out_axes,
             dropout=dropout,
             rslora=rslora,
-            name=name,
+            name=adapter,
         )
 
     return train_extras(map_places(place, params), paths, bias=bias, modules_to_save=modules_to_save)

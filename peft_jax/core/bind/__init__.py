@@ -22,7 +22,7 @@ def bind(model: Any, *, strict: bool = False) -> Callable[..., Any]:
     `params` is the model's parameter tree with Weights and Attachments in it. Weights in the place of `kernel` or
     `embedding` are used without being materialised; `rng` (a key) switches dropout on, the nodes' and the model's;
     `method` names another method than `__call__`. A Weight in a module without a rule is materialised for each call and
-    said so once; with `strict` it raises MissingRuleError. Raises TypeError for what is no Flax module.
+    said so once; with `strict` it raises MissingRuleError. `apply.model` is the model. Raises TypeError for no Flax module.
     """
     if isinstance(model, flax.linen.Module):
         return _linen.bind_linen(model, strict=strict)

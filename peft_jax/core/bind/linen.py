@@ -38,6 +38,7 @@ def bind_linen(model: nn.Module, *, strict: bool = False) -> Callable[..., Any]:
         with _interception(strict, said):
             return model.apply(variables, *args, rngs=rngs, method=method, **kwargs)
 
+    apply.model = model  # type: ignore[attr-defined]
     return apply
 
 

@@ -58,6 +58,7 @@ def bind_nnx(model: nnx.Module, *, strict: bool = False) -> Callable[..., Any]:
                     getattr(module, name).set_raw_value(value)
         return getattr(merged, method or "__call__")(*args, **kwargs)
 
+    apply.model = model  # type: ignore[attr-defined]
     return apply
 
 

@@ -1,0 +1,40 @@
+"""Batches in a deterministic order: which rows batch i holds depends on the seed and i alone, so a run can resume."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from peft_jax.data.encode import Rows
+
+Batch = dict[str, np.ndarray]
+FIELDS = Rows._fields
+
+
+def batch_at(rows: Rows, index: int, batch_size: int, *, seed: int) -> Batch:
+    """The `index`-th training batch: fields [batch_size, T], rows in an order that changes with each epoch.
+
+    The last, incomplete batch of an epoch is filled from the next one's order, so shapes are static and no row is lost.
+    """
+    count = len(rows.tokens)
+    first = index * batch_size
+    chosen = [_order(count, (first + i) // count, seed)[(first + i) % count] for i in range(batch_size)]
+    return {name: array[chosen] for name, array in zip(FIELDS, rows, strict=True)}
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, epoch: int, seed: int) -> np.ndarray:
+    """The permutation of an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def evaluation_batches(rows: Rows, batch_size: int) -> list[Batch]:
+    """All rows in order, the last batch padded with rows that weigh nothing."""
+    count = len(rows.tokens)
+    batches = []
+    for start in range(0, count, batch_size):
+        part = {name: array[start : start + batch_size] for name, array in zip(FIELDS, rows, strict=True)}
+        short = batch_size - len(part["tokens"])
+        batches.append({name: np.pad(array, ((0, short), (0, 0))) for name, array in part.items()})
+    return batches

@@ -1,0 +1,282 @@
+"""Configuration: frozen dataclasses that are the same in Python, in YAML and on the command line.
+
+Every field's help stands in its metadata; `peft-jax train --help` prints it. Checking is strict: an unknown key, a wrong
+type or an impossible value is one sentence that names the key, and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from peft_jax.core.tree import nearest
+from peft_jax.methods import METHODS
+
+configuration = functools.partial(dataclass, frozen=True, config=ConfigDict(extra="forbid"))
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used, in one sentence."""
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with a default and a line of help."""
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@configuration
+class ModelConfig:
+    path: str = option("builtin:base", "Hugging Face folder or repository id, or builtin:base (the embedded model)")
+    revision: str | None = option(None, "repository revision")
+    dtype: str | None = option(None, "float32, bfloat16 or float16; by default float32 on the CPU, the checkpoint's elsewhere")
+    adapter: str | None = option(None, "PEFT adapter folder or repository to start from")
+    scan_layers: bool = option(True, "stack and scan the layers, so that compile time does not grow with depth")
+    remat: Literal["none", "full", "dots"] = option("none", "rematerialisation: keep all, only layer inputs, or weight products")
+    attention: Literal["xla", "cudnn", "splash"] | None = option(None, "attention implementation; by default the best")
+
+
+@configuration
+class SourceConfig:
+    path: str = option("builtin:python-docs", "builtin:NAME, a .jsonl/.json/.csv/.parquet/.txt file, or a hub dataset id")
+    split: str = option("train", "split of a built-in or hub dataset")
+    limit: int | None = option(None, "use at most this many records")
+
+
+@configuration
+class DataConfig:
+    train: SourceConfig = option(SourceConfig(), "what to learn from")
+    validation: SourceConfig | None = option(SourceConfig(split="validation"), "what to evaluate on during training")
+    test: SourceConfig | None = option(None, "what to evaluate on at the end (by default the validation data)")
+    kind: Literal["text", "completion", "chat"] = option("text", "text, prompt and completion, or chat messages")
+    columns: dict[str, str] = option({}, "names of the record's fields in the source, as {prompt: question}")
+    delimiter: str | None = option(None, "what separates the fields on each line of a .txt file")
+    sequence_length: int = option(256, "tokens in a row")
+    packing: bool = option(True, "several examples in a row, kept apart by segment ids")
+    too_long: Literal["skip", "truncate", "stop"] = option("skip", "what to do with a completion or chat that does not fit")
+    on_error: Literal["skip", "stop"] = option("skip", "what to do with a malformed record")
+
+
+@configuration
+class OptimizerConfig:
+    name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = option("adamw", "the optax optimizer")
+    learning_rate: float = option(1e-3, "peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = option("cosine", "decay after warm-up")
+    warmup_steps: int = option(20, "steps of linear warm-up")
+    final_fraction: float = option(0.0, "the last learning rate as a fraction of the peak")
+    weight_decay: float = option(0.0, "decoupled weight decay on matrices")
+    b1: float = option(0.9, "first moment's decay (momentum for sgd)")
+    b2: float = option(0.999, "second moment's decay")
+    eps: float = option(1e-8, "Adam's epsilon")
+    clip_norm: float = option(1.0, "clip gradients to this global norm; 0 for no clipping")
+
+
+@configuration
+class TrainConfig:
+    steps: int | None = option(None, "optimizer steps; by default `epochs` passes over the data")
+    epochs: float = option(1.0, "passes over the data where `steps` is not given")
+    batch_size: int = option(8, "rows in a step, over all devices and micro-batches")
+    accumulate: int = option(1, "micro-batches in a step")
+    seed: int = option(0, "of initialisation, order and dropout")
+    log_every: int = option(10, "steps between log lines")
+    eval_every: int = option(0, "steps between evaluations; 0 for at the end only")
+    patience: int = option(0, "stop after this many evaluations without improvement; 0 for never")
+    checkpoint_every: int = option(0, "steps between checkpoints; 0 for at the end only")
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep")
+    keep_best: bool = option(True, "end with the weights of the best evaluation")
+    nan_limit: int = option(10, "stop after this many steps in a row whose gradient is not finite")
+    loss_chunk: int | None = option(None, "tokens whose logits are computed at once; 0 for all, by default as memory asks")
+    tensorboard: bool = option(True, "also write TensorBoard event files")
+
+
+@configuration
+class GenerateConfig:
+    prompts: list[str] = option([], "prompts to continue, before and after training")
+    max_tokens: int = option(64, "tokens to generate")
+    temperature: float = option(0.8, "0 for greedy")
+    top_k: int = option(0, "sample among the k most likely; 0 for all")
+    top_p: float = option(0.95, "sample among the most likely that hold this much probability")
+    stop: list[str] = option([], "strings that end a continuation")
+    seed: int = option(0, "of sampling")
+
+
+@configuration
+class EvaluateConfig:
+    metrics: list[Literal["perplexity", "exact_match", "bleu", "rouge"]] = option(
+        ["perplexity"], "what to measure; all but perplexity generate completions of the prompts"
+    )
+    limit: int = option(200, "records to generate for")
+    max_tokens: int = option(64, "tokens to generate for a record")
+    batch_size: int = option(16, "records generated for at a time")
+
+
+@configuration
+class RunConfig:
+    output: str = option("runs/default", "folder for checkpoints, metrics and the exported adapter")
+    model: ModelConfig = option(ModelConfig(), "the model")
+    method: dict[str, Any] = option({"name": "lora"}, "the method's name and its options")
+    data: DataConfig = option(DataConfig(), "the data")
+    optimizer: OptimizerConfig = option(OptimizerConfig(), "the optimizer")
+    train: TrainConfig = option(TrainConfig(), "the training loop")
+    evaluate: EvaluateConfig = option(EvaluateConfig(), "evaluation")
+    generate: GenerateConfig = option(GenerateConfig(), "generation")
+    mesh: dict[str, int] = option({}, "sizes of the axes data, fsdp, sequence, tensor; one may be -1; empty: data over all")
+    resume: bool = option(True, "continue from the newest checkpoint in `output`")
+
+
+def load_config(path: str | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """The configuration in a YAML file with `key.sub=value` overrides. Raises ConfigError with one sentence."""
+    tree: dict[str, Any] = {}
+    if path is not None:
+        file = Path(path)
+        if not file.is_file():
+            raise ConfigError(f"configuration file {path} does not exist{_config_hint(file)}")
+        try:
+            tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} should hold a mapping of options")
+    for override in overrides:
+        _override(tree, override)
+    return parse_config(tree)
+
+
+def _config_hint(file: Path) -> str:
+    return nearest(file.name, [p.name for p in file.parent.glob("*.yaml")]) if file.parent.is_dir() else ""
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} should read key=value")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {parent} is no section")
+    tree[last] = value
+
+
+def parse_config(tree: Mapping[str, Any]) -> RunConfig:
+    """A checked RunConfig from nested mappings. Raises ConfigError with one sentence."""
+    try:
+        config = TypeAdapter(RunConfig).validate_python(dict(tree))
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+    _check(config)
+    return config
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    key = ".".join(where)
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        section = functools.reduce(_section, where[:-1], RunConfig)
+        known = [f.name for f in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
+        place = f"in {'.'.join(where[:-1])}" if where[:-1] else "at the top"
+        return f"unknown option {key!r}.{nearest(where[-1], known)} Options {place}: {', '.join(known)}"
+    return f"option {key!r}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+
+
+def _section(section: Any, name: str) -> Any:
+    kind = typing.get_type_hints(section).get(name) if dataclasses.is_dataclass(section) else None
+    if isinstance(kind, types.UnionType):
+        kind = next((k for k in typing.get_args(kind) if k is not type(None)), None)
+    return kind
+
+
+def _check(config: RunConfig) -> None:
+    positive = {
+        "train.batch_size": config.train.batch_size, "train.accumulate": config.train.accumulate,
+        "data.sequence_length": config.data.sequence_length, "train.log_every": config.train.log_every,
+        "generate.max_tokens": config.generate.max_tokens, "train.keep_checkpoints": config.train.keep_checkpoints,
+        "evaluate.batch_size": config.evaluate.batch_size, "evaluate.max_tokens": config.evaluate.max_tokens,
+    }  # fmt: skip
+    for name, value in positive.items():
+        if value < 1:
+            raise ConfigError(f"option {name!r} must be at least 1, got {value}")
+    if config.train.batch_size % config.train.accumulate:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size} is not a multiple of train.accumulate={config.train.accumulate}"
+        )
+    if config.train.steps is not None and config.train.steps < 0:
+        raise ConfigError(f"option 'train.steps' must not be negative, got {config.train.steps}")
+    if config.data.validation is None and (config.train.eval_every or config.train.patience):
+        raise ConfigError("train.eval_every and train.patience need data.validation")
+    check_method(config.method)
+
+
+def check_method(method: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """(the method's function, its checked options). Raises ConfigError for an unknown name, option or type."""
+    options = dict(method)
+    name = options.pop("name", "lora")
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name!r}.{nearest(str(name), METHODS)} Methods: {', '.join(METHODS)}")
+    known = method_options(name)
+    for key, value in options.items():
+        if key not in known:
+            raise ConfigError(
+                f"unknown option 'method.{key}' of {name}.{nearest(key, known)} Options of {name}: {', '.join(known)}"
+            )
+        try:
+            options[key] = TypeAdapter(known[key].annotation).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(f"option 'method.{key}': {first['msg'].lower()}, got {value!r}") from error
+    return METHODS[name], options
+
+
+def method_options(name: str) -> dict[str, inspect.Parameter]:
+    """A method's options: the keyword arguments of its function, with resolved annotations."""
+    function = METHODS[name]
+    hints = typing.get_type_hints(function)
+    parameters = inspect.signature(function).parameters.values()
+    keyword = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "layout"]
+    return {p.name: p.replace(annotation=hints.get(p.name, Any)) for p in keyword}
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """(option, default, help) for every option, methods' included."""
+    rows: list[tuple[str, str, str]] = []
+
+    def walk(section: Any, prefix: str) -> None:
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            name = prefix + field.name
+            if dataclasses.is_dataclass(value):
+                walk(value, name + ".")
+            else:
+                rows.append((name, _shown(value), field.metadata.get("help", "")))
+
+    walk(RunConfig(), "")
+    for method in METHODS:
+        for name, parameter in method_options(method).items():
+            default = "required" if parameter.default is parameter.empty else _shown(parameter.default)
+            rows.append((f"method.{name}", default, f"option of {method}"))
+    return rows
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain nested dicts, for YAML."""
+    return dataclasses.asdict(config)  # type: ignore[call-overload]

@@ -1,0 +1,94 @@
+"""Evaluation: perplexity, and exact match, BLEU and ROUGE of generated completions (sacrebleu, rouge-score)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from peft_jax.core.bind import bind
+from peft_jax.core.tree import partition
+from peft_jax.data import Record, Rows
+from peft_jax.training.generate import generate
+from peft_jax.training.loop import run_evaluation
+from peft_jax.training.objective import Objective, next_token
+from peft_jax.training.step import make_evaluation
+
+
+def perplexity(
+    model: Any, params: Any, rows: Rows, *, batch_size: int = 8, mesh: Mesh | None = None, objective: Objective = next_token
+) -> dict[str, float]:
+    """Loss (nats per token), next-token accuracy and perplexity of `rows`."""
+    trainable, frozen = partition(params)
+    evaluate = jax.jit(make_evaluation(objective, bind(model)))
+    return run_evaluation(evaluate, trainable, frozen, rows, batch_size, mesh)
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """The share of predictions equal to one of their references, surrounding blanks aside."""
+    hits = [p.strip() in {r.strip() for r in rs} for p, rs in zip(predictions, references, strict=True)]
+    return sum(hits) / len(hits)
+
+
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Corpus BLEU of sacrebleu, over several references each."""
+    import sacrebleu
+
+    most = max(map(len, references))
+    streams = [[rs[i] if i < len(rs) else "" for rs in references] for i in range(most)]
+    return sacrebleu.corpus_bleu(list(predictions), streams).score
+
+
+def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Mean F1 of ROUGE-L, the best over a prediction's references."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    best = [max(scorer.score(r, p)["rougeL"].fmeasure for r in rs) for p, rs in zip(predictions, references, strict=True)]
+    return sum(best) / len(best)
+
+
+GENERATED: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], float]] = {
+    "exact_match": exact_match,
+    "bleu": bleu,
+    "rouge": rouge,
+}
+
+
+def generated_metrics(
+    model: Any,
+    params: Any,
+    records: Sequence[Record],
+    tokenizer: Any,
+    metrics: Sequence[str],
+    *,
+    limit: int = 200,
+    max_tokens: int = 64,
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """Metrics of greedy completions of the records' prompts (or last assistant turns), several references per prompt."""
+    references: dict[str, list[str]] = defaultdict(list)
+    for record in records:
+        prompt, answer = prompt_and_answer(record, tokenizer)
+        references[prompt].append(answer)
+    prompts = list(references)[:limit]
+    apply = bind(model)
+    predictions: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        full = part + [part[-1]] * (batch_size - len(part))  # one shape, one compilation
+        predictions += generate(apply, params, full, tokenizer=tokenizer, max_tokens=max_tokens)[: len(part)]
+    return {name: GENERATED[name](predictions, [references[p] for p in prompts]) for name in metrics}
+
+
+def prompt_and_answer(record: Record, tokenizer: Any) -> tuple[str, str]:
+    """What to generate from, and what was expected."""
+    value = record.value
+    if "messages" in value:
+        *before, last = value["messages"]
+        text = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+        return text.removeprefix(tokenizer.bos_token or ""), last["content"]
+    return value["prompt"], value["completion"]

@@ -1,0 +1,230 @@
+"""Batched generation under one compilation: key/value cache, greedy or sampled, stop strings, seeds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from peft_jax.core.bind import bind
+
+_CHUNK = 32  # tokens decoded between looks at stop strings
+
+
+class _Sampling(NamedTuple):
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+
+
+class _State(NamedTuple):
+    tokens: jax.Array  # [B, N] generated so far
+    count: jax.Array  # how many columns of it
+    last: jax.Array  # [B] the newest token
+    position: jax.Array  # [B] its position
+    done: jax.Array  # [B]
+    cache: Any
+    keys: jax.Array  # [B]
+
+
+def generate(
+    apply_or_model: Any,
+    params: Any,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    tokenizer: Any = None,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop: Sequence[str] = (),
+    eos_token_id: int | None = None,
+    seed: int = 0,
+) -> list[Any]:
+    """Continuations of `prompts`: texts where these are texts (which needs the tokenizer), else lists of token ids.
+
+    `apply_or_model` is a Flax model or the result of `bind`. Temperature 0 is greedy; otherwise tokens are drawn among
+    the `top_k` most likely (0: all) and the most likely ones that hold `top_p` of the probability. A continuation ends at
+    the tokenizer's end token, before the first of the `stop` strings, or after `max_tokens`. The draw of a row depends on
+    the seed and its place in the batch. Models without a cache (no `empty_cache`) run the whole prefix for each token.
+    Raises ValueError for an empty prompt or list, text without a tokenizer, or impossible sampling options.
+    """
+    apply = apply_or_model if not isinstance(apply_or_model, (nn.Module, nnx.Module)) else _bound(apply_or_model)
+    ids, as_text = _encode(prompts, tokenizer, stop)
+    if max_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"need max_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1; got {max_tokens}, {temperature}, "
+            f"{top_k}, {top_p}"
+        )
+    if eos_token_id is None and tokenizer is not None:
+        eos_token_id = tokenizer.eos_token_id
+    eos = -1 if eos_token_id is None else eos_token_id
+    run = _cached_rows if hasattr(apply.model, "empty_cache") else _plain_rows
+    sampling = None
+    if temperature > 0:
+        sampling = _Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+    stopped = functools.partial(_stopped, tokenizer, stop) if stop else None
+    rows = run(apply, params, ids, max_tokens, eos, sampling, jax.random.key(seed), stopped)
+    rows = [_until(row, eos) for row in rows]
+    if not as_text:
+        return rows
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return [_cut(text, stop) for text in texts]
+
+
+@functools.lru_cache(maxsize=16)
+def _bound(model: Any) -> Any:
+    """One `apply` a model, so that a second call finds its compiled programs."""
+    return bind(model)
+
+
+def _encode(prompts: Any, tokenizer: Any, stop: Sequence[str]) -> tuple[list[list[int]], bool]:
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError("there are no prompts")
+    as_text = isinstance(prompts[0], str)
+    if (as_text or stop) and tokenizer is None:
+        raise ValueError("prompts or stop strings as text need the tokenizer")
+    ids = prompts
+    if as_text:
+        ids = [tokenizer(p, verbose=False)["input_ids"] for p in prompts]
+        ids = [x[:-1] if len(x) > 1 and x[-1] == tokenizer.eos_token_id else x for x in ids]
+    ids = [[int(t) for t in row] for row in ids]
+    if empty := [i for i, row in enumerate(ids) if not row]:
+        raise ValueError(f"prompt {empty[0]} is empty; begin with the start token")
+    return ids, as_text
+
+
+def _until(row: np.ndarray, eos: int) -> list[int]:
+    row = row.tolist()
+    return row[: row.index(eos)] if eos in row else row
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    ends = [text.index(s) for s in stop if s in text]
+    return text[: min(ends)] if ends else text
+
+
+def _stopped(tokenizer: Any, stop: Sequence[str], rows: np.ndarray) -> np.ndarray:
+    texts = tokenizer.batch_decode(np.maximum(rows, 0), skip_special_tokens=True)
+    return np.asarray([any(s in text for s in stop) for text in texts])
+
+
+def sample(logits: jax.Array, sampling: _Sampling | None, keys: jax.Array) -> jax.Array:
+    """One token for each row of logits [B, V] with a key each; greedy without `sampling`."""
+    if sampling is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32) / sampling.temperature
+    ordered = jnp.sort(logits, axis=-1)[:, ::-1]
+    V = logits.shape[-1]
+    kth = jnp.take(ordered, jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V) - 1, axis=-1)
+    ordered = jnp.where(ordered >= kth[:, None], ordered, -jnp.inf)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p  # the first is always kept
+    lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    logits = jnp.where(logits >= lowest, logits, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+# With a cache: prompts are padded on the left, so that all rows write the same slots.
+
+
+def _cached_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped) -> np.ndarray:
+    width = _round_up(max(map(len, ids)), 16)
+    chunks = -(-max_tokens // _CHUNK)
+    tokens, segments = np.zeros((len(ids), width), np.int32), np.zeros((len(ids), width), np.int32)
+    for i, row in enumerate(ids):
+        tokens[i, width - len(row) :], segments[i, width - len(row) :] = row, 1
+    positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0).astype(np.int32)
+    keys = jax.random.split(key, len(ids))
+    prefill, decode = _programs(apply)
+    state = prefill(params, tokens, positions, segments, keys, eos, sampling, slots=chunks * _CHUNK)
+    for _ in range(chunks):
+        state = decode(params, state, eos, sampling)
+        if bool(state.done.all()):
+            break
+        if stopped is not None:
+            rows = np.asarray(state.tokens)[:, : int(state.count)]
+            state = state._replace(done=state.done | jnp.asarray(stopped(rows)))
+            if bool(state.done.all()):
+                break
+    count = min(int(state.count), max_tokens)
+    return np.asarray(state.tokens)[:, :count]
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(apply: Any) -> tuple[Any, Any]:
+    """(prefill, decode), compiled once for an `apply` and shapes."""
+    prefill = jax.jit(functools.partial(_prefill, apply), static_argnames="slots")
+    return prefill, jax.jit(functools.partial(_decode, apply), donate_argnums=1)
+
+
+def _prefill(apply, params, tokens, positions, segments, keys, eos, sampling, *, slots: int) -> _State:
+    B, T = tokens.shape
+    cache = apply.model.empty_cache(B, T + slots)
+    logits, cache = apply(params, tokens, positions=positions, segment_ids=segments, cache=cache)
+    first = sample(logits[:, -1], sampling, jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys))
+    out = jnp.full((B, slots), eos, jnp.int32).at[:, 0].set(first)
+    return _State(out, jnp.int32(1), first, positions[:, -1] + 1, first == eos, cache, keys)
+
+
+def _decode(apply, params, state: _State, eos, sampling) -> _State:
+    """Up to a chunk of further tokens (to the next multiple of it); stops early when all rows are done."""
+    slots = state.tokens.shape[1]
+    end = jnp.minimum((state.count // _CHUNK + 1) * _CHUNK, slots)
+
+    def more(s: _State) -> jax.Array:
+        return (s.count < end) & ~s.done.all()
+
+    def one(s: _State) -> _State:
+        logits, cache = apply(params, s.last[:, None], positions=s.position[:, None], cache=s.cache)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(s.keys, s.count)
+        token = jnp.where(s.done, eos, sample(logits[:, -1], sampling, keys))
+        tokens = jax.lax.dynamic_update_slice_in_dim(s.tokens, token[:, None], s.count, axis=1)
+        return _State(tokens, s.count + 1, token, s.position + 1, s.done | (token == eos), cache, s.keys)
+
+    return jax.lax.while_loop(more, one, state)
+
+
+# Without a cache: prompts are padded on the right and the whole buffer runs for each token.
+
+
+def _plain_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped) -> np.ndarray:
+    lengths = np.asarray([len(row) for row in ids], np.int32)
+    buffer = np.zeros((len(ids), _round_up(int(lengths.max()) + max_tokens, 16)), np.int32)
+    for i, row in enumerate(ids):
+        buffer[i, : len(row)] = row
+    keys = jax.random.split(key, len(ids))
+    step = _plain_program(apply)
+    done = np.zeros(len(ids), bool)
+    generated = np.full((len(ids), max_tokens), eos, np.int32)
+    for n in range(max_tokens):
+        token = np.asarray(step(params, buffer, lengths + n - 1, jax.vmap(jax.random.fold_in, (0, None))(keys, n), sampling))
+        token = np.where(done, eos, token)
+        generated[:, n] = token
+        buffer[np.arange(len(ids)), lengths + n] = np.maximum(token, 0)
+        done |= token == eos
+        if stopped is not None and n % _CHUNK == _CHUNK - 1:
+            done |= stopped(generated[:, : n + 1])
+        if done.all():
+            return generated[:, : n + 1]
+    return generated
+
+
+@functools.lru_cache(maxsize=16)
+def _plain_program(apply: Any) -> Any:
+    def step(params, buffer, last, keys, sampling):
+        logits = apply(params, buffer)
+        return sample(jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], sampling, keys)
+
+    return jax.jit(step)

@@ -1,0 +1,287 @@
+"""From a RunConfig to a result: what the commands do, callable from Python as well."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import yaml
+from jax.sharding import Mesh
+from rich.console import Console
+
+from peft_jax.core.files import write_json
+from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.tree import combine, count, merge, partition, places
+from peft_jax.core.weight import Trainable
+from peft_jax.data import Record, Rows, encode, fit, pack, read_records
+from peft_jax.hub import load, load_adapter, load_tokenizer, local_folder, save, save_adapter
+from peft_jax.training.checkpoint import Checkpoints, fingerprint
+from peft_jax.training.config import ConfigError, RunConfig, SourceConfig, check_method, to_dict
+from peft_jax.training.evaluate import generated_metrics, perplexity
+from peft_jax.training.generate import generate
+from peft_jax.training.loop import Result, train
+from peft_jax.training.optimizer import make_optimizer
+from peft_jax.training.step import init_state
+
+BASE = Path(__file__).parent.parent / "assets" / "base"
+ADAPTER, MODEL = "adapter", "model"
+
+
+class Setup(NamedTuple):
+    """A loaded model with its tokenizer and, where the configuration asks for one, its mesh."""
+
+    model: Any
+    params: Any
+    tokenizer: Any
+    mesh: Mesh | None
+    folder: Path
+
+
+def start_distributed() -> None:
+    """Join the other hosts where a launcher (TPU pod, SLURM, JAX_COORDINATOR_ADDRESS) started several."""
+    several = os.environ.get("JAX_COORDINATOR_ADDRESS") or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+    if not (several or pod) or jax.distributed.is_initialized():
+        return
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    jax.distributed.initialize(**{k: int(os.environ[v]) for k, v in names.items() if v in os.environ})
+
+
+def model_folder(path: str, revision: str | None = None) -> Path:
+    """The folder of a model; "builtin:base" is the embedded one."""
+    if path.startswith("builtin:"):
+        if path != "builtin:base":
+            raise FileNotFoundError(f"there is no built-in model {path!r}; there is builtin:base")
+        return BASE
+    return local_folder(path, revision)
+
+
+def set_up(config: RunConfig) -> Setup:
+    """Load the model (and the adapter to start from), placed on the mesh that the configuration describes."""
+    mesh = make_mesh(config.mesh) if config.mesh or jax.device_count() > 1 else None
+    c = config.model
+    folder = model_folder(c.path, c.revision)
+    model, params = load(
+        folder,
+        dtype=_dtype(c.dtype),
+        mesh=mesh,
+        scan_layers=c.scan_layers,
+        remat=c.remat,
+        attention_implementation=c.attention,
+    )
+    if c.adapter:
+        params = load_adapter(params, c.adapter)
+    return Setup(model, params, load_tokenizer(folder), mesh, folder)
+
+
+def _dtype(name: str | None) -> Any:
+    if name not in (None, "float32", "bfloat16", "float16"):
+        raise ConfigError(f"option 'model.dtype': {name!r} is none of float32, bfloat16, float16")
+    return name if name is None else jnp.dtype(name)
+
+
+def read_source(config: RunConfig, source: SourceConfig) -> list[Record]:
+    """The records of one source."""
+    d = config.data
+    return read_records(
+        source.path, kind=d.kind, split=source.split, columns=d.columns, delimiter=d.delimiter, on_error=d.on_error,
+        limit=source.limit,
+    )  # fmt: skip
+
+
+def make_rows(config: RunConfig, source: SourceConfig, tokenizer: Any) -> Rows:
+    """Packed rows of one source."""
+    d = config.data
+    examples = encode(read_source(config, source), tokenizer, d.kind, on_error=d.on_error)
+    return pack(fit(examples, d.sequence_length, d.kind, d.too_long), d.sequence_length, packing=d.packing)
+
+
+def add_method(config: RunConfig, params: Any, mesh: Mesh | None) -> Any:
+    """The tree with the configured method in it, placed on the mesh."""
+    function, options = check_method(config.method)
+    params = function(params, jax.random.key(config.train.seed), **options)
+    return params if mesh is None else shard(params, mesh)
+
+
+def train_steps(config: RunConfig, rows: Rows) -> int:
+    """The number of optimizer steps."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return max(1, round(config.train.epochs * len(rows.tokens) / config.train.batch_size))
+
+
+def identity(config: RunConfig, setup: Setup, rows: Rows) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that continues it."""
+    return {
+        "base": {"path": config.model.path, "revision": config.model.revision, "hash": fingerprint(setup.folder)},
+        "data": rows.fingerprint(),
+        "method": json.loads(json.dumps(config.method)),
+        "batch_size": config.train.batch_size,
+        "seed": config.train.seed,
+    }
+
+
+def run_training(config: RunConfig, console: Console | None = None) -> Result:
+    """The whole of `peft-jax train`: samples and evaluation before, training, both again, and the export."""
+    console = console or Console()
+    say = console.print if jax.process_index() == 0 else lambda *a, **k: None
+    out = Path(config.output)
+    if not config.resume and out.exists():
+        for name in ("checkpoints", "best", "metrics.jsonl", "tensorboard"):
+            stale = out / name
+            shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
+    setup = set_up(config)
+    rows = make_rows(config, config.data.train, setup.tokenizer)
+    held = config.data.test or config.data.validation
+    validation = make_rows(config, config.data.validation, setup.tokenizer) if config.data.validation else None
+    test = make_rows(config, held, setup.tokenizer) if held else None
+    params = add_method(config, setup.params, setup.mesh)
+    trained, total = count(params)
+    steps = train_steps(config, rows)
+    say(
+        f"{setup.model.config.model_type} model, {total:,} parameters, {trained:,} trained ({trained / total:.2%}); "
+        f"{len(rows.tokens):,} rows of {config.data.sequence_length} tokens; {steps:,} steps",
+        highlight=False,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    before = _measure(config, setup, setup.params, test)
+    samples = {"before": _samples(config, setup, setup.params)}
+    if before:
+        say(f"before: {_shown(before)}", highlight=False)
+    result = train(
+        setup.model,
+        params,
+        rows,
+        make_optimizer(config.optimizer, steps),
+        config.train,
+        steps=steps,
+        mesh=setup.mesh,
+        validation=validation,
+        folder=out,
+        resume=config.resume,
+        identity=identity(config, setup, rows),
+        console=console,
+    )
+    if result.interrupted:
+        say(f"stopped at step {result.step} by SIGTERM; the checkpoint is in {out / 'checkpoints'}", highlight=False)
+        return result
+    after = _measure(config, setup, result.params, test)
+    if after:
+        say(f"after:  {_shown(after)}", highlight=False)
+    samples["after"] = _samples(config, setup, result.params)
+    _show_samples(say, config, samples)
+    exported = export(config, setup, result.params, out)
+    if jax.process_index() == 0:
+        write_json(out / "results.json", {
+            "before": before, "after": after, "trained_parameters": trained, "parameters": total, "steps": result.step,
+            "skipped_steps": result.skipped, "samples": samples,
+        })  # fmt: skip
+    say(f"written: {exported}", highlight=False)
+    return result
+
+
+def _measure(config: RunConfig, setup: Setup, params: Any, rows: Rows | None) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    if rows is not None and "perplexity" in config.evaluate.metrics:
+        metrics = perplexity(setup.model, params, rows, batch_size=config.train.batch_size, mesh=setup.mesh)
+    wanted = [m for m in config.evaluate.metrics if m != "perplexity"]
+    held = config.data.test or config.data.validation
+    if wanted and held:
+        if config.data.kind == "text":
+            raise ConfigError(f"evaluate.metrics {wanted[0]!r} needs data of kind completion or chat")
+        records = read_source(config, held)
+        e = config.evaluate
+        metrics |= generated_metrics(
+            setup.model, params, records, setup.tokenizer, wanted, limit=e.limit, max_tokens=e.max_tokens,
+            batch_size=e.batch_size,
+        )  # fmt: skip
+    return metrics
+
+
+def run_evaluation(config: RunConfig) -> dict[str, float]:
+    """The whole of `peft-jax evaluate`: the configured metrics of the model (with its adapter) on the held-out data."""
+    setup = set_up(config)
+    held = config.data.test or config.data.validation
+    if held is None:
+        raise ConfigError("evaluate needs data.validation or data.test")
+    return _measure(config, setup, setup.params, make_rows(config, held, setup.tokenizer))
+
+
+def run_generation(config: RunConfig) -> list[str]:
+    """The whole of `peft-jax generate`: continuations of the configured prompts."""
+    if not config.generate.prompts:
+        raise ConfigError("generate needs generate.prompts, as in 'generate.prompts=[Once upon a time]'")
+    setup = set_up(config)
+    return _samples(config, setup, setup.params)
+
+
+def _samples(config: RunConfig, setup: Setup, params: Any) -> list[str]:
+    g = config.generate
+    if not g.prompts:
+        return []
+    return generate(
+        setup.model, params, g.prompts, tokenizer=setup.tokenizer, max_tokens=g.max_tokens, temperature=g.temperature,
+        top_k=g.top_k, top_p=g.top_p, stop=g.stop, seed=g.seed,
+    )  # fmt: skip
+
+
+def _show_samples(say: Any, config: RunConfig, samples: dict[str, list[str]]) -> None:
+    for i, prompt in enumerate(config.generate.prompts):
+        say(f"\nprompt: {prompt}", highlight=False, markup=False)
+        for when, texts in samples.items():
+            say(f"{when}: {' '.join(texts[i].split())}", highlight=False, markup=False)
+
+
+def _shown(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+def export(config: RunConfig, setup: Setup, params: Any, out: Path, *, merged: bool = False) -> Path:
+    """Write what was trained: a PEFT adapter folder, or (full fine-tuning, or `merged`) a Hugging Face model folder."""
+    params = jax.tree.map(_whole, params)
+    whole = merged or any(isinstance(w, Trainable) and w.saved_as == "full" for w in places(params).values())
+    if jax.process_index() != 0:
+        return out
+    if whole:
+        arrays = jax.tree.map(lambda a: a.astype(setup.model.param_dtype), merge(params))
+        save(out / MODEL, setup.model, arrays, tokenizer=setup.tokenizer)
+        return out / MODEL
+    options = check_method(config.method)[1]
+    save_adapter(out / ADAPTER, params, name=options.get("adapter", "default"), base=config.model.path, revision=config.model.revision)
+    return out / ADAPTER
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """The array on this host, gathered from other hosts where it is spread over several."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return jnp.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return x
+
+
+def run_export(config: RunConfig, *, merged: bool) -> Path:
+    """The whole of `peft-jax export`: the newest (or best) checkpoint in `output` as an adapter or a merged model."""
+    out = Path(config.output)
+    chosen = next((n for n in ("best", "checkpoints") if (out / n).is_dir() and any((out / n).iterdir())), None)
+    if chosen is None:
+        raise ConfigError(f"there is no checkpoint in {out}; run `peft-jax train` first")
+    setup = set_up(config)
+    params = add_method(config, setup.params, setup.mesh)
+    rows = make_rows(config, config.data.train, setup.tokenizer)
+    trainable, frozen = partition(params)
+    state = init_state(trainable, make_optimizer(config.optimizer, train_steps(config, rows)), config.train.seed)
+    checkpoints = Checkpoints(out / chosen, keep=1, identity=identity(config, setup, rows))
+    try:
+        state, _ = checkpoints.restore(state)
+    finally:
+        checkpoints.close()
+    return export(config, setup, combine(state.trainable, frozen), out, merged=merged)
+
+

@@ -1,0 +1,102 @@
+"""The one training step: gradient of an objective with respect to the trainable tree alone, then an optax update.
+
+The frozen tree is an argument: neither differentiated, nor copied, nor baked into the program as a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from peft_jax.core.tree import combine
+from peft_jax.training.objective import Apply, Objective
+
+
+class TrainState(NamedTuple):
+    """What training changes: the step number, the trainable tree, optimizer state, rng key and skipped-step counts."""
+
+    step: jax.Array
+    trainable: Any
+    opt_state: Any
+    rng: jax.Array
+    skipped: jax.Array  # steps skipped for a gradient that was not finite
+    skipped_in_a_row: jax.Array
+
+
+def init_state(trainable: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step. The trainable tree is held in float32 (master weights)."""
+    trainable = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x, trainable)
+    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731 (distinct buffers, so that all can be donated)
+    return TrainState(zero(), trainable, optimizer.init(trainable), jax.random.key(seed), zero(), zero())
+
+
+def make_step(
+    objective: Objective, apply: Apply, optimizer: optax.GradientTransformation, *, accumulate: int = 1
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, frozen, batch) -> (state, metrics)`, pure; jit it with the state donated.
+
+    With `accumulate` > 1 the batch's rows are split into that many micro-batches whose gradients are averaged by their
+    weight, which equals the gradient of the whole batch. A gradient that is not finite changes nothing but the counts.
+    """
+
+    def loss_of(trainable: Any, frozen: Any, batch: Any, rng: jax.Array) -> Any:
+        return objective(apply, combine(trainable, frozen), batch, rng)
+
+    grad_of = jax.value_and_grad(loss_of, has_aux=True)
+
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        if accumulate == 1:
+            (loss, metrics), grads = grad_of(state.trainable, frozen, batch, rng)
+        else:
+            loss, metrics, grads = _accumulated(grad_of, state.trainable, frozen, batch, rng, accumulate)
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(norm) & jnp.isfinite(loss)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        changed = (optax.apply_updates(state.trainable, updates), opt_state)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), changed, (state.trainable, state.opt_state)
+        )
+        bad = 1 - good.astype(jnp.int32)
+        new = TrainState(
+            state.step + 1, trainable, opt_state, state.rng, state.skipped + bad, (state.skipped_in_a_row + 1) * bad
+        )
+        skips = {"skipped": new.skipped, "skipped_in_a_row": new.skipped_in_a_row}
+        return new, {"loss": loss, "grad_norm": norm, **metrics, **skips}
+
+    return step
+
+
+def _accumulated(grad_of: Any, trainable: Any, frozen: Any, batch: Any, rng: jax.Array, count: int) -> Any:
+    """(loss, metrics, gradients) averaged over `count` micro-batches by weight."""
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch)
+
+    def body(total: Any, part: Any) -> Any:
+        index, micro = part
+        (loss, metrics), grads = grad_of(trainable, frozen, micro, jax.random.fold_in(rng, index))
+        weight = metrics["weight"]
+        scaled = jax.tree.map(lambda x: x * weight, (loss, {**metrics, "weight": jnp.ones(())}, grads))
+        return jax.tree.map(jnp.add, total, scaled), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(lambda: grad_of(trainable, frozen, first, rng))
+    (loss, metrics), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    sums, _ = jax.lax.scan(body, (loss, metrics, grads), (jnp.arange(count), parts))
+    loss, metrics, grads = sums
+    weight = metrics["weight"]
+    mean = lambda x: x / jnp.maximum(weight, 1e-9)  # noqa: E731
+    return mean(loss), {k: v if k == "weight" else mean(v) for k, v in metrics.items()}, jax.tree.map(mean, grads)
+
+
+def make_evaluation(objective: Objective, apply: Apply) -> Callable[[Any, Any, Any], dict[str, jax.Array]]:
+    """`evaluate(trainable, frozen, batch) -> metrics`, without dropout."""
+
+    def evaluate(trainable: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
+        loss, metrics = objective(apply, combine(trainable, frozen), batch, None)
+        return {"loss": loss, **metrics}
+
+    return evaluate
