@@ -21,6 +21,7 @@ from peft_jax.core.attachment import Attachment
 from peft_jax.core.weight import Node, Trainable, Weight
 
 OUTPUT_HEADS = ("lm_head", "head", "logits", "unembed", "output_projection")
+VECTORS = ("bias", "scale")
 Targets = str | Sequence[str]
 
 
@@ -71,11 +72,11 @@ def select(params: Any, targets: Targets = "all-linear", exclude: Targets = (), 
     """Paths of the places that `targets` name, in the order of the tree.
 
     `targets` is "all-linear" (every `kernel` except the output head's), one target or several; see `matches`.
-    Places with fewer than `min_ndim` axes are passed over. Raises ValueError for a target that matches nothing.
+    Places with fewer than `min_ndim` axes are passed over; a `bias` or `scale` counts as one axis, stacked or not. Raises ValueError for a target that matches nothing.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     unwanted = [exclude] if isinstance(exclude, str) else list(exclude)
-    candidates = [p for p, w in places(params).items() if not isinstance(w, Attachment) and w.ndim >= min_ndim]
+    candidates = [p for p, w in places(params).items() if not isinstance(w, Attachment) and _ndim(p, w) >= min_ndim]
     chosen: set[str] = set()
     for target in wanted:
         found = [p for p in candidates if (_is_linear(p) if target == "all-linear" else matches(p, target))]
@@ -90,6 +91,10 @@ def select(params: Any, targets: Targets = "all-linear", exclude: Targets = (), 
     if not chosen:
         raise ValueError(f"targets {wanted} with exclude {unwanted} leave no place")
     return [p for p in candidates if p in chosen]
+
+
+def _ndim(path: str, w: Any) -> int:
+    return min(w.ndim, 1) if path.rpartition("/")[2] in VECTORS else w.ndim
 
 
 def _is_linear(path: str) -> bool:

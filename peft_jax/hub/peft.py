@@ -66,13 +66,13 @@ def save_adapter(
     no such adapter, or something that PEFT's LoRA format cannot say.
     """
     factors: dict[str, _Factors] = {}
-    extras: dict[str, np.ndarray] = {}
+    trained: dict[str, np.ndarray] = {}
     nodes: dict[str, LoRA] = {}
     for path, w in places(params).items():
         if isinstance(w, Trainable):
             if w.saved_as == "full":
                 raise ValueError(f"{path} is fully fine-tuned, which an adapter cannot hold; use merge and save")
-            extras.update(_extra_tensors(path, w))
+            trained.update(_extra_tensors(path, w))
         elif (node := _find(w, name, path)) is not None:
             nodes[path] = node
             factors.update(_factors_of(path, node))
@@ -85,7 +85,7 @@ def save_adapter(
     }
     with replacing_folder(folder) as temporary:
         write_json(temporary / CONFIG, config)
-        save_tensors(temporary / WEIGHTS, _tensors(factors, nodes, params) | extras)
+        save_tensors(temporary / WEIGHTS, _tensors(factors, trained))
 
 
 def _find(w: Any, name: str, path: str) -> LoRA | None:
@@ -115,19 +115,23 @@ def _factors_of(path: str, node: LoRA) -> dict[str, _Factors]:
 
 
 def _extra_tensors(path: str, w: Trainable) -> dict[str, np.ndarray]:
+    """Checkpoint name -> array for a place that trains whole."""
     value = np.asarray(w.value)
     tensors = {}
     for tensor in tensors_of(path, _layers(w, path)):
         part = value if tensor.layer is None else value[tensor.layer]
-        tensors[_PREFIX + tensor.name] = part.T if tensor.transposed else part
+        tensors[tensor.name] = part.T if tensor.transposed else part
     return tensors
 
 
-def _tensors(factors: Mapping[str, _Factors], nodes: Mapping[str, LoRA], params: Any) -> dict[str, np.ndarray]:
+def _tensors(factors: Mapping[str, _Factors], trained: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for module, f in factors.items():
         names = ("lora_embedding_A", "lora_embedding_B") if f.embedding else ("lora_A.weight", "lora_B.weight")
         tensors[f"{_PREFIX}{module}.{names[0]}"], tensors[f"{_PREFIX}{module}.{names[1]}"] = f.a, f.b
+    for name, value in trained.items():  # an adapted module keeps what is its own in `base_layer`
+        module, _, leaf = name.rpartition(".")
+        tensors[f"{_PREFIX}{module}.{'base_layer.' if module in factors else ''}{leaf}"] = value
     return tensors
 
 
@@ -142,7 +146,9 @@ def _config(params: Any, nodes: Mapping[str, LoRA], factors: Mapping[str, _Facto
     marked = {p: w for p, w in places(params).items() if isinstance(w, Trainable)}
     biases = [p for p in places(params) if p.endswith("/bias")]
     trained = [p for p, w in marked.items() if w.saved_as == "bias"]
-    saved = sorted({p.split("/")[-2] for p, w in marked.items() if w.saved_as == "module"})
+    whole = [(p, w) for p, w in marked.items() if w.saved_as == "module"]
+    # Full names: PEFT compares ends of names, and "norm" would end "input_layernorm" too.
+    saved = sorted({n for p, w in whole for n, _ in module_names(p.rpartition("/")[0], _layers(w, p))})
     return {
         "peft_type": "LORA",
         "r": r,

@@ -28,8 +28,9 @@ class TrainState(NamedTuple):
 
 
 def init_state(trainable: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step. The trainable tree is held in float32 (master weights)."""
-    trainable = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x, trainable)
+    """The state before the first step: a copy of the trainable tree (so that it can be donated) in float32."""
+    half = (jnp.bfloat16, jnp.float16)
+    trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32 if x.dtype in half else x.dtype, copy=True), trainable)
     zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731 (distinct buffers, so that all can be donated)
     return TrainState(zero(), trainable, optimizer.init(trainable), jax.random.key(seed), zero(), zero())
 

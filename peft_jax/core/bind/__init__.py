@@ -10,10 +10,11 @@ import flax.nnx
 
 from peft_jax.core.bind import linen as _linen
 from peft_jax.core.bind import nnx as _nnx
+from peft_jax.core.bind.layout import layout_of
 from peft_jax.core.bind.nnx import nnx_params
 from peft_jax.core.bind.rules import MissingRuleError
 
-__all__ = ["MissingRuleError", "bind", "nnx_params", "register_rule"]
+__all__ = ["MissingRuleError", "bind", "layout_of", "nnx_params", "register_rule"]
 
 
 def bind(model: Any, *, strict: bool = False) -> Callable[..., Any]:

@@ -147,7 +147,17 @@ def _attend(module: nnx.Embed, params: Mapping[str, Any], query: jax.Array, **_:
     return attend(query, params["embedding"], dtype=module.dtype)
 
 
+def _materialized(module: nnx.Module, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Convolution kernels are small beside their activations, and norms act element by element."""
+    weights = [name for name, w in params.items() if isinstance(w, Weight)]
+    return _materialized_call(module, type(module).__mro__[1], "__call__", weights, *args, **kwargs)
+
+
 for _class, _rule in {
+    nnx.Conv: _materialized,
+    nnx.ConvTranspose: _materialized,
+    nnx.LayerNorm: _materialized,
+    nnx.RMSNorm: _materialized,
     nnx.Linear: _linear,
     nnx.LinearGeneral: _linear_general,
     nnx.Einsum: _einsum,

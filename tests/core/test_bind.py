@@ -1,0 +1,226 @@
+"""Binding on models of others: rules, fallback, strictness, dtypes, attachments."""
+
+import dataclasses
+import logging
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import peft_jax
+from peft_jax.core.weight import Weight, static
+from tests.reference import perturb, relative_error
+from tests.third_party import Gate, linen_model, nnx_model
+
+TOKENS = jnp.arange(10).reshape(2, 5)
+
+
+def small(tree_or_params, **options):
+    return perturb(peft_jax.lora(tree_or_params, jax.random.key(1), rank=2, targets="*", **options))
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dense_computes_as_flax_does(dtype, bias):
+    layer = nn.Dense(5, use_bias=bias, dtype=dtype, precision="highest")
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    params = layer.init(jax.random.key(1), x)["params"]
+    lora = peft_jax.lora(params, jax.random.key(2), rank=2, targets="kernel")
+    out = peft_jax.bind(layer)(lora, x)
+    expected = layer.apply({"params": params}, x)
+    assert out.dtype == expected.dtype
+    np.testing.assert_array_equal(out, expected)  # B is zero: the very same product
+    text = jax.make_jaxpr(lambda p: peft_jax.bind(layer)(p, x))(lora).pretty_print()
+    assert text.count("HIGHEST") == 2 * text.count("dot_general")
+
+
+def test_precision_of_nnx_is_honoured():
+    layer = nnx.Linear(4, 5, precision="highest", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x = jnp.ones((2, 4))
+    lora = peft_jax.lora(peft_jax.nnx_params(layer), jax.random.key(2), rank=2, targets="kernel")
+    assert peft_jax.bind(layer)(lora, x).dtype == jnp.bfloat16
+    text = jax.make_jaxpr(lambda p: peft_jax.bind(layer)(p, x))(lora).pretty_print()
+    assert text.count("HIGHEST") == 2 * text.count("dot_general")
+
+
+def test_bound_equals_vanilla_without_nodes():
+    for model, params in (linen_model(), nnx_model()):
+        expected = model.apply({"params": params}, TOKENS) if isinstance(model, nn.Module) else model(TOKENS)
+        np.testing.assert_array_equal(peft_jax.bind(model)(params, TOKENS), expected)
+
+
+def test_every_layer_of_a_linen_model_through_its_rule(caplog):
+    model, params = linen_model()
+    layout = peft_jax.layout_of(model, TOKENS)
+    lora = small(params, layout=layout)
+    apply = peft_jax.bind(model)
+    with caplog.at_level(logging.WARNING, "peft_jax"):
+        out = apply(lora, TOKENS)
+        apply(lora, TOKENS)
+    assert relative_error(out, model.apply({"params": peft_jax.merge(lora)}, TOKENS)) < 1e-5
+    unruled = [r.message for r in caplog.records]
+    assert len([m for m in unruled if "Gate" in m]) == 1  # said once
+    assert "blocks/gate" in " ".join(unruled)
+    assert "register_rule(Gate" in " ".join(unruled)
+    assert not [m for m in unruled if "Gate" not in m]
+
+
+def test_every_layer_of_an_nnx_model_through_its_rule(caplog):
+    model, params = nnx_model()
+    lora = small(params, layout=peft_jax.layout_of(model))
+    apply = peft_jax.bind(model, strict=True)
+    out = apply(lora, TOKENS)
+    assert relative_error(out, apply(peft_jax.merge(lora), TOKENS)) < 1e-5
+    assert not caplog.records
+
+
+def test_strict_makes_the_fallback_an_error_and_a_rule_mends_it(monkeypatch):
+    from peft_jax.core.bind import linen as rules
+
+    monkeypatch.setattr(rules, "RULES", dict(rules.RULES))
+    model, params = linen_model()
+    lora = small(params, layout=peft_jax.layout_of(model, TOKENS))
+    with pytest.raises(peft_jax.MissingRuleError, match=r"no rule for Gate.__call__ at blocks/gate: the weights w"):
+        peft_jax.bind(model, strict=True)(lora, TOKENS)
+
+    def gate(module, params, x):
+        return x * nn.sigmoid(peft_jax.matmul(x, params["w"]))
+
+    peft_jax.register_rule(Gate, gate)
+    out = peft_jax.bind(model, strict=True)(lora, TOKENS)
+    assert relative_error(out, model.apply({"params": peft_jax.merge(lora)}, TOKENS)) < 1e-5
+
+
+def test_a_subclass_that_overrides_call_has_no_rule():
+    class Scaled(nn.Dense):
+        @nn.compact
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    layer, x = Scaled(3), jnp.ones((2, 4))
+    lora = small(layer.init(jax.random.key(0), x)["params"])
+    out = peft_jax.bind(layer)(lora, x)
+    assert relative_error(out, layer.apply({"params": peft_jax.merge(lora)}, x)) < 1e-6
+
+
+def test_a_module_that_declares_its_weight_in_setup():
+    class Declared(nn.Module):
+        def setup(self):
+            self.w = self.param("w", nn.initializers.normal(1.0), (4, 4))
+
+        def __call__(self, x):
+            return x @ self.w
+
+    layer, x = Declared(), jnp.ones((2, 4))
+    lora = small(layer.init(jax.random.key(0), x)["params"])
+    assert relative_error(peft_jax.bind(layer)(lora, x), layer.apply({"params": peft_jax.merge(lora)}, x)) < 1e-6
+
+
+def test_custom_dot_general_is_left_to_the_module():
+    calls = []
+
+    def dot_general(*args, **kwargs):
+        calls.append(1)
+        return jax.lax.dot_general(*args, **kwargs)
+
+    layer, x = nn.Dense(3, dot_general=dot_general), jnp.ones((2, 4))
+    lora = small(layer.init(jax.random.key(0), x)["params"])
+    calls.clear()
+    out = peft_jax.bind(layer)(lora, x)
+    assert calls
+    assert relative_error(out, layer.apply({"params": peft_jax.merge(lora)}, x)) < 1e-6
+
+
+def test_vmapped_modules_map_over_the_node():
+    layer = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=0, out_axes=0)(5)
+    x = jax.random.normal(jax.random.key(0), (3, 2, 4))
+    lora = small(layer.init(jax.random.key(0), x)["params"])
+    assert relative_error(peft_jax.bind(layer)(lora, x), layer.apply({"params": peft_jax.merge(lora)}, x)) < 1e-5
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Halve(peft_jax.Attachment):
+    """Multiplies what comes out by `factor`, after adding `shift` to what goes in."""
+
+    trainable = ("factor",)
+    factor: jax.Array
+    shift: float = static(default=0.0)
+    frozen: bool = static(default=False)
+
+    def around(self, call, x, *args, **kwargs):
+        return call(x + self.shift, *args, **kwargs) * self.factor
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_attachments_act_around_the_call(kind):
+    x = jnp.ones((2, 4))
+    if kind == "linen":
+        layer = nn.Dense(3)
+        params = layer.init(jax.random.key(0), x)["params"]
+    else:
+        layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+        params = peft_jax.nnx_params(layer)
+    plain = peft_jax.bind(layer)(params, x + 1)
+    tree = {**params, "a_halve": Halve(jnp.asarray(0.5), shift=1.0)}
+    assert relative_error(peft_jax.bind(layer)(tree, x), plain / 2) < 1e-6
+    # together with a Weight, and two of them nested in the order of their keys
+    tree = peft_jax.lora({**tree, "b_halve": Halve(jnp.asarray(0.25))}, jax.random.key(0), rank=2, targets="kernel")
+    assert relative_error(peft_jax.bind(layer)(tree, x), plain / 8) < 1e-6
+    assert len(jax.tree.leaves(peft_jax.partition(tree)[0])) == 4
+    grads = jax.grad(lambda t: peft_jax.bind(layer)(t, x).sum())(tree)
+    assert float(jnp.abs(grads["a_halve"].factor)) > 0
+
+
+def test_dropout_is_off_without_rng_and_differs_by_layer_with_it():
+    model, params = linen_model()
+    lora = perturb(peft_jax.lora(params, jax.random.key(1), rank=2, targets="re:out/kernel", dropout=0.5))
+    apply = peft_jax.bind(model)
+    still = apply(lora, TOKENS)
+    np.testing.assert_array_equal(still, apply(lora, TOKENS))
+    one, two = apply(lora, TOKENS, rng=jax.random.key(0)), apply(lora, TOKENS, rng=jax.random.key(1))
+    assert relative_error(one, still) > 1e-3
+    assert relative_error(one, two) > 1e-3
+    np.testing.assert_array_equal(one, apply(lora, TOKENS, rng=jax.random.key(0)))
+    mean = np.mean([apply(lora, TOKENS, rng=jax.random.key(i)) for i in range(300)], axis=0)
+    assert relative_error(mean, still) < 0.1  # inverted dropout keeps the mean
+
+
+def test_dropout_masks_differ_between_stacked_layers():
+    x = jnp.ones((4, 8))
+    layers = {"kernel": jnp.stack([jnp.eye(8)] * 2)}
+    node = peft_jax.places(peft_jax.lora(layers, jax.random.key(0), rank=2, targets="kernel", dropout=0.5))["kernel"]
+    node = node.replace(b=jnp.ones_like(node.b), a=jnp.ones_like(node.a))
+    from peft_jax.core.tree import with_rng
+
+    keyed = with_rng({"kernel": node}, jax.random.key(3))["kernel"]
+    a, b = (jax.tree.map(lambda leaf, i=i: leaf[i], keyed).matmul(x, in_axes=(-2,), out_axes=(-1,)) for i in (0, 1))
+    assert relative_error(a, b) > 1e-2
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match="needs a Flax Linen or NNX module"):
+        peft_jax.bind(lambda x: x)
+    with pytest.raises(TypeError, match="needs a Flax Linen or NNX module class"):
+        peft_jax.register_rule(int, lambda: None)
+
+
+def test_weights_have_defaults_for_all_but_materialize():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Doubled(Weight):
+        base: jax.Array
+
+        shape = property(lambda self: self.base.shape)
+        dtype = property(lambda self: self.base.dtype)
+
+        def materialize(self):
+            return 2 * self.base
+
+    model, params = linen_model()
+    tree = {**params, "out": {**params["out"], "kernel": Doubled(params["out"]["kernel"])}}
+    assert relative_error(peft_jax.bind(model)(tree, TOKENS), model.apply({"params": peft_jax.merge(tree)}, TOKENS)) < 1e-6
+    assert peft_jax.count(tree)[0] == 0

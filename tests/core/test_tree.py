@@ -1,0 +1,130 @@
+"""Paths, selection, partition, freezing and counting."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import peft_jax
+from peft_jax.core.tree import matches, trainable_mask
+
+TREE = {
+    "model": {
+        "embed_tokens": {"embedding": jnp.ones((7, 4))},
+        "layers": {
+            "self_attn": {"q_proj": {"kernel": jnp.ones((2, 4, 4)), "bias": jnp.ones((2, 4))}, "o_proj": {"kernel": jnp.ones((2, 4, 4))}},
+            "mlp": {"up_proj": {"kernel": jnp.ones((2, 4, 6))}},
+            "norm": {"scale": jnp.ones((2, 4))},
+        },
+    },
+    "lm_head": {"kernel": jnp.ones((4, 7))},
+}  # fmt: skip
+Q = "model/layers/self_attn/q_proj/kernel"
+O = "model/layers/self_attn/o_proj/kernel"  # noqa: E741
+UP = "model/layers/mlp/up_proj/kernel"
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude", "expected"),
+    [
+        ("all-linear", (), {Q, O, UP}),
+        ("all-linear", "up_proj", {Q, O}),
+        (["q_proj", "up_proj"], (), {Q, UP}),
+        ("self_attn.q_proj", (), {Q}),
+        ("*/self_attn/*", (), {Q, O}),
+        (r"re:.*/(q|up)_proj", (), {Q, UP}),
+        (r"re:.*_proj/kernel", (), {Q, O, UP}),
+        ("lm_head", (), {"lm_head/kernel"}),
+        (["all-linear", "embed_tokens"], (), {Q, O, UP, "model/embed_tokens/embedding"}),
+    ],
+)
+def test_selection(targets, exclude, expected):
+    assert set(peft_jax.select(TREE, targets, exclude)) == expected
+
+
+def test_selection_that_finds_nothing_names_the_nearest():
+    with pytest.raises(ValueError, match=r"target 'q_porj' matches nothing. Did you mean 'q_proj'\? Modules here: .*up_proj"):
+        peft_jax.select(TREE, ["q_porj"])
+    with pytest.raises(ValueError, match="exclude 'nothing' matches nothing"):
+        peft_jax.select(TREE, "all-linear", "nothing")
+    with pytest.raises(ValueError, match="leave no place"):
+        peft_jax.select(TREE, "q_proj", "q_proj")
+    assert not matches(Q, "proj")
+
+
+def test_partition_has_holes_and_combine_fills_them():
+    params = peft_jax.lora(TREE, jax.random.key(0), rank=2, targets="q_proj", bias="lora_only", modules_to_save=["norm"])
+    trainable, frozen = peft_jax.partition(params)
+    chex.assert_trees_all_equal(peft_jax.combine(trainable, frozen), params)
+    sizes = sorted(x.size for x in jax.tree.leaves(trainable))
+    assert sizes == [8, 8, 16, 16]  # norm, bias, a and b over two layers
+    assert len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(params))
+    assert peft_jax.count(params) == (48, sum(x.size for x in jax.tree.leaves(TREE)))
+
+
+def test_nested_nodes_train_unless_frozen():
+    once = peft_jax.lora(TREE, jax.random.key(0), rank=2, targets="q_proj", adapter="first")
+    twice = peft_jax.lora(peft_jax.freeze(once), jax.random.key(1), rank=3, targets="q_proj", adapter="second")
+    node = trainable_mask(twice)["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert (node.a, node.base.a, node.base.base) == (True, False, False)
+    node = trainable_mask(peft_jax.lora(once, jax.random.key(1), rank=3, targets="q_proj"))["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert (node.a, node.base.a, node.base.base) == (True, True, False)
+
+
+def test_full_trains_arrays_and_merges_to_them():
+    params = peft_jax.full(TREE, targets=["*"], exclude="embed_tokens")
+    trained, total = peft_jax.count(params)
+    assert total - trained == 28
+    chex.assert_trees_all_equal(peft_jax.merge(params), TREE)
+
+
+def test_unmerge_restores():
+    params = peft_jax.lora(TREE, jax.random.key(0), rank=2)
+    params = jax.tree.map(lambda x: x + 0.25, params)
+    merged = peft_jax.merge(params)
+    chex.assert_trees_all_close(peft_jax.unmerge(merged, params), params, rtol=1e-6)
+
+
+def test_ranks_and_alphas_by_pattern():
+    params = peft_jax.lora(
+        TREE, jax.random.key(0), rank=2, alpha=8, rank_pattern={"up_proj": 4}, alpha_pattern={"self_attn.q_proj": 1}, rslora=True
+    )
+    nodes = peft_jax.places(params)
+    assert {p: (n.rank, round(float(n.scale[0]), 4)) for p, n in nodes.items() if p in (Q, O, UP)} == {
+        Q: (2, 0.7071),
+        O: (2, 5.6569),
+        UP: (4, 4.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
+        ({"rank_pattern": {"k_proj": 3}}, "rank_pattern 'k_proj' matches nothing"),
+        ({"init": "ones"}, "init must be"),
+        ({"bias": "some"}, "bias must be"),
+        ({"targets": "q_proj", "modules_to_save": ["q_proj"]}, "both a target and in modules_to_save"),
+        ({"modules_to_save": ["nomr"]}, "Did you mean 'norm'"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        peft_jax.lora(TREE, jax.random.key(0), **options)
+
+
+def test_boxed_parameters_name_the_remedy():
+    import flax.linen as nn
+
+    with pytest.raises(ValueError, match="w is boxed .*call flax.linen.meta.unbox first"):
+        peft_jax.places({"w": nn.Partitioned(jnp.ones(3), names=("x",))})
+
+
+def test_initialisation_is_pefts():
+    node = peft_jax.places(peft_jax.lora({"kernel": jnp.ones((400, 30))}, jax.random.key(0), rank=50, targets="kernel"))["kernel"]
+    a = np.asarray(node.a)
+    assert np.abs(a).max() <= 1 / 20
+    assert abs(a.std() - 1 / 20 / np.sqrt(3)) < 1e-3
+    assert not np.asarray(node.b).any()

@@ -1,0 +1,207 @@
+"""What every method must satisfy, on models it has never seen and on the decoder. A registered method is tested by itself.
+
+Each case is (model, method); the properties are those of docs/architecture.md.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import peft_jax
+from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.methods import METHODS
+from peft_jax.models.layers import stack_layers, unstack_layers
+from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
+from tests.third_party import VOCAB, linen_model, nnx_model
+
+# Options of a method in the matrix, beyond what it needs by default.
+OPTIONS: dict[str, dict[str, Any]] = {"lora": {"rank": 2, "alpha": 4.0}}
+NOT_IDENTITY: set[str] = set()  # methods that do not promise to change nothing at first
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Masked(peft_jax.Weight):
+    """A stand-in for a compressed base: an array that is masked whenever it is used."""
+
+    value: jax.Array
+    mask: jax.Array
+
+    shape = property(lambda self: self.value.shape)
+    dtype = property(lambda self: self.value.dtype)
+
+    def materialize(self):
+        return self.value * self.mask
+
+    def field_specs(self, spec):
+        return {"value": spec, "mask": spec}
+
+
+def masked(params):
+    from peft_jax.core.tree import map_places
+
+    chosen = set(peft_jax.select(params))
+    return map_places(lambda p, w: Masked(w, (jnp.abs(w) > 0.05).astype(w.dtype)) if p in chosen else w, params)
+
+
+MODELS = ["linen", "nnx", "scanned", "looped", "gemma2", "masked"]
+
+
+@dataclasses.dataclass
+class Case:
+    model: Any
+    base: Any
+    params: Any  # with the method, as it starts
+    moved: Any  # with every trained array moved
+    tokens: np.ndarray
+    apply: Any
+    method: str
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("matrix")
+
+
+@pytest.fixture(scope="module", params=[(m, n) for n in METHODS for m in MODELS], ids=lambda p: f"{p[1]}-{p[0]}")
+def case(request, root):
+    name, method = request.param
+    layout = None
+    tokens = random_tokens(2, 8, vocab=VOCAB)
+    if name in ("linen", "nnx"):
+        model, base = linen_model() if name == "linen" else nnx_model()
+        layout = peft_jax.layout_of(model, tokens)
+    else:
+        folder, tokens, _ = family_checkpoint("gemma2_caps" if name == "gemma2" else "llama2", root)
+        model, base = peft_jax.load(folder, scan_layers=name != "looped")
+        base = masked(base) if name == "masked" else base
+    options = dict(OPTIONS.get(method, {}))
+    if layout is not None and method != "full":
+        options["layout"] = layout
+    params = METHODS[method](base, jax.random.key(1), **options)
+    apply = peft_jax.bind(model)
+    return Case(model, base, params, perturb(params), tokens, jax.jit(apply), method)
+
+
+def loss(apply, trainable, frozen, tokens):
+    return (apply(peft_jax.combine(trainable, frozen), tokens) ** 2).mean()
+
+
+def test_identity_at_the_start(case):
+    if case.method in NOT_IDENTITY:
+        pytest.skip("this method does not promise it")
+    np.testing.assert_allclose(case.apply(case.params, case.tokens), case.apply(case.base, case.tokens), atol=1e-6)
+
+
+def test_gradients_reach_every_trained_array_and_no_other(case):
+    trainable, frozen = peft_jax.partition(case.moved)
+    grads = jax.jit(jax.grad(lambda t: loss(case.apply, t, frozen, case.tokens)))(trainable)
+    largest = jax.tree.map(lambda g: float(jnp.abs(g).max()), grads)
+    for path, value in jax.tree_util.tree_flatten_with_path(largest)[0]:
+        assert np.isfinite(value), path
+        # a key's bias shifts all scores of a query alike: softmax does not see it
+        assert value > 1e-12 or "key" in jax.tree_util.keystr(path), path
+    assert jax.tree.structure(grads) == jax.tree.structure(trainable)
+
+
+def test_merged_equals_unmerged(case):
+    expected = case.apply(case.moved, case.tokens)
+    assert relative_error(case.apply(peft_jax.merge(case.moved), case.tokens), expected) < 2e-5
+
+
+def test_unmerge_restores(case):
+    if any(isinstance(w, Masked) for w in jax.tree.leaves(case.base, is_leaf=lambda x: isinstance(x, Masked))):
+        pytest.skip("a masked base is not recovered from its merge with a dense update")
+    back = peft_jax.unmerge(peft_jax.merge(case.moved), case.moved)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(case.moved), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_matmul_equals_materialized(case):
+    for path, w in peft_jax.places(case.moved).items():
+        if not isinstance(w, peft_jax.Weight) or not path.endswith("kernel") or not hasattr(w, "in_axes"):
+            continue
+        while w.ndim > len(w.in_axes) + len(w.out_axes):
+            w = jax.tree.map(lambda a: a[0], w)
+        x = jax.random.normal(jax.random.key(0), (3, *(w.shape[a] for a in w.in_axes)))
+        axes = {"in_axes": w.in_axes, "out_axes": w.out_axes}
+        expected = peft_jax.matmul(x, w.materialize(), **axes)
+        assert relative_error(peft_jax.matmul(x, w, **axes), expected) < 1e-5
+
+
+def test_eager_equals_jitted(case):
+    assert relative_error(peft_jax.bind(case.model)(case.moved, case.tokens), case.apply(case.moved, case.tokens)) < 1e-5
+
+
+def test_scanned_equals_looped(case):
+    if not getattr(case.model, "scan_layers", False):
+        pytest.skip("the model does not scan its layers by a switch")
+    looped = case.model.clone(scan_layers=False)
+    tree = unstack_layers(case.moved)
+    assert relative_error(jax.jit(peft_jax.bind(looped))(tree, case.tokens), case.apply(case.moved, case.tokens)) < 1e-5
+    assert jax.tree.structure(stack_layers(tree)) == jax.tree.structure(case.moved)
+
+
+def test_rematerialised_equals_not(case):
+    if not hasattr(case.model, "remat"):
+        pytest.skip("the model does not rematerialise by a switch")
+    apply = peft_jax.bind(case.model.clone(remat="full"))
+    trainable, frozen = peft_jax.partition(case.moved)
+    one, two = (jax.jit(jax.grad(lambda t, f=f: loss(f, t, frozen, case.tokens)))(trainable) for f in (case.apply, apply))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_eight_devices_equal_one(case, axes):
+    mesh = make_mesh(axes)
+    placed = shard(case.moved, mesh)
+    tokens = np.tile(case.tokens, (4, 1))
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+        out = np.asarray(jax.jit(peft_jax.bind(case.model))(placed, spread))
+    assert relative_error(out, case.apply(case.moved, tokens)) < 1e-5
+
+
+def test_bfloat16_stays_close(case):
+    if not isinstance(case.model, nn.Module) or not hasattr(case.model, "dtype"):
+        pytest.skip("the model has no dtype to change")
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), case.moved)
+    out = jax.jit(peft_jax.bind(case.model.clone(dtype=jnp.bfloat16)))(half, case.tokens)
+    expected = case.apply(case.moved, case.tokens)
+    assert float(jnp.abs(out - expected).mean() / jnp.abs(expected).mean()) < 0.1
+
+
+def test_orbax_round_trip(case, tmp_path):
+    import orbax.checkpoint as ocp
+
+    trainable, frozen = peft_jax.partition(case.moved)
+    with ocp.StandardCheckpointer() as checkpointer:
+        flat = dict(enumerate(jax.tree.leaves(trainable)))
+        checkpointer.save(tmp_path / "state", {str(k): v for k, v in flat.items()})
+        checkpointer.wait_until_finished()
+        back = checkpointer.restore(tmp_path / "state")
+    leaves = [back[str(i)] for i in range(len(flat))]
+    restored = peft_jax.combine(jax.tree.unflatten(jax.tree.structure(trainable), leaves), frozen)
+    np.testing.assert_array_equal(case.apply(restored, case.tokens), case.apply(case.moved, case.tokens))
+
+
+def test_export_round_trip(case, tmp_path):
+    """An adapter through its PEFT folder, full fine-tuning through a Hugging Face folder: the same output."""
+    if not hasattr(case.model, "config"):
+        pytest.skip("only Hugging Face families have a folder format")
+    expected = case.apply(case.moved, case.tokens)
+    if case.method == "full":
+        if any(isinstance(w, Masked) for w in peft_jax.places(case.base).values()):
+            pytest.skip("full fine-tuning leaves a masked base as it is")
+        peft_jax.save(tmp_path / "model", case.model, peft_jax.merge(case.moved))
+        _, params = peft_jax.load(tmp_path / "model", scan_layers=case.model.scan_layers)
+    else:
+        peft_jax.save_adapter(tmp_path / "adapter", case.moved)
+        params = peft_jax.load_adapter(case.base, tmp_path / "adapter")
+    assert relative_error(case.apply(params, case.tokens), expected) < 1e-6

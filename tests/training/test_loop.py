@@ -1,0 +1,214 @@
+"""The loop: checkpoints, killing and resuming, early stopping, divergence, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import peft_jax
+from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.data import pack
+from peft_jax.data.encode import Example
+from peft_jax.training.config import OptimizerConfig, TrainConfig
+from peft_jax.training.loop import TrainingDivergedError, train
+from peft_jax.training.optimizer import make_optimizer, make_schedule
+
+ROOT = Path(__file__).parents[2]
+
+
+def tiny_rows(count, length, seed=0):
+    """Rows of arithmetic sequences, which a model can learn, some of them packed and some padded."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(length // 3, length + 1, count)
+    examples = []
+    for n in sizes:
+        ids = (rng.integers(3, 50) + np.arange(n + 1) * rng.integers(1, 3)).astype(np.int32)
+        examples.append(Example(ids, np.ones(n + 1, bool)))
+    return pack(examples, length)
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_folder):
+    model, params = peft_jax.load(tiny_folder)
+    return model, peft_jax.lora(params, jax.random.key(0), rank=2, alpha=16, dropout=0.1), tiny_rows(32, 16)
+
+
+def fit(setup, steps, folder=None, *, config=TrainConfig(log_every=1, tensorboard=False), **options):  # noqa: B008
+    model, params, rows = setup
+    return train(model, params, rows, optax.adamw(0.01), config, steps=steps, folder=folder, **options)
+
+
+def losses_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: r["loss"] for r in rows if r["kind"] == "train"}
+
+
+def test_resuming_is_bit_for_bit(setup, tmp_path):
+    whole = fit(setup, 6, tmp_path / "a")
+    fit(setup, 3, tmp_path / "b")
+    resumed = fit(setup, 6, tmp_path / "b", resume=True)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
+
+
+def test_resuming_on_another_mesh_is_close(setup, tmp_path):
+    model, params, rows = setup
+    fit(setup, 3, tmp_path / "a")
+    whole = fit(setup, 6, None)
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    resumed = fit((model, shard(params, mesh), rows), 6, tmp_path / "a", mesh=mesh, resume=True)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-3)
+
+
+def test_a_checkpoint_of_another_run_is_refused(setup, tmp_path):
+    fit(setup, 2, tmp_path / "a", identity={"data": "one"})
+    with pytest.raises(ValueError, match="was made with another data"):
+        fit(setup, 4, tmp_path / "a", identity={"data": "two"}, resume=True)
+
+
+def test_the_checkpoint_holds_no_base(setup, tmp_path):
+    fit(setup, 2, tmp_path / "a")
+    size = sum(f.stat().st_size for f in (tmp_path / "a" / "checkpoints").rglob("*") if f.is_file())
+    model_size = sum(x.nbytes for x in jax.tree.leaves(setup[1]))
+    assert size < model_size / 4
+
+
+def test_retention_and_best(setup, tmp_path):
+    config = TrainConfig(eval_every=2, checkpoint_every=2, keep_checkpoints=2, tensorboard=True, log_every=2)
+    result = fit(setup, 8, tmp_path, config=config, validation=tiny_rows(8, 16, seed=5))
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [6, 8]
+    losses = {k: v["loss"] for k, v in result.evaluations.items()}
+    assert sorted(losses) == [2, 4, 6, 8]
+    best = [int(p.name) for p in (tmp_path / "best").iterdir() if p.name.isdigit()]
+    assert best == [min(losses, key=lambda k: losses[k])]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_early_stopping_ends_with_the_best_weights(setup, tmp_path):
+    model, params, rows = setup
+    config = TrainConfig(eval_every=1, patience=2, tensorboard=False)
+    result = train(model, params, rows, optax.sgd(-0.05), config, steps=50, validation=rows, folder=tmp_path)  # climbs
+    assert result.step == 3
+    best = min(result.evaluations, key=lambda k: result.evaluations[k]["loss"])
+    assert best == 1
+
+
+def test_divergence_is_said(setup):
+    model, params, rows = setup
+
+    def bad(apply, params, batch, rng):
+        import jax.numpy as jnp
+
+        return peft_jax.partition(params)[0]["model"]["layers"]["mlp"]["up_proj"]["kernel"].a.sum() * jnp.nan, {"weight": jnp.ones(())}
+
+    with pytest.raises(TrainingDivergedError, match=r"3 steps in a row .* lower optimizer.learning_rate"):
+        train(model, params, rows, optax.sgd(0.1), TrainConfig(nan_limit=3, log_every=1), steps=9, objective=bad)
+
+
+def test_what_cannot_be_trained_is_refused(setup):
+    model, params, rows = setup
+    with pytest.raises(ValueError, match="nothing trains"):
+        fit((model, peft_jax.freeze(params), rows), 1)
+    mesh = make_mesh({"data": 8})
+    with pytest.raises(ValueError, match="a micro-batch of 4 rows .* does not divide over data x fsdp = 8"):
+        fit((model, shard(params, mesh), rows), 1, config=TrainConfig(batch_size=4), mesh=mesh)
+    mesh = make_mesh({"sequence": 8})
+    with pytest.raises(ValueError, match="sequence_length=12 does not divide over sequence=8"):
+        fit((model, shard(params, mesh), tiny_rows(8, 12)), 1, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"data": 3}, "does not divide the 8 devices"),
+        ({"data": -1, "tensor": 3}, "does not divide the 8 devices"),
+        ({"rows": 8}, "unknown mesh axis 'rows'; the axes are data, fsdp, sequence, tensor"),
+        ({"data": -1, "fsdp": -1}, "at most one of them -1"),
+        ({"data": 0}, "must be positive"),
+    ],
+)
+def test_bad_meshes(axes, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(axes)
+
+
+def test_schedules_and_optimizers():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="linear", final_fraction=0.1)
+    schedule = make_schedule(config, 110)
+    np.testing.assert_allclose([schedule(i) for i in (0, 5, 10, 60, 110)], [0, 0.5, 1.0, 0.55, 0.1], rtol=1e-5)
+    cosine = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=0), 100)
+    np.testing.assert_allclose([cosine(0), cosine(50), cosine(100)], [1.0, 0.5, 0.0], atol=1e-6)
+    params = {"w": np.ones((2, 2), np.float32), "b": np.ones(2, np.float32)}
+    for name in ("adamw", "lion", "adafactor"):
+        optimizer = make_optimizer(OptimizerConfig(name=name, weight_decay=0.1, warmup_steps=0), 10)
+        zero = jax.tree.map(np.zeros_like, params)
+        updates, _ = optimizer.update(zero, optimizer.init(params), params)
+        assert float(np.abs(updates["w"]).max()) > 0, name  # decay reaches matrices
+    with pytest.raises(ValueError, match="'sgd' has no weight decay"):
+        make_optimizer(OptimizerConfig(name="sgd", weight_decay=0.1), 10)
+
+
+def command(folder, tiny_folder, *overrides):
+    options = [
+        f"output={folder}", f"model.path={tiny_folder}", "method.rank=2", "method.dropout=0.1", "data.train.limit=12",
+        "data.validation=null", "data.sequence_length=32", "train.steps=40", "train.batch_size=2", "train.log_every=1",
+        "train.checkpoint_every=5", "evaluate.metrics=[]", "train.tensorboard=false", *overrides,
+    ]  # fmt: skip
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "peft_jax", "train", *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_checkpoint(folder, process, step):
+    deadline = time.monotonic() + 180
+    while not (folder / "checkpoints" / str(step)).is_dir():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    process = command(folder, tiny_folder)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return losses_of(folder)
+
+
+def test_kill_dash_nine_and_resume(tiny_folder, tmp_path, uninterrupted):
+    process = command(tmp_path, tiny_folder)
+    wait_for_checkpoint(tmp_path, process, 10)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "adapter").exists()
+    process = command(tmp_path, tiny_folder)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "resumed from step" in output
+    assert losses_of(tmp_path) == uninterrupted
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_sigterm_saves_and_ends_cleanly(tiny_folder, tmp_path, uninterrupted):
+    process = command(tmp_path, tiny_folder, "train.checkpoint_every=0", "train.steps=4000")
+    deadline = time.monotonic() + 180
+    while not (tmp_path / "metrics.jsonl").is_file() or len(losses_of(tmp_path)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "by SIGTERM; the checkpoint is in" in output
+    assert [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
