@@ -111,9 +111,7 @@ def batches(stream: np.ndarray, length: int, rows: int, seed: int) -> Iterator[n
 
 def make_optimizer(params, steps: int, peak: float) -> optax.GradientTransformation:
     """Muon (Jordan 2024) for the layers' matrices, AdamW for the rest; warm-up, then linear decay to zero."""
-    schedule = optax.join_schedules(
-        [optax.linear_schedule(0, peak, 100), optax.linear_schedule(peak, 0.0, steps - 100)], [100]
-    )
+    schedule = optax.join_schedules([optax.linear_schedule(0, peak, 100), optax.linear_schedule(peak, 0.0, steps - 100)], [100])
     spec = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     numbers = jax.tree_util.tree_map_with_path(
         lambda path, leaf: spec if "layers" in jax.tree_util.keystr(path) and leaf.ndim == 3 else None, params

@@ -23,7 +23,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from peft_jax.training.run import BASE
+from peft_jax.hub.checkpoint import BASE
 
 torch.set_num_threads(1)
 VOCAB = 96

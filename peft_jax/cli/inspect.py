@@ -22,7 +22,9 @@ def tree_table(params: Any) -> Table:
         table.add_row(path, kind_of(x), str(shape), str(dtype), f"{nbytes(arrays):,}", f"{trained:,}" if trained else "")
     trained, total = count(params)
     table.add_section()
-    table.add_row("total", f"{total:,} parameters", "", "", f"{nbytes(jax.tree.leaves(params)):,}", f"{trained:,} ({trained / total:.2%})")
+    table.add_row(
+        "total", f"{total:,} parameters", "", "", f"{nbytes(jax.tree.leaves(params)):,}", f"{trained:,} ({trained / total:.2%})"
+    )
     return table
 
 

@@ -104,8 +104,26 @@ def _node_shardings(path: str, x: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def shard(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """`params` placed on the mesh."""
-    return jax.device_put(params, shardings(params, mesh, rules))
+    """`params` placed on the mesh. On several hosts, arrays that are not on it yet must be the same on each."""
+    return jax.tree.map(_put, params, shardings(params, mesh, rules))
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    if jax.process_count() == 1 or (isinstance(x, jax.Array) and x.sharding == sharding):
+        return jax.device_put(x, sharding)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.jit(lambda y: y, out_shardings=sharding)(x)
+    value = np.asarray(x)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def fetch(x: Any) -> np.ndarray:
+    """The whole array on this host, gathered from the others where it is spread over several."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

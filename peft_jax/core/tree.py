@@ -103,7 +103,7 @@ def _is_linear(path: str) -> bool:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """" Did you mean 'x'?" with a leading blank, or nothing."""
+    """ " Did you mean 'x'?" with a leading blank, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 

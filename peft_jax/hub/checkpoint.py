@@ -25,12 +25,20 @@ from peft_jax.hub.safetensors_io import Checkpoint, open_checkpoint, write_shard
 from peft_jax.models.config import decoder_config
 from peft_jax.models.decoder import Decoder
 
+BASE = Path(__file__).parent.parent / "assets" / "base"
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # buffers of old Llama checkpoints
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def local_folder(folder_or_repo: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder itself, or the local copy of a hub repository. Raises FileNotFoundError naming what was tried."""
+    """The folder itself, the embedded model for "builtin:base", or the local copy of a hub repository.
+
+    Raises FileNotFoundError naming what was tried.
+    """
+    if str(folder_or_repo).startswith("builtin:"):
+        if folder_or_repo != "builtin:base":
+            raise FileNotFoundError(f"there is no built-in model {str(folder_or_repo)!r}; there is builtin:base")
+        return BASE
     path = Path(folder_or_repo).expanduser()
     if path.is_dir():
         return path
@@ -59,8 +67,7 @@ def read_config(folder: Path) -> Any:
         from peft_jax.models.config import FAMILIES
 
         raise ValueError(
-            f"model_type {raw['model_type']!r} in {folder} is not supported; "
-            f"supported families: {', '.join(sorted(FAMILIES))}"
+            f"model_type {raw['model_type']!r} in {folder} is not supported; supported families: {', '.join(sorted(FAMILIES))}"
         )
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 

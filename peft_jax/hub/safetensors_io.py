@@ -84,7 +84,9 @@ def _no_weights(folder: Path, single: str) -> str:
     return f"{folder} holds no {single}"
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]], limit: int) -> None:
+def write_shards(
+    folder: Path, tensors: Iterable[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]], limit: int
+) -> None:
     """Write (name, shape, dtype, reader) tensors into shards of at most `limit` bytes, with an index where several."""
     shards: list[list[tuple[str, Callable[[], np.ndarray]]]] = [[]]
     sizes, size = [], 0

@@ -88,9 +88,7 @@ class Attention(nn.Module):
             self.q_proj, self.k_proj, self.v_proj = (self._dense(n, c.qkv_bias) for n in (q, kv, kv))
         self.o_proj = self._dense(c.hidden_size, c.output_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = (
-                RMSNorm(c.rms_norm_eps, c.norm_offset, self.dtype, self.param_dtype) for _ in range(2)
-            )
+            self.q_norm, self.k_norm = (RMSNorm(c.rms_norm_eps, c.norm_offset, self.dtype, self.param_dtype) for _ in range(2))
         self.core = AttentionCore(c, self.implementation)
 
     def _dense(self, features: int, bias: bool) -> nn.Dense:
@@ -274,9 +272,7 @@ def _shared(c: DecoderConfig, tokens, positions, segment_ids, cache) -> tuple[di
         kv_segments = update(cache["segment_ids"], segment_ids.astype(jnp.int32), start, axis=1)
         slots = {"k": cache["k"], "v": cache["v"]}
         shared.update(kv_positions=kv_positions, kv_segments=kv_segments)
-    shared["mask"] = make_mask(
-        positions, kv_positions, segment_ids, kv_segments, window=c.sliding_window, aligned=aligned
-    )
+    shared["mask"] = make_mask(positions, kv_positions, segment_ids, kv_segments, window=c.sliding_window, aligned=aligned)
     shared["rope"] = rotary_table(c.rotary, positions)
     shared["local_rope"] = None if c.local_rotary is None else rotary_table(c.local_rotary, positions)
     return shared, slots
@@ -298,9 +294,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.model = DecoderStack(
-            c, self.dtype, self.param_dtype, self.scan_layers, self.remat, self.attention_implementation
-        )
+        self.model = DecoderStack(c, self.dtype, self.param_dtype, self.scan_layers, self.remat, self.attention_implementation)
         if not c.tie_embeddings:
             self.lm_head = nn.Dense(
                 c.vocab_size, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,

@@ -84,9 +84,7 @@ def _yarn(c: RotaryConfig) -> tuple[np.ndarray, float]:
     if attention is None:
         both = c.mscale and c.mscale_all_dim
         attention = (
-            magnitude(factor, c.mscale or 1.0) / magnitude(factor, c.mscale_all_dim or 1.0)
-            if both
-            else magnitude(factor)
+            magnitude(factor, c.mscale or 1.0) / magnitude(factor, c.mscale_all_dim or 1.0) if both else magnitude(factor)
         )
     return inv / factor * ramp + inv * (1 - ramp), attention
 

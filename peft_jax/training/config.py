@@ -43,7 +43,9 @@ class ModelConfig:
     dtype: str | None = option(None, "float32, bfloat16 or float16; by default float32 on the CPU, the checkpoint's elsewhere")
     adapter: str | None = option(None, "PEFT adapter folder or repository to start from")
     scan_layers: bool = option(True, "stack and scan the layers, so that compile time does not grow with depth")
-    remat: Literal["none", "full", "dots"] = option("none", "rematerialisation: keep all, only layer inputs, or weight products")
+    remat: Literal["none", "full", "dots"] = option(
+        "none", "rematerialisation: keep all, only layer inputs, or weight products"
+    )
     attention: Literal["xla", "cudnn", "splash"] | None = option(None, "attention implementation; by default the best")
 
 

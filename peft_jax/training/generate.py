@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from peft_jax.core.bind import bind
+from peft_jax.core.sharding import fetch
 
 _CHUNK = 32  # tokens decoded between looks at stop strings
 
@@ -149,17 +150,16 @@ def _cached_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped) ->
     keys = jax.random.split(key, len(ids))
     prefill, decode = _programs(apply)
     state = prefill(params, tokens, positions, segments, keys, eos, sampling, slots=chunks * _CHUNK)
+    done = np.zeros(len(ids), bool)
     for _ in range(chunks):
-        state = decode(params, state, eos, sampling)
-        if bool(state.done.all()):
-            break
+        state = decode(params, state, done, eos, sampling)
+        count = int(state.count)
+        done = fetch(state.done)
         if stopped is not None:
-            rows = np.asarray(state.tokens)[:, : int(state.count)]
-            state = state._replace(done=state.done | jnp.asarray(stopped(rows)))
-            if bool(state.done.all()):
-                break
-    count = min(int(state.count), max_tokens)
-    return np.asarray(state.tokens)[:, :count]
+            done = done | stopped(fetch(state.tokens)[:, :count])
+        if done.all():
+            break
+    return fetch(state.tokens)[:, : min(count, max_tokens)]
 
 
 @functools.lru_cache(maxsize=16)
@@ -178,8 +178,9 @@ def _prefill(apply, params, tokens, positions, segments, keys, eos, sampling, *,
     return _State(out, jnp.int32(1), first, positions[:, -1] + 1, first == eos, cache, keys)
 
 
-def _decode(apply, params, state: _State, eos, sampling) -> _State:
-    """Up to a chunk of further tokens (to the next multiple of it); stops early when all rows are done."""
+def _decode(apply, params, state: _State, done, eos, sampling) -> _State:
+    """Up to a chunk of further tokens (to the next multiple of it); rows that are `done` get no more."""
+    state = state._replace(done=state.done | done)
     slots = state.tokens.shape[1]
     end = jnp.minimum((state.count // _CHUNK + 1) * _CHUNK, slots)
 
@@ -209,7 +210,7 @@ def _plain_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped) -> 
     done = np.zeros(len(ids), bool)
     generated = np.full((len(ids), max_tokens), eos, np.int32)
     for n in range(max_tokens):
-        token = np.asarray(step(params, buffer, lengths + n - 1, jax.vmap(jax.random.fold_in, (0, None))(keys, n), sampling))
+        token = fetch(step(params, buffer, lengths + n - 1, jax.vmap(jax.random.fold_in, (0, None))(keys, n), sampling))
         token = np.where(done, eos, token)
         generated[:, n] = token
         buffer[np.arange(len(ids)), lengths + n] = np.maximum(token, 0)

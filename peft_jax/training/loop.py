@@ -70,12 +70,12 @@ def train(
     objective = objective or functools.partial(next_token, chunk=config.loss_chunk)
     console = console or Console()
     apply = bind(model)
-    trainable, frozen = partition(params)
-    if not jax.tree.leaves(trainable):
-        raise ValueError("nothing trains: no node of the tree is trainable")
-    _check_batch(config, rows, mesh)
-    state = _place(init_state(trainable, optimizer, config.seed), params, mesh)
-    checkpoints = None if folder is None else Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints, identity=identity or {})
+    check_batch(config, rows.tokens.shape[1], mesh)
+    state = initial_state(params, optimizer, config.seed, mesh)
+    frozen = partition(params)[1]
+    checkpoints = (
+        None if folder is None else Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints, identity=identity or {})
+    )
     best = None if folder is None else Checkpoints(folder / "best", keep=1, identity=identity or {})
     evaluations: dict[int, dict[str, float]] = {}
     if resume and checkpoints is not None and checkpoints.newest() is not None:
@@ -97,7 +97,11 @@ def train(
         evaluations[number] = run_evaluation(evaluate, state.trainable, frozen, validation, config.batch_size, mesh)
         if reporter is not None:
             reporter.evaluation(number, evaluations[number])
-        if best is not None and config.keep_best and evaluations[number]["loss"] <= min(e["loss"] for e in evaluations.values()):
+        if (
+            best is not None
+            and config.keep_best
+            and evaluations[number]["loss"] <= min(e["loss"] for e in evaluations.values())
+        ):
             best.save(state, {"evaluations": {}})
 
     def keep(state: TrainState) -> None:
@@ -148,7 +152,9 @@ def train(
     return Result(combine(state.trainable, frozen), number, evaluations, interrupted, int(state.skipped))
 
 
-def run_evaluation(evaluate: Callable[..., Any], trainable: Any, frozen: Any, rows: Rows, batch_size: int, mesh: Mesh | None) -> dict[str, float]:
+def run_evaluation(
+    evaluate: Callable[..., Any], trainable: Any, frozen: Any, rows: Rows, batch_size: int, mesh: Mesh | None
+) -> dict[str, float]:
     """Metrics over all rows, averaged by weight, with the perplexity exp(loss)."""
     sums: dict[str, float] = {}
     total = 0.0
@@ -162,27 +168,36 @@ def run_evaluation(evaluate: Callable[..., Any], trainable: Any, frozen: Any, ro
     return {**result, "perplexity": math.exp(min(result["loss"], 700.0))}
 
 
-def _check_batch(config: TrainConfig, rows: Rows, mesh: Mesh | None) -> None:
+def check_batch(config: TrainConfig, length: int, mesh: Mesh | None) -> None:
+    """Raise ValueError where batches of rows of `length` tokens do not divide over the mesh."""
     if mesh is None:
         return
     ways, sequence = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
-    if (config.batch_size // config.accumulate) % ways:
+    micro = config.batch_size // config.accumulate
+    if micro % ways:
         raise ValueError(
-            f"a micro-batch of {config.batch_size // config.accumulate} rows (train.batch_size / train.accumulate) does "
-            f"not divide over data x fsdp = {ways} of the mesh"
+            f"a micro-batch of {micro} rows (train.batch_size / train.accumulate) does not divide over "
+            f"data x fsdp = {ways} of the mesh"
         )
-    if rows.tokens.shape[1] % sequence:
-        raise ValueError(f"data.sequence_length={rows.tokens.shape[1]} does not divide over sequence={sequence} of the mesh")
+    if length % sequence:
+        raise ValueError(f"data.sequence_length={length} does not divide over sequence={sequence} of the mesh")
 
 
-def _place(state: TrainState, params: Any, mesh: Mesh | None) -> TrainState:
-    """The state on the mesh: each trained array and its optimizer moments where its node's specs say."""
+def initial_state(params: Any, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh | None = None) -> TrainState:
+    """The state before the first step of training `params`, on the mesh: each trained array and its optimizer moments
+    lie where its node's specs say. Raises ValueError where nothing trains.
+    """
+    trainable = partition(params)[0]
+    if not jax.tree.leaves(trainable):
+        raise ValueError("nothing trains: no node of the tree is trainable")
+    start = functools.partial(init_state, optimizer=optimizer, seed=seed)
     if mesh is None:
-        return state
+        return start(trainable)
     where = jax.tree.map(lambda m, s: s if m else None, trainable_mask(params), shardings(params, mesh))
     replicated = NamedSharding(mesh, P())
-    moments = _opt_shardings(state.opt_state, state.trainable, where, replicated)
-    return jax.device_put(state, TrainState(replicated, where, moments, replicated, replicated, replicated))
+    moments = _opt_shardings(jax.eval_shape(start, trainable).opt_state, trainable, where, replicated)
+    spec = TrainState(replicated, where, moments, replicated, replicated, replicated)
+    return jax.jit(start, out_shardings=spec)(trainable)
 
 
 def _opt_shardings(opt_state: Any, trainable: Any, where: Any, replicated: NamedSharding) -> Any:

@@ -56,7 +56,9 @@ class Reporter:
         self._primary = jax.process_index() == 0
         self._flops, self._console, self._writer, self._jsonl = flops_per_token, console, None, None
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"))
-        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not self._primary)
+        self._progress = Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not self._primary
+        )
         self._task = self._progress.add_task("training", total=steps, completed=start, line="")
         if self._primary:
             folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from peft_jax.core.files import write_json
-from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.sharding import fetch, make_mesh, shard
 from peft_jax.core.tree import combine, count, merge, partition, places
 from peft_jax.core.weight import Trainable
 from peft_jax.data import Record, Rows, encode, fit, pack, read_records
@@ -24,11 +25,9 @@ from peft_jax.training.checkpoint import Checkpoints, fingerprint
 from peft_jax.training.config import ConfigError, RunConfig, SourceConfig, check_method, to_dict
 from peft_jax.training.evaluate import generated_metrics, perplexity
 from peft_jax.training.generate import generate
-from peft_jax.training.loop import Result, train
+from peft_jax.training.loop import Result, check_batch, initial_state, train
 from peft_jax.training.optimizer import make_optimizer
-from peft_jax.training.step import init_state
 
-BASE = Path(__file__).parent.parent / "assets" / "base"
 ADAPTER, MODEL = "adapter", "model"
 
 
@@ -52,20 +51,11 @@ def start_distributed() -> None:
     jax.distributed.initialize(**{k: int(os.environ[v]) for k, v in names.items() if v in os.environ})
 
 
-def model_folder(path: str, revision: str | None = None) -> Path:
-    """The folder of a model; "builtin:base" is the embedded one."""
-    if path.startswith("builtin:"):
-        if path != "builtin:base":
-            raise FileNotFoundError(f"there is no built-in model {path!r}; there is builtin:base")
-        return BASE
-    return local_folder(path, revision)
-
-
 def set_up(config: RunConfig) -> Setup:
     """Load the model (and the adapter to start from), placed on the mesh that the configuration describes."""
     mesh = make_mesh(config.mesh) if config.mesh or jax.device_count() > 1 else None
     c = config.model
-    folder = model_folder(c.path, c.revision)
+    folder = local_folder(c.path, c.revision)
     model, params = load(
         folder,
         dtype=_dtype(c.dtype),
@@ -129,13 +119,15 @@ def identity(config: RunConfig, setup: Setup, rows: Rows) -> dict[str, Any]:
 def run_training(config: RunConfig, console: Console | None = None) -> Result:
     """The whole of `peft-jax train`: samples and evaluation before, training, both again, and the export."""
     console = console or Console()
-    say = console.print if jax.process_index() == 0 else lambda *a, **k: None
+    console.quiet = jax.process_index() != 0
+    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     out = Path(config.output)
     if not config.resume and out.exists():
         for name in ("checkpoints", "best", "metrics.jsonl", "tensorboard"):
             stale = out / name
             shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
     setup = set_up(config)
+    check_batch(config.train, config.data.sequence_length, setup.mesh)
     rows = make_rows(config, config.data.train, setup.tokenizer)
     held = config.data.test or config.data.validation
     validation = make_rows(config, config.data.validation, setup.tokenizer) if config.data.validation else None
@@ -146,14 +138,14 @@ def run_training(config: RunConfig, console: Console | None = None) -> Result:
     say(
         f"{setup.model.config.model_type} model, {total:,} parameters, {trained:,} trained ({trained / total:.2%}); "
         f"{len(rows.tokens):,} rows of {config.data.sequence_length} tokens; {steps:,} steps",
-        highlight=False,
     )
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    if jax.process_index() == 0:
+        (out / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     before = _measure(config, setup, setup.params, test)
     samples = {"before": _samples(config, setup, setup.params)}
     if before:
-        say(f"before: {_shown(before)}", highlight=False)
+        say(f"before: {_shown(before)}")
     result = train(
         setup.model,
         params,
@@ -169,11 +161,11 @@ def run_training(config: RunConfig, console: Console | None = None) -> Result:
         console=console,
     )
     if result.interrupted:
-        say(f"stopped at step {result.step} by SIGTERM; the checkpoint is in {out / 'checkpoints'}", highlight=False)
+        say(f"stopped at step {result.step} by SIGTERM; the checkpoint is in {out / 'checkpoints'}")
         return result
     after = _measure(config, setup, result.params, test)
     if after:
-        say(f"after:  {_shown(after)}", highlight=False)
+        say(f"after:  {_shown(after)}")
     samples["after"] = _samples(config, setup, result.params)
     _show_samples(say, config, samples)
     exported = export(config, setup, result.params, out)
@@ -182,7 +174,7 @@ def run_training(config: RunConfig, console: Console | None = None) -> Result:
             "before": before, "after": after, "trained_parameters": trained, "parameters": total, "steps": result.step,
             "skipped_steps": result.skipped, "samples": samples,
         })  # fmt: skip
-    say(f"written: {exported}", highlight=False)
+    say(f"written: {exported}")
     return result
 
 
@@ -210,6 +202,7 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
     held = config.data.test or config.data.validation
     if held is None:
         raise ConfigError("evaluate needs data.validation or data.test")
+    check_batch(config.train, config.data.sequence_length, setup.mesh)
     return _measure(config, setup, setup.params, make_rows(config, held, setup.tokenizer))
 
 
@@ -233,9 +226,9 @@ def _samples(config: RunConfig, setup: Setup, params: Any) -> list[str]:
 
 def _show_samples(say: Any, config: RunConfig, samples: dict[str, list[str]]) -> None:
     for i, prompt in enumerate(config.generate.prompts):
-        say(f"\nprompt: {prompt}", highlight=False, markup=False)
+        say(f"\nprompt: {prompt}")
         for when, texts in samples.items():
-            say(f"{when}: {' '.join(texts[i].split())}", highlight=False, markup=False)
+            say(f"{when}: {' '.join(texts[i].split())}")
 
 
 def _shown(metrics: dict[str, float]) -> str:
@@ -244,7 +237,7 @@ def _shown(metrics: dict[str, float]) -> str:
 
 def export(config: RunConfig, setup: Setup, params: Any, out: Path, *, merged: bool = False) -> Path:
     """Write what was trained: a PEFT adapter folder, or (full fine-tuning, or `merged`) a Hugging Face model folder."""
-    params = jax.tree.map(_whole, params)
+    params = jax.tree.map(fetch, params) if jax.process_count() > 1 else params
     whole = merged or any(isinstance(w, Trainable) and w.saved_as == "full" for w in places(params).values())
     if jax.process_index() != 0:
         return out
@@ -253,17 +246,10 @@ def export(config: RunConfig, setup: Setup, params: Any, out: Path, *, merged: b
         save(out / MODEL, setup.model, arrays, tokenizer=setup.tokenizer)
         return out / MODEL
     options = check_method(config.method)[1]
-    save_adapter(out / ADAPTER, params, name=options.get("adapter", "default"), base=config.model.path, revision=config.model.revision)
+    save_adapter(
+        out / ADAPTER, params, name=options.get("adapter", "default"), base=config.model.path, revision=config.model.revision
+    )
     return out / ADAPTER
-
-
-def _whole(x: jax.Array) -> jax.Array:
-    """The array on this host, gathered from other hosts where it is spread over several."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return jnp.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return x
 
 
 def run_export(config: RunConfig, *, merged: bool) -> Path:
@@ -275,13 +261,11 @@ def run_export(config: RunConfig, *, merged: bool) -> Path:
     setup = set_up(config)
     params = add_method(config, setup.params, setup.mesh)
     rows = make_rows(config, config.data.train, setup.tokenizer)
-    trainable, frozen = partition(params)
-    state = init_state(trainable, make_optimizer(config.optimizer, train_steps(config, rows)), config.train.seed)
+    optimizer = make_optimizer(config.optimizer, train_steps(config, rows))
+    state = initial_state(params, optimizer, config.train.seed, setup.mesh)
     checkpoints = Checkpoints(out / chosen, keep=1, identity=identity(config, setup, rows))
     try:
         state, _ = checkpoints.restore(state)
     finally:
         checkpoints.close()
-    return export(config, setup, combine(state.trainable, frozen), out, merged=merged)
-
-
+    return export(config, setup, combine(state.trainable, partition(params)[1]), out, merged=merged)

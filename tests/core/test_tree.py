@@ -68,7 +68,9 @@ def test_nested_nodes_train_unless_frozen():
     twice = peft_jax.lora(peft_jax.freeze(once), jax.random.key(1), rank=3, targets="q_proj", adapter="second")
     node = trainable_mask(twice)["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     assert (node.a, node.base.a, node.base.base) == (True, False, False)
-    node = trainable_mask(peft_jax.lora(once, jax.random.key(1), rank=3, targets="q_proj"))["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+    node = trainable_mask(peft_jax.lora(once, jax.random.key(1), rank=3, targets="q_proj"))["model"]["layers"]["self_attn"][
+        "q_proj"
+    ]["kernel"]
     assert (node.a, node.base.a, node.base.base) == (True, True, False)
 
 
@@ -88,7 +90,13 @@ def test_unmerge_restores():
 
 def test_ranks_and_alphas_by_pattern():
     params = peft_jax.lora(
-        TREE, jax.random.key(0), rank=2, alpha=8, rank_pattern={"up_proj": 4}, alpha_pattern={"self_attn.q_proj": 1}, rslora=True
+        TREE,
+        jax.random.key(0),
+        rank=2,
+        alpha=8,
+        rank_pattern={"up_proj": 4},
+        alpha_pattern={"self_attn.q_proj": 1},
+        rslora=True,
     )
     nodes = peft_jax.places(params)
     assert {p: (n.rank, round(float(n.scale[0]), 4)) for p, n in nodes.items() if p in (Q, O, UP)} == {
@@ -123,7 +131,9 @@ def test_boxed_parameters_name_the_remedy():
 
 
 def test_initialisation_is_pefts():
-    node = peft_jax.places(peft_jax.lora({"kernel": jnp.ones((400, 30))}, jax.random.key(0), rank=50, targets="kernel"))["kernel"]
+    node = peft_jax.places(peft_jax.lora({"kernel": jnp.ones((400, 30))}, jax.random.key(0), rank=50, targets="kernel"))[
+        "kernel"
+    ]
     a = np.asarray(node.a)
     assert np.abs(a).max() <= 1 / 20
     assert abs(a.std() - 1 / 20 / np.sqrt(3)) < 1e-3

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 import peft_jax
-from peft_jax.data import Record, batch_at, encode, evaluation_batches, fit, pack, read_records
-from peft_jax.data import builtin
+from peft_jax.data import Record, batch_at, builtin, encode, evaluation_batches, fit, pack, read_records
 from peft_jax.data.encode import Example
 from peft_jax.data.records import MalformedRecordError
-from peft_jax.training.run import BASE
+from peft_jax.hub.checkpoint import BASE
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,9 @@ def test_loading_reads_one_tensor_at_a_time(folder, monkeypatch):
     sizes = []
     read = safetensors_io.Checkpoint.read
     monkeypatch.setattr(
-        safetensors_io.Checkpoint, "read", lambda self, name, index=None: sizes.append((x := read(self, name, index)).nbytes) or x
+        safetensors_io.Checkpoint,
+        "read",
+        lambda self, name, index=None: sizes.append((x := read(self, name, index)).nbytes) or x,
     )
     peft_jax.load(folder)
     assert max(sizes) == 4096 * 32 * 4

@@ -18,10 +18,16 @@ FROM_PEFT = {
     "plain": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
     "all linear, rslora": dict(r=4, lora_alpha=8, target_modules="all-linear", use_rslora=True),
     "patterns": dict(
-        r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 2}, alpha_pattern={"layers.1.*up_proj": 3}
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "up_proj"],
+        rank_pattern={"up_proj": 2},
+        alpha_pattern={"layers.1.*up_proj": 3},
     ),
     "ranks differ between layers": dict(
-        r=4, target_modules=["q_proj", "down_proj"], rank_pattern={r".*layers\.1\.mlp\.down_proj": 7, "layers.0.self_attn.q_proj": 1}
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={r".*layers\.1\.mlp\.down_proj": 7, "layers.0.self_attn.q_proj": 1},
     ),
     "some layers": dict(r=4, target_modules=["q_proj", "gate_proj"], layers_to_transform=[0, 2]),
     "regular expression": dict(r=4, target_modules=r".*layers\.[01]\..*(k|o)_proj"),
@@ -111,7 +117,9 @@ def test_biases_to_pytorch(base, tmp_path):
 def test_padding_of_ranks_stays_zero_in_training(base, tmp_path):
     """Layers of a stacked tree that differ in rank are padded; the padding never learns, so export strips it again."""
     name, _, _, params, run = base
-    adapted = get_peft_model(fresh(name), LoraConfig(r=3, target_modules=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 1}))
+    adapted = get_peft_model(
+        fresh(name), LoraConfig(r=3, target_modules=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 1})
+    )
     adapted.save_pretrained(tmp_path / "in")
     loaded = peft_jax.load_adapter(params, tmp_path / "in")
     trainable, frozen = peft_jax.partition(loaded)
@@ -124,7 +132,11 @@ def test_padding_of_ranks_stays_zero_in_training(base, tmp_path):
         updates, state = optimizer.update(grads, state, trainable)
         trainable = optax.apply_updates(trainable, updates)
     peft_jax.save_adapter(tmp_path / "out", peft_jax.combine(trainable, frozen))
-    shapes = {k.split("layers.")[1][:1]: v.shape[0] for k, v in load_file(tmp_path / "out/adapter_model.safetensors").items() if "lora_A" in k}
+    shapes = {
+        k.split("layers.")[1][:1]: v.shape[0]
+        for k, v in load_file(tmp_path / "out/adapter_model.safetensors").items()
+        if "lora_A" in k
+    }
     assert shapes["0"] == 3
     assert shapes["1"] == 1
 
@@ -162,7 +174,9 @@ BAD = {
         "belongs to an option that is not supported",
     ),
     "another model": (
-        lambda f: edit_tensors(f, lambda t: [t.update({k.replace("layers.0", "layers.9"): t.pop(k)}) for k in list(t) if "layers.0" in k]),
+        lambda f: edit_tensors(
+            f, lambda t: [t.update({k.replace("layers.0", "layers.9"): t.pop(k)}) for k in list(t) if "layers.0" in k]
+        ),
         r"has model.layers.9.self_attn.q_proj, which the model lacks. Did you mean",
     ),
     "another width": (

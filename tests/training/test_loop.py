@@ -109,7 +109,9 @@ def test_divergence_is_said(setup):
     def bad(apply, params, batch, rng):
         import jax.numpy as jnp
 
-        return peft_jax.partition(params)[0]["model"]["layers"]["mlp"]["up_proj"]["kernel"].a.sum() * jnp.nan, {"weight": jnp.ones(())}
+        return peft_jax.partition(params)[0]["model"]["layers"]["mlp"]["up_proj"]["kernel"].a.sum() * jnp.nan, {
+            "weight": jnp.ones(())
+        }
 
     with pytest.raises(TrainingDivergedError, match=r"3 steps in a row .* lower optimizer.learning_rate"):
         train(model, params, rows, optax.sgd(0.1), TrainConfig(nan_limit=3, log_every=1), steps=9, objective=bad)
@@ -166,7 +168,11 @@ def command(folder, tiny_folder, *overrides):
     ]  # fmt: skip
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-m", "peft_jax", "train", *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "peft_jax", "train", *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

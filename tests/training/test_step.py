@@ -11,7 +11,7 @@ import pytest
 import peft_jax
 from peft_jax.core.sharding import LOGICAL_RULES, make_mesh, shard
 from peft_jax.data import batch_at
-from peft_jax.training.loop import _on_devices, _place
+from peft_jax.training.loop import _on_devices, initial_state
 from peft_jax.training.objective import next_token
 from peft_jax.training.step import init_state, make_evaluation, make_step
 from tests.reference import relative_error
@@ -27,8 +27,7 @@ def setup(tiny_folder):
 def run(model, params, rows, steps, *, mesh=None, accumulate=1, batch_size=8, objective=next_token, optimizer=None):
     optimizer = optimizer or optax.adamw(0.01)
     params = params if mesh is None else shard(params, mesh)
-    trainable, frozen = peft_jax.partition(params)
-    state = _place(init_state(trainable, optimizer, 0), params, mesh)
+    state, frozen = initial_state(params, optimizer, 0, mesh), peft_jax.partition(params)[1]
     step = jax.jit(make_step(objective, peft_jax.bind(model), optimizer, accumulate=accumulate), donate_argnums=0)
     losses = []
     for i in range(steps):
@@ -77,7 +76,9 @@ def test_chunks_bound_the_logits(setup):
 def test_loss_is_the_mean_over_what_counts(setup):
     model, params, rows = setup
     batch = batch_at(rows, 0, 8, seed=0)
-    logits = np.asarray(peft_jax.bind(model)(params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]))
+    logits = np.asarray(
+        peft_jax.bind(model)(params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+    )
     log = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
     picked = -np.take_along_axis(log, batch["targets"][..., None], -1)[..., 0]
     expected = (picked * batch["weights"]).sum() / batch["weights"].sum()
@@ -113,7 +114,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(setup):
     bad["tokens"][0, 0] = -1
     after, metrics = step(state, frozen, bad)
     assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"]), int(after.step)) == (1, 1, 1)
-    for a, b in zip(jax.tree.leaves((state.trainable, state.opt_state)), jax.tree.leaves((after.trainable, after.opt_state)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves((state.trainable, state.opt_state)), jax.tree.leaves((after.trainable, after.opt_state)), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     after, metrics = step(after, frozen, batch)
     assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (1, 0)
@@ -145,8 +148,7 @@ def test_the_frozen_tree_is_an_argument_and_has_no_gradient(setup):
 def _compiled(model, params, rows, mesh=None):
     optimizer = optax.adamw(0.01)
     params = params if mesh is None else shard(params, mesh)
-    trainable, frozen = peft_jax.partition(params)
-    state = _place(init_state(trainable, optimizer, 0), params, mesh)
+    state, frozen = initial_state(params, optimizer, 0, mesh), peft_jax.partition(params)[1]
     step = jax.jit(make_step(next_token, peft_jax.bind(model), optimizer), donate_argnums=0)
     return step.lower(state, frozen, _on_devices(batch_at(rows, 0, 8, seed=0), mesh)).compile()
 

@@ -1,0 +1,147 @@
+"""The commands, from a shell's point of view."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from peft_jax.cli import USER_ERRORS, main
+from peft_jax.training.config import ConfigError, describe, load_config, parse_config, to_dict
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def run(*args):
+    result = CliRunner().invoke(main, list(args), catch_exceptions=True)
+    return result.output, result.exception
+
+
+@pytest.fixture
+def options(tiny_folder, tmp_path):
+    return [
+        f"output={tmp_path}/run", f"model.path={tiny_folder}", "method.rank=2", "data.train.path=builtin:countries",
+        "data.validation.path=builtin:countries", "data.kind=completion", "data.sequence_length=32", "train.steps=3",
+        "train.batch_size=8", "train.log_every=1", "data.train.limit=40", "data.validation.limit=16",
+        "evaluate.metrics=[perplexity,exact_match]", "evaluate.limit=4", "evaluate.batch_size=4", "evaluate.max_tokens=4",
+        'generate.prompts=["What is the capital of France?"]', "generate.max_tokens=4",
+    ]  # fmt: skip
+
+
+def test_train_evaluate_generate_export_and_inspect(options, tmp_path):
+    out, error = run("train", *options)
+    assert error is None, out
+    for text in ("before:", "after:", "exact_match", "prompt: What is the capital of France?", "adapter"):
+        assert text in out
+    folder = tmp_path / "run"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["after"]["loss"] != results["before"]["loss"]
+    assert load_config(str(folder / "config.yaml")).method["rank"] == 2
+    adapter = f"model.adapter={folder / 'adapter'}"
+    out, error = run("evaluate", *options, adapter)
+    assert error is None
+    assert f"{results['after']['loss']:.6g}"[:6] in out
+    out, error = run("generate", *options, adapter, "generate.temperature=0")
+    assert error is None
+    assert out.startswith("What is the capital of France?")
+    out, error = run("export", "--merged", *options)
+    assert error is None, out
+    assert (folder / "model" / "config.json").is_file()
+    assert (folder / "model" / "tokenizer.json").is_file()
+    out, error = run("inspect", *options)
+    assert error is None
+    assert "LoRA(r=2) > array" in out
+    assert "model/layers/self_attn/q_proj/kernel" in out
+    assert "trained" in out
+
+
+def test_full_fine_tuning_exports_a_model(options, tmp_path):
+    full = [o for o in options if not o.startswith("method")]
+    out, error = run("train", *full, "method.name=full", "evaluate.metrics=[perplexity]", "generate.prompts=[]")
+    assert error is None, out
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_help_shows_every_option_with_its_default():
+    out, _ = run("train", "--help")
+    flat = " ".join(out.split())
+    for name, default, _ in describe():
+        assert f"{name}={default}" in flat.replace(" ", "") or name in flat, name
+    assert "train.batch_size=8" in flat
+    assert "method.rank=8" in flat
+    out, _ = run("--help")
+    for verb in ("train", "evaluate", "generate", "export", "inspect"):
+        assert verb in out
+
+
+BAD = {
+    "unknown option": (["train.stpes=3"], "unknown option 'train.stpes'. Did you mean 'steps'?"),
+    "unknown section": (["trian.steps=3"], "unknown option 'trian'. Did you mean 'train'?"),
+    "wrong type": (["train.steps=many"], "option 'train.steps': input should be a valid integer"),
+    "wrong choice": (["data.kind=prose"], "option 'data.kind': input should be 'text', 'completion' or 'chat'"),
+    "unknown method": (["method.name=lroa"], "unknown method 'lroa'. Did you mean 'lora'?"),
+    "unknown method option": (["method.rnak=3"], "unknown option 'method.rnak' of lora. Did you mean 'rank'?"),
+    "method type": (["method.rank=x"], "option 'method.rank'"),
+    "target": (["method.targets=[q_porj]"], "target 'q_porj' matches nothing. Did you mean 'q_proj'?"),
+    "no file": (["configs/quikstart.yaml"], "configuration file configs/quikstart.yaml does not exist Did you mean"),
+    "not key=value": (["a=1", "steps"], "override 'steps' should read key=value"),
+    "model": (["model.path=./no/such/model"], "./no/such/model is no folder"),
+    "builtin model": (["model.path=builtin:bse"], "there is builtin:base"),
+    "dtype": (["model.dtype=float8"], "'float8' is none of float32, bfloat16, float16"),
+    "adapter": (["model.adapter=./no/adapter"], "./no/adapter is no folder"),
+    "data": (["data.train.path=./no.jsonl"], "data file ./no.jsonl does not exist"),
+    "too long": (["data.train.path=builtin:countries", "data.kind=completion", "data.sequence_length=2"], "no record fits"),
+    "zero": (["train.batch_size=0"], "option 'train.batch_size' must be at least 1"),
+    "accumulate": (["train.accumulate=3"], "train.batch_size=8 is not a multiple of train.accumulate=3"),
+    "no validation": (["data.validation=null", "train.eval_every=2"], "need data.validation"),
+    "mesh": (["mesh.data=3"], "does not divide"),
+    "batch on mesh": (["mesh.data=8", "train.batch_size=4"], "a micro-batch of 4 rows"),
+    "metric of text": (["evaluate.metrics=[bleu]"], "needs data of kind completion or chat"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_wrong_is_said_in_one_sentence(tiny_folder, tmp_path, kind, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    overrides, message = BAD[kind]
+    common = [f"output={tmp_path}/run", "train.steps=1", "data.train.limit=2", "data.validation.limit=1"]
+    common += [] if kind in ("model", "builtin model") else [f"model.path={tiny_folder}"]
+    first = [o for o in overrides if "=" not in o and o.endswith(".yaml")]
+    rest = [o for o in overrides if o not in first]
+    _, error = run("train", *first, *common, *rest)
+    assert isinstance(error, USER_ERRORS), error
+    assert message in str(error)
+    assert "\n" not in str(error)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_the_console_script_exits_with_2_and_no_traceback(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "peft_jax", "train", "train.stpes=3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown option 'train.stpes'")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_config_is_valid(path):
+    config = load_config(str(path))
+    assert parse_config(to_dict(config)) == config
+
+
+def test_yaml_that_is_none(tmp_path):
+    for text, message in [("a: [", "is not valid YAML"), ("- 1", "should hold a mapping")]:
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_config(str(tmp_path / "c.yaml"))
+
+
+def test_scientific_notation_without_a_dot_is_a_number():
+    assert load_config(None, ["optimizer.learning_rate=1e-4"]).optimizer.learning_rate == 1e-4
+    assert yaml.safe_load("x: 1e-4")["x"] == "1e-4"  # which is why

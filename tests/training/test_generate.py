@@ -1,0 +1,145 @@
+"""Generation against the plain forward pass, and its options."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import peft_jax
+from peft_jax.training import generate as module
+from peft_jax.training.evaluate import bleu, exact_match, generated_metrics, perplexity, prompt_and_answer, rouge
+from peft_jax.training.generate import _Sampling, sample
+from tests.reference import perturb
+from tests.third_party import linen_model
+from tests.training.test_loop import tiny_rows
+
+PROMPTS = [[5, 6, 7], [9], list(range(20, 45))]
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_folder):
+    model, params = peft_jax.load(tiny_folder)
+    params = perturb(peft_jax.lora(params, jax.random.key(0), rank=2))
+    return model, params, peft_jax.load_tokenizer(tiny_folder), peft_jax.bind(model)
+
+
+def greedy_by_hand(apply, params, prompt, count):
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(apply(params, jnp.asarray([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_equals_the_plain_forward_pass_for_each_row(setup):
+    model, params, _, apply = setup
+    out = peft_jax.generate(model, params, PROMPTS, max_tokens=40)
+    for row, prompt in zip(out, PROMPTS, strict=True):
+        assert row == greedy_by_hand(jax.jit(apply), params, prompt, 40)
+    assert peft_jax.generate(apply, params, [PROMPTS[1]], max_tokens=40)[0] == out[1]  # company changes nothing
+
+
+def test_models_without_a_cache_generate_too():
+    model, params = linen_model()
+    out = peft_jax.generate(model, params, [[1, 2, 3], [4]], max_tokens=6)
+    assert out[1] == greedy_by_hand(peft_jax.bind(model), params, [4], 6)
+    assert out[0] == greedy_by_hand(peft_jax.bind(model), params, [1, 2, 3], 6)
+
+
+def test_end_token_and_stop_strings(setup):
+    model, params, tokenizer, _ = setup
+    free = peft_jax.generate(model, params, PROMPTS[:1], max_tokens=40)[0]
+    cut = peft_jax.generate(model, params, PROMPTS[:1], max_tokens=40, eos_token_id=free[10])[0]
+    assert cut == free[: free.index(free[10])]
+    text = peft_jax.generate(model, params, ["Hello"], tokenizer=tokenizer, max_tokens=40)[0]
+    stop = text[10:14]
+    assert (
+        peft_jax.generate(model, params, ["Hello"], tokenizer=tokenizer, max_tokens=40, stop=[stop])[0]
+        == text[: text.index(stop)]
+    )
+
+
+def test_seeds_decide_samples(setup):
+    model, params, *_ = setup
+    draw = lambda seed: peft_jax.generate(model, params, PROMPTS, max_tokens=12, temperature=1.0, seed=seed)  # noqa: E731
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+    assert peft_jax.generate(model, params, PROMPTS, max_tokens=12, temperature=1.0, top_k=1) == peft_jax.generate(
+        model, params, PROMPTS, max_tokens=12
+    )
+
+
+def test_one_compilation_serves_all_options(setup):
+    model, params, *_ = setup
+    apply = peft_jax.bind(model)
+    peft_jax.generate(apply, params, PROMPTS, max_tokens=8, temperature=0.7)
+    prefill, decode = module._programs(apply)
+    before = prefill._cache_size(), decode._cache_size()
+    for options in ({"top_k": 5}, {"top_p": 0.5}, {"temperature": 2.0}, {"seed": 9}):
+        peft_jax.generate(apply, params, PROMPTS, max_tokens=8, **{"temperature": 0.7, **options})
+    peft_jax.generate(apply, params, [[1, 2], [3], [4]], max_tokens=20, temperature=0.7)
+    assert before == (1, 1)
+    assert (prefill._cache_size(), decode._cache_size()) == (2, 2)  # the shorter prompts are one more width
+
+
+def test_sampling_draws_from_the_right_distribution():
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+    keys = jax.random.split(jax.random.key(0), 4000)
+
+    def frequencies(temperature=1.0, top_k=0, top_p=1.0):
+        s = _Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+        draws = np.asarray(jax.vmap(lambda k: sample(logits, s, k[None])[0])(keys))
+        return np.bincount(draws, minlength=4) / len(keys)
+
+    np.testing.assert_allclose(frequencies(), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    np.testing.assert_allclose(frequencies(top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(frequencies(top_p=0.79), [0.625, 0.375, 0, 0], atol=0.03)
+    np.testing.assert_allclose(frequencies(top_p=0.81), np.asarray([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03)
+    squared = np.asarray([0.25, 0.09, 0.0225, 0.0025])
+    np.testing.assert_allclose(frequencies(temperature=0.5), squared / squared.sum(), atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "there are no prompts"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        (["text"], {}, "need the tokenizer"),
+        ([[1]], {"temperature": -1}, "temperature >= 0"),
+        ([[1]], {"top_p": 0}, "0 < top_p <= 1"),
+        ([[1]], {"max_tokens": 0}, "max_tokens >= 1"),
+    ],
+)
+def test_impossible_requests(setup, prompts, options, message):
+    model, params, *_ = setup
+    with pytest.raises(ValueError, match=message):
+        peft_jax.generate(model, params, prompts, **options)
+
+
+def test_metrics_of_generated_text():
+    assert exact_match(["a ", "b"], [["x", "a"], ["c"]]) == 0.5
+    same = ["the cat sat on the mat today", "a dog ran far away"]
+    assert bleu(same, [[s] for s in same]) == pytest.approx(100)
+    assert bleu(same, [["nothing like it at all here"]] * 2) < 10
+    assert bleu([same[0]], [["completely other words here", same[0]]]) == pytest.approx(100)
+    assert rouge(["the cat"], [["the cat"]]) == 1.0
+    assert rouge(["the cat"], [["a dog", "the cat sat"]]) == pytest.approx(0.8)
+
+
+def test_generated_metrics_group_references(setup):
+    model, params, tokenizer, _ = setup
+    from peft_jax.data import Record
+
+    answer = peft_jax.generate(model, params, ["What?"], tokenizer=tokenizer, max_tokens=5)[0]
+    records = [Record({"prompt": "What?", "completion": c}, "x") for c in ("other", answer)]
+    scores = generated_metrics(model, params, records, tokenizer, ["exact_match", "rouge"], max_tokens=5, batch_size=2)
+    assert scores == {"exact_match": 1.0, "rouge": pytest.approx(1.0)}
+    chat = Record({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}, "x")
+    assert prompt_and_answer(chat, tokenizer) == ("### User:\nHi\n\n### Assistant:\n", "Ho")
+
+
+def test_perplexity_is_the_exponential_of_the_loss(setup):
+    model, params, *_ = setup
+    rows = tiny_rows(10, 16)
+    one, two = (perplexity(model, params, rows, batch_size=n) for n in (4, 10))
+    assert one["perplexity"] == pytest.approx(np.exp(one["loss"]))
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)  # padding rows weigh nothing
