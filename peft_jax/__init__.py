@@ -10,3 +10,38 @@ from peft_jax.low_rank.lora import LoRA, lora
 from peft_jax.training.generate import generate
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Attachment",
+    "LoRA",
+    "MissingRuleError",
+    "Trainable",
+    "Weight",
+    "bind",
+    "combine",
+    "count",
+    "einsum",
+    "freeze",
+    "full",
+    "generate",
+    "layout_of",
+    "load",
+    "load_adapter",
+    "load_tokenizer",
+    "lora",
+    "make_mesh",
+    "materialize",
+    "matmul",
+    "merge",
+    "nnx_params",
+    "partition",
+    "places",
+    "register_rule",
+    "save",
+    "save_adapter",
+    "select",
+    "shard",
+    "shardings",
+    "take",
+    "unmerge",
+]

@@ -136,9 +136,7 @@ def test_lora_wins_most_of_what_full_fine_tuning_wins_on_shakespeare(stories, sh
         after[name] = perplexity(model, result.params, test, batch_size=16)["loss"]
     share = (before - after["lora"]) / (before - after["full"])
     with capsys.disabled():
-        print(
-            f"\nheld-out Shakespeare, nats per token: base {before:.3f}, full {after['full']:.3f}, LoRA {after['lora']:.3f}; share {share:.2f}"
-        )
+        print(f"\nheld-out Shakespeare, nats per token: before {before:.3f}, after {after}; share {share:.2f}")
     assert share >= 0.8
 
 

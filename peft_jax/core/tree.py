@@ -37,7 +37,7 @@ def path_str(path: Any) -> str:
 
 def places(params: Any) -> dict[str, Any]:
     """path -> array or node, nodes not entered."""
-    stop = lambda x: is_node(x) or isinstance(x, meta.AxisMetadata)  # noqa: E731
+    stop = lambda x: is_node(x) or isinstance(x, meta.AxisMetadata)
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=stop)[0]
     for path, leaf in leaves:
         if isinstance(leaf, meta.AxisMetadata):
@@ -72,7 +72,8 @@ def select(params: Any, targets: Targets = "all-linear", exclude: Targets = (), 
     """Paths of the places that `targets` name, in the order of the tree.
 
     `targets` is "all-linear" (every `kernel` except the output head's), one target or several; see `matches`.
-    Places with fewer than `min_ndim` axes are passed over; a `bias` or `scale` counts as one axis, stacked or not. Raises ValueError for a target that matches nothing.
+    Places with fewer than `min_ndim` axes are passed over; a `bias` or `scale` counts as one axis, stacked or not.
+    Raises ValueError for a target that matches nothing.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     unwanted = [exclude] if isinstance(exclude, str) else list(exclude)

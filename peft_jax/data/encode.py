@@ -81,11 +81,7 @@ def _chat(record: Record, tokenizer: Any) -> Example:
     messages = record.value["messages"]
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template; use kind: completion, or a model with a template")
-    render = (
-        lambda upto, prompt: tokenizer.apply_chat_template(  # noqa: E731
-            messages[:upto], tokenize=False, add_generation_prompt=prompt
-        )
-    )
+    render = lambda upto, prompt: tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=prompt)
     text = render(len(messages), False)
     spans = []
     for i, message in enumerate(messages):

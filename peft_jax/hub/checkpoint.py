@@ -105,7 +105,7 @@ def load(
     with open_checkpoint(folder) as checkpoint:
         _check(checkpoint, abstract, model, folder)
         placed = None if mesh is None else places(shardings(abstract, mesh, rules))
-        read = lambda path, leaf: _read_leaf(checkpoint, path, leaf, model, placed and placed[path])  # noqa: E731
+        read = lambda path, leaf: _read_leaf(checkpoint, path, leaf, model, placed[path] if placed else None)
         return model, map_places(read, abstract)
 
 

@@ -149,9 +149,9 @@ def lora(
     """`params` with a LoRA node of rank `rank` at each place that `targets` name.
 
     `alpha` defaults to the rank (scale 1). `rank_pattern` and `alpha_pattern` override both for the places that their
-    keys match. `bias` also trains biases, `modules_to_save` whole modules, as in PEFT; `adapter` names it. `layout` (see `layout_of`) says
-    which axes of a weight are inputs; without it a weight is [*leading, in, out]. Raises ValueError for a rank below 1,
-    dropout outside [0, 1), or a target or pattern that matches nothing.
+    keys match. `bias` also trains biases, `modules_to_save` whole modules, as in PEFT; `adapter` names the adapter.
+    `layout` (see `layout_of`) says which axes of a weight are inputs; without it a weight is [*leading, in, out].
+    Raises ValueError for a rank below 1, dropout outside [0, 1), or a target or pattern that matches nothing.
     """
     rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
     for r in (rank, *rank_pattern.values()):

@@ -22,13 +22,13 @@ _MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
 class Mask:
     """Who may look at whom, prepared once per forward pass and shared by all layers.
 
-    `full` and `local` are boolean [B or 1, 1, T, S] (True: visible), for layers without and with a sliding window;
-    None means causal alone. `segment_ids` is [B, T], None without padding or packing. `aligned` says that queries and
+    `full` and `local` are boolean [B or 1, 1, T, S] (True: visible), for layers without and with a sliding window.
+    `segment_ids` is [B, T], None without padding or packing. `aligned` says that queries and
     keys are the same tokens in order, which the kernels of GPUs and TPUs ask for.
     """
 
-    full: jax.Array | None
-    local: jax.Array | None
+    full: jax.Array
+    local: jax.Array
     segment_ids: jax.Array | None
     window: int | None = struct.field(pytree_node=False)
     aligned: bool = struct.field(pytree_node=False)
@@ -51,9 +51,10 @@ def make_mask(
     full = distance >= 0
     if q_segments is not None and kv_segments is not None:
         full &= q_segments[:, None, :, None] == kv_segments[:, None, None, :]
-    needs_window = window is not None and window < kv_positions.shape[1]
-    local = full & (distance < window) if needs_window else full
-    return Mask(full, local, q_segments if aligned else None, window if needs_window else None, aligned)
+    if window is not None and window >= kv_positions.shape[1]:
+        window = None
+    local = full if window is None else full & (distance < window)
+    return Mask(full, local, q_segments if aligned else None, window, aligned)
 
 
 def attention(
@@ -84,7 +85,6 @@ def attention(
 
 
 def _visible(mask: Mask, sliding: bool | jax.Array) -> jax.Array:
-    assert mask.full is not None and mask.local is not None
     if isinstance(sliding, bool):
         return mask.local if sliding else mask.full
     return jnp.where(sliding, mask.local, mask.full)

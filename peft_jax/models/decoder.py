@@ -233,14 +233,15 @@ class DecoderStack(nn.Module):
         if self.scan_layers:
             columns = zip(LayerKind._fields, zip(*layer_kinds(c), strict=True), strict=True)
             differing = {name: jnp.asarray(values) for name, values in columns if len(set(values)) > 1}
-            x, new = self.layers(x, shared, differing, slots)
+            stack: Any = self.layers
+            x, new = stack(x, shared, differing, slots)
         else:
             new = []
             for i, layer in enumerate(self.layers):
                 part = None if slots is None else jax.tree.map(lambda a, i=i: a[i], slots)
                 x, updated = layer(x, shared, {}, part)
                 new.append(updated)
-            new = None if slots is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+            new = {} if slots is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
         if cache is not None:
             index = cache["index"] + tokens.shape[1]
             cache = {**new, "index": index, "positions": shared["kv_positions"], "segment_ids": shared["kv_segments"]}

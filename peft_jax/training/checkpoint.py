@@ -74,7 +74,7 @@ class Checkpoints:
         Raises ValueError where the checkpoint was made from another base, data or set of trained arrays.
         """
         step = self.newest() if step is None else step
-        position = self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore())).position
+        position = self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
         for key, value in self._identity.items():
             if position["identity"].get(key) != value:
                 raise ValueError(
@@ -82,7 +82,7 @@ class Checkpoints:
                     f"({position['identity'].get(key)!r}, now {value!r}); use another output or resume=false"
                 )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(like))
-        flat = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+        flat = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
         return _unflat(flat, like), position
 
     def wait(self) -> None:

@@ -22,7 +22,11 @@ from pydantic.dataclasses import dataclass
 from peft_jax.core.tree import nearest
 from peft_jax.methods import METHODS
 
-configuration = functools.partial(dataclass, frozen=True, config=ConfigDict(extra="forbid"))
+
+@typing.dataclass_transform(frozen_default=True)
+def configuration(cls: type) -> Any:
+    """A frozen dataclass whose values are checked and which refuses unknown fields."""
+    return dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
 
 
 class ConfigError(ValueError):

@@ -75,6 +75,7 @@ def generate(
     rows = [_until(row, eos) for row in rows]
     if not as_text:
         return rows
+    assert tokenizer is not None  # checked by _encode
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     return [_cut(text, stop) for text in texts]
 
@@ -103,8 +104,8 @@ def _encode(prompts: Any, tokenizer: Any, stop: Sequence[str]) -> tuple[list[lis
 
 
 def _until(row: np.ndarray, eos: int) -> list[int]:
-    row = row.tolist()
-    return row[: row.index(eos)] if eos in row else row
+    ids = row.tolist()
+    return ids[: ids.index(eos)] if eos in ids else ids
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

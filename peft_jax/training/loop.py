@@ -203,7 +203,7 @@ def initial_state(params: Any, optimizer: optax.GradientTransformation, seed: in
 def _opt_shardings(opt_state: Any, trainable: Any, where: Any, replicated: NamedSharding) -> Any:
     """Subtrees of the optimizer state with the trainable tree's structure take its shardings."""
     structure = jax.tree.structure(trainable)
-    same = lambda x: jax.tree.structure(x) == structure  # noqa: E731
+    same = lambda x: jax.tree.structure(x) == structure
     return jax.tree.map(lambda x: where if same(x) and not hasattr(x, "shape") else replicated, opt_state, is_leaf=same)
 
 

@@ -31,7 +31,7 @@ def init_state(trainable: Any, optimizer: optax.GradientTransformation, seed: in
     """The state before the first step: a copy of the trainable tree (so that it can be donated) in float32."""
     half = (jnp.bfloat16, jnp.float16)
     trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32 if x.dtype in half else x.dtype, copy=True), trainable)
-    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731 (distinct buffers, so that all can be donated)
+    zero = lambda: jnp.zeros((), jnp.int32)
     return TrainState(zero(), trainable, optimizer.init(trainable), jax.random.key(seed), zero(), zero())
 
 
@@ -89,7 +89,7 @@ def _accumulated(grad_of: Any, trainable: Any, frozen: Any, batch: Any, rng: jax
     sums, _ = jax.lax.scan(body, (loss, metrics, grads), (jnp.arange(count), parts))
     loss, metrics, grads = sums
     weight = metrics["weight"]
-    mean = lambda x: x / jnp.maximum(weight, 1e-9)  # noqa: E731
+    mean = lambda x: x / jnp.maximum(weight, 1e-9)
     return mean(loss), {k: v if k == "weight" else mean(v) for k, v in metrics.items()}, jax.tree.map(mean, grads)
 
 

@@ -13,7 +13,10 @@ TREE = {
     "model": {
         "embed_tokens": {"embedding": jnp.ones((7, 4))},
         "layers": {
-            "self_attn": {"q_proj": {"kernel": jnp.ones((2, 4, 4)), "bias": jnp.ones((2, 4))}, "o_proj": {"kernel": jnp.ones((2, 4, 4))}},
+            "self_attn": {
+                "q_proj": {"kernel": jnp.ones((2, 4, 4)), "bias": jnp.ones((2, 4))},
+                "o_proj": {"kernel": jnp.ones((2, 4, 4))},
+            },
             "mlp": {"up_proj": {"kernel": jnp.ones((2, 4, 6))}},
             "norm": {"scale": jnp.ones((2, 4))},
         },
@@ -46,9 +49,9 @@ def test_selection(targets, exclude, expected):
 def test_selection_that_finds_nothing_names_the_nearest():
     with pytest.raises(ValueError, match=r"target 'q_porj' matches nothing. Did you mean 'q_proj'\? Modules here: .*up_proj"):
         peft_jax.select(TREE, ["q_porj"])
-    with pytest.raises(ValueError, match="exclude 'nothing' matches nothing"):
+    with pytest.raises(ValueError, match=r"exclude 'nothing' matches nothing"):
         peft_jax.select(TREE, "all-linear", "nothing")
-    with pytest.raises(ValueError, match="leave no place"):
+    with pytest.raises(ValueError, match=r"leave no place"):
         peft_jax.select(TREE, "q_proj", "q_proj")
     assert not matches(Q, "proj")
 
@@ -126,7 +129,7 @@ def test_bad_options_are_refused(options, message):
 def test_boxed_parameters_name_the_remedy():
     import flax.linen as nn
 
-    with pytest.raises(ValueError, match="w is boxed .*call flax.linen.meta.unbox first"):
+    with pytest.raises(ValueError, match=r"w is boxed .*call flax.linen.meta.unbox first"):
         peft_jax.places({"w": nn.Partitioned(jnp.ones(3), names=("x",))})
 
 

@@ -71,9 +71,9 @@ def test_two_adapters_at_once():
 
 def test_wrong_axes_name_the_remedy():
     w = lora_over((4, 2, 5), (-2,), (-1,))  # made as a stack of [2, 5] matrices
-    with pytest.raises(ValueError, match="pass layout=peft_jax.layout_of"):
+    with pytest.raises(ValueError, match=r"pass layout=peft_jax.layout_of"):
         peft_jax.matmul(jnp.ones((3, 4)), w, in_axes=(-3,), out_axes=(-2, -1))
-    with pytest.raises(ValueError, match="1 input and 1 output axes"):
+    with pytest.raises(ValueError, match=r"1 input and 1 output axes"):
         peft_jax.matmul(jnp.ones((3, 4)), w)
 
 

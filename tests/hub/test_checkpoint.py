@@ -86,7 +86,7 @@ def test_saving_adapters_as_a_model_is_refused(folder, tmp_path):
     lora = peft_jax.lora(params, jax.random.key(0), rank=2)
     with pytest.raises(ValueError, match=r"is a LoRA; call peft_jax.merge\(params\) before save"):
         peft_jax.save(tmp_path / "out", model, lora)
-    with pytest.raises(ValueError, match="params do not fit the model at lm_head/kernel"):
+    with pytest.raises(ValueError, match=r"params do not fit the model at lm_head/kernel"):
         peft_jax.save(tmp_path / "out", model, {**params, "lm_head": {"kernel": jnp.ones((2, 2))}})
     assert not (tmp_path / "out").exists()
 
@@ -177,16 +177,16 @@ def test_bad_checkpoints_are_refused_in_one_sentence(folder, name):
 
 
 def test_no_such_folder():
-    with pytest.raises(FileNotFoundError, match="./nothing/here is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"./nothing/here is no folder"):
         peft_jax.load("./nothing/here")
-    with pytest.raises(FileNotFoundError, match="nobody/nothing is neither a folder nor a repository"):
+    with pytest.raises(FileNotFoundError, match=r"nobody/nothing is neither a folder nor a repository"):
         peft_jax.load("nobody/nothing")
 
 
 def test_no_tokenizer(folder):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(ValueError, match="has no tokenizer that transformers can load"):
+    with pytest.raises(ValueError, match=r"has no tokenizer that transformers can load"):
         peft_jax.load_tokenizer(folder)
 
 
@@ -212,6 +212,6 @@ def test_a_full_disk_leaves_the_earlier_model_intact(folder, monkeypatch, fail_a
 def test_saving_over_a_file_is_refused(folder, tmp_path):
     model, params = peft_jax.load(folder)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(NotADirectoryError, match="exists and is not a folder"):
+    with pytest.raises(NotADirectoryError, match=r"exists and is not a folder"):
         peft_jax.save(tmp_path / "file", model, params)
     assert (tmp_path / "file").read_text() == "mine"

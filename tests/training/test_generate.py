@@ -60,7 +60,7 @@ def test_end_token_and_stop_strings(setup):
 
 def test_seeds_decide_samples(setup):
     model, params, *_ = setup
-    draw = lambda seed: peft_jax.generate(model, params, PROMPTS, max_tokens=12, temperature=1.0, seed=seed)  # noqa: E731
+    draw = lambda seed: peft_jax.generate(model, params, PROMPTS, max_tokens=12, temperature=1.0, seed=seed)
     assert draw(0) == draw(0)
     assert draw(0) != draw(1)
     assert peft_jax.generate(model, params, PROMPTS, max_tokens=12, temperature=1.0, top_k=1) == peft_jax.generate(

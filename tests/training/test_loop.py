@@ -72,7 +72,7 @@ def test_resuming_on_another_mesh_is_close(setup, tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(setup, tmp_path):
     fit(setup, 2, tmp_path / "a", identity={"data": "one"})
-    with pytest.raises(ValueError, match="was made with another data"):
+    with pytest.raises(ValueError, match=r"was made with another data"):
         fit(setup, 4, tmp_path / "a", identity={"data": "two"}, resume=True)
 
 
@@ -119,13 +119,13 @@ def test_divergence_is_said(setup):
 
 def test_what_cannot_be_trained_is_refused(setup):
     model, params, rows = setup
-    with pytest.raises(ValueError, match="nothing trains"):
+    with pytest.raises(ValueError, match=r"nothing trains"):
         fit((model, peft_jax.freeze(params), rows), 1)
     mesh = make_mesh({"data": 8})
-    with pytest.raises(ValueError, match="a micro-batch of 4 rows .* does not divide over data x fsdp = 8"):
+    with pytest.raises(ValueError, match=r"a micro-batch of 4 rows .* does not divide over data x fsdp = 8"):
         fit((model, shard(params, mesh), rows), 1, config=TrainConfig(batch_size=4), mesh=mesh)
     mesh = make_mesh({"sequence": 8})
-    with pytest.raises(ValueError, match="sequence_length=12 does not divide over sequence=8"):
+    with pytest.raises(ValueError, match=r"sequence_length=12 does not divide over sequence=8"):
         fit((model, shard(params, mesh), tiny_rows(8, 12)), 1, mesh=mesh)
 
 
@@ -156,7 +156,7 @@ def test_schedules_and_optimizers():
         zero = jax.tree.map(np.zeros_like, params)
         updates, _ = optimizer.update(zero, optimizer.init(params), params)
         assert float(np.abs(updates["w"]).max()) > 0, name  # decay reaches matrices
-    with pytest.raises(ValueError, match="'sgd' has no weight decay"):
+    with pytest.raises(ValueError, match=r"'sgd' has no weight decay"):
         make_optimizer(OptimizerConfig(name="sgd", weight_decay=0.1), 10)
 
 
