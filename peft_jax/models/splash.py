@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,8 @@ def splash_attention(
 def _local(q, k, v, segment_ids, *, window: int | None, scale: float, softcap: float | None, interpret: bool):
     T, H = q.shape[1], q.shape[2]
     one = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
-    run: Any = kernel.make_splash_mha(
+    make = cast(Any, kernel.make_splash_mha)
+    run = make(
         masks.MultiHeadMask([one] * H),
         head_shards=1,
         q_seq_shards=1,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from peft_jax.core.tree import path_str
@@ -45,6 +46,11 @@ def _unflat(flat: dict[str, Any], like: TrainState) -> TrainState:
     return state._replace(rng=jax.random.wrap_key_data(state.rng))
 
 
+@jax.jit
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
+
+
 class Checkpoints:
     """The checkpoints of a run: the newest few under `folder`. Saving is asynchronous."""
 
@@ -62,8 +68,11 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        flat = _flat(state)
+        if jax.default_backend() == "cpu":  # here host memory is device memory, which the next step may overwrite
+            flat = _copy(flat)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_flat(state)),
+            state=ocp.args.StandardSave(flat),
             position=ocp.args.JsonSave({"identity": self._identity, **position}),
         )
         self._manager.save(step, args=items, force=True)

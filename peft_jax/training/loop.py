@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import signal
@@ -67,89 +68,141 @@ def train(
     next token's cross-entropy unless given. Raises ValueError where nothing trains or the batch does not divide over the
     mesh, and TrainingDivergedError after `config.nan_limit` bad gradients in a row.
     """
-    objective = objective or functools.partial(next_token, chunk=config.loss_chunk)
-    console = console or Console()
-    apply = bind(model)
     check_batch(config, rows.tokens.shape[1], mesh)
-    state = initial_state(params, optimizer, config.seed, mesh)
-    frozen = partition(params)[1]
-    checkpoints = (
-        None if folder is None else Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints, identity=identity or {})
+    objective = objective or functools.partial(next_token, chunk=config.loss_chunk)
+    apply, state = bind(model), initial_state(params, optimizer, config.seed, mesh)
+    run = _Run(
+        config=config,
+        steps=steps,
+        mesh=mesh,
+        rows=rows,
+        validation=validation,
+        frozen=partition(params)[1],
+        step=jax.jit(make_step(objective, apply, optimizer, accumulate=config.accumulate), donate_argnums=0),
+        evaluate=jax.jit(make_evaluation(objective, apply)),
+        console=console or Console(),
+        folder=folder,
+        identity=identity or {},
     )
-    best = None if folder is None else Checkpoints(folder / "best", keep=1, identity=identity or {})
-    evaluations: dict[int, dict[str, float]] = {}
-    if resume and checkpoints is not None and checkpoints.newest() is not None:
-        state, position = checkpoints.restore(state)
-        evaluations = {int(k): v for k, v in position["evaluations"].items()}
-        console.print(f"resumed from step {int(state.step)}", highlight=False)
-    step = jax.jit(make_step(objective, apply, optimizer, accumulate=config.accumulate), donate_argnums=0)
-    evaluate = jax.jit(make_evaluation(objective, apply))
-    trained, total = count(params)
-    reporter = Reporter(
-        folder or Path("."), steps=steps, start=int(state.step), flops_per_token=step_flops_per_token(total, trained),
-        tensorboard=config.tensorboard, console=console,
-    ) if folder is not None else None  # fmt: skip
-
-    def measure(state: TrainState, number: int) -> None:
-        """Evaluate, remember, and keep the state if it is the best so far."""
-        if validation is None or number in evaluations:
-            return
-        evaluations[number] = run_evaluation(evaluate, state.trainable, frozen, validation, config.batch_size, mesh)
-        if reporter is not None:
-            reporter.evaluation(number, evaluations[number])
-        if (
-            best is not None
-            and config.keep_best
-            and evaluations[number]["loss"] <= min(e["loss"] for e in evaluations.values())
-        ):
-            best.save(state, {"evaluations": {}})
-
-    def keep(state: TrainState) -> None:
-        if checkpoints is not None:
-            checkpoints.save(state, {"evaluations": {str(k): v for k, v in evaluations.items()}})
-
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_stop_signal())
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
             stack.enter_context(nn.logical_axis_rules(LOGICAL_RULES))
-        if reporter is not None:
-            stack.enter_context(reporter)
-        number, since, tokens = int(state.step), time.monotonic(), 0
+        state = run.open(stack, state, resume=resume, counts=count(params))
+        number = int(state.step)
         while number < steps and not stop():
-            batch = _on_devices(batch_at(rows, number, config.batch_size, seed=config.seed), mesh)
-            state, metrics = step(state, frozen, batch)
-            number += 1
-            tokens += config.batch_size * rows.tokens.shape[1]
-            if reporter is not None:
-                reporter.advance(number)
-            if number % config.log_every == 0 or number == steps:
-                values = {k: float(v) for k, v in metrics.items()}
-                _check_finite(values, config.nan_limit)
-                if reporter is not None:
-                    reporter.training(number, values, tokens, time.monotonic() - since)
-                since, tokens = time.monotonic(), 0
+            state, number = run.advance(state, number)
             if config.eval_every and number % config.eval_every == 0:
-                measure(state, number)
-                since = time.monotonic()
-                if _out_of_patience(evaluations, config.patience):
-                    console.print(f"stopped at step {number}: no improvement in {config.patience} evaluations", highlight=False)
+                run.measure(state, number)
+                if _out_of_patience(run.evaluations, config.patience):
+                    run.say(f"stopped at step {number}: no improvement in {config.patience} evaluations")
                     break
             if config.checkpoint_every and number % config.checkpoint_every == 0:
-                keep(state)
+                run.keep(state)
         interrupted = stop()
         if not interrupted:
-            measure(state, number)
-        keep(state)
-        if best is not None and config.keep_best and not interrupted and best.newest() not in (None, number):
-            best.wait()
-            skipped = state.skipped
-            state = best.restore(state)[0]._replace(skipped=skipped)
-            console.print(f"kept the weights of step {int(state.step)}, the best evaluation", highlight=False)
-    for manager in (checkpoints, best):
-        if manager is not None:
-            manager.close()
-    return Result(combine(state.trainable, frozen), number, evaluations, interrupted, int(state.skipped))
+            run.measure(state, number)
+        run.keep(state)
+        state = state if interrupted else run.best_of(state, number)
+    return Result(combine(state.trainable, run.frozen), number, run.evaluations, interrupted, int(state.skipped))
+
+
+@dataclasses.dataclass
+class _Run:
+    """What the loop works with, and the records that it keeps."""
+
+    config: TrainConfig
+    steps: int
+    mesh: Mesh | None
+    rows: Rows
+    validation: Rows | None
+    frozen: Any
+    step: Callable[..., Any]
+    evaluate: Callable[..., Any]
+    console: Console
+    folder: Path | None
+    identity: dict[str, Any]
+    evaluations: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
+    checkpoints: Checkpoints | None = None
+    best: Checkpoints | None = None
+    reporter: Reporter | None = None
+    since: float = 0.0  # start of the interval that the next log line is about
+    tokens: int = 0  # and the tokens seen in it
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def open(self, stack: contextlib.ExitStack, state: TrainState, *, resume: bool, counts: tuple[int, int]) -> TrainState:
+        """Open checkpoints and reports under the folder, and continue from the newest checkpoint if asked to."""
+        self.since = time.monotonic()
+        if self.folder is None:
+            return state
+        keep = self.config.keep_checkpoints
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep, identity=self.identity)
+        self.best = Checkpoints(self.folder / "best", keep=1, identity=self.identity)
+        stack.callback(self.checkpoints.close)
+        stack.callback(self.best.close)
+        if resume and self.checkpoints.newest() is not None:
+            state, position = self.checkpoints.restore(state)
+            self.evaluations = {int(k): v for k, v in position["evaluations"].items()}
+            self.say(f"resumed from step {int(state.step)}")
+        trained, total = counts
+        self.reporter = Reporter(
+            self.folder,
+            steps=self.steps,
+            start=int(state.step),
+            flops_per_token=step_flops_per_token(total, trained),
+            tensorboard=self.config.tensorboard,
+            console=self.console,
+        )
+        stack.enter_context(self.reporter)
+        return state
+
+    def advance(self, state: TrainState, number: int) -> tuple[TrainState, int]:
+        """One step, with a log line where one is due."""
+        batch = _on_devices(batch_at(self.rows, number, self.config.batch_size, seed=self.config.seed), self.mesh)
+        state, metrics = self.step(state, self.frozen, batch)
+        number += 1
+        self.tokens += self.rows.tokens.shape[1] * self.config.batch_size
+        if self.reporter is not None:
+            self.reporter.advance(number)
+        if number % self.config.log_every == 0 or number == self.steps:
+            values = {k: float(v) for k, v in metrics.items()}
+            _check_finite(values, self.config.nan_limit)
+            if self.reporter is not None:
+                self.reporter.training(number, values, self.tokens, time.monotonic() - self.since)
+            self.since, self.tokens = time.monotonic(), 0
+        return state, number
+
+    def measure(self, state: TrainState, number: int) -> None:
+        """Evaluate, remember, and keep the state if it is the best so far."""
+        if self.validation is None or number in self.evaluations:
+            return
+        start = time.monotonic()
+        rows, size = self.validation, self.config.batch_size
+        result = run_evaluation(self.evaluate, state.trainable, self.frozen, rows, size, self.mesh)
+        self.evaluations[number] = result
+        if self.reporter is not None:
+            self.reporter.evaluation(number, result)
+        lowest = min(e["loss"] for e in self.evaluations.values())
+        if self.best is not None and self.config.keep_best and result["loss"] <= lowest:
+            self.best.save(state, {"evaluations": {}})
+        self.since += time.monotonic() - start
+
+    def keep(self, state: TrainState) -> None:
+        """Save a checkpoint."""
+        if self.checkpoints is not None:
+            self.checkpoints.save(state, {"evaluations": {str(k): v for k, v in self.evaluations.items()}})
+
+    def best_of(self, state: TrainState, number: int) -> TrainState:
+        """The state of the best evaluation where that was an earlier one."""
+        if self.best is None or not self.config.keep_best or self.best.newest() in (None, number):
+            return state
+        self.best.wait()
+        state = self.best.restore(state)[0]._replace(skipped=state.skipped)
+        self.say(f"kept the weights of step {int(state.step)}, the best evaluation")
+        return state
 
 
 def run_evaluation(

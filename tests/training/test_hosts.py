@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 def start(folder, tiny_folder, processes, index, port):
     options = [
         f"output={folder}", f"model.path={tiny_folder}", "method.rank=2", "data.train.path=builtin:countries",
-        "data.train.limit=64", "data.kind=completion", "data.validation.path=builtin:countries", "data.validation.limit=16", "data.sequence_length=32",
-        "train.steps=4", "train.batch_size=8", "train.log_every=1", "train.checkpoint_every=2", "mesh={data: 2, fsdp: 4}",
-        "train.tensorboard=false",
+        "data.train.limit=64", "data.kind=completion", "data.validation.path=builtin:countries", "data.validation.limit=16",
+        "data.sequence_length=32", "train.steps=4", "train.batch_size=8", "train.log_every=1", "train.checkpoint_every=2",
+        "mesh={data: 2, fsdp: 4}", "train.tensorboard=false",
     ]  # fmt: skip
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
