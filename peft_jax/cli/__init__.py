@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, OSError, TypeError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 class _Command(click.Command):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.core import meta
 
 from peft_jax.core.attachment import Attachment
@@ -220,11 +219,3 @@ def count(params: Any) -> tuple[int, int]:
     for x in places(params).values():
         total += sum(a.size for a in jax.tree.leaves(x)) if isinstance(x, Attachment) else math.prod(x.shape)
     return trained, total
-
-
-def assert_finite(params: Any) -> None:
-    """Raise ValueError naming the first place that holds a NaN or an infinity."""
-    for path, x in places(params).items():
-        for array in jax.tree.leaves(x):
-            if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.isfinite(array).all()):
-                raise ValueError(f"{path} holds values that are not finite")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 Axes = tuple[int, ...]
+Layout = Mapping[str, tuple[Axes, Axes]]  # path -> (in_axes, out_axes)
 static = functools.partial(dataclasses.field, metadata={"static": True})
 
 

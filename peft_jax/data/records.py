@@ -113,9 +113,7 @@ def _raw(path: str, kind: Kind, split: str, delimiter: str | None) -> Iterator[R
     reader = _READERS.get(suffix)
     if reader is None:
         raise ValueError(f"{path}: unknown kind of file; known: {', '.join(_READERS)} (and .gz)")
-    if suffix == ".parquet":
-        yield from _parquet(file)
-    elif suffix == ".txt" and delimiter is not None:
+    if suffix == ".txt" and delimiter is not None:
         yield from _lines(file, delimiter, FIELDS[kind])
     else:
         yield from reader(file)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from peft_jax.core.tree import Targets, by_pattern, check_patterns, map_places, select
 from peft_jax.core.weight import (
     Axes,
+    Layout,
     Trainable,
     Weight,
     from_matrix,
@@ -29,7 +30,6 @@ from peft_jax.core.weight import (
 )
 
 MATRIX: tuple[Axes, Axes] = ((-2,), (-1,))
-Layout = Mapping[str, tuple[Axes, Axes]]
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +87,7 @@ class LoRA(Weight):
     def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
         y = matmul(x, self.base, in_axes=in_axes, out_axes=out_axes, precision=precision)
         a, b = self._factors(in_axes, out_axes, x.dtype)
-        x = x.reshape(*x.shape[: x.ndim - len(in_axes)], a.shape[0])
+        x = x.reshape(*_token_axes(x.shape[: x.ndim - len(in_axes)]), a.shape[0])
         low = jnp.matmul(self._drop(x), a, precision=precision) * self.scale.astype(x.dtype)
         return y + jnp.matmul(low, b, precision=precision).reshape(y.shape)
 
@@ -112,6 +112,15 @@ class LoRA(Weight):
         rows = take(self.base, ids, dtype)
         a, b = self._factors((-2,), (-1,), rows.dtype)
         return rows + jnp.matmul(jnp.take(a, ids, axis=0) * self.scale.astype(rows.dtype), b)
+
+
+def _token_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows and tokens as one axis: on a CPU, products of rank r take half the time on two axes that they take on three.
+
+    Axes that a mesh splits over `sequence` stay as they are, since joining two split axes would gather them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return shape if not mesh.empty and mesh.shape.get("sequence", 1) > 1 else (math.prod(shape),)
 
 
 def scaling(alpha: float, rank: int, rslora: bool) -> float:

@@ -77,12 +77,12 @@ class Checkpoints:
         )
         self._manager.save(step, args=items, force=True)
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """(state, position) of a checkpoint, with the shardings of `like`.
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """(state, position) of the newest checkpoint, with the shardings of `like`.
 
         Raises ValueError where the checkpoint was made from another base, data or set of trained arrays.
         """
-        step = self.newest() if step is None else step
+        step = self.newest()
         position = self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
         for key, value in self._identity.items():
             if position["identity"].get(key) != value:

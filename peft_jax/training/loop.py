@@ -31,7 +31,7 @@ from peft_jax.training.report import Reporter, step_flops_per_token
 from peft_jax.training.step import TrainState, init_state, make_evaluation, make_step
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(FloatingPointError):
     """Too many steps in a row whose gradient was not finite."""
 
 

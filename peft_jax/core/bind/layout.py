@@ -9,9 +9,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from peft_jax.core.weight import Axes
-
-Layout = dict[str, tuple[Axes, Axes]]
+from peft_jax.core.weight import Axes, Layout
 
 
 def layout_of(model: Any, *args: Any, **kwargs: Any) -> Layout:
@@ -24,7 +22,7 @@ def layout_of(model: Any, *args: Any, **kwargs: Any) -> Layout:
 
 
 def _linen_layout(model: nn.Module, args: Any, kwargs: Any) -> Layout:
-    layout: Layout = {}
+    layout: dict[str, tuple[Axes, Axes]] = {}
 
     def record(call: Callable[..., Any], call_args: Any, call_kwargs: Any, context: Any) -> Any:
         if context.method_name == "__call__" and (found := _linen_axes(context.module, call_args, call_kwargs)):
@@ -74,7 +72,7 @@ def _einsum_axes(equation: str) -> tuple[Axes, Axes]:
 
 
 def _nnx_layout(model: nnx.Module) -> Layout:
-    layout: Layout = {}
+    layout: dict[str, tuple[Axes, Axes]] = {}
     for path, module in nnx.iter_modules(model):
         found = _nnx_axes(module)
         if found is not None:
