@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -35,17 +34,11 @@ def bind_linen(model: nn.Module, *, strict: bool = False) -> Callable[..., Any]:
     def apply(params: Any, *args: Any, rng: jax.Array | None = None, method: str | None = None, **kwargs: Any) -> Any:
         variables = {"params": resolve(with_rng(params, rng))}
         rngs = {} if rng is None else {"dropout": rng}
-        with _interception(strict, said):
+        with nn.intercept_methods(functools.partial(_intercept, strict, said)):
             return model.apply(variables, *args, rngs=rngs, method=method, **kwargs)
 
     apply.model = model  # type: ignore[attr-defined]
     return apply
-
-
-@contextlib.contextmanager
-def _interception(strict: bool, said: set[str]) -> Iterator[None]:
-    with nn.intercept_methods(functools.partial(_intercept, strict, said)):
-        yield
 
 
 def _intercept(strict: bool, said: set[str], call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
