@@ -114,6 +114,8 @@ def _cudnn(q, k, v, mask: Mask, sliding: bool | jax.Array, scale: float) -> jax.
 def _xla(q, k, v, visible: jax.Array, scale: float, softcap: float | None, aligned: bool) -> jax.Array:
     B, T, H, d = q.shape
     K = k.shape[2]
+    if jax.default_backend() == "cpu":  # else rotary positions are computed again inside each block's products
+        q, k, v = jax.lax.optimization_barrier((q, k, v))
     # Heads lead and a group's queries are stacked, so each (row, kv head) is one plain matrix product.
     q = jnp.moveaxis((q * scale).reshape(B, T, K, H // K, d), 1, 3)  # [B, K, G, T, d]
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, S, d]
