@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +52,7 @@ def splash_attention(
 def _local(q, k, v, segment_ids, *, window: int | None, scale: float, softcap: float | None, interpret: bool):
     T, H = q.shape[1], q.shape[2]
     one = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
-    make, segments = cast(Any, kernel.make_splash_mha), cast(Any, kernel.SegmentIds)
-    run = make(
+    run: Any = kernel.make_splash_mha(
         masks.MultiHeadMask([one] * H),
         head_shards=1,
         q_seq_shards=1,
@@ -62,7 +61,7 @@ def _local(q, k, v, segment_ids, *, window: int | None, scale: float, softcap: f
     )
 
     def row(q, k, v, s):
-        return run(q, k, v, segments(s, s))
+        return run(q, k, v, kernel.SegmentIds(s, s))
 
-    heads_first = [jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v)]
-    return jnp.swapaxes(jax.vmap(row)(*heads_first, segment_ids), 1, 2).astype(q.dtype)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * scale, k, v))  # heads first
+    return jnp.swapaxes(jax.vmap(row)(q, k, v, segment_ids), 1, 2).astype(q.dtype)
