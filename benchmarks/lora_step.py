@@ -47,7 +47,6 @@ PRESETS = {
     "llama-1b": Work(2048, 8192, 16, 32, 8, 128256, rows=8, length=2048, rank=16, dtype="bfloat16", remat="full", tied=True),
     "llama-8b": Work(4096, 14336, 32, 32, 8, 128256, rows=4, length=2048, rank=16, dtype="bfloat16", remat="full"),
 }
-YNN = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
 
 
 def tokens_of(work: Work):
@@ -207,12 +206,11 @@ def serve(name: str, work: Work) -> None:
 
 
 class Contender:
-    def __init__(self, name: str, worker: str, args: argparse.Namespace, python: str, flags: str) -> None:
-        command = [python, __file__, "--worker", worker, "--preset", args.preset]
-        environment = {**os.environ, "XLA_FLAGS": flags}
+    def __init__(self, name: str, args: argparse.Namespace, python: str) -> None:
+        command = [python, __file__, "--worker", name, "--preset", args.preset]
         self.name, self.seconds, self.memory = name, [], 0
         self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         self.start = self._read()
 
@@ -284,15 +282,12 @@ def main() -> None:
     if args.worker:
         serve(args.worker, work)
         return
-    wanted = [("peft_jax", "peft_jax", sys.executable, ""), ("peft_jax, looped", "peft_jax, looped", sys.executable, "")]
-    if args.preset == "cpu":
-        wanted.append(("peft_jax, looped, YNNPACK flag", "peft_jax, looped", sys.executable, YNN))
-    wanted.append(("HF PEFT", "HF PEFT", sys.executable, ""))
+    wanted = [("peft_jax", sys.executable), ("peft_jax, looped", sys.executable), ("HF PEFT", sys.executable)]
     if args.tunix_python:
-        wanted.append(("Tunix + Qwix", "Tunix + Qwix", args.tunix_python, ""))
+        wanted.append(("Tunix + Qwix", args.tunix_python))
     contenders = []
-    for name, worker, python, flags in wanted:
-        contenders.append(Contender(name, worker, args, python, flags))
+    for name, python in wanted:
+        contenders.append(Contender(name, args, python))
         print(f"{name}: first loss {contenders[-1].start['loss']:.3f}", flush=True)
     for _ in range(args.rounds):
         for contender in contenders:

@@ -38,3 +38,12 @@ def tiny_folder(tmp_path_factory):
     from tests.reference import tiny_llama_folder
 
     return tiny_llama_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+    """Programs compiled for one module's tests are of no use to the next; keeping all would take gigabytes."""
+    yield
+    import jax
+
+    jax.clear_caches()
