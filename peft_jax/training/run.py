@@ -129,9 +129,8 @@ def run_training(config: RunConfig, console: Console | None = None) -> Result:
     setup = set_up(config)
     check_batch(config.train, config.data.sequence_length, setup.mesh)
     rows = make_rows(config, config.data.train, setup.tokenizer)
-    held = config.data.test or config.data.validation
     validation = make_rows(config, config.data.validation, setup.tokenizer) if config.data.validation else None
-    test = make_rows(config, held, setup.tokenizer) if held else None
+    test = make_rows(config, config.data.test, setup.tokenizer) if config.data.test else validation
     params = add_method(config, setup.params, setup.mesh)
     trained, total = count(params)
     steps = train_steps(config, rows)
