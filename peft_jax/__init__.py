@@ -2,46 +2,105 @@
 
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.bind import MissingRuleError, bind, layout_of, nnx_params, register_rule
+from peft_jax.core.calibrate import calibrate
 from peft_jax.core.sharding import make_mesh, shard, shardings
 from peft_jax.core.tree import combine, count, freeze, full, merge, partition, places, select, unmerge
 from peft_jax.core.weight import Trainable, Weight, einsum, materialize, matmul, take
 from peft_jax.hub import load, load_adapter, load_tokenizer, save, save_adapter
-from peft_jax.low_rank.lora import LoRA, lora
+from peft_jax.low_rank.adalora import adalora
+from peft_jax.low_rank.algebra import adapters, combine_adapters, drop_adapters, resize, subtract_adapters, to_lora
+from peft_jax.low_rank.bank import LoRABank, bank, bank_adapter, clear_adapter, set_adapter
+from peft_jax.low_rank.boft import boft
+from peft_jax.low_rank.c3a import c3a
+from peft_jax.low_rank.delora import delora
+from peft_jax.low_rank.dora import dora
+from peft_jax.low_rank.fourierft import fourierft
+from peft_jax.low_rank.gralora import gralora
+from peft_jax.low_rank.hira import hira
+from peft_jax.low_rank.hra import hra
+from peft_jax.low_rank.loha import loha
+from peft_jax.low_rank.lokr import lokr
+from peft_jax.low_rank.lora import LoRA, lora, rebase
+from peft_jax.low_rank.miss import miss
+from peft_jax.low_rank.oft import oft
+from peft_jax.low_rank.randlora import randlora
+from peft_jax.low_rank.road import road
+from peft_jax.low_rank.shira import shira
+from peft_jax.low_rank.svd import Factorized, factorize
+from peft_jax.low_rank.trainable_tokens import trainable_tokens
+from peft_jax.low_rank.vblora import vblora
+from peft_jax.low_rank.vera import vera
+from peft_jax.low_rank.waveft import waveft
 from peft_jax.training.generate import generate
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Attachment",
+    "Factorized",
     "LoRA",
+    "LoRABank",
     "MissingRuleError",
     "Trainable",
     "Weight",
+    "adalora",
+    "adapters",
+    "bank",
+    "bank_adapter",
     "bind",
+    "boft",
+    "c3a",
+    "calibrate",
+    "clear_adapter",
     "combine",
+    "combine_adapters",
     "count",
+    "delora",
+    "dora",
+    "drop_adapters",
     "einsum",
+    "factorize",
+    "fourierft",
     "freeze",
     "full",
     "generate",
+    "gralora",
+    "hira",
+    "hra",
     "layout_of",
     "load",
     "load_adapter",
     "load_tokenizer",
+    "loha",
+    "lokr",
     "lora",
     "make_mesh",
     "materialize",
     "matmul",
     "merge",
+    "miss",
     "nnx_params",
+    "oft",
     "partition",
     "places",
+    "randlora",
+    "rebase",
     "register_rule",
+    "resize",
+    "road",
     "save",
     "save_adapter",
     "select",
+    "set_adapter",
     "shard",
     "shardings",
+    "shira",
+    "subtract_adapters",
     "take",
+    "to_lora",
+    "trainable_tokens",
     "unmerge",
+    "vblora",
+    "vera",
+    "waveft",
 ]

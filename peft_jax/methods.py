@@ -6,9 +6,52 @@ from collections.abc import Callable
 from typing import Any
 
 from peft_jax.core.tree import full
+from peft_jax.low_rank.adalora import adalora, adalora_budget
+from peft_jax.low_rank.boft import boft
+from peft_jax.low_rank.c3a import c3a
+from peft_jax.low_rank.delora import delora
+from peft_jax.low_rank.dora import dora
+from peft_jax.low_rank.fourierft import fourierft
+from peft_jax.low_rank.gralora import gralora
+from peft_jax.low_rank.hira import hira
+from peft_jax.low_rank.hra import hra
+from peft_jax.low_rank.loha import loha
+from peft_jax.low_rank.lokr import lokr
 from peft_jax.low_rank.lora import lora
+from peft_jax.low_rank.miss import miss
+from peft_jax.low_rank.oft import oft
+from peft_jax.low_rank.randlora import randlora
+from peft_jax.low_rank.road import road
+from peft_jax.low_rank.shira import shira
+from peft_jax.low_rank.trainable_tokens import trainable_tokens
+from peft_jax.low_rank.vblora import vblora
+from peft_jax.low_rank.vera import vera
+from peft_jax.low_rank.waveft import waveft
 
 METHODS: dict[str, Callable[..., Any]] = {
     "lora": lora,
+    "dora": dora,
+    "adalora": adalora,
+    "vera": vera,
+    "loha": loha,
+    "lokr": lokr,
+    "oft": oft,
+    "boft": boft,
+    "hra": hra,
+    "fourierft": fourierft,
+    "waveft": waveft,
+    "randlora": randlora,
+    "vblora": vblora,
+    "miss": miss,
+    "shira": shira,
+    "c3a": c3a,
+    "road": road,
+    "hira": hira,
+    "gralora": gralora,
+    "delora": delora,
+    "trainable_tokens": trainable_tokens,
     "full": full,
 }
+
+# What a method adds to the optimizer: (steps, **its own options of the method) -> an optax transformation.
+METHOD_TRANSFORMS: dict[str, Callable[..., Any]] = {"adalora": adalora_budget}

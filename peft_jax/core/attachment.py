@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
+
+import jax
 
 from peft_jax.core.weight import Node
 
@@ -20,3 +23,19 @@ class Attachment(Node):
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `call(*args, **kwargs)` (the module) and return its output, changing either on the way."""
         raise NotImplementedError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shared(Attachment):
+    """Arrays that several Weights of a tree share, at the tree's top under `shared_<group>`; it acts on no module.
+
+    `trained` and `fixed` map names to arrays without leading axes. `bind` and `merge` hand them to the weights whose
+    `group` names this one.
+    """
+
+    trainable: ClassVar[tuple[str, ...]] = ("trained",)
+    method: ClassVar[str] = ""
+    trained: dict[str, jax.Array]
+    fixed: dict[str, jax.Array]
+    frozen: bool = dataclasses.field(default=False, metadata={"static": True})

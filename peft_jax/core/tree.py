@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from flax.core import meta
 
-from peft_jax.core.attachment import Attachment
-from peft_jax.core.weight import Node, Trainable, Weight
+from peft_jax.core.attachment import Attachment, Shared
+from peft_jax.core.weight import Layout, Node, Trainable, Weight, materialize, matrix_shape
 
 OUTPUT_HEADS = ("lm_head", "head", "logits", "unembed", "output_projection")
 VECTORS = ("bias", "scale")
@@ -74,23 +74,66 @@ def select(params: Any, targets: Targets = "all-linear", exclude: Targets = (), 
     Places with fewer than `min_ndim` axes are passed over; a `bias` or `scale` counts as one axis, stacked or not.
     Raises ValueError for a target that matches nothing.
     """
+    return list(select_layers(params, targets, exclude, min_ndim=min_ndim))
+
+
+def select_layers(
+    params: Any,
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    layers: Sequence[int] | None = None,
+    layout: Layout | None = None,
+    *,
+    min_ndim: int = 2,
+) -> dict[str, tuple[tuple[str, ...], tuple[bool, ...]]]:
+    """path -> (names of its layers, which of them are chosen), as `select`, for stacked layers one by one.
+
+    Targets may name layers ("layers.3.self_attn.q_proj"); `layers` restricts them to these numbers.
+    """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     unwanted = [exclude] if isinstance(exclude, str) else list(exclude)
-    candidates = [p for p, w in places(params).items() if not isinstance(w, Attachment) and _ndim(p, w) >= min_ndim]
-    chosen: set[str] = set()
-    for target in wanted:
-        found = [p for p in candidates if (_is_linear(p) if target == "all-linear" else matches(p, target))]
-        if not found:
-            raise ValueError(_nothing("target", target, candidates))
-        chosen.update(found)
-    for pattern in unwanted:
-        dropped = [p for p in candidates if matches(p, pattern)]
-        if not dropped:
-            raise ValueError(_nothing("exclude", pattern, candidates))
-        chosen.difference_update(dropped)
-    if not chosen:
+    candidates = {}
+    for p, w in places(params).items():
+        if not isinstance(w, Attachment) and _ndim(p, w) >= min_ndim:
+            lead = matrix_shape(w.shape, *(layout or {}).get(p, ((-2,), (-1,))))[0] if w.ndim >= 2 else ()
+            candidates[p] = layer_paths(p, lead[0] if lead else None)
+    for kind, patterns in (("target", wanted), ("exclude", unwanted)):
+        for pattern in patterns:
+            if not any(_named(p, name, pattern) for p, names in candidates.items() for name, _ in names):
+                raise ValueError(_nothing(kind, pattern, list(candidates)))
+    numbers = {i for names in candidates.values() for _, i in names if i is not None}
+    if layers is not None and (missing := set(layers) - numbers):
+        raise ValueError(
+            f"there is no layer {min(missing)}; layers here: {min(numbers, default=0)} to {max(numbers, default=0)}"
+        )
+
+    def chosen(path: str, name: str, number: int | None) -> bool:
+        return (
+            any(_named(path, name, t) for t in wanted)
+            and not any(_named(path, name, t) for t in unwanted)
+            and (layers is None or number in layers)
+        )
+
+    flags = {p: tuple(chosen(p, name, i) for name, i in names) for p, names in candidates.items()}
+    found = {p: (tuple(name for name, _ in candidates[p]), f) for p, f in flags.items() if any(f)}
+    if not found:
         raise ValueError(f"targets {wanted} with exclude {unwanted} leave no place")
-    return [p for p in candidates if p in chosen]
+    return found
+
+
+def layer_paths(path: str, layers: int | None) -> list[tuple[str, int | None]]:
+    """(path, layer number) for each of the `layers` stacked ones at `path`, or for the one layer that the path names."""
+    parts = path.split("/")
+    if layers is not None:
+        at = parts.index("layers") + 1 if "layers" in parts else None
+        return [(path if at is None else "/".join([*parts[:at], str(i), *parts[at:]]), i) for i in range(layers)]
+    numbered = re.search(r"(?:^|[/_])(\d+)/", path)
+    return [(re.sub(r"\blayers_(\d+)\b", r"layers/\1", path), int(numbered[1]) if numbered else None)]
+
+
+def _named(path: str, name: str, target: str) -> bool:
+    """Whether a target names a place, or its layer called `name`."""
+    return _is_linear(path) if target == "all-linear" else matches(path, target) or matches(name, target)
 
 
 def _ndim(path: str, w: Any) -> int:
@@ -174,13 +217,49 @@ def freeze(params: Any, targets: Targets = "*") -> Any:
 
 def merge(params: Any) -> Any:
     """Every Weight replaced by what it amounts to: updates folded into their base. Attachments stay."""
-    return map_places(lambda _, x: x.merge() if isinstance(x, Weight) else x, params)
+    merged = map_places(lambda _, x: x.merge() if isinstance(x, Weight) else x, distribute(params))
+    return {k: x for k, x in merged.items() if not isinstance(x, Shared)} if isinstance(merged, Mapping) else merged
 
 
 def unmerge(merged: Any, params: Any) -> Any:
     """The tree of `params` (with its adapters) over bases recovered from `merged`; equal up to rounding."""
     known = places(merged)
-    return map_places(lambda path, x: x.unmerge(known[path]) if isinstance(x, Weight) else known[path], params)
+
+    def back(path: str, x: Any) -> Any:
+        return _return_shared(x.unmerge(known[path])) if isinstance(x, Weight) else known.get(path, x)
+
+    return map_places(back, distribute(params))
+
+
+def distribute(params: Any) -> Any:
+    """Weights given the arrays that they share (see `Shared`), repeated over their leading axes."""
+    groups = {k: x for k, x in params.items() if isinstance(x, Shared)} if isinstance(params, Mapping) else {}
+    if not groups:
+        return params
+
+    def fill(_: str, x: Any) -> Any:
+        return _fill_shared(x, groups)
+
+    return map_places(fill, params)
+
+
+def _fill_shared(x: Any, groups: Mapping[str, Shared]) -> Any:
+    if not isinstance(x, Weight):
+        return x
+    changes = {f: _fill_shared(getattr(x, f), groups) for f in data_fields(x)}
+    if group := getattr(x, "group", ""):
+        if (source := groups.get(f"shared_{group}")) is None:
+            raise ValueError(f"the tree lacks 'shared_{group}', which its {type(x).__name__} weights need")
+        arrays = {**source.fixed, **source.trained}
+        changes["shared"] = {n: jax.numpy.broadcast_to(a, (*getattr(x, "lead", ()), *a.shape)) for n, a in arrays.items()}
+    return x.replace(**changes)
+
+
+def _return_shared(x: Any) -> Any:
+    if not isinstance(x, Weight):
+        return x
+    changes = {f: _return_shared(getattr(x, f)) for f in data_fields(x)}
+    return x.replace(**{**changes, **({"shared": None} if getattr(x, "group", "") else {})})
 
 
 def full(params: Any, key: Any = None, *, targets: Targets = "*", exclude: Targets = ()) -> Any:
@@ -189,9 +268,32 @@ def full(params: Any, key: Any = None, *, targets: Targets = "*", exclude: Targe
     return map_places(lambda p, x: Trainable(x) if p in paths and not is_node(x) else x, params)
 
 
+def train_extras(params: Any, paths: list[str], *, bias: str, modules_to_save: Targets) -> Any:
+    """Biases ("all", or "lora_only": those beside `paths`) and whole modules marked as training, as PEFT does."""
+    if bias not in ("none", "all", "lora_only"):
+        raise ValueError(f"bias must be 'none', 'all' or 'lora_only', not {bias!r}")
+    beside = {path.rpartition("/")[0] + "/bias" for path in paths}
+    saved = set(select(params, modules_to_save, min_ndim=0)) if modules_to_save else set()
+    if clash := saved & set(paths):
+        raise ValueError(f"{sorted(clash)[0]} is both a target and in modules_to_save")
+
+    def mark(path: str, w: Any) -> Any:
+        if path in saved:
+            return Trainable(materialize(w), saved_as="module")
+        wanted = bias == "all" or (bias == "lora_only" and path in beside)
+        return Trainable(w, saved_as="bias") if wanted and path.endswith("/bias") else w
+
+    return map_places(mark, params)
+
+
 def resolve(params: Any) -> Any:
     """Nodes that merely mark an array replaced by the array."""
     return map_places(lambda _, x: x.value if isinstance(x, Trainable) else x, params)
+
+
+def prepare(params: Any, rng: jax.Array | None = None, adapter_ids: Any = None) -> Any:
+    """The tree as `bind` runs it: shared arrays, randomness and the rows' adapters handed to the nodes."""
+    return resolve(with_adapter_ids(with_rng(distribute(params), rng), adapter_ids))
 
 
 def with_rng(params: Any, rng: jax.Array | None) -> Any:
@@ -209,6 +311,35 @@ def with_rng(params: Any, rng: jax.Array | None) -> Any:
 
     counter = iter(range(10**9))
     return map_places(lambda _, x: inner(x, jax.random.fold_in(rng, next(counter))), params)
+
+
+def with_adapter_ids(params: Any, ids: jax.Array | None) -> Any:
+    """Nodes that hold a bank of adapters told which one each row of the batch uses: `ids` [B]."""
+    if ids is None:
+        return params
+    ids = jax.numpy.asarray(ids)
+
+    def inner(x: Any) -> Any:
+        if not is_node(x):
+            return x
+        changes = {f: inner(getattr(x, f)) for f in data_fields(x) if f != "ids"}
+        if x.routed:
+            changes["ids"] = jax.numpy.broadcast_to(ids, (*x.lead, *ids.shape))
+        return x.replace(**changes)
+
+    return map_places(lambda _, x: inner(x), params)
+
+
+def penalty(params: Any) -> Any:
+    """The sum of what the nodes' `penalty` methods return (AdaLoRA's orthogonality); 0 where none has one."""
+
+    def inner(x: Any) -> Any:
+        if not is_node(x):
+            return 0.0
+        own = x.penalty() if hasattr(x, "penalty") else 0.0
+        return own + sum(inner(getattr(x, f)) for f in data_fields(x))
+
+    return sum(inner(x) for x in places(params).values())
 
 
 def count(params: Any) -> tuple[int, int]:

@@ -22,7 +22,11 @@ from jax.sharding import PartitionSpec as P
 
 Axes = tuple[int, ...]
 Layout = Mapping[str, tuple[Axes, Axes]]  # path -> (in_axes, out_axes)
-static = functools.partial(dataclasses.field, metadata={"static": True})
+
+
+def static(**options: Any) -> Any:
+    """A dataclass field that is part of a node's structure, not an array."""
+    return dataclasses.field(metadata={"static": True}, **options)
 
 
 class Node:
@@ -30,6 +34,7 @@ class Node:
 
     trainable: ClassVar[tuple[str, ...]] = ()
     stochastic: ClassVar[bool] = False  # has a `key` field that `bind` fills when it is given an rng
+    routed: ClassVar[bool] = False  # has an `ids` field that `bind` fills with each row's adapter
     frozen: bool = False
 
     def replace(self, **changes: Any) -> Self:

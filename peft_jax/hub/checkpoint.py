@@ -22,6 +22,7 @@ from peft_jax.core.tree import map_places, path_str, places, resolve
 from peft_jax.core.weight import Weight
 from peft_jax.hub.names import Tensor, tensors_of
 from peft_jax.hub.safetensors_io import Checkpoint, open_checkpoint, write_shards
+from peft_jax.low_rank.svd import Factorized
 from peft_jax.models.config import decoder_config
 from peft_jax.models.decoder import Decoder
 
@@ -101,12 +102,40 @@ def load(
         remat=remat,
         attention_implementation=attention_implementation,
     )
-    abstract = abstract_params(model)
     with open_checkpoint(folder) as checkpoint:
+        abstract = _with_factors(abstract_params(model), checkpoint, model)
         _check(checkpoint, abstract, model, folder)
-        placed = None if mesh is None else places(shardings(abstract, mesh, rules))
-        read = lambda path, leaf: _read_leaf(checkpoint, path, leaf, model, placed[path] if placed else None)
-        return model, map_places(read, abstract)
+        placed = None if mesh is None else jax.tree.leaves(shardings(abstract, mesh, rules))
+        leaves, structure = jax.tree.flatten(abstract)
+        parts = {id(leaf): tensors for _, leaf, tensors in _parts(abstract, model)}
+        read = [_read_leaf(checkpoint, parts[id(leaf)], leaf, placed[i] if placed else None) for i, leaf in enumerate(leaves)]
+        return model, jax.tree.unflatten(structure, read)
+
+
+def _with_factors(abstract: Any, checkpoint: Checkpoint, model: Decoder) -> Any:
+    """The tree with a Factorized weight where the checkpoint holds factors (see `save`)."""
+    present = set(checkpoint.names)
+
+    def place(path: str, leaf: Any) -> Any:
+        first = _tensors(path, model)[0].name
+        if first in present or f"{first}_u" not in present:
+            return leaf
+        (k, n_in), lead = checkpoint.shape(f"{first}_u"), leaf.shape[:-2]
+        u, v = (jax.ShapeDtypeStruct((*lead, *shape), leaf.dtype) for shape in ((n_in, k), (k, leaf.shape[-1])))
+        return Factorized(u=u, v=v, in_sizes=leaf.shape[-2:-1], out_sizes=leaf.shape[-1:])
+
+    return map_places(place, abstract)
+
+
+def _parts(abstract: Any, model: Decoder) -> Iterable[tuple[str, Any, list[Tensor]]]:
+    """(path, array, its tensors) for each array of a tree; the two factors of a weight are `<name>_u` and `<name>_v`."""
+    for path, leaf in places(abstract).items():
+        tensors = _tensors(path, model)
+        if not isinstance(leaf, Factorized):
+            yield path, leaf, tensors
+            continue
+        for factor in ("u", "v"):
+            yield f"{path}/{factor}", getattr(leaf, factor), [t._replace(name=f"{t.name}_{factor}") for t in tensors]
 
 
 def _default_dtype(hf_config: Any) -> Any:
@@ -127,8 +156,8 @@ def _tensors(path: str, model: Decoder) -> list[Tensor]:
 def _check(checkpoint: Checkpoint, abstract: Any, model: Decoder, folder: Path) -> None:
     """Names and shapes before a single tensor is read."""
     expected: dict[str, tuple[int, ...]] = {}
-    for path, leaf in places(abstract).items():
-        for tensor in _tensors(path, model):
+    for _, leaf, tensors in _parts(abstract, model):
+        for tensor in tensors:
             shape = leaf.shape if tensor.layer is None else leaf.shape[1:]
             expected[tensor.name] = shape[::-1] if tensor.transposed else shape
     present = {name for name in checkpoint.names if not _IGNORED.fullmatch(name)}
@@ -148,8 +177,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _read_leaf(checkpoint: Checkpoint, path: str, leaf: Any, model: Decoder, sharding: NamedSharding | None) -> jax.Array:
-    tensors = _tensors(path, model)
+def _read_leaf(checkpoint: Checkpoint, tensors: list[Tensor], leaf: Any, sharding: NamedSharding | None) -> jax.Array:
     if tensors[0].layer is None:
         return _read_tensor(checkpoint, tensors[0], leaf.shape, leaf.dtype, sharding)
     one = None if sharding is None else NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
@@ -188,12 +216,13 @@ def save(
 ) -> None:
     """Write a Hugging Face folder (config, safetensors in shards, tokenizer) that `transformers` loads.
 
-    `params` must hold arrays: `merge` trees with adapters first. The folder appears only when all is written.
+    `params` must hold arrays: `merge` trees with adapters first. Factorized weights are written as their factors
+    (`<name>_u`, `<name>_v`), which `load` reads and `transformers` does not. The folder appears only when all is written.
     Raises ValueError naming the first node that is not an array.
     """
     params = resolve(params)
     for path, leaf in places(params).items():
-        if isinstance(leaf, Weight) or not hasattr(leaf, "dtype"):
+        if (isinstance(leaf, Weight) and not isinstance(leaf, Factorized)) or not hasattr(leaf, "dtype"):
             raise ValueError(f"{path} is a {type(leaf).__name__}; call peft_jax.merge(params) before save")
     expected = jax.tree_util.tree_flatten_with_path(abstract_params(model))[0]
     known = places(params)
@@ -210,8 +239,8 @@ def save(
 
 
 def _export(params: Any, model: Decoder) -> Iterable[tuple[str, tuple[int, ...], Any, Any]]:
-    for path, leaf in places(params).items():
-        for tensor in _tensors(path, model):
+    for _, leaf, tensors in _parts(params, model):
+        for tensor in tensors:
             shape = leaf.shape if tensor.layer is None else leaf.shape[1:]
 
             def reader(leaf: Any = leaf, tensor: Tensor = tensor) -> np.ndarray:

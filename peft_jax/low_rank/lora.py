@@ -6,135 +6,113 @@ Hugging Face PEFT starts it, B at zero, so nothing changes at first. Dropout act
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from peft_jax.core.tree import Targets, by_pattern, check_patterns, map_places, select
-from peft_jax.core.weight import (
-    Axes,
-    Layout,
-    Trainable,
-    Weight,
-    from_matrix,
-    materialize,
-    matmul,
-    matrix_shape,
-    static,
-    take,
-)
-
-MATRIX: tuple[Axes, Axes] = ((-2,), (-1,))
+from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
+from peft_jax.core.tree import Targets, map_places
+from peft_jax.core.weight import Axes, Layout, from_matrix, matmul, static, take
+from peft_jax.low_rank import init as starts
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LoRA(Weight):
-    """`base` + scale * a b. a [*lead, in, r], b [*lead, r, out], scale [*lead]; in and out are flattened sizes."""
+@node
+class LoRA(Additive):
+    """`base` + scale * a b. a [*lead, in, r], b [*lead, r, out], scale [*lead]; in and out are flattened sizes.
+
+    `start` holds the factors that a start such as PiSSA begins with: their product is subtracted. With `look_up_only`
+    an embedding's update is left out where its transpose serves as the head, as PEFT does with tied heads.
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
-    stochastic: ClassVar[bool] = True
-    base: Any
     a: jax.Array
     b: jax.Array
     scale: jax.Array
-    key: jax.Array | None = None  # set by `bind` when an rng is given: dropout is on
-    in_axes: Axes = static(default=(-2,))
-    out_axes: Axes = static(default=(-1,))
-    dropout: float = static(default=0.0)
+    start: tuple[jax.Array, jax.Array] | None = None
     rslora: bool = static(default=False)  # how `scale` was made from alpha; kept for export
-    name: str = static(default="default")
-    frozen: bool = static(default=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """Sizes of the leading axes."""
-        return self.a.shape[:-2]
+    look_up_only: bool = static(default=False)
 
     @property
     def rank(self) -> int:
         return self.a.shape[-1]
 
-    def field_specs(self, spec: P) -> dict[str, P]:
-        lead = tuple(spec)[: len(self.lead)]
-        into, out = spec[self.in_axes[0]], spec[self.out_axes[0]]
-        return {"base": spec, "a": P(*lead, into, None), "b": P(*lead, None, out), "scale": P(*lead)}
+    def array_specs(self, into: Any, out: Any) -> dict[str, tuple[Any, ...]]:
+        return {"a": (into, None), "b": (None, out), "scale": ()}
 
     def delta(self) -> jax.Array:
-        """The update s * A B in the base's logical shape, float32."""
-        product = jnp.matmul(self.a, self.b, preferred_element_type=jnp.float32) * self.scale[..., None, None]
-        return from_matrix(product, self.shape, self.in_axes, self.out_axes)
+        product = _product32(self.a, self.b)
+        if self.start is not None:
+            product = product - _product32(*self.start)
+        return product * self.scale[..., None, None]
 
-    def materialize(self) -> jax.Array:
-        return (materialize(self.base).astype(jnp.float32) + self.delta()).astype(self.dtype)
+    def update(self, x: jax.Array) -> jax.Array:
+        a, b = self.factors(x.dtype)
+        return jnp.matmul(_project(jax.config.jax_default_matmul_precision, x, a) * self.scale.astype(x.dtype), b)
 
-    def unmerge(self, merged: Any) -> Self:
-        return self.replace(base=(materialize(merged).astype(jnp.float32) - self.delta()).astype(self.dtype))
-
-    def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
-        y = matmul(x, self.base, in_axes=in_axes, out_axes=out_axes, precision=precision)
-        a, b = self._factors(in_axes, out_axes, x.dtype)
-        x = x.reshape(*_token_axes(x.shape[: x.ndim - len(in_axes)]), a.shape[0])
-        low = jnp.matmul(self._drop(x), a, precision=precision) * self.scale.astype(x.dtype)
-        return y + jnp.matmul(low, b, precision=precision).reshape(y.shape)
-
-    def _factors(self, in_axes: Axes, out_axes: Axes, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        a, b = self.a.astype(dtype), self.b.astype(dtype)
-        if (in_axes, out_axes) == (self.in_axes, self.out_axes):
-            return a, b
-        if (out_axes, in_axes) == (self.in_axes, self.out_axes):  # the transposed product of a tied head
-            return b.T, a.T
-        raise ValueError(
-            f"LoRA made for in_axes={self.in_axes}, out_axes={self.out_axes} lies in a module that multiplies with "
-            f"in_axes={in_axes}, out_axes={out_axes}; pass layout=peft_jax.layout_of(model, ...) to lora"
+    def factors(self, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
+        """(A, B) whose product times `scale` is the whole update: of twice the rank where there is a `start`."""
+        if self.start is None:
+            return self.a.astype(dtype), self.b.astype(dtype)
+        a0, b0 = self.start
+        return (
+            jnp.concatenate([self.a, a0], -1).astype(dtype),
+            jnp.concatenate([self.b, -b0], -2).astype(dtype),
         )
 
-    def _drop(self, x: jax.Array) -> jax.Array:
-        if self.key is None or self.dropout == 0.0:
-            return x
-        keep = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
-        return jnp.where(keep, x / (1.0 - self.dropout), 0)
+    def transposed(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+        y = matmul(x, self.base, in_axes=in_axes, out_axes=out_axes, precision=precision)
+        if self.look_up_only:
+            return y
+        a, b = self.factors(x.dtype)
+        x = x.reshape(*x.shape[: x.ndim - len(in_axes)], -1)
+        change = jnp.matmul(jnp.matmul(x, b.mT) * self.scale.astype(x.dtype), a.mT).reshape(y.shape)
+        return y + change if self.gate is None else jnp.where(self.gate > 0, y + change, y)
 
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
+        if (self.in_axes, self.out_axes) != ((-2,), (-1,)):
+            return super().take(ids, dtype)
         rows = take(self.base, ids, dtype)
-        a, b = self._factors((-2,), (-1,), rows.dtype)
+        a, b = self.factors(rows.dtype)
         return rows + jnp.matmul(jnp.take(a, ids, axis=0) * self.scale.astype(rows.dtype), b)
 
+    def merge(self) -> Any:
+        if self.look_up_only:
+            raise ValueError("this LoRA adapts the look-up of a tied embedding and not the head: no one array can hold that")
+        return self.materialize()
 
-def _token_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Rows and tokens as one axis: on a CPU, products of rank r take half the time on two axes that they take on three.
 
-    Axes that a mesh splits over `sequence` stay as they are, since joining two split axes would gather them.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return shape if not mesh.empty and mesh.shape.get("sequence", 1) > 1 else (math.prod(shape),)
+def _product32(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(precision: str | None, x: jax.Array, a: jax.Array) -> jax.Array:
+    """x [..., in] times a [in, r], with a's gradient formed as [r, in]: on a CPU four times as fast as [in, r]."""
+    return jnp.matmul(x, a, precision=precision)
+
+
+def _project_forward(precision: str | None, x: jax.Array, a: jax.Array) -> Any:
+    return _project(precision, x, a), (x, a)
+
+
+def _project_backward(precision: str | None, saved: Any, grad: jax.Array) -> Any:
+    x, a = saved
+    tokens = tuple(range(x.ndim - 1))
+    d_a = jax.lax.dot_general(grad, x, ((tokens, tokens), ((), ())), precision=precision)
+    d_a = jax.lax.optimization_barrier(d_a).T  # else XLA swaps the operands back
+    return jnp.matmul(grad, a.T, precision=precision), d_a
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 def scaling(alpha: float, rank: int, rslora: bool) -> float:
     """alpha / r, or alpha / sqrt(r) with rank stabilisation."""
     return alpha / (math.sqrt(rank) if rslora else rank)
-
-
-def _init_a(key: jax.Array, shape: tuple[int, ...], init: str) -> jax.Array:
-    if init == "gaussian":
-        return jax.random.normal(key, shape, jnp.float32) / shape[-1]
-    if init == "kaiming":  # torch's kaiming_uniform_(a=sqrt(5)): a bound of 1/sqrt(in)
-        bound = 1.0 / math.sqrt(shape[-2])
-        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-    raise ValueError(f"init must be 'kaiming' or 'gaussian', not {init!r}")
 
 
 def lora(
@@ -145,68 +123,80 @@ def lora(
     alpha: float | None = None,
     targets: Targets = "all-linear",
     exclude: Targets = (),
+    layers: Sequence[int] | None = None,
     dropout: float = 0.0,
     rslora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     bias: Literal["none", "all", "lora_only"] = "none",
     modules_to_save: Targets = (),
-    init: Literal["kaiming", "gaussian"] = "kaiming",
+    init: str = "kaiming",
     adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
     """`params` with a LoRA node of rank `rank` at each place that `targets` name.
 
-    `alpha` defaults to the rank (scale 1). `rank_pattern` and `alpha_pattern` override both for the places that their
-    keys match. `bias` also trains biases, `modules_to_save` whole modules, as in PEFT; `adapter` names the adapter.
-    `layout` (see `layout_of`) says which axes of a weight are inputs; without it a weight is [*leading, in, out].
+    `alpha` defaults to the rank (scale 1). `rank_pattern` and `alpha_pattern` override both for the places, or single
+    layers of stacked ones, that their keys match; `layers` restricts to these layer numbers. `init` is kaiming (PEFT's
+    default), gaussian, orthogonal, pissa, pissa_niter_N or olora. `bias` also trains biases, `modules_to_save` whole
+    modules, as in PEFT; `adapter` names the adapter. `layout` (see `layout_of`) says which axes of a weight are inputs;
+    without it a weight is [*leading, in, out].
     Raises ValueError for a rank below 1, dropout outside [0, 1), or a target or pattern that matches nothing.
     """
-    rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
-    for r in (rank, *rank_pattern.values()):
-        if r < 1:
-            raise ValueError(f"rank must be at least 1, got {r}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-    paths = select(params, targets, exclude)
-    check_patterns(paths, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
-    keys = dict(zip(paths, jax.random.split(key, len(paths)), strict=True))
+    ranks = Ranks(rank, alpha, rank_pattern or {}, alpha_pattern or {}, rslora)
+    check_dropout(dropout)
 
-    def place(path: str, w: Any) -> Any:
-        if path not in keys:
-            return w
-        in_axes, out_axes = (layout or {}).get(path, MATRIX)
-        lead, n_in, n_out = matrix_shape(w.shape, in_axes, out_axes)
-        r = by_pattern(path, rank, rank_pattern)
-        s = scaling(by_pattern(path, rank if alpha is None else alpha, alpha_pattern), r, rslora)
+    def make(site: Site, key: jax.Array) -> LoRA:
+        a, b, scale = ranks.factors(site, key, init)
         return LoRA(
-            base=w,
-            a=_init_a(keys[path], (*lead, n_in, r), init),
-            b=jnp.zeros((*lead, r, n_out), jnp.float32),
-            scale=jnp.full(lead, s, jnp.float32),
-            in_axes=in_axes,
-            out_axes=out_axes,
-            dropout=dropout,
+            **site.common(dropout=dropout, name=adapter),
+            a=a,
+            b=b,
+            scale=scale,
+            start=(a, b) if starts.changes_base(init) else None,
             rslora=rslora,
-            name=adapter,
         )
 
-    return train_extras(map_places(place, params), paths, bias=bias, modules_to_save=modules_to_save)
+    return place_nodes(
+        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, bias=bias,
+        modules_to_save=modules_to_save, patterns={"rank_pattern": ranks.rank_pattern, "alpha_pattern": ranks.alpha_pattern},
+    )  # fmt: skip
 
 
-def train_extras(params: Any, paths: list[str], *, bias: str, modules_to_save: Targets) -> Any:
-    """Biases ("all", or "lora_only": those beside `paths`) and whole modules marked as training, as PEFT does."""
-    if bias not in ("none", "all", "lora_only"):
-        raise ValueError(f"bias must be 'none', 'all' or 'lora_only', not {bias!r}")
-    beside = {path.rpartition("/")[0] + "/bias" for path in paths}
-    saved = set(select(params, modules_to_save, min_ndim=0)) if modules_to_save else set()
-    if clash := saved & set(paths):
-        raise ValueError(f"{sorted(clash)[0]} is both a target and in modules_to_save")
+class Ranks:
+    """Rank and alpha of each place and layer: `rank` and `alpha` unless a pattern says otherwise."""
 
-    def mark(path: str, w: Any) -> Any:
-        if path in saved:
-            return Trainable(materialize(w), saved_as="module")
-        wanted = bias == "all" or (bias == "lora_only" and path in beside)
-        return Trainable(w, saved_as="bias") if wanted and path.endswith("/bias") else w
+    def __init__(
+        self, rank: int, alpha: float | None, rank_pattern: Mapping[str, int], alpha_pattern: Mapping[str, float], rslora: bool
+    ) -> None:
+        for r in (rank, *rank_pattern.values()):
+            if r < 1:
+                raise ValueError(f"rank must be at least 1, got {r}")
+        self.rank, self.alpha, self.rslora = rank, rank if alpha is None else alpha, rslora
+        self.rank_pattern, self.alpha_pattern = rank_pattern, alpha_pattern
 
-    return map_places(mark, params)
+    def factors(self, site: Site, key: jax.Array, init: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(A, B, scale) of a site. Layers of smaller rank are padded with zeros, which stay zero in training."""
+        ranks, alphas = site.pattern(self.rank, self.rank_pattern), site.pattern(self.alpha, self.alpha_pattern)
+        scale = site.by_layer([scaling(a, r, self.rslora) for a, r in zip(alphas, ranks, strict=True)])
+        a, b = starts.start(init, site.matrix(), max(ranks), scale, key)
+        if len(set(ranks)) > 1:
+            used = jnp.arange(max(ranks)) < site.by_layer(ranks)[..., None]
+            a, b = a * used[..., None, :], b * used[..., :, None]
+        return a, b, scale
+
+
+def rebase(params: Any) -> Any:
+    """The bases changed by what PiSSA and its like begin with, which then need not be subtracted any more.
+
+    The outputs are the same up to rounding; steps are faster, and the base may now be quantized. The way back is the
+    original checkpoint, or an adapter of twice the rank that was saved before.
+    """
+
+    def fold(_: str, w: Any) -> Any:
+        if not isinstance(w, LoRA) or w.start is None:
+            return w
+        base = w.base_matrix() - _product32(*w.start) * w.scale[..., None, None]
+        return w.replace(base=from_matrix(base, w.shape, w.in_axes, w.out_axes).astype(w.dtype), start=None)
+
+    return map_places(fold, params)

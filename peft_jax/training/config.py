@@ -76,7 +76,7 @@ class DataConfig:
 
 @configuration
 class OptimizerConfig:
-    name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = option("adamw", "the optax optimizer")
+    name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "galore"] = option("adamw", "the optax optimizer")
     learning_rate: float = option(1e-3, "peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = option("cosine", "decay after warm-up")
     warmup_steps: int = option(20, "steps of linear warm-up")
@@ -86,6 +86,9 @@ class OptimizerConfig:
     b2: float = option(0.999, "second moment's decay")
     eps: float = option(1e-8, "Adam's epsilon")
     clip_norm: float = option(1.0, "clip gradients to this global norm; 0 for no clipping")
+    lora_plus_ratio: float = option(1.0, "LoRA+: learning rate of LoRA's B as a multiple of A's")
+    galore_rank: int = option(128, "GaLore: rank of the gradients' projection")
+    galore_every: int = option(200, "GaLore: steps between new projections")
 
 
 @configuration

@@ -14,6 +14,7 @@ from flax import nnx
 
 from peft_jax.core.bind import bind
 from peft_jax.core.sharding import fetch
+from peft_jax.core.tree import with_adapter_ids
 
 _CHUNK = 32  # tokens decoded between looks at stop strings
 
@@ -47,13 +48,15 @@ def generate(
     stop: Sequence[str] = (),
     eos_token_id: int | None = None,
     seed: int = 0,
+    adapter_ids: Sequence[int] | None = None,
 ) -> list[Any]:
     """Continuations of `prompts`: texts where these are texts (which needs the tokenizer), else lists of token ids.
 
     `apply_or_model` is a Flax model or the result of `bind`. Temperature 0 is greedy; otherwise tokens are drawn among
     the `top_k` most likely (0: all) and the most likely ones that hold `top_p` of the probability. A continuation ends at
     the tokenizer's end token, before the first of the `stop` strings, or after `max_tokens`. The draw of a row depends on
-    the seed and its place in the batch. Models without a cache (no `empty_cache`) run the whole prefix for each token.
+    the seed and its place in the batch. `adapter_ids` names each row's adapter out of a bank. Models without a cache
+    (no `empty_cache`) run the whole prefix for each token.
     Raises ValueError for an empty prompt or list, text without a tokenizer, or impossible sampling options.
     """
     apply = apply_or_model if not isinstance(apply_or_model, (nn.Module, nnx.Module)) else _bound(apply_or_model)
@@ -63,6 +66,10 @@ def generate(
             f"need max_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1; got {max_tokens}, {temperature}, "
             f"{top_k}, {top_p}"
         )
+    if adapter_ids is not None:
+        if len(adapter_ids) != len(ids):
+            raise ValueError(f"there are {len(adapter_ids)} adapter_ids for {len(ids)} prompts")
+        params = with_adapter_ids(params, np.asarray(adapter_ids, np.int32))
     if eos_token_id is None and tokenizer is not None:
         eos_token_id = tokenizer.eos_token_id
     eos = -1 if eos_token_id is None else eos_token_id

@@ -25,12 +25,12 @@ def next_token(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any,
     Where the model has `hidden` and `unembed`, logits are computed for `chunk` tokens at a time and never stored for the
     whole batch (0: all at once; None: chunks where they would exceed 256 MB in float32).
     """
-    inputs = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
+    inputs = {name: batch[name] for name in ("positions", "segment_ids", "adapter_ids") if name in batch}
     weights = batch["weights"].astype(jnp.float32)
     total = jnp.maximum(weights.sum(), 1e-9)
     if hasattr(getattr(apply, "model", None), "unembed"):
         hidden = apply(params, batch["tokens"], rng=rng, method="hidden", **inputs)
-        head = functools.partial(apply, params, rng=None, method="unembed")
+        head = functools.partial(apply, params, rng=None, method="unembed", adapter_ids=batch.get("adapter_ids"))
         loss, hits = _chunked(head, hidden, batch["targets"], weights, chunk)
     else:
         logits = apply(params, batch["tokens"], rng=rng, **inputs)

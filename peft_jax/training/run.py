@@ -149,7 +149,7 @@ def run_training(config: RunConfig, console: Console | None = None) -> Result:
         setup.model,
         params,
         rows,
-        make_optimizer(config.optimizer, steps),
+        make_optimizer(config.optimizer, steps, config.method),
         config.train,
         steps=steps,
         mesh=setup.mesh,
@@ -260,7 +260,7 @@ def run_export(config: RunConfig, *, merged: bool) -> Path:
     setup = set_up(config)
     params = add_method(config, setup.params, setup.mesh)
     rows = make_rows(config, config.data.train, setup.tokenizer)
-    optimizer = make_optimizer(config.optimizer, train_steps(config, rows))
+    optimizer = make_optimizer(config.optimizer, train_steps(config, rows), config.method)
     state = initial_state(params, optimizer, config.train.seed, setup.mesh)
     checkpoints = Checkpoints(out / chosen, keep=1, identity=identity(config, setup, rows))
     try:

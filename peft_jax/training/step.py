@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from peft_jax.core.tree import combine
+from peft_jax.core.tree import combine, penalty
 from peft_jax.training.objective import Apply, Objective
 
 
@@ -42,10 +42,15 @@ def make_step(
 
     With `accumulate` > 1 the batch's rows are split into that many micro-batches whose gradients are averaged by their
     weight, which equals the gradient of the whole batch. A gradient that is not finite changes nothing but the counts.
+    Nodes that have a `penalty` add it to what is minimised; the metric `loss` is the objective's own.
     """
 
+    optimizer = optax.with_extra_args_support(optimizer)
+
     def loss_of(trainable: Any, frozen: Any, batch: Any, rng: jax.Array) -> Any:
-        return objective(apply, combine(trainable, frozen), batch, rng)
+        params = combine(trainable, frozen)
+        loss, metrics = objective(apply, params, batch, rng)
+        return loss + penalty(params), {"loss": loss, **metrics}
 
     grad_of = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -57,7 +62,7 @@ def make_step(
             loss, metrics, grads = _accumulated(grad_of, state.trainable, frozen, batch, rng, accumulate)
         norm = optax.global_norm(grads)
         good = jnp.isfinite(norm) & jnp.isfinite(loss)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, grads=grads)
         changed = (optax.apply_updates(state.trainable, updates), opt_state)
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), changed, (state.trainable, state.opt_state)
@@ -67,7 +72,7 @@ def make_step(
             state.step + 1, trainable, opt_state, state.rng, state.skipped + bad, (state.skipped_in_a_row + 1) * bad
         )
         skips = {"skipped": new.skipped, "skipped_in_a_row": new.skipped_in_a_row}
-        return new, {"loss": loss, "grad_norm": norm, **metrics, **skips}
+        return new, {"grad_norm": norm, **metrics, **skips}
 
     return step
 

@@ -160,18 +160,18 @@ def edit_tensors(folder, change):
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BAD = {
-    "another kind": (lambda f: edit_config(f, peft_type="LOHA"), "peft_type 'LOHA' is not supported"),
-    "dora": (lambda f: edit_config(f, use_dora=True), "option use_dora=True is not supported"),
+    "another kind": (lambda f: edit_config(f, peft_type="POLY"), "peft_type 'POLY' is not supported"),
+    "dora": (lambda f: edit_config(f, use_dora=True), "lacks lora_magnitude_vector, which use_dora needs"),
     "lora bias": (lambda f: edit_config(f, lora_bias=True), "option lora_bias=True is not supported"),
     "pissa": (lambda f: edit_config(f, init_lora_weights="pissa"), "changes the base model's weights"),
-    "no rank": (lambda f: edit_config(f, r=None), "needs numbers r and lora_alpha"),
+    "no rank": (lambda f: edit_config(f, r=None), "needs a number r, got None"),
     "wrong rank": (lambda f: edit_config(f, r=3), "expected rank 3"),
     "half": (lambda f: edit_tensors(f, lambda t: t.pop(A)), "only one of lora_A and lora_B"),
     "prefix": (lambda f: edit_tensors(f, lambda t: t.update(x=t.pop(A))), "tensor x does not begin with"),
     "integers": (lambda f: edit_tensors(f, lambda t: t.update({A: t[A].astype(np.int32)})), "expected floating point"),
     "magnitude": (
         lambda f: edit_tensors(f, lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): t[A]})),
-        "belongs to an option that is not supported",
+        "has lora_magnitude_vector, but the adapter does not say use_dora",
     ),
     "another model": (
         lambda f: edit_tensors(
@@ -181,7 +181,7 @@ BAD = {
     ),
     "another width": (
         lambda f: edit_tensors(f, lambda t: t.update({A: np.zeros((2, 31), np.float32)})),
-        "the adapter's factors for model/layers/self_attn/q_proj/kernel are",
+        "the adapter's arrays for model.layers.0.self_attn.q_proj are",
     ),
     "pickle": (
         lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
@@ -201,7 +201,7 @@ def test_what_cannot_be_loaded_is_refused_by_name(base, adapter, kind):
 
 def test_what_cannot_be_saved_is_refused_by_name(base, tmp_path):
     params = base[3]
-    with pytest.raises(ValueError, match="no LoRA adapter named 'default'"):
+    with pytest.raises(ValueError, match="no adapter named 'default'"):
         peft_jax.save_adapter(tmp_path / "x", params)
     with pytest.raises(ValueError, match="fully fine-tuned, which an adapter cannot hold"):
         peft_jax.save_adapter(tmp_path / "x", peft_jax.full(params))

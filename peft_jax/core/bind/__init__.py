@@ -18,12 +18,13 @@ __all__ = ["MissingRuleError", "bind", "layout_of", "nnx_params", "register_rule
 
 
 def bind(model: Any, *, strict: bool = False) -> Callable[..., Any]:
-    """A pure function `apply(params, *args, rng=None, method=None, **kwargs)` for any Flax model.
+    """A pure function `apply(params, *args, rng=None, method=None, adapter_ids=None, **kwargs)` for any Flax model.
 
     `params` is the model's parameter tree with Weights and Attachments in it. Weights in the place of `kernel` or
     `embedding` are used without being materialised; `rng` (a key) switches dropout on, the nodes' and the model's;
-    `method` names another method than `__call__`. A Weight in a module without a rule is materialised for each call and
-    said so once; with `strict` it raises MissingRuleError. `apply.model` is the model. Raises TypeError for no Flax module.
+    `method` names another method than `__call__`; `adapter_ids` [B] chooses each row's adapter out of a bank. A Weight
+    in a module without a rule is materialised for each call and said so once; with `strict` it raises MissingRuleError.
+    `apply.model` is the model. Raises TypeError for no Flax module.
     """
     if isinstance(model, flax.linen.Module):
         return _linen.bind_linen(model, strict=strict)

@@ -11,7 +11,7 @@ import jax
 
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.bind.rules import Rule, attend, bias_of, einsum_layer, embed, find_rule, linear, say_fallback
-from peft_jax.core.tree import resolve, with_rng
+from peft_jax.core.tree import prepare
 from peft_jax.core.weight import Weight, materialize
 
 RULES: dict[tuple[type, str], Rule] = {}
@@ -31,8 +31,10 @@ def bind_linen(model: nn.Module, *, strict: bool = False) -> Callable[..., Any]:
     """See `peft_jax.bind`."""
     said: set[str] = set()
 
-    def apply(params: Any, *args: Any, rng: jax.Array | None = None, method: str | None = None, **kwargs: Any) -> Any:
-        variables = {"params": resolve(with_rng(params, rng))}
+    def apply(
+        params: Any, *args: Any, rng: jax.Array | None = None, method: str | None = None, adapter_ids: Any = None, **kwargs: Any
+    ) -> Any:
+        variables = {"params": prepare(params, rng, adapter_ids)}
         rngs = {} if rng is None else {"dropout": rng}
         with nn.intercept_methods(functools.partial(_intercept, strict, said)):
             return model.apply(variables, *args, rngs=rngs, method=method, **kwargs)

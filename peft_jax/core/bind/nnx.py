@@ -25,7 +25,7 @@ from peft_jax.core.bind.rules import (
     linear,
     say_fallback,
 )
-from peft_jax.core.tree import is_node, resolve, with_rng
+from peft_jax.core.tree import is_node, prepare
 from peft_jax.core.weight import Weight, materialize
 
 RULES: dict[tuple[type, str], Rule] = {}
@@ -46,8 +46,10 @@ def bind_nnx(model: nnx.Module, *, strict: bool = False) -> Callable[..., Any]:
     graph, state, rest = nnx.split(model, nnx.Param, ...)
     said: set[str] = set()
 
-    def apply(params: Any, *args: Any, rng: jax.Array | None = None, method: str | None = None, **kwargs: Any) -> Any:
-        params = resolve(with_rng(params, rng))
+    def apply(
+        params: Any, *args: Any, rng: jax.Array | None = None, method: str | None = None, adapter_ids: Any = None, **kwargs: Any
+    ) -> Any:
+        params = prepare(params, rng, adapter_ids)
         merged = nnx.merge(graph, state, rest, copy=True)
         for path, module in list(nnx.iter_modules(merged)):
             own = _own(params, path)

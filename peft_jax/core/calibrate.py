@@ -1,0 +1,99 @@
+"""Calibration: statistics of what goes into each weight, collected in one pass over some batches.
+
+A `Probe` stands in the weight's place and passes its input on; the statistic is the "gradient" of an array of zeros beside
+it. So it works wherever gradients do: in scanned, rematerialised and third-party models, and sharded ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
+from peft_jax.core.tree import Targets, combine, map_places, partition, places
+from peft_jax.core.weight import Layout, static
+
+Statistic = Literal["covariance", "second_moment"]
+
+
+@node
+class Probe(Reparametrised):
+    """`base`, unchanged; sink [*lead, in, in] or [*lead, in] receives the statistic of its inputs as a gradient."""
+
+    trainable: ClassVar[tuple[str, ...]] = ("sink",)
+    stochastic: ClassVar[bool] = False
+    sink: jax.Array
+    statistic: str = static(default="covariance")
+
+    def product(self, x: jax.Array, base: Product) -> jax.Array:
+        return base(_tap(self.statistic, x, self.sink))
+
+    def materialize(self) -> jax.Array:
+        raise ValueError("a weight that its module materialises cannot be calibrated; register a rule or exclude it")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tap(statistic: str, x: jax.Array, sink: jax.Array) -> jax.Array:
+    return x
+
+
+def _tap_forward(statistic: str, x: jax.Array, sink: jax.Array) -> Any:
+    return x, x
+
+
+def _tap_backward(statistic: str, x: jax.Array, grad: jax.Array) -> Any:
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    value = jnp.matmul(rows.T, rows) if statistic == "covariance" else jnp.square(rows).sum(0)
+    return jnp.zeros_like(x), value  # nothing flows further back: the statistic is all that is asked for
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+def calibrate(
+    apply: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    statistic: Statistic = "covariance",
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    layout: Layout | None = None,
+) -> dict[str, jax.Array]:
+    """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]) or x^2 ("second_moment", [*lead, in]), float32.
+
+    `batches` hold `tokens` [B, T] and what else the model's call takes (`positions`, `segment_ids`); every token counts,
+    so give rows without padding. Raises ValueError where there is no batch, or a target matches nothing.
+    """
+
+    def make(site: Site, key: jax.Array) -> Probe:
+        lead, n_in, _ = site.sizes
+        shape = (*lead, n_in, n_in) if statistic == "covariance" else (*lead, n_in)
+        return Probe(**site.common(), sink=jnp.zeros(shape, jnp.float32), statistic=statistic)
+
+    probed = place_nodes(params, jax.random.key(0), make, targets=targets, exclude=exclude, layout=layout)
+    inside = {p for p, w in places(probed).items() if isinstance(w, Probe)}
+    sinks, rest = partition(map_places(lambda p, w: w if p in inside else _frozen(w), probed))
+
+    @jax.jit
+    def collect(sinks: Any, rest: Any, tokens: Any, inputs: Any) -> Any:
+        output = lambda s: jnp.sum(jax.tree.leaves(apply(combine(s, rest), tokens, **inputs))[0].astype(jnp.float32))
+        return jax.grad(output)(sinks)
+
+    total, count = None, 0
+    for batch in batches:
+        inputs = {k: v for k, v in batch.items() if k in ("positions", "segment_ids")}
+        found = collect(sinks, rest, batch["tokens"], inputs)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        count += int(jnp.size(batch["tokens"]))
+    if total is None:
+        raise ValueError("there is no batch to calibrate on")
+    return {path: places(total)[path].sink / count for path in sorted(inside)}
+
+
+def _frozen(w: Any) -> Any:
+    return w.replace(frozen=True) if hasattr(w, "frozen") and hasattr(w, "replace") else w

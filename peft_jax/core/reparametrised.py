@@ -1,0 +1,274 @@
+"""Reparametrised weights: a base weight and the small arrays of a method that changes it.
+
+A method is a subclass of `Reparametrised` that says what it does to a matrix (`adapt`) and, where that is cheaper than
+forming the matrix, what it does to a product (`product`). `Additive` serves the many whose change is a sum. The class
+does the rest: weights of any layout, several leading axes, dropout, merging, chosen layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from peft_jax.core.tree import Targets, by_pattern, check_patterns, map_places, places, select_layers, train_extras
+from peft_jax.core.weight import Axes, Layout, Weight, from_matrix, materialize, matmul, matrix_shape, static, take, to_matrix
+
+MATRIX: tuple[Axes, Axes] = ((-2,), (-1,))
+T = TypeVar("T")
+Product = Callable[[jax.Array], jax.Array]  # x [..., in] -> [..., out]
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, static))
+def node(cls: type[T]) -> type[T]:
+    """A class of tree nodes: a frozen dataclass with keyword arguments, registered as a pytree."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reparametrised(Weight):
+    """`base` [*lead, in, out] (in any layout) changed by the arrays of a subclass, each of them [*lead, ...].
+
+    `gate` [*lead] is 1 where a stacked layer is adapted and 0 where it is not; None stands for ones. `shared` holds
+    arrays that several weights share (see `Shared`) and `key` the randomness of dropout; `bind` fills both.
+    """
+
+    stochastic: ClassVar[bool] = True
+    base: Any
+    gate: jax.Array | None = None
+    key: jax.Array | None = None
+    shared: Any = None
+    in_axes: Axes = static(default=(-2,))
+    out_axes: Axes = static(default=(-1,))
+    dropout: float = static(default=0.0)
+    group: str = static(default="")  # the name of the `Shared` that this weight reads, if any
+    name: str = static(default="default")
+    frozen: bool = static(default=False)
+
+    def adapt(self, w: jax.Array) -> jax.Array:
+        """The changed matrix [*lead, in, out] of a base matrix, both float32."""
+        raise NotImplementedError
+
+    def product(self, x: jax.Array, base: Product) -> jax.Array:
+        """x [..., in] times the changed weight, given the product with the base; without leading axes."""
+        return jnp.matmul(self.drop(x), self.adapt(self.base_matrix()).astype(x.dtype))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Sizes of the leading axes."""
+        return matrix_shape(self.shape, self.in_axes, self.out_axes)[0]
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """(in, out), flattened."""
+        return matrix_shape(self.shape, self.in_axes, self.out_axes)[1:]
+
+    def field_specs(self, spec: P) -> dict[str, P]:
+        lead, into, out = tuple(spec)[: len(self.lead)], spec[self.in_axes[0]], spec[self.out_axes[0]]
+        own = {name: P(*lead, *axes) for name, axes in self.array_specs(into, out).items()}
+        return {"base": spec, "gate": P(*lead), **own}
+
+    def array_specs(self, into: Any, out: Any) -> dict[str, tuple[Any, ...]]:
+        """field -> mesh axes of its own axes, where `into` and `out` are the mesh axes that split the weight."""
+        return {}
+
+    def base_matrix(self) -> jax.Array:
+        """The base as [*lead, in, out], float32."""
+        return to_matrix(materialize(self.base), self.in_axes, self.out_axes).astype(jnp.float32)
+
+    def materialize(self) -> jax.Array:
+        base = self.base_matrix()
+        w = self.adapt(base)
+        if self.gate is not None:
+            w = jnp.where(self.gate[..., None, None] > 0, w, base)
+        return from_matrix(w, self.shape, self.in_axes, self.out_axes).astype(self.dtype)
+
+    def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+        if (in_axes, out_axes) != (self.in_axes, self.out_axes):
+            if (out_axes, in_axes) != (self.in_axes, self.out_axes):
+                raise ValueError(
+                    f"{type(self).__name__} made for in_axes={self.in_axes}, out_axes={self.out_axes} lies in a module that "
+                    f"multiplies with in_axes={in_axes}, out_axes={out_axes}; pass layout=peft_jax.layout_of(model, ...)"
+                )
+            return self.transposed(x, in_axes=in_axes, out_axes=out_axes, precision=precision)
+        into, out = (tuple(self.shape[a] for a in axes) for axes in (in_axes, out_axes))
+        tokens = x.shape[: x.ndim - len(in_axes)]
+
+        def base(x: jax.Array) -> jax.Array:
+            x = x.reshape(*x.shape[:-1], *into)
+            y = matmul(x, self.base, in_axes=in_axes, out_axes=out_axes, precision=precision)
+            return y.reshape(*y.shape[: y.ndim - len(out)], math.prod(out))
+
+        x = x.reshape(*_token_axes(tokens), math.prod(into))
+        with jax.default_matmul_precision(precision_name(precision)):
+            y = self.product(x, base)
+        if self.gate is not None:
+            y = jnp.where(self.gate > 0, y, base(x))
+        return y.reshape(*tokens, *out)
+
+    def transposed(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+        """The product with the transpose: the head of a model that ties it to its embedding."""
+        return matmul(x, self.materialize(), in_axes=in_axes, out_axes=out_axes, precision=precision)
+
+    def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
+        return take(self.materialize(), ids, dtype)
+
+    def drop(self, x: jax.Array) -> jax.Array:
+        """`x` with dropout, where it is on."""
+        if self.key is None or self.dropout == 0.0:
+            return x
+        keep = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
+        return jnp.where(keep, x / (1.0 - self.dropout), 0)
+
+    def recover(self, w: jax.Array) -> jax.Array:
+        """The base matrix behind the changed matrix `w` [*lead, in, out], float32: the inverse of `adapt`."""
+        raise TypeError(f"{type(self).__name__} cannot be unmerged")
+
+    def unmerge(self, merged: Any) -> Self:
+        w = to_matrix(materialize(merged), self.in_axes, self.out_axes).astype(jnp.float32)
+        base = self.recover(w)
+        if self.gate is not None:
+            base = jnp.where(self.gate[..., None, None] > 0, base, w)
+        return self.replace(base=from_matrix(base, self.shape, self.in_axes, self.out_axes).astype(self.dtype))
+
+
+class Additive(Reparametrised):
+    """A change that is a sum: the base plus `delta`."""
+
+    def delta(self) -> jax.Array:
+        """What is added, [*lead, in, out], float32."""
+        raise NotImplementedError
+
+    def update(self, x: jax.Array) -> jax.Array:
+        """x [..., in] times `delta`, without leading axes; overridden where that is cheaper than forming it."""
+        return jnp.matmul(x, self.delta().astype(x.dtype))
+
+    def product(self, x: jax.Array, base: Product) -> jax.Array:
+        return base(x) + self.update(self.drop(x))
+
+    def adapt(self, w: jax.Array) -> jax.Array:
+        return w + self.delta()
+
+    def recover(self, w: jax.Array) -> jax.Array:
+        return w - self.delta()
+
+
+def precision_name(precision: Any) -> str | None:
+    """A `precision` argument of Flax's layers as a name, the higher one of a pair."""
+    if isinstance(precision, tuple):
+        precision = max((jax.lax.Precision(p) for p in precision), key=lambda p: p.value)
+    return precision.name.lower() if isinstance(precision, jax.lax.Precision) else precision
+
+
+def _token_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows and tokens as one axis: on a CPU, products of rank r take half the time on two axes that they take on three.
+
+    Axes that a mesh splits over `sequence` stay as they are, since joining two split axes would gather them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return shape if not mesh.empty and mesh.shape.get("sequence", 1) > 1 else (math.prod(shape),)
+
+
+# ---------------------------------------------------------------------------------------------------- placing nodes
+
+
+class Site(NamedTuple):
+    """Where a node is to stand: its path, the weight there, and the weight's layout."""
+
+    path: str
+    base: Any
+    in_axes: Axes
+    out_axes: Axes
+    layers: tuple[str, ...]  # the path of each stacked layer, or the path alone
+    chosen: tuple[bool, ...]  # which of them are adapted
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], int, int]:
+        """(leading axes, in, out)."""
+        return matrix_shape(self.base.shape, self.in_axes, self.out_axes)
+
+    def matrix(self) -> jax.Array:
+        """The weight as [*lead, in, out], float32."""
+        return to_matrix(materialize(self.base), self.in_axes, self.out_axes).astype(jnp.float32)
+
+    def check_divides(self, n: int, option: str, *, inputs: bool = True, outputs: bool = True) -> None:
+        """Raise ValueError where `n`, the value of `option`, does not divide the weight's inputs or outputs."""
+        _, n_in, n_out = self.sizes
+        if (inputs and n_in % n) or (outputs and n_out % n):
+            raise ValueError(f"{option}={n} does not divide the {n_in} inputs or {n_out} outputs of {self.path}")
+
+    def common(self, **fields: Any) -> dict[str, Any]:
+        """The fields that every node has."""
+        lead = self.sizes[0]
+        gate = None if all(self.chosen) else jnp.broadcast_to(_per_layer(self.chosen, lead), lead)
+        return {"base": self.base, "in_axes": self.in_axes, "out_axes": self.out_axes, "gate": gate, **fields}
+
+    def pattern(self, default: Any, pattern: Mapping[str, Any]) -> list[Any]:
+        """For each layer the value of the first key of `pattern` that matches it, or the default."""
+        return [by_pattern(name, by_pattern(self.path, default, pattern), pattern) for name in self.layers]
+
+    def by_layer(self, values: Sequence[Any]) -> jax.Array:
+        """A number per layer as an array [*lead]."""
+        return jnp.broadcast_to(_per_layer(values, self.sizes[0]), self.sizes[0])
+
+
+def _per_layer(values: Sequence[Any], lead: tuple[int, ...]) -> jax.Array:
+    array = jnp.asarray(values, jnp.float32)
+    return array.reshape(-1, *[1] * (len(lead) - 1)) if lead else array.reshape(())
+
+
+def place_nodes(
+    params: Any,
+    key: jax.Array,
+    make: Callable[[Site, jax.Array], Weight],
+    *,
+    targets: Targets,
+    exclude: Targets = (),
+    layers: Sequence[int] | None = None,
+    layout: Layout | None = None,
+    bias: str = "none",
+    modules_to_save: Targets = (),
+    patterns: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Any:
+    """`params` with `make(site, key)` at each place that `targets` name, and biases and whole modules marked beside.
+
+    `layers` restricts to these layer numbers (PEFT's `layers_to_transform`), in stacked trees by a gate.
+    Raises ValueError for a target, or a key of one of `patterns`, that matches nothing, or a layer that is not there.
+    """
+    sites = find_sites(params, targets=targets, exclude=exclude, layers=layers, layout=layout)
+    check_patterns([n for s in sites.values() for n in (s.path, *s.layers)], **(patterns or {}))
+    keys = dict(zip(sites, jax.random.split(key, len(sites)), strict=True))
+    placed = map_places(lambda path, w: make(sites[path], keys[path]) if path in sites else w, params)
+    return train_extras(placed, list(sites), bias=bias, modules_to_save=modules_to_save)
+
+
+def check_dropout(dropout: float) -> None:
+    """Raise ValueError for a dropout outside [0, 1)."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+
+
+def find_sites(
+    params: Any, *, targets: Targets, exclude: Targets = (), layers: Sequence[int] | None = None, layout: Layout | None = None
+) -> dict[str, Site]:
+    """path -> Site for each place that `targets` name; see `place_nodes`."""
+    chosen = select_layers(params, targets, exclude, layers, layout)
+    known = places(params)
+    return {
+        path: Site(path, known[path], *(layout or {}).get(path, MATRIX), names, flags)
+        for path, (names, flags) in chosen.items()
+    }

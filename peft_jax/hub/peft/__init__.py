@@ -1,0 +1,386 @@
+"""Hugging Face PEFT adapter folders (`adapter_config.json`, `adapter_model.safetensors`) in and out.
+
+Tensors decide which modules an adapter touches; the config gives the method, its numbers and what else was trained.
+`formats` knows each method's tensors and options; what they have in common is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.attachment import Shared
+from peft_jax.core.files import read_json, replacing_folder, write_json
+from peft_jax.core.reparametrised import MATRIX
+from peft_jax.core.tree import is_node, map_places, nearest, places
+from peft_jax.core.weight import Trainable, Weight, materialize, matrix_shape
+from peft_jax.hub.names import module_names, tensors_of
+from peft_jax.hub.peft.formats import COMMON, FORMATS, Config, Format, Module, Tensors
+from peft_jax.hub.safetensors_io import open_checkpoint, save_tensors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ROOT, _PREFIX = "base_model.", "base_model.model."
+_TOKENS = FORMATS["TRAINABLE_TOKENS"]
+_CHANGE_BASE = ("init_lora_weights", "init_weights")  # options under which a method starts from another base
+_HARMLESS_STARTS = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "orthogonal",
+    "eva",
+    "xavier_uniform",
+    "kaiming_uniform",
+    "bat",
+    "mini",
+    "lycoris",
+)
+
+
+def _layers(w: Any, path: str) -> int | None:
+    """The number of stacked layers behind a place, None where it is not stacked."""
+    return w.shape[0] if "layers" in path.split("/") else None
+
+
+# ---------------------------------------------------------------------------------------------------------- saving
+
+
+def save_adapter(
+    folder: str | os.PathLike[str],
+    params: Any,
+    *,
+    name: str = "default",
+    base: str | None = None,
+    revision: str | None = None,
+    task_type: str | None = "CAUSAL_LM",
+) -> None:
+    """Write the adapter `name` in `params` as a PEFT folder; `base` names the base model's repository or folder.
+
+    What trains beside it (biases, `modules_to_save`, trainable tokens) goes along. Raises ValueError naming the place
+    where the tree holds no such adapter, or something that PEFT's format cannot say.
+    """
+    nodes, tokens, trained = _collect(params, name)
+    if not nodes:
+        nodes, tokens = tokens, {}
+    if not nodes:
+        raise ValueError(f"the tree holds no adapter named {name!r}")
+    peft_type, kind = _format_of(nodes)
+    modules = {m: n for path, w in nodes.items() for m, n in _by_module(path, w).items()}
+    embeddings = {m for path, w in nodes.items() if path.endswith("/embedding") for m in _by_module(path, w)}
+    tensors = {f"{_PREFIX}{m}.{t}": v for m, n in modules.items() for t, v in kind.write(n, m in embeddings).items()}
+    tensors |= {f"{_ROOT}{t}": take(params[f"shared_{_group(nodes)}"]) for t, take in kind.shared.items()}
+    for path, w in tokens.items():
+        for module, node in _by_module(path, w).items():
+            tensors |= {f"{_PREFIX}{module}.token_adapter.{t}": v for t, v in _TOKENS.write(node, True).items()}
+    for tensor, value in trained.items():  # an adapted module keeps what is its own in `base_layer`
+        module, _, leaf = tensor.rpartition(".")
+        tensors[f"{_PREFIX}{module}.{'base_layer.' if module in modules else ''}{leaf}"] = value
+    config = {
+        "peft_type": peft_type,
+        "target_modules": _target_modules(params, modules),
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "task_type": task_type,
+        **_extras_config(params, peft_type, kind),
+        **kind.describe(modules),
+        **_tokens_config(tokens, peft_type),
+    }
+    if peft_type == "TRAINABLE_TOKENS":
+        config = {k: v for k, v in config.items() if k not in ("bias", "modules_to_save", "fan_in_fan_out")}
+    with replacing_folder(folder) as temporary:
+        write_json(temporary / CONFIG, config)
+        save_tensors(temporary / WEIGHTS, tensors)
+
+
+def _collect(params: Any, name: str) -> tuple[dict[str, Any], dict[str, Any], Tensors]:
+    """(adapter nodes by path, trainable-token nodes by path, other trained tensors by checkpoint name)."""
+    nodes, tokens, trained = {}, {}, {}
+    for path, w in places(params).items():
+        if isinstance(w, Trainable):
+            if w.saved_as == "full":
+                raise ValueError(f"{path} is fully fine-tuned, which an adapter cannot hold; use merge and save")
+            trained.update(_extra_tensors(path, w))
+        for node in _stack(w):
+            if getattr(node, "name", None) == name:
+                (tokens if isinstance(node, _TOKENS.nodes) else nodes).setdefault(path, node)
+            elif node.trainable and not node.frozen and not isinstance(node, (Trainable, Shared)) and not hasattr(node, "name"):
+                raise ValueError(f"{path} holds a {type(node).__name__}, which PEFT's format cannot hold")
+    return nodes, tokens, trained
+
+
+def _stack(w: Any) -> list[Any]:
+    """A place's nodes, outermost first."""
+    found = []
+    while is_node(w):
+        found.append(w)
+        w = getattr(w, "base", None)
+    return found
+
+
+def _format_of(nodes: Mapping[str, Any]) -> tuple[str, Format]:
+    """The one format of an adapter's nodes."""
+    kinds = {path: next((k for k, f in FORMATS.items() if isinstance(w, f.nodes)), None) for path, w in nodes.items()}
+    for path, kind in kinds.items():
+        if kind is None:
+            raise ValueError(f"{path} holds a {type(nodes[path]).__name__}, which PEFT has no format for")
+    if len(set(kinds.values())) > 1:
+        first, other = sorted({str(k) for k in kinds.values()})[:2]
+        raise ValueError(f"a PEFT folder holds one method, this adapter has {first} and {other}; give them different names")
+    kind = str(next(iter(kinds.values())))
+    return kind, FORMATS[kind]
+
+
+def _group(nodes: Mapping[str, Any]) -> str:
+    return next(iter(nodes.values())).group
+
+
+def _by_module(path: str, node: Any) -> dict[str, Any]:
+    """Hugging Face module name -> the node of one layer, with NumPy arrays and its base's shape."""
+    module, _, _ = path.rpartition("/")
+    layers = _layers(node, path)
+    if len(node.lead) != (layers is not None):
+        raise ValueError(f"{path} has leading axes {node.lead} that PEFT's format cannot hold")
+    bare = jax.tree.map(np.asarray, node.replace(base=None))
+    shape = jax.ShapeDtypeStruct(node.shape[len(node.lead) :], node.dtype)
+    result = {}
+    for name, layer in module_names(module, layers):
+        one = bare if layer is None else jax.tree.map(lambda x, i=layer: x[i], bare)
+        if one.gate is None or one.gate > 0:
+            result[name] = one.replace(base=shape)
+    return result
+
+
+def _extra_tensors(path: str, w: Trainable) -> Tensors:
+    """Checkpoint name -> array for a place that trains whole."""
+    value = np.asarray(w.value)
+    tensors = {}
+    for tensor in tensors_of(path, _layers(w, path)):
+        part = value if tensor.layer is None else value[tensor.layer]
+        tensors[tensor.name] = part.T if tensor.transposed else part
+    return tensors
+
+
+def _extras_config(params: Any, peft_type: str, kind: Format) -> dict[str, Any]:
+    """The options `bias` and `modules_to_save`."""
+    marked = {p: w for p, w in places(params).items() if isinstance(w, Trainable)}
+    biases = [p for p in places(params) if p.endswith("/bias")]
+    trained = [p for p, w in marked.items() if w.saved_as == "bias"]
+    whole = [(p, w) for p, w in marked.items() if w.saved_as == "module"]
+    if trained and peft_type != "LORA":
+        raise ValueError(f"{trained[0]} trains, which PEFT's {peft_type} format cannot hold")
+    # Full names: PEFT compares ends of names, and "norm" would end "input_layernorm" too.
+    saved = sorted({n for p, w in whole for n, _ in module_names(p.rpartition("/")[0], _layers(w, p))})
+    bias = "none" if not trained else "all" if len(trained) == len(biases) else "lora_only"
+    return {"modules_to_save": saved or None, **({"bias": bias} if trained else {})}
+
+
+def _tokens_config(tokens: Mapping[str, Any], peft_type: str) -> dict[str, Any]:
+    if not tokens:
+        return {}
+    if peft_type != "LORA":
+        raise ValueError(f"{next(iter(tokens))} has trainable tokens, which PEFT combines with LoRA only, not {peft_type}")
+    names = {path: module_names(path.rpartition("/")[0], None)[0][0].rpartition(".")[2] for path in tokens}
+    return {"trainable_token_indices": {names[p]: np.asarray(w.ids).tolist() for p, w in tokens.items()}}
+
+
+def _target_modules(params: Any, modules: Mapping[str, Any]) -> list[str]:
+    """Short names where all modules of a name are adapted, full names elsewhere."""
+    everywhere: Counter[str] = Counter()
+    for path, w in places(params).items():
+        if path.endswith(("/kernel", "/embedding")):
+            names = module_names(path.rpartition("/")[0], _layers(w, path))
+            everywhere.update(name.rpartition(".")[2] for name, _ in names)
+    here = Counter(m.rpartition(".")[2] for m in modules)
+    complete = {n for n, count in here.items() if count == everywhere[n]}
+    return sorted(complete | {m for m in modules if m.rpartition(".")[2] not in complete})
+
+
+# --------------------------------------------------------------------------------------------------------- loading
+
+
+def load_adapter(params: Any, folder: str | os.PathLike[str], *, name: str = "default", revision: str | None = None) -> Any:
+    """`params` with the PEFT adapter of a folder or repository in it, ready to run or to train on.
+
+    Layers of a stacked tree may differ in rank (they are padded with zeros, which stay zero in training), or have no
+    adapter. Raises FileNotFoundError, or ValueError naming the option, module or tensor that cannot be used.
+    """
+    from peft_jax.hub.checkpoint import local_folder
+
+    path = local_folder(folder, revision)
+    config = read_json(path / CONFIG)
+    kind = _check_config(config, path)
+    if not (path / WEIGHTS).is_file() and any(path.glob("adapter_model.bin")):
+        raise ValueError(f"{path} holds adapter_model.bin (pickle, which is not read); convert it to {WEIGHTS}")
+    with open_checkpoint(path, WEIGHTS, WEIGHTS + ".index.json") as checkpoint:
+        tensors = {n: checkpoint.read(n) for n in checkpoint.names}
+    try:
+        return _attach_all(params, tensors, config, kind, name, path)
+    except KeyError as error:
+        raise ValueError(f"the adapter in {path} lacks a tensor {error} that its method needs") from error
+
+
+def _attach_all(params: Any, tensors: Tensors, config: Config, kind: Format, name: str, path: Path) -> Any:
+    modules, tokens, shared, extras = _parse(tensors, config, kind, path)
+    known = [n for p, w in places(params).items() for n, _ in module_names(p.rpartition("/")[0], _layers(w, p))]
+
+    def attach(place: str, w: Any) -> Any:
+        if not isinstance(w, Weight) and is_node(w):
+            return w
+        w = _attach_extra(place, w, extras)
+        w = _attach_nodes(place, w, modules, config, kind, name)
+        return _attach_nodes(place, w, tokens, config, _TOKENS, name)
+
+    result = map_places(attach, params)
+    if "lm_head" not in known:  # a tied head has the embedding's trained rows, which PEFT repeats for it
+        for found in (modules, tokens):
+            if set(found.get("lm_head", ())) <= set(_TOKENS.tensors):
+                found.pop("lm_head", None)
+    if left := sorted([*modules, *tokens, *extras]):
+        raise ValueError(f"the adapter in {path} has {left[0]}, which the model lacks.{nearest(left[0], known)}")
+    if kind.read_shared is None:
+        return result
+    group = f"{config['peft_type'].lower()}_{name}"
+    sizes = [w.features for w in places(result).values() if getattr(w, "group", "") == group]
+    trained, fixed = kind.read_shared(shared, config, (max(n for n, _ in sizes), max(n for _, n in sizes)))
+    arrays = [{k: jnp.asarray(v, jnp.float32) for k, v in part.items()} for part in (trained, fixed)]
+    return {**result, f"shared_{group}": Shared(trained=arrays[0], fixed=arrays[1])}
+
+
+def _check_config(config: Config, path: Path) -> Format:
+    peft_type = config.get("peft_type")
+    if peft_type not in FORMATS:
+        raise ValueError(f"{path / CONFIG}: peft_type {peft_type!r} is not supported; supported: {', '.join(FORMATS)}")
+    kind = FORMATS[peft_type]
+    for key, value in config.items():
+        if key not in kind.options | COMMON and value:
+            raise ValueError(f"{path / CONFIG}: option {key}={value!r} is not supported")
+    for key in _CHANGE_BASE:
+        if (start := config.get(key, True)) not in _HARMLESS_STARTS:
+            raise ValueError(
+                f"{path / CONFIG}: {key}={start!r} changes the base model's weights; "
+                "save it with PEFT's path_initial_model_for_weight_conversion first"
+            )
+    return kind
+
+
+def _parse(
+    tensors: Tensors, config: Config, kind: Format, path: Path
+) -> tuple[dict[str, Tensors], dict[str, Tensors], Tensors, Tensors]:
+    """(tensors of the adapter by module, of trainable tokens by module, shared ones, others by checkpoint name)."""
+    modules: dict[str, Tensors] = {}
+    tokens: dict[str, Tensors] = {}
+    shared: Tensors = {}
+    extras: Tensors = {}
+    for key, value in tensors.items():
+        whole = key.endswith("_indices")
+        if (value.dtype.kind != "i") if whole else (value.dtype.kind not in "fV" and value.dtype.name != "bfloat16"):
+            raise ValueError(
+                f"{path / WEIGHTS}: tensor {key} has dtype {value.dtype}, expected {'integers' if whole else 'floating point'}"
+            )
+        if (last := key.rpartition(".")[2]) in kind.shared:  # some of PEFT's methods repeat them beside each module
+            shared[last] = value.astype(np.float32)
+            continue
+        if not key.startswith(_PREFIX):
+            raise ValueError(f"{path / WEIGHTS}: tensor {key} does not begin with {_PREFIX}")
+        rest = key.removeprefix(_PREFIX)
+        for names, found in ((kind.tensors, modules), (_TOKENS.tensors, tokens)):
+            if end := next((t for t in names if rest.endswith("." + t)), None):
+                value = value if whole else value.astype(np.float32)
+                found.setdefault(rest.removesuffix("." + end), {})[end] = value
+                break
+        else:
+            if re.search(
+                r"\.(lora|vera|hada|lokr|oft|boft|hra|fourierft|vblora|miss|shira|c3a|road|waveft|hira|gralora)_", rest
+            ):
+                raise ValueError(f"{path / WEIGHTS}: tensor {key} belongs to an option that is not supported")
+            extras[rest.replace(".base_layer.", ".")] = value
+    return modules, tokens, shared, extras
+
+
+def _attach_nodes(path: str, w: Any, modules: dict[str, Tensors], config: Config, kind: Format, name: str) -> Any:
+    """The place with its part of the adapter, which is taken out of `modules`."""
+    module, _, leaf = path.rpartition("/")
+    if leaf not in ("kernel", "embedding"):
+        return w
+    names = module_names(module, _layers(w, path))
+    mine = {layer: (m, modules.pop(m)) for m, layer in names if m in modules}
+    if not mine:
+        return w
+    lead, n_in, n_out = matrix_shape(w.shape, *MATRIX)
+    group = f"{config['peft_type'].lower()}_{name}" if kind.read_shared else ""
+    read = {i: kind.read(t, config, Module(m, n_in, n_out, leaf == "embedding")) for i, (m, t) in mine.items()}
+    for i, (cls, fields) in read.items():
+        make: Any = cls
+        _check_shapes(make(base=jax.ShapeDtypeStruct((n_in, n_out), w.dtype), group=group, **fields), mine[i][0])
+    node: Any = {cls for cls, _ in read.values()}.pop()
+    static, arrays = _split_fields(node, next(iter(read.values()))[1])
+    fields = _stack_layers([read[i][1] if i in read else None for _, i in names], arrays, path) if lead else arrays
+    gate = None if len(mine) == len(names) else jnp.asarray([float(i in mine) for _, i in names], jnp.float32)
+    made = node(base=w, gate=gate, name=name, group=group, **static, **jax.tree.map(_to_jax, fields))
+    return kind.finish(made) if kind.finish else made
+
+
+def _to_jax(x: Any) -> jax.Array:
+    return jnp.asarray(x) if np.asarray(x).dtype.kind == "i" else jnp.asarray(x, jnp.float32)
+
+
+def _split_fields(node: type[Weight], fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(static fields, arrays) of what a format read."""
+    fixed = {f.name for f in dataclasses.fields(node) if f.metadata.get("static")}  # type: ignore[arg-type]
+    return {k: v for k, v in fields.items() if k in fixed}, {k: v for k, v in fields.items() if k not in fixed}
+
+
+def _stack_layers(layers: list[dict[str, Any] | None], arrays: dict[str, Any], path: str) -> dict[str, Any]:
+    """Arrays of all layers with a leading axis: those of smaller rank padded, missing ones (gated off) a copy of another."""
+    present = [{k: one[k] for k in arrays} if one is not None else arrays for one in layers]
+
+    def stack(*values: Any) -> np.ndarray:
+        shapes = {np.shape(v) for v in values}
+        largest = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+        pads = [[(0, n - m) for n, m in zip(largest, np.shape(v), strict=True)] for v in values]
+        return np.stack([np.pad(v, pad) if pad else np.asarray(v) for v, pad in zip(values, pads, strict=True)])
+
+    try:
+        return jax.tree.map(stack, *present)
+    except ValueError as error:
+        raise ValueError(f"layers of {path} differ in more than rank; load the model with scan_layers=False") from error
+
+
+def _check_shapes(node: Any, module: str) -> None:
+    """Raise ValueError where the arrays read for a module do not fit its weight."""
+    if node.group:
+        return  # what it shares is not there yet; `distribute` fits by slicing
+    arrays = {k: np.shape(v) for k, v in vars(node).items() if isinstance(v, np.ndarray)}
+    try:
+        shape = jax.eval_shape(lambda n: n.materialize(), node).shape
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"the adapter's arrays for {module} are {arrays}; the weight is {node.shape}") from error
+    if shape != node.shape:
+        raise ValueError(f"the adapter's arrays for {module} are {arrays}; the weight is {node.shape}")
+
+
+def _attach_extra(path: str, w: Any, extras: Tensors) -> Any:
+    """A bias or whole module that was trained beside the adapter, in the place of the base's."""
+    tensors = [t for t in tensors_of(path, _layers(w, path)) if t.name in extras]
+    if not tensors:
+        return w
+    value = np.array(materialize(w))
+    for tensor in tensors:
+        new = extras.pop(tensor.name)
+        new = new.T if tensor.transposed else new
+        target = value if tensor.layer is None else value[tensor.layer]
+        if new.shape != target.shape:
+            raise ValueError(f"{tensor.name} in the adapter has shape {new.shape}, the model's is {target.shape}")
+        target[...] = new.astype(value.dtype)
+    return Trainable(jnp.asarray(value), saved_as="bias" if path.endswith("/bias") else "module")

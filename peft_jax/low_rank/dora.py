@@ -1,0 +1,99 @@
+"""DoRA (Liu et al. 2024, arXiv:2402.09353): a magnitude per output, and LoRA on the direction.
+
+W' = m * (W + s A B) / ||W + s A B||, norms over the input axis (equation 5), without a gradient through the norm
+(section 4.3). m starts as ||W||, so nothing changes at first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.reparametrised import Product, Site, check_dropout, node, place_nodes
+from peft_jax.core.tree import Targets
+from peft_jax.core.weight import Layout
+from peft_jax.low_rank.lora import LoRA, Ranks
+
+
+@node
+class DoRA(LoRA):
+    """A LoRA with magnitude [*lead, out]; norm [*lead, out] is the base's own, kept so that merging can be undone."""
+
+    trainable: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
+    magnitude: jax.Array
+    norm: jax.Array
+
+    def array_specs(self, into: Any, out: Any) -> dict[str, tuple[Any, ...]]:
+        return {**super().array_specs(into, out), "magnitude": (out,), "norm": (out,)}
+
+    def adapt(self, w: jax.Array) -> jax.Array:
+        direction = w + self.delta()
+        return direction * (self.magnitude / jnp.linalg.norm(direction, axis=-2))[..., None, :]
+
+    def recover(self, w: jax.Array) -> jax.Array:
+        """With u = W'/m a unit vector a column and t = ||W + d||: ||t u - d|| = ||W|| gives t."""
+        u, d = w / self.magnitude[..., None, :], self.delta()
+        along = (u * d).sum(-2)
+        t = along + jnp.sqrt(jnp.square(along) - jnp.square(d).sum(-2) + jnp.square(self.norm))
+        return t[..., None, :] * u - d
+
+    def product(self, x: jax.Array, base: Product) -> jax.Array:
+        factor = (self.magnitude / jax.lax.stop_gradient(self._direction_norm(base))).astype(x.dtype)
+        dropped = self.drop(x)
+        y = base(dropped)
+        result = factor * (y + self.update(dropped))
+        return result if dropped is x else result + base(x) - y  # dropout acts on the change alone
+
+    def _direction_norm(self, base: Product) -> jax.Array:
+        """||W + s A B|| over inputs, [out], from products of rank r: the weight is never formed."""
+        a, b = self.factors()
+        b = b * self.scale
+        cross = (base(a.T) * b).sum(0)  # <W, s A B> a column
+        square = (jnp.matmul(a.T @ a, b) * b).sum(0)
+        return jnp.sqrt(jnp.square(self.norm) + 2 * cross + square)
+
+    def transposed(self, x: jax.Array, **axes: Any) -> jax.Array:
+        return super(LoRA, self).transposed(x, **axes)
+
+    def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
+        rows = super().take(ids, dtype)
+        base = lambda x: jnp.matmul(x, self.base_matrix().astype(x.dtype))
+        return rows * (self.magnitude / jax.lax.stop_gradient(self._direction_norm(base))).astype(rows.dtype)
+
+
+def dora(
+    params: Any,
+    key: jax.Array,
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    layers: Sequence[int] | None = None,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    bias: Literal["none", "all", "lora_only"] = "none",
+    modules_to_save: Targets = (),
+    init: Literal["kaiming", "gaussian"] = "kaiming",
+    adapter: str = "default",
+    layout: Layout | None = None,
+) -> Any:
+    """`params` with a DoRA node at each place that `targets` name; options as for `lora`."""
+    ranks = Ranks(rank, alpha, rank_pattern or {}, alpha_pattern or {}, rslora)
+    check_dropout(dropout)
+
+    def make(site: Site, key: jax.Array) -> DoRA:
+        a, b, scale = ranks.factors(site, key, init)
+        norm = jnp.linalg.norm(site.matrix(), axis=-2)
+        common = site.common(dropout=dropout, name=adapter)
+        return DoRA(**common, a=a, b=b, scale=scale, magnitude=norm, norm=norm, rslora=rslora)
+
+    return place_nodes(
+        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, bias=bias,
+        modules_to_save=modules_to_save, patterns={"rank_pattern": ranks.rank_pattern, "alpha_pattern": ranks.alpha_pattern},
+    )  # fmt: skip

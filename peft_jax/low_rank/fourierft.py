@@ -1,0 +1,94 @@
+"""FourierFT (Gao et al. 2024, arXiv:2405.03003): the change is the inverse 2-D Fourier transform of a few entries.
+
+The entries' places are the first n of a random permutation, drawn from a seed as Hugging Face PEFT draws it; only the
+values train. The change is formed whole for each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.reparametrised import Additive, Site, node, place_nodes
+from peft_jax.core.tree import Targets
+from peft_jax.core.weight import Layout, static
+from peft_jax.low_rank.torch_random import Generator
+
+
+@node
+class FourierFT(Additive):
+    """spectrum [*lead, n], places [*lead, n] in the flattened [out, in] matrix, scale [*lead]."""
+
+    trainable: ClassVar[tuple[str, ...]] = ("spectrum",)
+    spectrum: jax.Array
+    places: jax.Array
+    scale: jax.Array
+    seed: int = static(default=777)
+
+    def delta(self) -> jax.Array:
+        dense = scatter(self.spectrum, self.places, self.features)
+        return jnp.fft.ifft2(dense).real.mT * self.scale[..., None, None]
+
+
+def scatter(values: jax.Array, places: jax.Array, features: tuple[int, int]) -> jax.Array:
+    """[*lead, out, in] with `values` [*lead, n] at flattened `places`, zero elsewhere."""
+    n_in, n_out = features
+    one = lambda v, p: jnp.zeros(n_in * n_out, v.dtype).at[p].set(v)
+    for _ in values.shape[:-1]:
+        one = jax.vmap(one)
+    return one(values, places).reshape(*values.shape[:-1], n_out, n_in)
+
+
+def draw_places(lead: tuple[int, ...], size: int, count: int, seed: int) -> jax.Array:
+    """[*lead, count] of the flattened matrix: the same in every layer, as in PEFT."""
+    places = jnp.asarray(Generator(seed).permutation(size, count), jnp.int32)
+    return jnp.broadcast_to(places, (*lead, count))
+
+
+def check_count(site: Site, count: int) -> None:
+    """Raise ValueError where a matrix has fewer than `count` entries."""
+    _, n_in, n_out = site.sizes
+    if not 1 <= count <= n_in * n_out:
+        raise ValueError(f"frequencies must lie between 1 and {n_in * n_out} at {site.path}, got {count}")
+
+
+def fourierft(
+    params: Any,
+    key: jax.Array,
+    *,
+    frequencies: int = 1000,
+    scale: float = 150.0,
+    seed: int = 777,
+    frequencies_pattern: Mapping[str, int] | None = None,
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    layers: Sequence[int] | None = None,
+    modules_to_save: Targets = (),
+    adapter: str = "default",
+    layout: Layout | None = None,
+) -> Any:
+    """`params` with a FourierFT node of `frequencies` trained entries at each place that `targets` name.
+
+    `frequencies_pattern` overrides the number for the places that its keys match. The spectrum starts at zero.
+    """
+    pattern = frequencies_pattern or {}
+
+    def make(site: Site, key: jax.Array) -> FourierFT:
+        lead, n_in, n_out = site.sizes
+        count = max(site.pattern(frequencies, pattern))
+        check_count(site, count)
+        return FourierFT(
+            **site.common(name=adapter),
+            spectrum=jnp.zeros((*lead, count)),
+            places=draw_places(lead, n_in * n_out, count, seed),
+            scale=jnp.full(lead, scale, jnp.float32),
+            seed=seed,
+        )
+
+    return place_nodes(
+        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save,
+        patterns={"frequencies_pattern": pattern},
+    )  # fmt: skip

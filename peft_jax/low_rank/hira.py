@@ -1,0 +1,67 @@
+"""HiRA (Huang et al. 2025, ICLR, "HiRA: parameter-efficient Hadamard high-rank adaptation"): W + W * (A B).
+
+The change takes the base's rank, not r, and is formed whole for each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.reparametrised import Product, Reparametrised, Site, check_dropout, node, place_nodes
+from peft_jax.core.tree import Targets
+from peft_jax.core.weight import Layout
+from peft_jax.low_rank.lora import Ranks
+
+
+@node
+class HiRA(Reparametrised):
+    """a [*lead, in, r], b [*lead, r, out]."""
+
+    trainable: ClassVar[tuple[str, ...]] = ("a", "b")
+    a: jax.Array
+    b: jax.Array
+
+    def array_specs(self, into: Any, out: Any) -> dict[str, tuple[Any, ...]]:
+        return {"a": (into, None), "b": (None, out)}
+
+    def adapt(self, w: jax.Array) -> jax.Array:
+        return w * (1 + jnp.matmul(self.a, self.b))
+
+    def recover(self, w: jax.Array) -> jax.Array:
+        return w / (1 + jnp.matmul(self.a, self.b))
+
+    def product(self, x: jax.Array, base: Product) -> jax.Array:
+        change = self.base_matrix() * jnp.matmul(self.a, self.b)
+        return base(x) + jnp.matmul(self.drop(x), change.astype(x.dtype))
+
+
+def hira(
+    params: Any,
+    key: jax.Array,
+    *,
+    rank: int = 32,
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    layers: Sequence[int] | None = None,
+    dropout: float = 0.0,
+    rank_pattern: Mapping[str, int] | None = None,
+    modules_to_save: Targets = (),
+    adapter: str = "default",
+    layout: Layout | None = None,
+) -> Any:
+    """`params` with a HiRA node of rank `rank` at each place that `targets` name; see `lora` for the options."""
+    ranks = Ranks(rank, None, rank_pattern or {}, {}, False)
+    check_dropout(dropout)
+
+    def make(site: Site, key: jax.Array) -> HiRA:
+        a, b, _ = ranks.factors(site, key, "kaiming")
+        return HiRA(**site.common(dropout=dropout, name=adapter), a=a, b=b)
+
+    return place_nodes(
+        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save,
+        patterns={"rank_pattern": ranks.rank_pattern},
+    )  # fmt: skip

@@ -1,0 +1,79 @@
+"""HRA (Yuan et al. 2024, arXiv:2405.17484): the input reflected r times by trained Householder vectors.
+
+The r reflections are one product of rank r: H_1 ... H_r = I - U T U^T (compact WY, Schreiber and Van Loan 1989). With
+`orthogonal` the vectors are first made orthonormal (the paper's Gram-Schmidt variant), I - 2 Q Q^T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
+from peft_jax.core.tree import Targets
+from peft_jax.core.weight import Layout, static
+from peft_jax.low_rank.init import kaiming
+
+
+@node
+class HRA(Reparametrised):
+    """u [*lead, in, r]; neighbours start equal, so that their reflections cancel."""
+
+    trainable: ClassVar[tuple[str, ...]] = ("u",)
+    u: jax.Array
+    orthogonal: bool = static(default=False)
+
+    def array_specs(self, into: Any, out: Any) -> dict[str, tuple[Any, ...]]:
+        return {"u": (into, None)}
+
+    def _factors(self) -> tuple[jax.Array, jax.Array]:
+        """(U, T^T U^T) with R^T = I - U T^T U^T, where PEFT's weight [out, in] becomes W R."""
+        u = self.u.astype(jnp.float32)
+        u = u / jnp.linalg.norm(u, axis=-2, keepdims=True)
+        gram = u.mT @ u
+        if self.orthogonal:
+            return u, 2 * jnp.linalg.solve(gram, u.mT)
+        upper = jnp.triu(gram, 1) + 0.5 * jnp.eye(gram.shape[-1])
+        return u, jax.scipy.linalg.solve_triangular(upper, u.mT, trans=1)
+
+    def adapt(self, w: jax.Array) -> jax.Array:
+        u, v = self._factors()
+        return w - u @ (v @ w)
+
+    def recover(self, w: jax.Array) -> jax.Array:
+        u, v = self._factors()
+        return w - v.mT @ (u.mT @ w)  # the inverse of an orthogonal matrix is its transpose
+
+    def product(self, x: jax.Array, base: Product) -> jax.Array:
+        u, v = (m.astype(x.dtype) for m in self._factors())
+        return base(x - jnp.matmul(jnp.matmul(x, u), v))
+
+
+def hra(
+    params: Any,
+    key: jax.Array,
+    *,
+    rank: int = 8,
+    orthogonal: bool = False,
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    layers: Sequence[int] | None = None,
+    modules_to_save: Targets = (),
+    adapter: str = "default",
+    layout: Layout | None = None,
+) -> Any:
+    """`params` with an HRA node of `rank` reflections (an even number) at each place that `targets` name."""
+    if rank < 2 or rank % 2:
+        raise ValueError(f"rank must be even, so that the reflections cancel at first, got {rank}")
+
+    def make(site: Site, key: jax.Array) -> HRA:
+        lead, n_in, _ = site.sizes
+        half = kaiming(key, (*lead, n_in, rank // 2), rank // 2)
+        return HRA(**site.common(name=adapter), u=jnp.repeat(half, 2, axis=-1), orthogonal=orthogonal)
+
+    return place_nodes(
+        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+    )

@@ -1,0 +1,195 @@
+"""Low-rank factorization of the weights themselves: W [in, out] becomes U [in, k] V [k, out].
+
+Plain truncated SVD; ASVD (Yuan et al. 2023, arXiv:2312.05821), which scales inputs by their size first; and SVD-LLM's
+whitening (Wang et al. 2024, arXiv:2403.07378), whose truncation is the best one for the outputs on the calibration data:
+with X^T X = L L^T, ||X (W - W')|| = ||L^T (W - W')||.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from peft_jax.core.reparametrised import Site, find_sites, node, precision_name
+from peft_jax.core.tree import Targets, map_places
+from peft_jax.core.weight import Axes, Layout, Weight, from_matrix, static
+
+
+@node
+class Factorized(Weight):
+    """u [*lead, in, k] times v [*lead, k, out], in the place of a weight of `layout` shape `shape`."""
+
+    trainable: ClassVar[tuple[str, ...]] = ("u", "v")
+    u: jax.Array
+    v: jax.Array
+    in_sizes: tuple[int, ...] = static()
+    out_sizes: tuple[int, ...] = static()
+    in_axes: Axes = static(default=(-2,))
+    out_axes: Axes = static(default=(-1,))
+    frozen: bool = static(default=True)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Sizes of the leading axes."""
+        return self.u.shape[:-2]
+
+    @property
+    def rank(self) -> int:
+        return self.u.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        ndim = len(self.lead) + len(self.in_sizes) + len(self.out_sizes)
+        sizes = dict(zip((*self.in_axes, *self.out_axes), (*self.in_sizes, *self.out_sizes), strict=True))
+        lead = iter(self.lead)
+        return tuple(sizes[a] if a in sizes else next(lead) for a in range(-ndim, 0))
+
+    @property
+    def dtype(self) -> Any:
+        return self.u.dtype
+
+    def field_specs(self, spec: P) -> dict[str, P]:
+        lead, into, out = tuple(spec)[: len(self.lead)], spec[self.in_axes[0]], spec[self.out_axes[0]]
+        return {"u": P(*lead, into, None), "v": P(*lead, None, out)}
+
+    def materialize(self) -> jax.Array:
+        return from_matrix(jnp.matmul(self.u, self.v), self.shape, self.in_axes, self.out_axes)
+
+    def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+        u, v, sizes = self.u, self.v, self.out_sizes
+        if (out_axes, in_axes) == (self.in_axes, self.out_axes):  # the transposed product of a tied head
+            u, v, sizes = self.v.mT, self.u.mT, self.in_sizes
+        elif (in_axes, out_axes) != (self.in_axes, self.out_axes):
+            return super().matmul(x, in_axes=in_axes, out_axes=out_axes, precision=precision)
+        tokens = x.shape[: x.ndim - len(in_axes)]
+        with jax.default_matmul_precision(precision_name(precision)):
+            y = jnp.matmul(jnp.matmul(x.reshape(*tokens, -1), u.astype(x.dtype)), v.astype(x.dtype))
+        return y.reshape(*tokens, *sizes)
+
+    def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
+        rows = jnp.matmul(self.u[ids], self.v)
+        return rows if dtype is None else rows.astype(dtype)
+
+
+def factorize(
+    params: Any,
+    *,
+    keep: float | None = None,
+    error: float | None = None,
+    statistics: Mapping[str, jax.Array] | None = None,
+    whitening: Literal["root", "scale"] = "root",
+    allocation: Literal["uniform", "energy"] = "uniform",
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    layout: Layout | None = None,
+    train: bool = False,
+) -> tuple[Any, dict[str, dict[str, float]]]:
+    """`params` with a Factorized weight at each place that `targets` name, and a report of each.
+
+    Either `keep`, the share of the targets' parameters that may stay, or `error`, the largest relative error of a weight
+    (of its outputs, with statistics), sets the ranks. `statistics` are covariances of the inputs by path (`calibrate`):
+    they make the truncation activation-aware, by SVD-LLM's whitening or ASVD's scales. A budget is shared out evenly or
+    by the energy that a rank holds. Stacked layers share a rank; looped ones have each their own. A weight that would
+    not become smaller stays as it is. With `train` the factors train.
+
+    Returns (tree, {path: {"rank", "kept" (share of parameters), "error"}}). Raises ValueError unless exactly one of
+    `keep` in (0, 1] and `error` in [0, 1) is given, and for a place without statistics.
+    """
+    if (keep is None) == (error is None):
+        raise ValueError("give either keep, a share of the parameters, or error, the largest relative error")
+    if not (0 < (1.0 if keep is None else keep) <= 1) or not (0 <= (error or 0.0) < 1):
+        raise ValueError(f"keep must lie in (0, 1] and error in [0, 1), got {keep} and {error}")
+    sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
+    if statistics is not None and (missing := sorted(set(sites) - set(statistics))):
+        raise ValueError(f"there are no statistics of {missing[0]}; calibrate with the same targets")
+    parts = {p: _decompose(s, None if statistics is None else statistics[p], whitening) for p, s in sites.items()}
+    energies = {p: np.square(np.asarray(s)).reshape(-1, s.shape[-1]).sum(0) for p, (_, s, _) in parts.items()}
+    ranks = _ranks(sites, energies, keep, error, allocation)
+    report: dict[str, dict[str, float]] = {}
+
+    def place(path: str, w: Any) -> Any:
+        if path not in sites:
+            return w
+        lead, n_in, n_out = sites[path].sizes
+        k = ranks[path]
+        lost = energies[path][k:].sum() / max(energies[path].sum(), 1e-30)
+        dense = k * (n_in + n_out) >= n_in * n_out
+        report[path] = {
+            "rank": float(min(n_in, n_out) if dense else k),
+            "kept": 1.0 if dense else k * (n_in + n_out) / (n_in * n_out),
+            "error": 0.0 if dense else float(np.sqrt(lost)),
+        }
+        if dense:
+            return w
+        u, s, v = parts[path]
+        in_axes, out_axes = sites[path].in_axes, sites[path].out_axes
+        return Factorized(
+            u=u[..., :k].astype(w.dtype),
+            v=(s[..., :k, None] * v[..., :k, :]).astype(w.dtype),
+            in_sizes=tuple(w.shape[a] for a in in_axes),
+            out_sizes=tuple(w.shape[a] for a in out_axes),
+            in_axes=in_axes,
+            out_axes=out_axes,
+            frozen=not train,
+        )
+
+    return map_places(place, params), report
+
+
+def _decompose(site: Site, covariance: jax.Array | None, whitening: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(u [*lead, in, m], s [*lead, m], v [*lead, m, out]) whose first k terms are the best approximation of rank k."""
+    w = site.matrix()
+    if covariance is None:
+        return jnp.linalg.svd(w, full_matrices=False)
+    n = w.shape[-2]
+    if covariance.shape[-2:] != (n, n):
+        raise ValueError(f"statistics of {site.path} have shape {covariance.shape}, expected covariances [..., {n}, {n}]")
+    diagonal = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    floor = 1e-5 * diagonal.mean(-1, keepdims=True) + 1e-30  # inputs that never occur must not count for nothing
+    if whitening == "scale":
+        size = jnp.sqrt(jnp.sqrt(diagonal + floor))  # ASVD's alpha = 0.5
+        u, s, v = jnp.linalg.svd(size[..., None] * w, full_matrices=False)
+        return u / size[..., None], s, v
+    # A root of X^T X from its eigenvectors, which unlike Cholesky's exists where calibration tokens are few.
+    values, vectors = jnp.linalg.eigh(covariance)
+    root = jnp.sqrt(jnp.maximum(values, 0.0) + floor)
+    u, s, v = jnp.linalg.svd(root[..., None] * jnp.matmul(vectors.mT, w), full_matrices=False)
+    return jnp.matmul(vectors, u / root[..., None]), s, v
+
+
+def _ranks(
+    sites: Mapping[str, Site], energies: Mapping[str, np.ndarray], keep: float | None, error: float | None, allocation: str
+) -> dict[str, int]:
+    sizes = {p: s.sizes for p, s in sites.items()}
+    if error is not None:
+        return {p: _rank_of_error(e, error) for p, e in energies.items()}
+    assert keep is not None
+    if allocation == "uniform":
+        return {p: max(1, int(keep * i * o / (i + o))) if keep < 1 else min(i, o) for p, (_, i, o) in sizes.items()}
+    # Greedy: the terms that hold the largest share of their weight's energy a parameter, until the budget is spent.
+    gains, costs, owners = [], [], []
+    for p, e in energies.items():
+        lead, i, o = sizes[p]
+        cost = (i + o) * max(1, int(np.prod(lead)))
+        gains.append(e / max(e.sum(), 1e-30) / (i + o))
+        costs.append(np.full(len(e), cost))
+        owners.extend([p] * len(e))
+    gain, cost = np.concatenate(gains), np.concatenate(costs)
+    order = np.argsort(-gain, kind="stable")
+    budget = keep * sum(i * o * max(1, int(np.prod(lead))) for lead, i, o in sizes.values())
+    chosen = order[np.cumsum(cost[order]) <= budget]
+    ranks = dict.fromkeys(sizes, 0)
+    for index in chosen:
+        ranks[owners[index]] += 1
+    return {p: max(1, k) for p, k in ranks.items()}
+
+
+def _rank_of_error(energy: np.ndarray, error: float) -> int:
+    """The smallest rank whose truncation loses at most error^2 of the energy."""
+    lost = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]]) / max(energy.sum(), 1e-30)
+    return max(1, int(np.argmax(lost <= error**2)))

@@ -1,0 +1,73 @@
+"""Trainable tokens: some rows of an embedding train, the others stay (Hugging Face PEFT's `TrainableTokens`).
+
+A head that is tied to the embedding sees the same new rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.reparametrised import Reparametrised, Site, node, place_nodes
+from peft_jax.core.tree import Targets
+from peft_jax.core.weight import Axes, matmul, take
+
+
+@node
+class TrainableTokens(Reparametrised):
+    """`base` [V, D] with the rows `ids` [n] replaced by `rows` [n, D]; `original` [n, D] are the rows that were there."""
+
+    trainable: ClassVar[tuple[str, ...]] = ("rows",)
+    rows: jax.Array
+    ids: jax.Array
+    original: jax.Array
+
+    def array_specs(self, into: Any, out: Any) -> dict[str, tuple[Any, ...]]:
+        return {"rows": (None, out), "original": (None, out)}
+
+    def adapt(self, w: jax.Array) -> jax.Array:
+        return w.at[self.ids].set(self.rows)
+
+    def recover(self, w: jax.Array) -> jax.Array:
+        return w.at[self.ids].set(self.original)
+
+    def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
+        found = ids[..., None] == self.ids
+        rows = take(self.base, ids, dtype)
+        return jnp.where(found.any(-1)[..., None], self.rows.astype(rows.dtype)[found.argmax(-1)], rows)
+
+    def transposed(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+        y = matmul(x, self.base, in_axes=in_axes, out_axes=out_axes, precision=precision)
+        return y.at[..., self.ids].set(jnp.matmul(x, self.rows.astype(x.dtype).T, precision=precision))
+
+
+def trainable_tokens(
+    params: Any,
+    key: jax.Array,
+    *,
+    ids: Sequence[int],
+    targets: Targets = "embed_tokens",
+    modules_to_save: Targets = (),
+    adapter: str = "default",
+) -> Any:
+    """`params` with the rows `ids` of the embeddings that `targets` name training, from the values they have.
+
+    Raises ValueError for repeated ids or ids outside the vocabulary, and for a target that is no embedding [V, D].
+    """
+    if not ids or len(set(ids)) != len(ids):
+        raise ValueError(f"ids must be different token ids, at least one, got {list(ids)}")
+
+    def make(site: Site, key: jax.Array) -> TrainableTokens:
+        lead, size, _ = site.sizes
+        if lead or not site.path.endswith("embedding"):
+            raise ValueError(f"{site.path} is no embedding of shape [V, D]")
+        if not all(0 <= i < size for i in ids):
+            raise ValueError(f"ids must lie between 0 and {size - 1}, got {list(ids)}")
+        where = jnp.asarray(ids, jnp.int32)
+        rows = take(site.base, where).astype(jnp.float32)
+        return TrainableTokens(**site.common(name=adapter), rows=rows, ids=where, original=rows)
+
+    return place_nodes(params, key, make, targets=targets, modules_to_save=modules_to_save)

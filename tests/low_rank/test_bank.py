@@ -1,0 +1,106 @@
+"""A bank of adapters: each row as if its adapter were alone, without compiling again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import peft_jax
+from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
+from tests.third_party import VOCAB, linen_model, nnx_model
+
+SIZE, ROWS = 4, 6
+IDS = jnp.asarray([2, 0, -1, 3, 0, 2], jnp.int32)
+TARGETS = ["embed_tokens", "q_proj", "down_proj", "lm_head"]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    folder, _, _ = family_checkpoint("llama2", tmp_path_factory.mktemp("base"))
+    model, params = peft_jax.load(folder)
+    tokens = random_tokens(ROWS, 9)
+    trees = [
+        perturb(peft_jax.lora(params, jax.random.key(i), rank=1 + i, alpha=3.0, targets=TARGETS), seed=i) for i in range(SIZE)
+    ]
+    banked = peft_jax.bank(params, jax.random.key(9), size=SIZE, rank=SIZE, targets=TARGETS)
+    for i, tree in enumerate(trees):
+        banked = peft_jax.set_adapter(banked, i, tree)
+    return model, params, trees, banked, tokens
+
+
+def test_each_row_equals_its_adapter_alone(setting):
+    model, params, trees, banked, tokens = setting
+    apply = jax.jit(peft_jax.bind(model))
+    out = apply(banked, tokens, adapter_ids=IDS)
+    for row, i in enumerate(IDS.tolist()):
+        alone = apply(params if i < 0 else trees[i], tokens[row : row + 1])
+        assert relative_error(out[row : row + 1], alone) < 1e-5
+    taken = peft_jax.bank_adapter(banked, 2)
+    assert relative_error(apply(taken, tokens), apply(trees[2], tokens)) < 1e-5
+
+
+def test_replacing_an_adapter_compiles_nothing(setting):
+    model, params, trees, banked, tokens = setting
+    apply = jax.jit(peft_jax.bind(model))
+    apply(banked, tokens, adapter_ids=IDS)
+    other = peft_jax.clear_adapter(peft_jax.set_adapter(banked, 0, trees[1]), 2)
+    out = apply(other, tokens, adapter_ids=IDS[::-1])
+    assert apply._cache_size() == 1
+    assert relative_error(out[1:2], jax.jit(peft_jax.bind(model))(trees[1], tokens[1:2])) < 1e-5  # was 0, now the other
+    assert relative_error(out[0:1], jax.jit(peft_jax.bind(model))(params, tokens[0:1])) < 1e-5  # was cleared
+
+
+def test_generation_with_a_bank(setting):
+    model, params, trees, banked, tokens = setting
+    prompts = tokens[:, :4].tolist()
+    out = peft_jax.generate(model, banked, prompts, max_tokens=6, adapter_ids=IDS.tolist())
+    for row, i in enumerate(IDS.tolist()):
+        assert out[row] == peft_jax.generate(model, params if i < 0 else trees[i], [prompts[row]], max_tokens=6)[0]
+    with pytest.raises(ValueError, match="2 adapter_ids for 6 prompts"):
+        peft_jax.generate(model, banked, prompts, adapter_ids=[0, 1])
+
+
+def test_a_step_trains_the_adapters_of_its_rows_alone(setting):
+    from peft_jax.training.objective import next_token
+
+    model, _, _, banked, tokens = setting
+    apply = peft_jax.bind(model)
+    trainable, frozen = peft_jax.partition(banked)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((ROWS, 8)), "adapter_ids": IDS}
+    grads = jax.jit(jax.grad(lambda t: next_token(apply, peft_jax.combine(t, frozen), batch, None)[0]))(trainable)
+    path = "model/layers/self_attn/q_proj/kernel"
+    size = jnp.abs(peft_jax.places(grads)[path].b).max((0, 2, 3))
+    np.testing.assert_array_equal(size > 0, [True, False, True, True])
+
+
+@pytest.mark.parametrize("make", [linen_model, nnx_model])
+def test_in_models_that_know_nothing_of_it(make):
+    model, params = make()
+    tokens = random_tokens(3, 8, vocab=VOCAB)
+    layout = peft_jax.layout_of(model, tokens)
+    targets = [p for p in peft_jax.select(params) if "conv" not in p]
+    lora = perturb(peft_jax.lora(params, jax.random.key(0), rank=2, targets=targets, layout=layout))
+    banked = peft_jax.bank(params, jax.random.key(1), size=2, rank=2, targets=targets, layout=layout)
+    banked = peft_jax.set_adapter(banked, 1, lora)
+    apply = jax.jit(peft_jax.bind(model))
+    out = apply(banked, tokens, adapter_ids=jnp.asarray([1, -1, 1]))
+    assert relative_error(out[jnp.asarray([0, 2])], apply(lora, tokens)[jnp.asarray([0, 2])]) < 1e-5
+    assert relative_error(out[1], apply(params, tokens)[1]) < 1e-5
+
+
+def test_bad_requests_are_refused_by_name(setting):
+    model, params, trees, banked, tokens = setting
+    with pytest.raises(ValueError, match="needs apply"):
+        peft_jax.bind(model)(banked, tokens)
+    with pytest.raises(ValueError, match="index must lie between 0 and 3, got 4"):
+        peft_jax.set_adapter(banked, 4, trees[0])
+    wide = peft_jax.lora(params, jax.random.key(0), rank=9, targets="q_proj")
+    with pytest.raises(ValueError, match="has rank 9 at model/layers/self_attn/q_proj/kernel, the bank 4; resize it first"):
+        peft_jax.set_adapter(banked, 0, wide)
+    other = peft_jax.lora(params, jax.random.key(0), rank=2, targets="k_proj")
+    with pytest.raises(ValueError, match="k_proj/kernel, which the bank lacks"):
+        peft_jax.set_adapter(banked, 0, other)
+    with pytest.raises(ValueError, match="no LoRA adapter named 'other'"):
+        peft_jax.set_adapter(banked, 0, trees[0], adapter="other")
+    with pytest.raises(ValueError, match="is no one weight"):
+        peft_jax.merge(banked)
