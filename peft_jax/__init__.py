@@ -2,7 +2,7 @@
 
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.bind import MissingRuleError, bind, layout_of, nnx_params, register_rule
-from peft_jax.core.calibrate import calibrate
+from peft_jax.core.calibrate import calibrate, gradients
 from peft_jax.core.sharding import make_mesh, shard, shardings
 from peft_jax.core.tree import combine, count, freeze, full, merge, partition, places, select, unmerge
 from peft_jax.core.weight import Trainable, Weight, einsum, materialize, matmul, take
@@ -64,6 +64,7 @@ __all__ = [
     "freeze",
     "full",
     "generate",
+    "gradients",
     "gralora",
     "hira",
     "hra",

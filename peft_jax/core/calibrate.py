@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
+from peft_jax.core.reparametrised import Product, Reparametrised, Site, find_sites, node, place_nodes
 from peft_jax.core.tree import Targets, combine, map_places, partition, places
-from peft_jax.core.weight import Layout, static
+from peft_jax.core.weight import Layout, Trainable, static, to_matrix
 
 Statistic = Literal["covariance", "second_moment"]
 
@@ -93,6 +93,34 @@ def calibrate(
     if total is None:
         raise ValueError("there is no batch to calibrate on")
     return {path: places(total)[path].sink / count for path in sorted(inside)}
+
+
+def gradients(
+    loss: Callable[[Any, Any], jax.Array],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    layout: Layout | None = None,
+) -> dict[str, jax.Array]:
+    """path -> mean gradient [*lead, in, out], float32, of `loss(params, batch)` with respect to each whole weight.
+
+    All of the targets' gradients are held at once. Raises ValueError where there is no batch.
+    """
+    sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
+    chosen = map_places(lambda p, w: Trainable(w) if p in sites else _frozen(w), params)
+    trainable, frozen = partition(chosen)
+    gradient = jax.jit(jax.grad(lambda t, f, batch: loss(combine(t, f), batch)))
+    total, count = None, 0
+    for batch in batches:
+        found = gradient(trainable, frozen, batch)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        count += 1
+    if total is None:
+        raise ValueError("there is no batch to calibrate on")
+    known = places(total)
+    return {p: to_matrix(known[p].value, s.in_axes, s.out_axes).astype(jnp.float32) / count for p, s in sites.items()}
 
 
 def _frozen(w: Any) -> Any:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 Factors = tuple[jax.Array, jax.Array]
+STATISTICS = {"eva": "covariance", "corda_kpm": "covariance", "corda_ipm": "covariance", "lora_ga": "gradient"}
 
 
 def kaiming(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
@@ -71,6 +72,37 @@ def _olora(w: jax.Array, rank: int, scale: jax.Array, key: jax.Array) -> Factors
     return r[..., :rank, :].mT, q[..., :, :rank].mT
 
 
+def _eva(w: jax.Array, rank: int, covariance: jax.Array) -> Factors:
+    """The directions in which inputs vary most (Paischer et al. 2024, arXiv:2410.07170), with B at zero.
+
+    The right singular vectors of the activations are the eigenvectors of their covariance; ranks are not redistributed.
+    """
+    vectors = jnp.linalg.eigh(covariance)[1][..., ::-1]
+    return vectors[..., :rank], jnp.zeros((*w.shape[:-2], rank, w.shape[-1]), jnp.float32)
+
+
+def _corda(w: jax.Array, rank: int, scale: jax.Array, covariance: jax.Array, largest: bool) -> Factors:
+    """The largest (instruction-previewed) or smallest (knowledge-preserved) terms of the SVD of C W, undone by C^-1.
+
+    Yang et al. 2024, CorDA, arXiv:2406.05223, equations 2 to 5, where W is [out, in].
+    """
+    n = w.shape[-2]
+    c = covariance + 1e-4 * jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] / n * jnp.eye(n)
+    u, s, vt = jnp.linalg.svd(c @ w, full_matrices=False)
+    u = jnp.linalg.solve(c, u)
+    part = slice(None, rank) if largest else slice(s.shape[-1] - rank, None)
+    return _split(u[..., part], s[..., part], vt[..., part, :], scale)
+
+
+def _lora_ga(rank: int, gradient: jax.Array, scale: jax.Array, gamma: float = 16.0) -> Factors:
+    """Factors along the gradient's singular vectors (Wang et al. 2024, LoRA-GA, arXiv:2407.05000, algorithm 1)."""
+    if 2 * rank > min(gradient.shape[-2:]):
+        raise ValueError(f"init 'lora_ga' needs a rank of at most {min(gradient.shape[-2:]) // 2}, got {rank}")
+    u, _, vt = jnp.linalg.svd(gradient, full_matrices=False)
+    size = gradient.shape[-1] ** 0.25 / math.sqrt(gamma) / scale[..., None, None] ** 0.5
+    return size * u[..., :rank], size * vt[..., rank : 2 * rank, :]
+
+
 _STARTS: dict[str, Callable[[jax.Array, int, jax.Array, jax.Array], Factors]] = {
     "kaiming": _kaiming,
     "gaussian": _gaussian,
@@ -78,16 +110,25 @@ _STARTS: dict[str, Callable[[jax.Array, int, jax.Array, jax.Array], Factors]] = 
     "pissa": _pissa,
     "olora": _olora,
 }
-NAMES = (*_STARTS, "pissa_niter_N")
+NAMES = (*_STARTS, "pissa_niter_N", *STATISTICS)
 
 
 def changes_base(init: str) -> bool:
     """Whether the factors of this start multiply to something other than zero."""
-    return init.startswith(("pissa", "olora"))
+    return init.startswith(("pissa", "olora", "corda", "lora_ga"))
 
 
-def start(init: str, w: jax.Array, rank: int, scale: jax.Array, key: jax.Array) -> Factors:
-    """(A, B) for the matrix `w` [*lead, in, out] with scale [*lead]. Raises ValueError for an unknown name."""
+def start(init: str, w: jax.Array, rank: int, scale: jax.Array, key: jax.Array, statistic: jax.Array | None = None) -> Factors:
+    """(A, B) for the matrix `w` [*lead, in, out] with scale [*lead]; `statistic` is what `STATISTICS` says it needs.
+
+    Raises ValueError for an unknown name, a missing statistic, or a rank that is too large.
+    """
+    if init in STATISTICS:
+        if statistic is None:
+            raise ValueError(f"init {init!r} needs statistics={{path: {STATISTICS[init]}}}; see calibrate and gradients")
+        if init == "lora_ga":
+            return _lora_ga(rank, statistic, scale)
+        return _eva(w, rank, statistic) if init == "eva" else _corda(w, rank, scale, statistic, init == "corda_ipm")
     if found := re.fullmatch(r"pissa_niter_(\d+)", init):
         return _pissa_fast(w, rank, scale, key, int(found[1]))
     if init not in _STARTS:

@@ -51,7 +51,8 @@ class LoRA(Additive):
 
     def update(self, x: jax.Array) -> jax.Array:
         a, b = self.factors(x.dtype)
-        return jnp.matmul(_project(jax.config.jax_default_matmul_precision, x, a) * self.scale.astype(x.dtype), b)
+        low: Any = _project(getattr(jax.config, "jax_default_matmul_precision"), x, a)  # noqa: B009 - unknown to type checkers
+        return jnp.matmul(low * self.scale.astype(x.dtype), b)
 
     def factors(self, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
         """(A, B) whose product times `scale` is the whole update: of twice the rank where there is a `start`."""
@@ -133,21 +134,23 @@ def lora(
     init: str = "kaiming",
     adapter: str = "default",
     layout: Layout | None = None,
+    statistics: Mapping[str, jax.Array] | None = None,
 ) -> Any:
     """`params` with a LoRA node of rank `rank` at each place that `targets` name.
 
     `alpha` defaults to the rank (scale 1). `rank_pattern` and `alpha_pattern` override both for the places, or single
     layers of stacked ones, that their keys match; `layers` restricts to these layer numbers. `init` is kaiming (PEFT's
-    default), gaussian, orthogonal, pissa, pissa_niter_N or olora. `bias` also trains biases, `modules_to_save` whole
-    modules, as in PEFT; `adapter` names the adapter. `layout` (see `layout_of`) says which axes of a weight are inputs;
-    without it a weight is [*leading, in, out].
+    default), gaussian, orthogonal, pissa, pissa_niter_N, olora, or one that needs `statistics` of each place: eva,
+    corda_kpm and corda_ipm (covariances of the inputs, from `calibrate`) or lora_ga (`gradients` of the weights). `bias`
+    also trains biases, `modules_to_save` whole modules, as in PEFT; `adapter` names the adapter. `layout` (see
+    `layout_of`) says which axes of a weight are inputs; without it a weight is [*leading, in, out].
     Raises ValueError for a rank below 1, dropout outside [0, 1), or a target or pattern that matches nothing.
     """
     ranks = Ranks(rank, alpha, rank_pattern or {}, alpha_pattern or {}, rslora)
     check_dropout(dropout)
 
     def make(site: Site, key: jax.Array) -> LoRA:
-        a, b, scale = ranks.factors(site, key, init)
+        a, b, scale = ranks.factors(site, key, init, (statistics or {}).get(site.path))
         return LoRA(
             **site.common(dropout=dropout, name=adapter),
             a=a,
@@ -175,11 +178,13 @@ class Ranks:
         self.rank, self.alpha, self.rslora = rank, rank if alpha is None else alpha, rslora
         self.rank_pattern, self.alpha_pattern = rank_pattern, alpha_pattern
 
-    def factors(self, site: Site, key: jax.Array, init: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def factors(
+        self, site: Site, key: jax.Array, init: str, statistic: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(A, B, scale) of a site. Layers of smaller rank are padded with zeros, which stay zero in training."""
         ranks, alphas = site.pattern(self.rank, self.rank_pattern), site.pattern(self.alpha, self.alpha_pattern)
         scale = site.by_layer([scaling(a, r, self.rslora) for a, r in zip(alphas, ranks, strict=True)])
-        a, b = starts.start(init, site.matrix(), max(ranks), scale, key)
+        a, b = starts.start(init, site.matrix(), max(ranks), scale, key, statistic)
         if len(set(ranks)) > 1:
             used = jnp.arange(max(ranks)) < site.by_layer(ranks)[..., None]
             a, b = a * used[..., None, :], b * used[..., :, None]

@@ -73,8 +73,12 @@ def cayley(q: jax.Array) -> jax.Array:
 
 
 def _neumann(q: jax.Array, terms: int) -> jax.Array:
-    """I + 2 Q + 2 Q^2 + ... with the last of `terms` terms once: (I + Q)(I - Q)^-1 to that order."""
+    """I + 2 Q + 2 Q^2 + ... with the last of `terms` terms once: (I + Q)(I - Q)^-1 to that order.
+
+    As in PEFT, two terms are I + 2 Q, and three are four.
+    """
     result, power = jnp.broadcast_to(jnp.eye(q.shape[-1], dtype=q.dtype), q.shape), q
+    terms = 4 if terms == 3 else terms
     for term in range(1, terms):
         last = term == terms - 1 and term > 2
         result = result + (1.0 if last else 2.0) * power

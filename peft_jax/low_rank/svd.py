@@ -145,7 +145,8 @@ def _decompose(site: Site, covariance: jax.Array | None, whitening: str) -> tupl
     """(u [*lead, in, m], s [*lead, m], v [*lead, m, out]) whose first k terms are the best approximation of rank k."""
     w = site.matrix()
     if covariance is None:
-        return jnp.linalg.svd(w, full_matrices=False)
+        u, s, v = jnp.linalg.svd(w, full_matrices=False)
+        return u, s, v
     n = w.shape[-2]
     if covariance.shape[-2:] != (n, n):
         raise ValueError(f"statistics of {site.path} have shape {covariance.shape}, expected covariances [..., {n}, {n}]")

@@ -257,7 +257,7 @@ def method_options(name: str) -> dict[str, inspect.Parameter]:
     function = METHODS[name]
     hints = typing.get_type_hints(function)
     parameters = inspect.signature(function).parameters.values()
-    keyword = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "layout"]
+    keyword = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("layout", "statistics")]
     return {p.name: p.replace(annotation=hints.get(p.name, Any)) for p in keyword}
 
 

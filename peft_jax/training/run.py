@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +16,22 @@ import yaml
 from jax.sharding import Mesh
 from rich.console import Console
 
+from peft_jax.core.bind import bind
+from peft_jax.core.calibrate import calibrate, gradients
 from peft_jax.core.files import write_json
 from peft_jax.core.sharding import fetch, make_mesh, shard
 from peft_jax.core.tree import combine, count, merge, partition, places
 from peft_jax.core.weight import Trainable
 from peft_jax.data import Record, Rows, encode, fit, pack, read_records
+from peft_jax.data.batches import batch_at
 from peft_jax.hub import load, load_adapter, load_tokenizer, local_folder, save, save_adapter
+from peft_jax.low_rank.init import STATISTICS
 from peft_jax.training.checkpoint import Checkpoints, fingerprint
 from peft_jax.training.config import ConfigError, RunConfig, SourceConfig, check_method, to_dict
 from peft_jax.training.evaluate import generated_metrics, perplexity
 from peft_jax.training.generate import generate
 from peft_jax.training.loop import Result, check_batch, initial_state, train
+from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import make_optimizer
 
 ADAPTER, MODEL = "adapter", "model"
@@ -91,11 +97,22 @@ def make_rows(config: RunConfig, source: SourceConfig, tokenizer: Any) -> Rows:
     return pack(fit(examples, d.sequence_length, d.kind, d.too_long), d.sequence_length, packing=d.packing)
 
 
-def add_method(config: RunConfig, params: Any, mesh: Mesh | None) -> Any:
-    """The tree with the configured method in it, placed on the mesh."""
+def add_method(config: RunConfig, setup: Setup, rows: Rows) -> Any:
+    """The tree with the configured method in it, placed on the mesh; starts that need statistics take them from `rows`."""
     function, options = check_method(config.method)
-    params = function(params, jax.random.key(config.train.seed), **options)
-    return params if mesh is None else shard(params, mesh)
+    if statistic := STATISTICS.get(options.get("init", "")):
+        options["statistics"] = _statistics(config, setup, rows, statistic, options)
+    params = function(setup.params, jax.random.key(config.train.seed), **options)
+    return params if setup.mesh is None else shard(params, setup.mesh)
+
+
+def _statistics(config: RunConfig, setup: Setup, rows: Rows, statistic: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Covariances or gradients over 8 batches of the training rows."""
+    batches = [batch_at(rows, i, config.train.batch_size, seed=config.train.seed) for i in range(8)]
+    apply, where = bind(setup.model), {k: options[k] for k in ("targets", "exclude") if k in options}
+    if statistic == "covariance":
+        return calibrate(apply, setup.params, batches, **where)
+    return gradients(lambda params, batch: next_token(apply, params, batch, None)[0], setup.params, batches, **where)
 
 
 def train_steps(config: RunConfig, rows: Rows) -> int:
@@ -131,7 +148,7 @@ def run_training(config: RunConfig, console: Console | None = None) -> Result:
     rows = make_rows(config, config.data.train, setup.tokenizer)
     validation = make_rows(config, config.data.validation, setup.tokenizer) if config.data.validation else None
     test = make_rows(config, config.data.test, setup.tokenizer) if config.data.test else validation
-    params = add_method(config, setup.params, setup.mesh)
+    params = add_method(config, setup, rows)
     trained, total = count(params)
     steps = train_steps(config, rows)
     say(
@@ -258,8 +275,8 @@ def run_export(config: RunConfig, *, merged: bool) -> Path:
     if chosen is None:
         raise ConfigError(f"there is no checkpoint in {out}; run `peft-jax train` first")
     setup = set_up(config)
-    params = add_method(config, setup.params, setup.mesh)
     rows = make_rows(config, config.data.train, setup.tokenizer)
+    params = add_method(config, setup, rows)
     optimizer = make_optimizer(config.optimizer, train_steps(config, rows), config.method)
     state = initial_state(params, optimizer, config.train.seed, setup.mesh)
     checkpoints = Checkpoints(out / chosen, keep=1, identity=identity(config, setup, rows))

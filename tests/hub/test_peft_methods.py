@@ -25,7 +25,7 @@ def lora(pick, chance):
         init_lora_weights=pick([True, "gaussian", "orthogonal"]),
     )  # fmt: skip
     if chance(0.4):
-        config |= dict(rank_pattern={pick(["up_proj", "layers.1.self_attn.q_proj", ".*layers.0.*"]): pick([1, 6])})
+        config |= dict(rank_pattern={pick(["up_proj", "layers.1.self_attn.q_proj", ".*layers.0.*"]): pick([2, 6])})
     if chance(0.4):
         config |= dict(alpha_pattern={pick(["q_proj", "layers.2.*down_proj"]): pick([3, 16])})
     if chance(0.2) and not config["use_dora"]:
@@ -73,7 +73,7 @@ SAMPLERS = {
     ),
     "OFT": lambda pick, chance: (
         peft.OFTConfig(
-            oft_block_size=pick([4, 8]), r=0, coft=chance(0.3), eps=pick([6e-5, 0.5]), block_share=chance(0.3),
+            oft_block_size=pick([4, 8]), r=0, coft=chance(0.3), eps=pick([0.05, 0.5]), block_share=chance(0.3),
             use_cayley_neumann=chance(0.6), num_cayley_neumann_terms=pick([2, 3, 5, 6]),
         ),
         True,

@@ -1,0 +1,159 @@
+"""Starts of LoRA's factors, layers one by one, LoRA+, and AdaLoRA's budget."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import pytest
+
+import peft_jax
+from peft_jax.low_rank.adalora import adalora_budget
+from peft_jax.training.optimizer import lora_plus
+from tests.reference import FAMILIES, family_checkpoint, perturb, random_tokens, relative_error, torch_logits, torch_model
+
+TOKENS = random_tokens(4, 16)
+Q = "model/layers/self_attn/q_proj/kernel"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder, _, _ = family_checkpoint("llama2", tmp_path_factory.mktemp("base"))
+    model, params = peft_jax.load(folder)
+    apply = peft_jax.bind(model)
+    statistics = {
+        "covariance": peft_jax.calibrate(apply, params, [{"tokens": TOKENS}]),
+        "gradient": peft_jax.gradients(lambda p, t: (apply(p, t) ** 2).mean(), params, [TOKENS]),
+    }
+    return model, params, jax.jit(apply), statistics
+
+
+NEEDS = {"eva": "covariance", "corda_kpm": "covariance", "corda_ipm": "covariance", "lora_ga": "gradient"}
+STARTS = ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", *NEEDS]
+
+
+def started(base, init, **options):
+    _, params, _, statistics = base
+    given = {"statistics": statistics[NEEDS[init]]} if init in NEEDS else {}
+    return peft_jax.lora(params, jax.random.key(0), rank=4, alpha=8, init=init, **given, **options)
+
+
+@pytest.mark.parametrize("init", STARTS)
+def test_every_start_leaves_the_model_as_it_was_and_the_base_in_place(base, init):
+    _, params, run, _ = base
+    tree = started(base, init)
+    assert relative_error(run(tree, TOKENS), run(params, TOKENS)) < 1e-5
+    np.testing.assert_array_equal(peft_jax.places(tree)[Q].base, peft_jax.places(params)[Q])
+    moved = perturb(tree)
+    assert relative_error(run(peft_jax.rebase(moved), TOKENS), run(moved, TOKENS)) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_starts_from_the_weight_equal_peft(base, init):
+    """The product A B that PEFT takes out of the base is the one that ours subtracts."""
+    theirs = peft.get_peft_model(
+        torch_model(FAMILIES["llama2"]()), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=init)
+    )
+    node = peft_jax.places(started(base, init, targets="q_proj"))[Q]
+    for i in range(3):
+        layer = theirs.base_model.model.model.layers[i].self_attn.q_proj
+        product = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach().numpy().T
+        np.testing.assert_allclose(node.start[0][i] @ node.start[1][i], product, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", ["pissa", "corda_ipm", "lora_ga"])
+def test_starts_that_change_the_base_are_exported_at_twice_the_rank(base, init, tmp_path):
+    _, _, run, _ = base
+    tree = perturb(started(base, init))
+    peft_jax.save_adapter(tmp_path / "a", tree)
+    theirs = peft.PeftModel.from_pretrained(torch_model(FAMILIES["llama2"]()), tmp_path / "a")
+    assert theirs.peft_config["default"].r == 8
+    assert relative_error(torch_logits(theirs.eval(), TOKENS), run(tree, TOKENS)) < 1e-4
+
+
+def test_starts_from_statistics_follow_their_papers(base):
+    """EVA: A spans the inputs' main directions. CorDA: the term taken is the best of its rank for the outputs' covariance
+    norm. LoRA-GA: A and B span the gradient's singular vectors."""
+    _, params, _, statistics = base
+    c = np.asarray(statistics["covariance"][Q][0], np.float64)
+    a = np.asarray(peft_jax.places(started(base, "eva"))[Q].a[0], np.float64)
+    assert np.trace(a.T @ c @ a) == pytest.approx(np.sort(np.linalg.eigvalsh(c))[-4:].sum(), rel=1e-4)
+    node = peft_jax.places(started(base, "corda_ipm"))[Q]
+    w = np.asarray(peft_jax.places(params)[Q][0], np.float64)
+    damped = c + 1e-4 * np.trace(c) / 32 * np.eye(32)
+    s = np.linalg.svd(damped @ w, compute_uv=False)
+    left = np.linalg.norm(damped @ (w - 2.0 * np.asarray(node.a[0] @ node.b[0], np.float64)))
+    assert left == pytest.approx(np.sqrt(np.square(s[4:]).sum()), rel=1e-3)
+    g = np.asarray(statistics["gradient"][Q][0], np.float64)
+    u, _, vt = np.linalg.svd(g)
+    ga = peft_jax.places(started(base, "lora_ga"))[Q]
+    assert np.linalg.norm(u[:, :4].T @ np.asarray(ga.a[0])) == pytest.approx(np.linalg.norm(ga.a[0]), rel=1e-3)
+    assert np.linalg.norm(np.asarray(ga.b[0]) @ vt[4:8].T) == pytest.approx(np.linalg.norm(ga.b[0]), rel=1e-3)
+
+
+def test_layers_are_chosen_one_by_one_in_a_stacked_tree(base):
+    model, params, run, _ = base
+    some = perturb(peft_jax.lora(params, jax.random.key(0), rank=2, targets=["q_proj", "layers.1.mlp.up_proj"], layers=[0, 1]))
+    delta = jnp.abs(peft_jax.merge(some)["model"]["layers"]["self_attn"]["q_proj"]["kernel"] - peft_jax.places(params)[Q])
+    np.testing.assert_array_equal(delta.max((1, 2)) > 0, [True, True, False])
+    up = "model/layers/mlp/up_proj/kernel"
+    delta = jnp.abs(peft_jax.places(peft_jax.merge(some))[up] - peft_jax.places(params)[up])
+    np.testing.assert_array_equal(delta.max((1, 2)) > 0, [False, True, False])
+    with pytest.raises(ValueError, match="there is no layer 7; layers here: 0 to 2"):
+        peft_jax.lora(params, jax.random.key(0), layers=[7])
+    ranks = peft_jax.lora(params, jax.random.key(0), rank=2, targets="q_proj", rank_pattern={"layers.2.self_attn.q_proj": 4})
+    used = jnp.abs(peft_jax.places(ranks)[Q].a).max(1) > 0
+    np.testing.assert_array_equal(used.sum(-1), [2, 2, 4])
+
+
+def test_lora_plus_speeds_b_up(base):
+    _, params, _, _ = base
+    trainable, _ = peft_jax.partition(peft_jax.lora(params, jax.random.key(0), rank=2, targets="q_proj"))
+    grads = jax.tree.map(jnp.ones_like, trainable)
+    optimizer = optax.chain(optax.sgd(0.1), lora_plus(16.0))
+    updates, _ = optimizer.update(grads, optimizer.init(trainable), trainable)
+    node = peft_jax.places(updates)[Q]
+    np.testing.assert_allclose(node.a, -0.1)
+    np.testing.assert_allclose(node.b, -1.6)
+
+
+def test_adalora_spends_its_budget_on_what_matters(base):
+    """The share of triplets left follows equation 12, and the ones left are those with large gradients."""
+    _, params, _, _ = base
+    tree = perturb(peft_jax.adalora(params, jax.random.key(0), init_rank=4, target_rank=1, targets="q_proj"))
+    trainable, _ = peft_jax.partition(tree)
+    optimizer = adalora_budget(20, init_rank=4, target_rank=1, warmup=2, final=5)
+    state = optimizer.init(trainable)
+    node = peft_jax.places(trainable)[Q]
+    importance = jnp.asarray([[4.0, 1.0, 2.0, 3.0]] * 3)  # by triplet
+    grads = jax.tree.map(jnp.zeros_like, trainable)
+    grads["model"]["layers"]["self_attn"]["q_proj"]["kernel"] = node.replace(
+        a=jnp.zeros_like(node.a), b=jnp.zeros_like(node.b), e=importance / jnp.abs(node.e), base=None, scale=None
+    )
+    kept = []
+    for _ in range(20):
+        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, trainable), state, trainable, grads=grads)
+        trainable = optax.apply_updates(trainable, updates)
+        kept.append(int((peft_jax.places(trainable)[Q].e != 0).sum()))
+    assert kept[1] == 12
+    assert kept[-1] == 3
+    assert kept == sorted(kept, reverse=True)
+    np.testing.assert_array_equal(peft_jax.places(trainable)[Q].e != 0, [[True, False, False, False]] * 3)
+
+
+def test_bad_starts_are_refused_by_name(base):
+    _, params, _, statistics = base
+    with pytest.raises(ValueError, match="init must be one of kaiming"):
+        peft_jax.lora(params, jax.random.key(0), init="pizza")
+    with pytest.raises(ValueError, match="init 'eva' needs statistics"):
+        peft_jax.lora(params, jax.random.key(0), init="eva")
+    with pytest.raises(ValueError, match="init 'orthogonal' needs an even rank, got 3"):
+        peft_jax.lora(params, jax.random.key(0), init="orthogonal", rank=3)
+    with pytest.raises(ValueError, match="needs a rank of at most 32"):
+        peft_jax.lora(params, jax.random.key(0), init="pissa", rank=64)
+    with pytest.raises(ValueError, match="block_size=5 does not divide the .* inputs"):
+        peft_jax.oft(params, jax.random.key(0), block_size=5)
+    with pytest.raises(ValueError, match="ids must lie between 0 and"):
+        peft_jax.trainable_tokens(params, jax.random.key(0), ids=[10**6])
