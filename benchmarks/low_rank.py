@@ -35,7 +35,7 @@ from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import make_optimizer
 from peft_jax.training.step import init_state, make_evaluation, make_step
 
-LENGTH, ROWS = 128, 16
+LENGTH, ROWS = 128, 4
 
 # (method's options, learning rate): sizes near LoRA's of rank 8, rates from the methods' papers, scaled to this model.
 SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
@@ -108,7 +108,7 @@ def methods(args: argparse.Namespace) -> str:
             print(f"seed {seed}, {name}: {loss:.4f} nats/token, {trained:,} trained, {seconds * 1e3:.0f} ms a step", flush=True)
     before = _loss(peft_jax.bind(model), *peft_jax.partition(base), test)
     lines = [
-        "| method | trained | test loss, nats/token (mean ± sd) | ms a step | compiled step's temporaries, MiB |",
+        "| method | trained | test loss, nats/token (mean ± sd) | ms a step | step's temporaries, MiB |",
         "|---|---|---|---|---|",
     ]
     lines.append(f"| none | 0 | {before:.4f} | | |")
@@ -120,7 +120,7 @@ def methods(args: argparse.Namespace) -> str:
             f"| {name} | {found[name][0][1]:,} | {statistics.mean(losses):.4f} ± {spread:.4f} | {seconds * 1e3:.0f} | "
             f"{memory / 2**20:.0f} |"
         )
-    text = f"{args.seeds} seeds, {args.steps} steps of {ROWS} rows of {LENGTH} tokens, AdamW, cosine schedule, one rate a method.\n"
+    text = f"{args.seeds} seeds, {args.steps} steps of {ROWS} rows of {LENGTH} tokens, AdamW, cosine schedule.\n"
     return heading("Every method on Python's docstrings, on the embedded base") + f"\n{text}\n" + "\n".join(lines) + "\n"
 
 

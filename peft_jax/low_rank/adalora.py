@@ -121,8 +121,8 @@ def adalora_budget(
     """
 
     def init(params: Any) -> BudgetState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return BudgetState(jnp.zeros((), jnp.int32), zeros, zeros)
+        zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # two trees, since states are donated
+        return BudgetState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
     def update(updates: Any, state: BudgetState, params: Any = None, *, grads: Any, **_: Any) -> Any:
         sensitivity = jax.tree.map(lambda p, g: jnp.abs(p * g), params, grads)
