@@ -238,8 +238,9 @@ def _attach_all(params: Any, tensors: Tensors, config: Config, kind: Format, nam
         if not isinstance(w, Weight) and is_node(w):
             return w
         w = _attach_extra(place, w, extras)
-        w = _attach_nodes(place, w, modules, config, kind, name)
-        return _attach_nodes(place, w, tokens, config, _TOKENS, name)
+        tied = "lm_head" not in known
+        w = _attach_nodes(place, w, modules, config, kind, name, tied)
+        return _attach_nodes(place, w, tokens, config, _TOKENS, name, tied)
 
     result = map_places(attach, params)
     if "lm_head" not in known:  # a tied head has the embedding's trained rows, which PEFT repeats for it
@@ -308,7 +309,7 @@ def _parse(
     return modules, tokens, shared, extras
 
 
-def _attach_nodes(path: str, w: Any, modules: dict[str, Tensors], config: Config, kind: Format, name: str) -> Any:
+def _attach_nodes(path: str, w: Any, modules: dict[str, Tensors], config: Config, kind: Format, name: str, tied: bool) -> Any:
     """The place with its part of the adapter, which is taken out of `modules`."""
     module, _, leaf = path.rpartition("/")
     if leaf not in ("kernel", "embedding"):
@@ -319,7 +320,10 @@ def _attach_nodes(path: str, w: Any, modules: dict[str, Tensors], config: Config
         return w
     lead, n_in, n_out = matrix_shape(w.shape, *MATRIX)
     group = f"{config['peft_type'].lower()}_{name}" if kind.read_shared else ""
-    read = {i: kind.read(t, config, Module(m, n_in, n_out, leaf == "embedding")) for i, (m, t) in mine.items()}
+    read = {
+        i: kind.read(t, config, Module(m, n_in, n_out, leaf == "embedding", tied and leaf == "embedding"))
+        for i, (m, t) in mine.items()
+    }
     for i, (cls, fields) in read.items():
         make: Any = cls
         _check_shapes(make(base=jax.ShapeDtypeStruct((n_in, n_out), w.dtype), group=group, **fields), mine[i][0])

@@ -43,12 +43,13 @@ Config = Mapping[str, Any]
 
 
 class Module(NamedTuple):
-    """What `read` knows of the module at hand: its Hugging Face name, sizes, and whether it is an embedding."""
+    """What `read` knows of the module at hand: its Hugging Face name, its sizes, and what it is."""
 
     name: str
     n_in: int
     n_out: int
     embedding: bool
+    tied: bool = False  # an embedding that is the head too
 
 
 class Format(NamedTuple):
@@ -170,8 +171,7 @@ def _read_lora(tensors: Tensors, config: Config, module: Module) -> tuple[type[W
     if not config.get("use_dora"):
         if "lora_magnitude_vector" in tensors:
             raise ValueError(f"{module.name} has lora_magnitude_vector, but the adapter does not say use_dora")
-        tied = module.embedding and not config.get("ensure_weight_tying")
-        return LoRA, fields | ({"look_up_only": True} if tied else {})
+        return LoRA, fields | {"look_up_only": module.tied and not config.get("ensure_weight_tying")}
     if "lora_magnitude_vector" not in tensors:
         raise ValueError(f"{module.name} lacks lora_magnitude_vector, which use_dora needs")
     return DoRA, {**fields, "magnitude": tensors["lora_magnitude_vector"].reshape(-1), "norm": None}
