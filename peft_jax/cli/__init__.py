@@ -95,7 +95,7 @@ def inspect(config: str | None, overrides: tuple[str, ...]) -> None:
 
     parsed = _config(config, overrides)
     setup = set_up(parsed)
-    Console(width=None if sys.stdout.isatty() else 160).print(tree_table(add_method(parsed, setup.params, setup.mesh)))
+    Console(width=None if sys.stdout.isatty() else 160).print(tree_table(add_method(parsed, setup)))
 
 
 def run() -> None:

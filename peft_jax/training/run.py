@@ -97,10 +97,14 @@ def make_rows(config: RunConfig, source: SourceConfig, tokenizer: Any) -> Rows:
     return pack(fit(examples, d.sequence_length, d.kind, d.too_long), d.sequence_length, packing=d.packing)
 
 
-def add_method(config: RunConfig, setup: Setup, rows: Rows) -> Any:
-    """The tree with the configured method in it, placed on the mesh; starts that need statistics take them from `rows`."""
+def add_method(config: RunConfig, setup: Setup, rows: Rows | None = None) -> Any:
+    """The tree with the configured method in it, placed on the mesh.
+
+    Starts that need statistics take them from the training rows, which are made where they are not given.
+    """
     function, options = check_method(config.method)
     if statistic := STATISTICS.get(options.get("init", "")):
+        rows = rows or make_rows(config, config.data.train, setup.tokenizer)
         options["statistics"] = _statistics(config, setup, rows, statistic, options)
     params = function(setup.params, jax.random.key(config.train.seed), **options)
     return params if setup.mesh is None else shard(params, setup.mesh)

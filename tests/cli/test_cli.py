@@ -145,3 +145,17 @@ def test_yaml_that_is_none(tmp_path):
 def test_scientific_notation_without_a_dot_is_a_number():
     assert load_config(None, ["optimizer.learning_rate=1e-4"]).optimizer.learning_rate == 1e-4
     assert yaml.safe_load("x: 1e-4")["x"] == "1e-4"  # which is why
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["method={name: lora, rank: 2, init: eva}", "method={name: lora, rank: 2, init: lora_ga}", "method={name: vera, rank: 4}",
+     "method={name: adalora, init_rank: 2, target_rank: 1}"],
+)  # fmt: skip
+def test_other_methods_train_export_and_are_inspected(options, method):
+    """Methods that need the training rows, share arrays, or add to the optimizer, by the same road as LoRA."""
+    options = [o for o in options if not o.startswith("method.")] + [method]
+    for command in ("inspect", "train"):
+        out, error = run(command, *options)
+        assert error is None, out
+    assert "after:" in out
