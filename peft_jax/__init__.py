@@ -31,16 +31,25 @@ from peft_jax.low_rank.trainable_tokens import trainable_tokens
 from peft_jax.low_rank.vblora import vblora
 from peft_jax.low_rank.vera import vera
 from peft_jax.low_rank.waveft import waveft
+from peft_jax.quantization.formats import FP4, FP8, MXFP4, NF4, Int
+from peft_jax.quantization.quantize import bits_per_weight, dequantize, quantize, quantize_weight
+from peft_jax.quantization.quantized import Quantized
 from peft_jax.training.generate import generate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FP4",
+    "FP8",
+    "MXFP4",
+    "NF4",
     "Attachment",
     "Factorized",
+    "Int",
     "LoRA",
     "LoRABank",
     "MissingRuleError",
+    "Quantized",
     "Trainable",
     "Weight",
     "adalora",
@@ -48,6 +57,7 @@ __all__ = [
     "bank",
     "bank_adapter",
     "bind",
+    "bits_per_weight",
     "boft",
     "c3a",
     "calibrate",
@@ -56,6 +66,7 @@ __all__ = [
     "combine_adapters",
     "count",
     "delora",
+    "dequantize",
     "dora",
     "drop_adapters",
     "einsum",
@@ -84,6 +95,8 @@ __all__ = [
     "oft",
     "partition",
     "places",
+    "quantize",
+    "quantize_weight",
     "randlora",
     "rebase",
     "register_rule",

@@ -14,7 +14,7 @@ import pytest
 
 import peft_jax
 from peft_jax.core.sharding import make_mesh, shard
-from peft_jax.core.tree import distribute
+from peft_jax.core.tree import distribute, map_places
 from peft_jax.methods import METHODS
 from peft_jax.models.layers import stack_layers, unstack_layers
 from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
@@ -50,7 +50,7 @@ NOT_IDENTITY = {"vblora"}  # methods that do not promise to change nothing at fi
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Masked(peft_jax.Weight):
-    """A stand-in for a compressed base: an array that is masked whenever it is used."""
+    """A stand-in for a pruned base: an array that is masked whenever it is used."""
 
     value: jax.Array
     mask: jax.Array
@@ -65,14 +65,19 @@ class Masked(peft_jax.Weight):
         return {"value": spec, "mask": spec}
 
 
-def masked(params):
-    from peft_jax.core.tree import map_places
+def compressed(params):
+    """The base with its feed-forward masked and its attention, embedding and head quantized."""
+    chosen = set(peft_jax.select(params, "*/mlp/*"))
+    params = map_places(lambda p, w: Masked(w, (jnp.abs(w) > 0.05).astype(w.dtype)) if p in chosen else w, params)
+    formats = {
+        "*/self_attn/*": peft_jax.NF4(block_size=16),
+        "embed_tokens": "int8",
+        "lm_head": peft_jax.Int(bits=4, block_size=8),
+    }
+    return peft_jax.quantize(params, formats, targets=["*/self_attn/*", "embed_tokens", "lm_head"])
 
-    chosen = set(peft_jax.select(params))
-    return map_places(lambda p, w: Masked(w, (jnp.abs(w) > 0.05).astype(w.dtype)) if p in chosen else w, params)
 
-
-MODELS = ["linen", "nnx", "masked", "scanned", "looped", "gemma2"]
+MODELS = ["linen", "nnx", "compressed", "scanned", "looped", "gemma2"]
 MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"fsdp": 8}]
 THOROUGH = ("lora", "full")  # the others meet the first three models and the first mesh
 CASES = [(m, n) for n in METHODS for m in (MODELS if n in THOROUGH else MODELS[:3])]
@@ -105,7 +110,7 @@ def case(request, root):
     else:
         folder, tokens, _ = family_checkpoint("gemma2_caps" if name == "gemma2" else "llama2", root)
         model, base = peft_jax.load(folder, scan_layers=name != "looped")
-        base = masked(base) if name == "masked" else base
+        base = compressed(base) if name == "compressed" else base
     options = dict(OPTIONS.get(method, {}))
     if layout is not None and method not in ("full", "trainable_tokens"):
         options["layout"] = layout
@@ -145,8 +150,8 @@ def test_merged_equals_unmerged(case):
 
 
 def test_unmerge_restores(case):
-    if any(isinstance(w, Masked) for w in jax.tree.leaves(case.base, is_leaf=lambda x: isinstance(x, Masked))):
-        pytest.skip("a masked base is not recovered from its merge with a dense update")
+    if any(isinstance(w, peft_jax.Weight) for w in peft_jax.places(case.base).values()):
+        pytest.skip("a compressed base is not recovered from its merge with a dense update")
     back = peft_jax.unmerge(peft_jax.merge(case.moved), case.moved)
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(case.moved), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -229,8 +234,8 @@ def test_export_round_trip(case, tmp_path):
         pytest.skip("only Hugging Face families have a folder format")
     expected = case.apply(case.moved, case.tokens)
     if case.method == "full":
-        if any(isinstance(w, Masked) for w in peft_jax.places(case.base).values()):
-            pytest.skip("full fine-tuning leaves a masked base as it is")
+        if any(isinstance(w, peft_jax.Weight) for w in peft_jax.places(case.base).values()):
+            pytest.skip("full fine-tuning leaves a compressed base as it is")
         peft_jax.save(tmp_path / "model", case.model, peft_jax.merge(case.moved))
         _, params = peft_jax.load(tmp_path / "model", scan_layers=case.model.scan_layers)
     else:

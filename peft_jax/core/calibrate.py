@@ -17,7 +17,7 @@ from peft_jax.core.reparametrised import Product, Reparametrised, Site, find_sit
 from peft_jax.core.tree import Targets, combine, map_places, partition, places
 from peft_jax.core.weight import Layout, Trainable, static, to_matrix
 
-Statistic = Literal["covariance", "second_moment"]
+Statistic = Literal["covariance", "second_moment", "mean_abs", "max_abs"]
 
 
 @node
@@ -47,7 +47,12 @@ def _tap_forward(statistic: str, x: jax.Array, sink: jax.Array) -> Any:
 
 def _tap_backward(statistic: str, x: jax.Array, grad: jax.Array) -> Any:
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    value = jnp.matmul(rows.T, rows) if statistic == "covariance" else jnp.square(rows).sum(0)
+    value = {
+        "covariance": lambda: jnp.matmul(rows.T, rows),
+        "second_moment": lambda: jnp.square(rows).sum(0),
+        "mean_abs": lambda: jnp.abs(rows).sum(0),
+        "max_abs": lambda: jnp.abs(rows).max(0),
+    }[statistic]()
     return jnp.zeros_like(x), value  # nothing flows further back: the statistic is all that is asked for
 
 
@@ -64,7 +69,8 @@ def calibrate(
     exclude: Targets = (),
     layout: Layout | None = None,
 ) -> dict[str, jax.Array]:
-    """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]) or x^2 ("second_moment", [*lead, in]), float32.
+    """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]), x^2 ("second_moment", [*lead, in]) or |x|
+    ("mean_abs"), or the largest |x| ("max_abs"), float32.
 
     `batches` hold `tokens` [B, T] and what else the model's call takes (`positions`, `segment_ids`); every token counts,
     so give rows without padding. Raises ValueError where there is no batch, or a target matches nothing.
@@ -84,15 +90,15 @@ def calibrate(
         output = lambda s: jnp.sum(jax.tree.leaves(apply(combine(s, rest), tokens, **inputs))[0].astype(jnp.float32))
         return jax.grad(output)(sinks)
 
-    total, count = None, 0
+    largest, total, count = statistic == "max_abs", None, 0
     for batch in batches:
         inputs = {k: v for k, v in batch.items() if k in ("positions", "segment_ids")}
         found = collect(sinks, rest, batch["tokens"], inputs)
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        total = found if total is None else jax.tree.map(jnp.maximum if largest else jnp.add, total, found)
         count += int(jnp.size(batch["tokens"]))
     if total is None:
         raise ValueError("there is no batch to calibrate on")
-    return {path: places(total)[path].sink / count for path in sorted(inside)}
+    return {path: places(total)[path].sink / (1 if largest else count) for path in sorted(inside)}
 
 
 def gradients(

@@ -32,6 +32,28 @@ def node(cls: type[T]) -> type[T]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Matrix(Weight):
+    """A weight held in another form than an array, seen as a matrix [*lead, in, out] whatever its layout."""
+
+    in_sizes: tuple[int, ...] = static()
+    out_sizes: tuple[int, ...] = static()
+    in_axes: Axes = static(default=(-2,))
+    out_axes: Axes = static(default=(-1,))
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Sizes of the leading axes."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        ndim = len(self.lead) + len(self.in_sizes) + len(self.out_sizes)
+        sizes = dict(zip((*self.in_axes, *self.out_axes), (*self.in_sizes, *self.out_sizes), strict=True))
+        lead = iter(self.lead)
+        return tuple(sizes[a] if a in sizes else next(lead) for a in range(-ndim, 0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Reparametrised(Weight):
     """`base` [*lead, in, out] (in any layout) changed by the arrays of a subclass, each of them [*lead, ...].
 

@@ -87,6 +87,8 @@ def _node_shardings(path: str, x: Any, mesh: Mesh, rules: Rules) -> Any:
         return jax.tree.map(lambda _: NamedSharding(mesh, P()), x)
     spec = spec_for(path, x.shape, mesh, rules)
     own = x.field_specs(P(*spec, *[None] * (len(x.shape) - len(spec))))
+    if x.sharded_together:
+        own = _dividing(x, own, mesh)
 
     def leaf(key: Any, y: Any) -> NamedSharding:
         field = path_str(key).split("/")[0]
@@ -101,6 +103,19 @@ def _node_shardings(path: str, x: Any, mesh: Mesh, rules: Rules) -> Any:
             changes[name] = _node_shardings(path, value, mesh, rules)
     bare = jax.tree_util.tree_map_with_path(leaf, x)
     return bare.replace(**changes)
+
+
+def _dividing(x: Weight, specs: Mapping[str, P], mesh: Mesh) -> dict[str, P]:
+    """The fields' specs without the mesh axes that do not divide one of the fields."""
+    sizes = {name: getattr(getattr(x, name), "shape", None) for name in specs}
+    unfit = {
+        axis
+        for name, shape in sizes.items()
+        if shape is not None
+        for n, axis in zip(shape, specs[name], strict=False)
+        if not _divides(n, axis, mesh)
+    }
+    return {name: P(*(None if axis in unfit else axis for axis in spec)) for name, spec in specs.items()}
 
 
 def shard(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:

@@ -43,7 +43,12 @@ class Node:
 
 
 class Weight(Node):
-    """An array's stand-in. Subclasses define `shape`, `dtype` and `materialize`, and override what they do better."""
+    """An array's stand-in. Subclasses define `shape`, `dtype` and `materialize`, and override what they do better.
+
+    `sharded_together`: a mesh axis that does not divide one of the fields splits none of them.
+    """
+
+    sharded_together: ClassVar[bool] = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -15,22 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from peft_jax.core.reparametrised import Site, find_sites, node, precision_name
+from peft_jax.core.reparametrised import Matrix, Site, find_sites, node, precision_name
 from peft_jax.core.tree import Targets, map_places
-from peft_jax.core.weight import Axes, Layout, Weight, from_matrix, static
+from peft_jax.core.weight import Axes, Layout, from_matrix, static
 
 
 @node
-class Factorized(Weight):
+class Factorized(Matrix):
     """u [*lead, in, k] times v [*lead, k, out], in the place of a weight of `layout` shape `shape`."""
 
     trainable: ClassVar[tuple[str, ...]] = ("u", "v")
     u: jax.Array
     v: jax.Array
-    in_sizes: tuple[int, ...] = static()
-    out_sizes: tuple[int, ...] = static()
-    in_axes: Axes = static(default=(-2,))
-    out_axes: Axes = static(default=(-1,))
     frozen: bool = static(default=True)
 
     @property
@@ -41,13 +37,6 @@ class Factorized(Weight):
     @property
     def rank(self) -> int:
         return self.u.shape[-1]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        ndim = len(self.lead) + len(self.in_sizes) + len(self.out_sizes)
-        sizes = dict(zip((*self.in_axes, *self.out_axes), (*self.in_sizes, *self.out_sizes), strict=True))
-        lead = iter(self.lead)
-        return tuple(sizes[a] if a in sizes else next(lead) for a in range(-ndim, 0))
 
     @property
     def dtype(self) -> Any:

@@ -15,7 +15,7 @@ from peft_jax.core.tree import prepare
 from peft_jax.core.weight import Weight, materialize
 
 RULES: dict[tuple[type, str], Rule] = {}
-_OWN_METHODS = {"setup", "param", "variable", "make_rng", "has_rng", "sow", "perturb"}
+_OWN_METHODS = {"param", "variable", "make_rng", "has_rng", "sow", "perturb"}
 
 
 def register_rule(module_class: type[nn.Module], rule: Rule, *, method: str = "__call__") -> None:
@@ -48,6 +48,8 @@ def _intercept(strict: bool, said: set[str], call: Callable[..., Any], args: Any
     if module.scope is None or method in _OWN_METHODS:
         return call(*args, **kwargs)
     own: Mapping[str, Any] = module.scope.variables().get("params", {})
+    if method == "setup":
+        return _setup(module, own, call)
     run = call
     if any(isinstance(w, Weight) for w in own.values()):
         rule = find_rule(RULES, type(module), method)
@@ -59,6 +61,23 @@ def _intercept(strict: bool, said: set[str], call: Callable[..., Any], args: Any
         if isinstance(own[name], Attachment) and own[name].method == method:
             run = functools.partial(own[name].around, run)
     return run(*args, **kwargs)
+
+
+def _setup(module: nn.Module, own: Mapping[str, Any], call: Callable[[], Any]) -> Any:
+    """A module's `setup` with its own Weights as arrays: Flax compares a declared parameter's shape with what is there.
+
+    The module's methods go by their rules all the same; an array that nothing uses costs nothing once compiled.
+    """
+    declare = module.param
+
+    def param(name: str, *args: Any, **kwargs: Any) -> Any:
+        return own[name].materialize() if isinstance(own.get(name), Weight) else declare(name, *args, **kwargs)
+
+    object.__setattr__(module, "param", param)
+    try:
+        return call()
+    finally:
+        object.__delattr__(module, "param")
 
 
 def _materialized_call(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:

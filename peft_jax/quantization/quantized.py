@@ -1,0 +1,181 @@
+"""The quantized weight: packed codes and scales in a matrix's place, decoded when it is multiplied with.
+
+The product's backward pass needs the gradient of the input alone and decodes the weight again, so that no full-precision copy
+outlives one product: in a model of many layers one decoded weight exists at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from peft_jax.core.reparametrised import Matrix, node
+from peft_jax.core.weight import Axes, from_matrix, static
+from peft_jax.quantization.dynamic_map import DoubleScale
+from peft_jax.quantization.formats import FP8, Format, Int
+from peft_jax.quantization.packing import pack, unpack
+
+
+@node
+class Quantized(Matrix):
+    """A matrix [*lead, in, out] in a `format`: value = scale * decode(code, zero).
+
+    codes: uint8 [*lead, in * bits / 8, out], or [*lead, in, out] of the storage dtype at 8 bits; scale
+    [*lead, groups, out] ([*lead, 1, 1] for one scale a matrix), possibly a `DoubleScale`; zero [*lead, groups, out].
+    `order` [*lead, in] says which input each row of codes belongs to (GPTQ's activation order). Inputs are divided by
+    `smooth` [*lead, in] (AWQ, SmoothQuant), which the codes make up for. `input_scale` [*lead] is the static scale of
+    quantized activations.
+    """
+
+    sharded_together: ClassVar[bool] = True  # else a block could straddle devices
+    codes: jax.Array
+    scale: Any
+    zero: jax.Array | None = None
+    order: jax.Array | None = None
+    smooth: jax.Array | None = None
+    input_scale: jax.Array | None = None
+    format: Format = static()
+    logical_dtype: Any = static()
+    frozen: bool = static(default=True)
+
+    def __post_init__(self) -> None:
+        shape = getattr(self.codes, "shape", None)
+        rows, out = self.code_rows, math.prod(self.out_sizes)
+        if shape is not None and len(shape) >= 2 and tuple(shape[-2:]) != (rows, out):
+            raise ValueError(
+                f"codes of {self.in_sizes} x {self.out_sizes} weights in {self.format.bits} bits have shape "
+                f"[..., {rows}, {out}], not {tuple(shape)}"
+            )
+
+    @property
+    def code_rows(self) -> int:
+        """Rows of `codes`."""
+        return math.prod(self.in_sizes) * (self.format.bits if self.format.bits < 8 else 8) // 8
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape[:-2])
+
+    @property
+    def dtype(self) -> Any:
+        return self.logical_dtype
+
+    def field_specs(self, spec: P) -> dict[str, P]:
+        lead, into, out = tuple(spec)[: len(self.lead)], spec[self.in_axes[0]], spec[self.out_axes[0]]
+        groups, outs = (into if self.scale.shape[-2] > 1 else None), (out if self.scale.shape[-1] > 1 else None)
+        if self.order is not None:  # inputs lie in another order than the weight's: one device could not find its own
+            into = groups = None
+        scale = P(*lead, groups, outs)
+        specs = {"codes": P(*lead, into, out), "scale": scale, "zero": scale, "input_scale": P(*lead)}
+        return {**specs, "order": P(*lead, None), "smooth": P(*lead, into)}
+
+    def decoded(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The codes' values [*lead, in, out], in the order of the codes and before `smooth` is made up for."""
+        codes = self.codes if self.format.bits == 8 else unpack(self.codes, self.format.bits)
+        scale = self.format.load_scale(self.scale)
+        groups, lead, (n_in, n_out) = scale.shape[-2], codes.shape[:-2], codes.shape[-2:]
+        blocks = codes.reshape(*lead, groups, n_in // groups, n_out)
+        zero = None if self.zero is None else self.zero.astype(jnp.float32)[..., :, None, :]
+        values: jax.Array = self.format.decode(blocks, zero) * scale[..., :, None, :]
+        return values.reshape(codes.shape).astype(dtype)
+
+    def matrix(self) -> jax.Array:
+        """The matrix [*lead, in, out] that this weight stands for, float32."""
+        w = self.decoded()
+        if self.order is not None:
+            w = jnp.take_along_axis(w, jnp.argsort(self.order, axis=-1)[..., None], axis=-2)
+        return w if self.smooth is None else w / self.smooth[..., None]
+
+    def materialize(self) -> jax.Array:
+        return from_matrix(self.matrix(), self.shape, self.in_axes, self.out_axes).astype(self.dtype)
+
+    def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+        transposed = (in_axes, out_axes) == (self.out_axes, self.in_axes)
+        if not transposed and (in_axes, out_axes) != (self.in_axes, self.out_axes):
+            return super().matmul(x, in_axes=in_axes, out_axes=out_axes, precision=precision)
+        tokens = x.shape[: x.ndim - len(in_axes)]
+        y = _product(transposed, precision, x.reshape(*tokens, -1), self)
+        return y.reshape(*tokens, *(self.in_sizes if transposed else self.out_sizes))
+
+    def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
+        if (self.in_axes, self.out_axes) != ((-1,), (-2,)):
+            return super().take(ids, dtype)
+        flat = ids.reshape(-1)
+        columns = lambda a: None if a is None else a[..., flat] if a.shape[-1] > 1 else a
+        picked = self.replace(
+            codes=self.codes[..., flat],
+            scale=columns(self.scale.materialize() if isinstance(self.scale, DoubleScale) else self.scale),
+            zero=columns(self.zero),
+            out_sizes=(flat.size,),
+        )
+        rows: jax.Array = picked.matrix().mT.reshape(*ids.shape, self.in_sizes[0])
+        return rows.astype(dtype or self.dtype)
+
+    def merge(self) -> Quantized:
+        """Itself: there is nothing to fold in."""
+        return self
+
+    def unmerge(self, merged: Any) -> Quantized:
+        return self
+
+
+def _straight(x: jax.Array, w: Quantized, precision: Any) -> jax.Array:
+    """x [..., in] times the matrix -> [..., out]."""
+    if w.smooth is not None:
+        x = (x / w.smooth).astype(x.dtype)
+    if w.order is not None:
+        x = jnp.take(x, w.order, axis=-1)
+    if isinstance(w.format, (Int, FP8)) and w.format.activations:
+        return _low_precision(x, w)
+    return jnp.matmul(x, w.decoded(x.dtype), precision=precision)
+
+
+def _back(y: jax.Array, w: Quantized, precision: Any) -> jax.Array:
+    """y [..., out] times the transposed matrix -> [..., in]."""
+    x = jnp.matmul(y, w.decoded(y.dtype).mT, precision=precision)
+    if w.order is not None:
+        x = jnp.take(x, jnp.argsort(w.order), axis=-1)
+    return x if w.smooth is None else (x / w.smooth).astype(y.dtype)
+
+
+def _low_precision(x: jax.Array, w: Quantized) -> jax.Array:
+    """The product of quantized inputs and weights, in the backend's own 8-bit product where it has one."""
+    largest, kind = (127.0, jnp.int8) if isinstance(w.format, Int) else (w.format.largest, w.codes.dtype)  # type: ignore[attr-defined]
+    size = jnp.abs(x.astype(jnp.float32)).max(-1, keepdims=True) / largest if w.input_scale is None else w.input_scale
+    scaled = jnp.clip(x.astype(jnp.float32) / jnp.where(size == 0, 1.0, size), -largest, largest)
+    q = (jnp.round(scaled) if kind == jnp.int8 else scaled).astype(kind)
+    total = jnp.int32 if kind == jnp.int8 else jnp.float32
+    y = jax.lax.dot_general(q, w.codes, (((q.ndim - 1,), (0,)), ((), ())), preferred_element_type=total)
+    return (y.astype(jnp.float32) * size * w.scale[0]).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(transposed: bool, precision: Any, x: jax.Array, w: Quantized) -> jax.Array:
+    return (_back if transposed else _straight)(x, w, precision)
+
+
+def _product_forward(transposed: bool, precision: Any, x: jax.Array, w: Quantized) -> Any:
+    return _product(transposed, precision, x, w), w
+
+
+def _product_backward(transposed: bool, precision: Any, w: Quantized, grad: jax.Array) -> Any:
+    straight = w.replace(format=_weight_only(w.format))  # gradients pass quantized activations straight through
+    return (_straight if transposed else _back)(grad, straight, precision), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _weight_only(format: Format) -> Format:
+    return dataclasses.replace(format, activations=None) if getattr(format, "activations", None) else format
+
+
+def packed(codes: jax.Array, format: Format) -> jax.Array:
+    """Codes [*lead, in, out] as `Quantized` keeps them."""
+    return codes if format.bits == 8 else pack(codes, format.bits)
