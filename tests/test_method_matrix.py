@@ -4,6 +4,8 @@ Each case is (model, method); the properties are those of docs/architecture.md.
 """
 
 import dataclasses
+import functools
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -99,18 +101,22 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("matrix")
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda p: f"{p[1]}-{p[0]}")
-def case(request, root):
-    name, method = request.param
-    layout = None
+@functools.cache
+def base_model(name: str, root: Path) -> tuple[Any, Any, Any, np.ndarray]:
+    """(model, its tree, the layout of its weights, tokens)."""
     tokens = random_tokens(2, 8, vocab=VOCAB)
     if name in ("linen", "nnx"):
         model, base = linen_model() if name == "linen" else nnx_model()
-        layout = peft_jax.layout_of(model, tokens)
-    else:
-        folder, tokens, _ = family_checkpoint("gemma2_caps" if name == "gemma2" else "llama2", root)
-        model, base = peft_jax.load(folder, scan_layers=name != "looped")
-        base = compressed(base) if name == "compressed" else base
+        return model, base, peft_jax.layout_of(model, tokens), tokens
+    folder, tokens, _ = family_checkpoint("gemma2_caps" if name == "gemma2" else "llama2", root)
+    model, base = peft_jax.load(folder, scan_layers=name != "looped")
+    return model, compressed(base) if name == "compressed" else base, None, tokens
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda p: f"{p[1]}-{p[0]}")
+def case(request, root):
+    name, method = request.param
+    model, base, layout, tokens = base_model(name, root)
     options = dict(OPTIONS.get(method, {}))
     if layout is not None and method not in ("full", "trainable_tokens"):
         options["layout"] = layout
