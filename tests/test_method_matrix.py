@@ -208,7 +208,7 @@ def test_eight_devices_equal_one(case, axes):
     with jax.set_mesh(mesh):
         spread = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
         out = np.asarray(jax.jit(peft_jax.bind(case.model))(placed, spread))
-    assert relative_error(out, case.apply(case.moved, tokens)) < 1e-5
+    assert relative_error(out, case.apply(case.moved, tokens)) < 2e-5
 
 
 def test_bfloat16_stays_close(case):

@@ -75,12 +75,13 @@ def shardings(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """
 
     def place(path: str, x: Any) -> Any:
-        return _node_shardings(path, x, mesh, rules)
+        return node_shardings(path, x, mesh, rules)
 
     return map_places(place, params)
 
 
-def _node_shardings(path: str, x: Any, mesh: Mesh, rules: Rules) -> Any:
+def node_shardings(path: str, x: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """The NamedShardings of one place's array or node."""
     if not is_node(x):
         return NamedSharding(mesh, spec_for(path, x.shape, mesh, rules))
     if not isinstance(x, Weight):
@@ -100,7 +101,7 @@ def _node_shardings(path: str, x: Any, mesh: Mesh, rules: Rules) -> Any:
     for name in own:
         value = getattr(x, name)
         if isinstance(value, Weight):
-            changes[name] = _node_shardings(path, value, mesh, rules)
+            changes[name] = node_shardings(path, value, mesh, rules)
     bare = jax.tree_util.tree_map_with_path(leaf, x)
     return bare.replace(**changes)
 

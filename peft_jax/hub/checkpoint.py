@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.files import read_json, replacing_folder, write_json
-from peft_jax.core.sharding import RULES, Rules, shardings
+from peft_jax.core.sharding import RULES, Rules, node_shardings
 from peft_jax.core.tree import map_places, path_str, places, resolve
 from peft_jax.core.weight import Weight
-from peft_jax.hub.names import Tensor, tensors_of
+from peft_jax.hub.names import Tensor, module_names, tensors_of
+from peft_jax.hub.quantized import QuantizedReader, quantization_config, writer
 from peft_jax.hub.safetensors_io import Checkpoint, open_checkpoint, write_shards
 from peft_jax.low_rank.svd import Factorized
 from peft_jax.models.config import decoder_config
 from peft_jax.models.decoder import Decoder
+from peft_jax.quantization.quantized import Quantized
 
 BASE = Path(__file__).parent.parent / "assets" / "base"
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # buffers of old Llama checkpoints
@@ -83,8 +85,13 @@ def load(
     scan_layers: bool = True,
     remat: str = "none",
     attention_implementation: str | None = None,
+    each: Callable[[str, jax.Array], Any] | None = None,
 ) -> tuple[Decoder, Any]:
     """(model, params) of a Hugging Face checkpoint: a vanilla Flax module and a plain tree.
+
+    Quantized checkpoints (bitsandbytes, GPTQ, AWQ, compressed-tensors) give Quantized weights with the codes as they
+    are. `each(path, array)` may replace an array as soon as it is read, by a quantized one for example, so that the whole
+    model is never held in full precision.
 
     `dtype` is that of parameters and computation; by default float32 on the CPU and the checkpoint's elsewhere. Tensors
     go one by one straight into their dtype and, with a `mesh`, their sharding, each device reading its own part, so host
@@ -103,13 +110,43 @@ def load(
         attention_implementation=attention_implementation,
     )
     with open_checkpoint(folder) as checkpoint:
+        reader = QuantizedReader(checkpoint, getattr(hf_config, "quantization_config", None))
         abstract = _with_factors(abstract_params(model), checkpoint, model)
-        _check(checkpoint, abstract, model, folder)
-        placed = None if mesh is None else jax.tree.leaves(shardings(abstract, mesh, rules))
-        leaves, structure = jax.tree.flatten(abstract)
-        parts = {id(leaf): tensors for _, leaf, tensors in _parts(abstract, model)}
-        read = [_read_leaf(checkpoint, parts[id(leaf)], leaf, placed[i] if placed else None) for i, leaf in enumerate(leaves)]
-        return model, jax.tree.unflatten(structure, read)
+        quantized = {p: names for p in places(abstract) if (names := _quantized_tensors(reader, p, model))}
+        _check(checkpoint, abstract, model, folder, quantized)
+        parts = {path: (leaf, tensors) for path, leaf, tensors in _parts(abstract, model)}
+
+        def read(path: str, leaf: Any, sharding: Any) -> Any:
+            found = _read_leaf(checkpoint, parts[path][1], leaf, sharding)
+            return found if each is None else each(path, found)
+
+        def place(path: str, leaf: Any) -> Any:
+            if path in quantized:
+                node = reader.weight(_modules(path, model), leaf.shape, dtype)
+                return node if mesh is None else jax.tree.map(jax.device_put, node, node_shardings(path, node, mesh, rules))
+            placed = None if mesh is None else node_shardings(path, leaf, mesh, rules)
+            if isinstance(leaf, Factorized):
+                factors = {f: read(f"{path}/{f}", getattr(leaf, f), placed and getattr(placed, f)) for f in ("u", "v")}
+                return leaf.replace(**factors)
+            return read(path, leaf, placed)
+
+        return model, map_places(place, abstract)
+
+
+def _modules(path: str, model: Decoder) -> list[tuple[str, int | None]]:
+    """(Hugging Face module, layer) for each module behind the leaf at `path`."""
+    return module_names(path.rpartition("/")[0], model.config.num_layers if model.scan_layers else None)
+
+
+def _quantized_tensors(reader: QuantizedReader, path: str, model: Decoder) -> list[str]:
+    """The checkpoint tensors of a quantized kernel, none where it is an array there."""
+    if not path.endswith("/kernel"):
+        return []
+    modules = _modules(path, model)
+    names = [reader.tensors(module) for module, _ in modules]
+    if any(names) and not all(names):
+        raise ValueError(f"some layers of {modules[0][0]} are quantized and others not; load with scan_layers=False")
+    return [name for of in names for name in of]
 
 
 def _with_factors(abstract: Any, checkpoint: Checkpoint, model: Decoder) -> Any:
@@ -153,14 +190,17 @@ def _tensors(path: str, model: Decoder) -> list[Tensor]:
     return tensors_of(path, model.config.num_layers if model.scan_layers else None)
 
 
-def _check(checkpoint: Checkpoint, abstract: Any, model: Decoder, folder: Path) -> None:
-    """Names and shapes before a single tensor is read."""
+def _check(checkpoint: Checkpoint, abstract: Any, model: Decoder, folder: Path, quantized: Mapping[str, list[str]]) -> None:
+    """Names and shapes before a single tensor is read; those of quantized weights are checked when they are."""
     expected: dict[str, tuple[int, ...]] = {}
-    for _, leaf, tensors in _parts(abstract, model):
+    for path, leaf, tensors in _parts(abstract, model):
+        if path in quantized:
+            continue
         for tensor in tensors:
             shape = leaf.shape if tensor.layer is None else leaf.shape[1:]
             expected[tensor.name] = shape[::-1] if tensor.transposed else shape
     present = {name for name in checkpoint.names if not _IGNORED.fullmatch(name)}
+    present -= {name for names in quantized.values() for name in names}
     if model.config.tie_embeddings:
         present.discard("lm_head.weight")
     if missing := sorted(set(expected) - present):
@@ -198,7 +238,9 @@ def _read_tensor(checkpoint: Checkpoint, tensor: Tensor, shape: tuple[int, ...],
             index = index[::-1]
         value = checkpoint.read(tensor.name, index)
         if not np.issubdtype(value.dtype, np.floating) and value.dtype.name not in ("bfloat16", "float16"):
-            raise ValueError(f"{tensor.name} has dtype {value.dtype}: quantized checkpoints are not read by load")
+            raise ValueError(
+                f"{tensor.name} has dtype {value.dtype}: no quantization_config says how to read it"
+            )
         return np.ascontiguousarray((value.T if tensor.transposed else value).astype(dtype))
 
     if sharding is None:
@@ -217,12 +259,13 @@ def save(
     """Write a Hugging Face folder (config, safetensors in shards, tokenizer) that `transformers` loads.
 
     `params` must hold arrays: `merge` trees with adapters first. Factorized weights are written as their factors
-    (`<name>_u`, `<name>_v`), which `load` reads and `transformers` does not. The folder appears only when all is written.
-    Raises ValueError naming the first node that is not an array.
+    (`<name>_u`, `<name>_v`), which `load` reads and `transformers` does not. Quantized weights are written as bitsandbytes
+    writes them (NF4, FP4) or as compressed-tensors (the others). The folder appears only when all is written.
+    Raises ValueError naming the first node that is neither, or that its format cannot hold.
     """
     params = resolve(params)
     for path, leaf in places(params).items():
-        if (isinstance(leaf, Weight) and not isinstance(leaf, Factorized)) or not hasattr(leaf, "dtype"):
+        if (isinstance(leaf, Weight) and not isinstance(leaf, (Factorized, Quantized))) or not hasattr(leaf, "dtype"):
             raise ValueError(f"{path} is a {type(leaf).__name__}; call peft_jax.merge(params) before save")
     expected = jax.tree_util.tree_flatten_with_path(abstract_params(model))[0]
     known = places(params)
@@ -230,16 +273,46 @@ def save(
         if known.get(path_str(key)) is None or known[path_str(key)].shape != leaf.shape:
             raise ValueError(f"params do not fit the model at {path_str(key)}: expected shape {leaf.shape}")
     config = json.loads(model.config.hf_config)
-    config["dtype"] = str(jnp.dtype(jax.tree.leaves(params)[0].dtype))
+    config.pop("quantization_config", None)
+    config["dtype"] = str(jnp.dtype(next(iter(known.values())).dtype))
+    quantized = {path: w for path, w in known.items() if isinstance(w, Quantized)}
+    write = None
+    if quantized:
+        method, write = writer(quantized.values())
+        config["quantization_config"] = _quantization_config(method, write, known, model)
     with replacing_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
-        write_shards(temporary, _export(params, model), max_shard_bytes)
+        write_shards(temporary, _export(params, model, write), max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
 
 
-def _export(params: Any, model: Decoder) -> Iterable[tuple[str, tuple[int, ...], Any, Any]]:
-    for _, leaf, tensors in _parts(params, model):
+def _quantization_config(method: str, write: Any, known: Mapping[str, Any], model: Decoder) -> dict[str, Any]:
+    """The folder's `quantization_config`; raises ValueError naming the place that the method cannot hold."""
+    modules: dict[str, Quantized] = {}
+    plain: list[str] = []
+    for path, w in known.items():
+        layers = _modules(path, model)
+        names = [name for name, _ in layers]
+        if not isinstance(w, Quantized):
+            plain += names if path.endswith("/kernel") else []
+            continue
+        if not path.endswith("/kernel"):
+            raise ValueError(f"{path}: {method} folders hold no quantized embeddings; dequantize it first")
+        try:
+            write(w if layers[0][1] is None else jax.tree.map(lambda a: a[0], w))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        modules |= dict.fromkeys(names, w)
+    return quantization_config(method, modules, plain)
+
+
+def _export(params: Any, model: Decoder, write: Any) -> Iterable[tuple[str, tuple[int, ...], Any, Any]]:
+    for path, leaf, tensors in _parts(params, model):
+        if isinstance(leaf, Quantized):
+            for module, layer in _modules(path, model):
+                yield from _export_quantized(module, leaf, layer, write)
+            continue
         for tensor in tensors:
             shape = leaf.shape if tensor.layer is None else leaf.shape[1:]
 
@@ -248,6 +321,16 @@ def _export(params: Any, model: Decoder) -> Iterable[tuple[str, tuple[int, ...],
                 return value.T if tensor.transposed else value
 
             yield tensor.name, shape, leaf.dtype, reader
+
+
+def _export_quantized(module: str, w: Quantized, layer: int | None, write: Any) -> Iterable[Any]:
+    @functools.lru_cache(maxsize=1)
+    def tensors() -> dict[str, np.ndarray]:
+        return write(w if layer is None else jax.tree.map(lambda a: a[layer], w))
+
+    for suffix, value in tensors().items():
+        yield f"{module}.{suffix}", value.shape, value.dtype, lambda suffix=suffix: tensors()[suffix]
+    tensors.cache_clear()  # read again when its shard is written
 
 
 def load_tokenizer(folder_or_repo: str | os.PathLike[str], revision: str | None = None) -> Any:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peft_jax.core.files import read_json, write_json
 
+_FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -33,6 +36,9 @@ class Checkpoint:
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """The tensor, or the part of it that `index` (one slice an axis) cuts out; only that part is read."""
         part = self._slice(name)
+        if part.get_dtype() in _FLOAT8:  # unknown to the library's NumPy side
+            whole = _mapped(self._files[name], name, _FLOAT8[part.get_dtype()])
+            return np.array(whole[index] if index else whole)
         return part[index] if index else part[:] if part.get_shape() else self._handles[self._files[name]].get_tensor(name)
 
     def _slice(self, name: str) -> Any:
@@ -67,6 +73,15 @@ def open_checkpoint(folder: Path, single: str = SINGLE, index: str = INDEX) -> I
         else:
             raise FileNotFoundError(_no_weights(folder, single))
         yield Checkpoint(files, handles)
+
+
+def _mapped(path: Path, name: str, dtype: Any) -> np.ndarray:
+    """A tensor of a file that has been opened (and so checked), through its header, without reading the rest."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[name]
+    start = 8 + length + entry["data_offsets"][0]
+    return np.memmap(path, np.uint8, "r", start, tuple(entry["shape"])).view(dtype)
 
 
 def _open(path: Path) -> Any:

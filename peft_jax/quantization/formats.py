@@ -77,9 +77,14 @@ class Int(Format):
     def levels(self) -> int:
         return 2**self.bits - 1
 
+    @property
+    def largest(self) -> float:
+        """What the largest magnitude is mapped to."""
+        return self.levels / 2
+
     def fit(self, w: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         if self.symmetric:
-            scale = jnp.abs(w).max(-2, keepdims=True) / (self.levels / 2)
+            scale = jnp.abs(w).max(-2, keepdims=True) / self.largest
             return _nonzero(scale), None
         low, high = (jnp.minimum(w.min(-2, keepdims=True), 0), jnp.maximum(w.max(-2, keepdims=True), 0))
         scale = _nonzero((high - low) / self.levels)

@@ -14,7 +14,7 @@ import numpy as np
 from peft_jax.core.reparametrised import Reparametrised, Site, find_sites
 from peft_jax.core.tree import Targets, check_patterns, map_places, matches, places
 from peft_jax.core.weight import Axes, Layout, Weight, materialize, matrix_shape, to_matrix
-from peft_jax.quantization.formats import Format, Int, make_format
+from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.packing import codes_per_unit
 from peft_jax.quantization.quantized import Quantized, packed
 from peft_jax.quantization.rounding import NEEDS, ROUNDINGS, Rounded, rounding_options
@@ -108,8 +108,7 @@ def quantize_weight(
     )
     if getattr(format, "activations", None) == "static":
         largest = statistics["max_abs"] if node.smooth is None else statistics["max_abs"] / node.smooth
-        top = 127.0 if isinstance(format, Int) else format.largest  # type: ignore[attr-defined]
-        node = node.replace(input_scale=largest.max(-1) / top)
+        node = node.replace(input_scale=largest.max(-1) / format.largest)  # type: ignore[attr-defined]
     return node
 
 

@@ -82,7 +82,7 @@ class Quantized(Matrix):
         groups, lead, (n_in, n_out) = scale.shape[-2], codes.shape[:-2], codes.shape[-2:]
         blocks = codes.reshape(*lead, groups, n_in // groups, n_out)
         zero = None if self.zero is None else self.zero.astype(jnp.float32)[..., :, None, :]
-        values: jax.Array = self.format.decode(blocks, zero) * scale[..., :, None, :]
+        values: Any = self.format.decode(blocks, zero) * scale[..., :, None, :]
         return values.reshape(codes.shape).astype(dtype)
 
     def matrix(self) -> jax.Array:
@@ -100,7 +100,7 @@ class Quantized(Matrix):
         if not transposed and (in_axes, out_axes) != (self.in_axes, self.out_axes):
             return super().matmul(x, in_axes=in_axes, out_axes=out_axes, precision=precision)
         tokens = x.shape[: x.ndim - len(in_axes)]
-        y = _product(transposed, precision, x.reshape(*tokens, -1), self)
+        y: Any = _product(transposed, precision, x.reshape(*tokens, -1), self)
         return y.reshape(*tokens, *(self.in_sizes if transposed else self.out_sizes))
 
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
@@ -114,7 +114,7 @@ class Quantized(Matrix):
             zero=columns(self.zero),
             out_sizes=(flat.size,),
         )
-        rows: jax.Array = picked.matrix().mT.reshape(*ids.shape, self.in_sizes[0])
+        rows: Any = picked.matrix().mT.reshape(*ids.shape, self.in_sizes[0])
         return rows.astype(dtype or self.dtype)
 
     def merge(self) -> Quantized:
@@ -146,11 +146,10 @@ def _back(y: jax.Array, w: Quantized, precision: Any) -> jax.Array:
 
 def _low_precision(x: jax.Array, w: Quantized) -> jax.Array:
     """The product of quantized inputs and weights, in the backend's own 8-bit product where it has one."""
-    largest, kind = (127.0, jnp.int8) if isinstance(w.format, Int) else (w.format.largest, w.codes.dtype)  # type: ignore[attr-defined]
-    size = jnp.abs(x.astype(jnp.float32)).max(-1, keepdims=True) / largest if w.input_scale is None else w.input_scale
-    scaled = jnp.clip(x.astype(jnp.float32) / jnp.where(size == 0, 1.0, size), -largest, largest)
-    q = (jnp.round(scaled) if kind == jnp.int8 else scaled).astype(kind)
-    total = jnp.int32 if kind == jnp.int8 else jnp.float32
+    format: Any = w.format
+    size = jnp.abs(x.astype(jnp.float32)).max(-1, keepdims=True) / format.largest if w.input_scale is None else w.input_scale
+    q = format.encode(x.astype(jnp.float32), jnp.where(size == 0, 1.0, size), None)
+    total = jnp.int32 if isinstance(format, Int) else jnp.float32
     y = jax.lax.dot_general(q, w.codes, (((q.ndim - 1,), (0,)), ((), ())), preferred_element_type=total)
     return (y.astype(jnp.float32) * size * w.scale[0]).astype(x.dtype)
 

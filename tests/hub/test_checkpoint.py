@@ -146,7 +146,7 @@ BAD = {
     "integers": (
         lambda f: edit(f, lambda t: t.update({UP: np.zeros((48, 32), np.int8)})),
         ValueError,
-        "has dtype int8: quantized checkpoints are not read",
+        "has dtype int8: no quantization_config says how to read it",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "config.json does not exist"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is not valid JSON"),

@@ -68,7 +68,13 @@ def test_blockwise_codes_come_back_as_in_bitsandbytes():
     x = np.random.default_rng(1).normal(size=1000).astype(np.float32)
     codes, state = bnb.quantize_blockwise(torch.tensor(x), blocksize=256)
     ours, absmax = quantize_blocks(jnp.asarray(x))
-    assert (np.asarray(ours) != codes.numpy()).mean() < 0.002  # where two values are equally near
+    # Where two values are about equally near, bitsandbytes 0.50 takes the farther one now and then; ours is the nearest.
+    differing = np.nonzero(np.asarray(ours) != codes.numpy())[0]
+    assert len(differing) <= 2
+    scaled = x[differing] / np.asarray(absmax)[differing // 256]
+    far, near = (np.abs(dynamic_map()[np.asarray(c)[differing]] - scaled) for c in (codes, ours))
+    assert (near <= far + 1e-7).all()
+    assert (far - near < 3e-5).all()
     expected = bnb.dequantize_blockwise(codes, state).numpy()
     np.testing.assert_allclose(dequantize_blocks(ours, absmax), expected, atol=2e-2 * np.abs(x).max())
     np.testing.assert_allclose(dequantize_blocks(jnp.asarray(codes.numpy()), absmax), expected, rtol=1e-6, atol=1e-7)

@@ -1,0 +1,459 @@
+"""Quantized checkpoints in and out, codes as they are: nothing is dequantized on the way.
+
+Read: bitsandbytes (4 and 8 bits), GPTQ, AWQ and compressed-tensors. Written: compressed-tensors, which vLLM reads, and
+bitsandbytes NF4 and FP4. Hugging Face weights are [out, in]; here a matrix is [in, out].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.hub.safetensors_io import Checkpoint
+from peft_jax.quantization.dynamic_map import BLOCK, DoubleScale, dynamic_map
+from peft_jax.quantization.formats import FP4, FP8, MXFP4, NF4, Format, Int
+from peft_jax.quantization.packing import pack, unpack
+from peft_jax.quantization.quantized import Quantized
+
+Read = Callable[[str], np.ndarray]  # suffix of a module's tensor -> the tensor
+Tensors = Mapping[str, np.ndarray]
+
+
+class Parts(NamedTuple):
+    """One matrix as `Quantized` keeps it, on the host."""
+
+    format: Format
+    codes: np.ndarray
+    scale: Any
+    zero: np.ndarray | None = None
+    order: np.ndarray | None = None
+    input_scale: np.ndarray | None = None
+
+
+class Scheme(NamedTuple):
+    """How one tool stores a quantized module: the tensor that marks it, those that belong to it, and its matrix."""
+
+    marks: tuple[str, ...]
+    tensors: tuple[str, ...]
+    read: Callable[[Read, frozenset[str], tuple[int, int], Mapping[str, Any]], Parts]
+
+
+class QuantizedReader:
+    """Reads the quantized modules of a checkpoint; `config` is its `quantization_config`.
+
+    Raises ValueError for a method that is not supported, naming those that are.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> None:
+        self._checkpoint, self._config = checkpoint, config or {}
+        method = str(self._config.get("quant_method", "")) if config else ""
+        if config and method not in SCHEMES:
+            raise ValueError(f"quant_method {method!r} is not supported; supported: {', '.join(SCHEMES)}")
+        self._scheme = SCHEMES[method] if config else None
+        self._names = set(checkpoint.names)
+
+    def tensors(self, module: str) -> list[str]:
+        """The tensors of a quantized module; none where the module is not quantized."""
+        if self._scheme is None or not any(f"{module}.{m}" in self._names for m in self._scheme.marks):
+            return []
+        return [f"{module}.{t}" for t in self._scheme.tensors if f"{module}.{t}" in self._names]
+
+    def weight(self, modules: list[tuple[str, int | None]], shape: tuple[int, ...], dtype: Any) -> Quantized:
+        """The Quantized weight of logical shape [in, out], or [layers, in, out] of stacked modules."""
+        parts = [self._parts(module, (shape[-2], shape[-1])) for module, _ in modules]
+        stacked = modules[0][1] is not None
+        return assemble_parts(modules[0][0], parts, shape, dtype, stacked=stacked)
+
+    def _parts(self, module: str, shape: tuple[int, int]) -> Parts:
+        assert self._scheme is not None
+        names = frozenset(n.removeprefix(module + ".") for n in self.tensors(module))
+
+        def read(suffix: str) -> np.ndarray:
+            if suffix not in names:
+                raise ValueError(f"{module} is quantized and lacks {module}.{suffix}")
+            return self._checkpoint.read(f"{module}.{suffix}")
+
+        try:
+            return self._scheme.read(read, names, shape, self._config)
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from error
+
+
+def assemble_parts(name: str, parts: list[Parts], shape: tuple[int, ...], dtype: Any, *, stacked: bool) -> Quantized:
+    """One weight of the parts of its layers. Raises ValueError where layers differ in format."""
+    if len({p.format for p in parts}) > 1 or len({p.zero is None for p in parts}) > 1:
+        raise ValueError(f"the layers of {name} differ in their quantization; load with scan_layers=False")
+    if any(p.order is not None for p in parts):
+        parts = [p if p.order is not None else p._replace(order=np.arange(shape[-2], dtype=np.int32)) for p in parts]
+    fields = [p._asdict() for p in parts]
+    arrays = [{k: v for k, v in f.items() if k != "format"} for f in fields]
+    joined = jax.tree.map(lambda *a: jnp.asarray(np.stack(a) if stacked else a[0]), *arrays)
+    return Quantized(
+        **joined, format=parts[0].format, logical_dtype=jnp.dtype(dtype), in_sizes=(shape[-2],), out_sizes=(shape[-1],)
+    )
+
+
+def _expect(name: str, array: np.ndarray, shape: tuple[int, ...], dtypes: str) -> np.ndarray:
+    """The array, if its shape and the kind of its dtype are as they should be."""
+    kind = "f" if array.dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2") else array.dtype.kind
+    if array.shape != shape or kind not in dtypes:
+        raise ValueError(f"{name} has shape {array.shape} and dtype {array.dtype}, expected shape {shape}")
+    return array
+
+
+def _words(array: np.ndarray) -> np.ndarray:
+    """int32 words [..., n] as their bytes [..., 4 n], lowest first."""
+    return np.ascontiguousarray(array).astype("<i4").view(np.uint8)
+
+
+def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
+    return np.asarray(unpack(jnp.asarray(packed), bits))
+
+
+def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
+    return np.asarray(pack(jnp.asarray(codes), bits)) if bits < 8 else codes
+
+
+def _order(g_idx: np.ndarray, groups: int) -> np.ndarray | None:
+    """The inputs in the order of their groups, None where they are already. Raises ValueError for uneven groups."""
+    size = len(g_idx) // groups
+    if (np.bincount(g_idx, minlength=groups) != size).any():
+        raise ValueError(f"g_idx does not share {len(g_idx)} inputs evenly among {groups} groups")
+    order = np.argsort(g_idx, kind="stable").astype(np.int32)
+    return None if (order == np.arange(len(order))).all() else order
+
+
+# ------------------------------------------------------------------------------------------------- bitsandbytes
+
+
+def _bitsandbytes(read: Read, names: frozenset[str], shape: tuple[int, int], config: Mapping[str, Any]) -> Parts:
+    return _llm_int8(read, shape) if "SCB" in names else _bnb4(read, names, shape)
+
+
+def _llm_int8(read: Read, shape: tuple[int, int]) -> Parts:
+    weight = _expect("weight", read("weight"), shape[::-1], "i")
+    scale = _expect("SCB", read("SCB"), (shape[1],), "f").astype(np.float32) / 127
+    return Parts(Int(bits=8), weight.T, scale[None])
+
+
+def _bnb4(read: Read, names: frozenset[str], shape: tuple[int, int]) -> Parts:
+    n_in, n_out = shape
+    kind = "nf4" if "weight.quant_state.bitsandbytes__nf4" in names else "fp4"
+    try:
+        state = json.loads(read(f"weight.quant_state.bitsandbytes__{kind}").tobytes())
+        block, stored = int(state["blocksize"]), tuple(state["shape"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"weight.quant_state is not the JSON that bitsandbytes writes: {error}") from error
+    if stored != (n_out, n_in):
+        raise ValueError(f"weight.quant_state says shape {stored}, expected {(n_out, n_in)}")
+    if block < 2 or n_in % block:
+        raise ValueError(f"blocks of {block} do not divide its {n_in} inputs and would straddle outputs")
+    made = {"nf4": NF4, "fp4": FP4}[kind]
+    if not np.allclose(_expect("weight.quant_map", read("weight.quant_map"), (16,), "f"), made.table, atol=1e-6):
+        raise ValueError(f"weight.quant_map is not the {kind} table")
+    flat = _expect("weight", read("weight"), (n_in * n_out // 2, 1), "u").reshape(n_out, n_in // 2).T
+    codes = (flat >> 4) | (flat << 4)  # the first of two codes takes the high bits there
+    double = "weight.nested_absmax" in names
+    absmax = _expect("weight.absmax", read("weight.absmax"), (n_out * n_in // block,), "u" if double else "f")
+    absmax = absmax.reshape(n_out, n_in // block).T
+    format = made(block_size=block, double=double)
+    if not double:
+        return Parts(format, codes, absmax.astype(np.float32))
+    if state.get("nested_blocksize") != BLOCK:
+        raise ValueError(f"nested blocks of {state.get('nested_blocksize')} are not supported; bitsandbytes writes {BLOCK}")
+    if not np.allclose(
+        _expect("weight.nested_quant_map", read("weight.nested_quant_map"), (256,), "f"), dynamic_map(), atol=1e-6
+    ):
+        raise ValueError("weight.nested_quant_map is not the dynamic map")
+    nested = _expect("weight.nested_absmax", read("weight.nested_absmax"), (-(-absmax.size // BLOCK),), "f")
+    return Parts(format, codes, DoubleScale(absmax, nested.astype(np.float32), np.float32(state["nested_offset"])))  # type: ignore[arg-type]
+
+
+def write_bitsandbytes(w: Quantized) -> dict[str, np.ndarray]:
+    """The tensors of one 4-bit matrix [in, out] by suffix. Raises ValueError for another format or `smooth`, `order`."""
+    if not isinstance(w.format, (NF4, FP4)) or w.smooth is not None or w.order is not None:
+        raise ValueError("bitsandbytes holds NF4 and FP4 in nearest or stochastic rounding only")
+    n_in, n_out = w.in_sizes[0], w.out_sizes[0]
+    codes = np.asarray(w.codes).T
+    dtype = str(jnp.dtype(w.dtype))
+    state: dict[str, Any] = {
+        "quant_type": w.format.kind, "blocksize": w.format.block_size, "dtype": dtype, "shape": [n_out, n_in],
+    }  # fmt: skip
+    tensors = {
+        "weight": ((codes >> 4) | (codes << 4)).reshape(-1, 1),
+        "weight.quant_map": w.format.table,
+        "weight.absmax": np.asarray(w.scale.codes if isinstance(w.scale, DoubleScale) else w.scale).T.reshape(-1),
+    }
+    if isinstance(w.scale, DoubleScale):
+        tensors["weight.nested_absmax"] = np.asarray(w.scale.absmax)
+        tensors["weight.nested_quant_map"] = dynamic_map()
+        offset = float(np.asarray(w.scale.offset))
+        state |= {"nested_blocksize": BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    name = f"weight.quant_state.bitsandbytes__{w.format.kind}"
+    tensors[name] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------- GPTQ and AWQ
+
+
+def _integer(bits: Any, group: Any, n_in: int, *, symmetric: bool, known: tuple[int, ...]) -> Int:
+    if bits not in known:
+        raise ValueError(f"{bits} bits are not supported; supported: {', '.join(map(str, known))}")
+    group = None if group in (None, -1) else int(group)
+    if group is not None and (group < 1 or n_in % group):
+        raise ValueError(f"groups of {group} do not divide its {n_in} inputs")
+    return Int(bits=bits, block_size=group, symmetric=symmetric)
+
+
+def _gptq(read: Read, names: frozenset[str], shape: tuple[int, int], config: Mapping[str, Any]) -> Parts:
+    (n_in, n_out), bits = shape, config.get("bits")
+    format = _integer(bits, config.get("group_size"), n_in, symmetric=bool(config.get("sym", True)), known=(2, 3, 4, 8))
+    groups = n_in // (format.block_size or n_in)
+    words = _expect("qweight", read("qweight"), (n_in * format.bits // 32, n_out), "i")
+    packed = np.moveaxis(_words(words.reshape(*words.shape, 1)), -1, 1).reshape(-1, n_out)
+    zeros = _words(_expect("qzeros", read("qzeros"), (groups, n_out * format.bits // 32), "i"))
+    zero = _unpacked(zeros.T, format.bits).T
+    if config.get("checkpoint_format", "gptq") == "gptq":  # the first version stores zero points less one
+        zero = (zero.astype(np.int32) + 1).astype(np.uint8) & np.uint8(format.levels)
+    scale = _expect("scales", read("scales"), (groups, n_out), "f")
+    order = _order(_expect("g_idx", read("g_idx"), (n_in,), "i"), groups) if "g_idx" in names else None
+    if order is not None:
+        packed = _packed(_unpacked(packed, format.bits)[order], format.bits)
+    return _without_zero(format, packed, scale, zero, order)
+
+
+def _without_zero(format: Int, packed: np.ndarray, scale: np.ndarray, zero: np.ndarray, order: np.ndarray | None) -> Parts:
+    """Parts of unsigned codes; the zero points of symmetric ones, all in the middle, are left out."""
+    middle = format.levels // 2 + 1
+    if not format.symmetric:
+        return Parts(format, packed, scale, zero, order)
+    if (zero != middle).any():
+        raise ValueError(f"is said to be symmetric, and has zero points other than {middle}")
+    if format.bits == 8:
+        packed = (packed ^ np.uint8(128)).view(np.int8)
+    return Parts(format, packed, scale, None, order)
+
+
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def _awq(read: Read, names: frozenset[str], shape: tuple[int, int], config: Mapping[str, Any]) -> Parts:
+    n_in, n_out = shape
+    if str(config.get("version", "gemm")).lower() != "gemm":
+        raise ValueError(f"AWQ version {config['version']!r} is not supported; supported: gemm")
+    format = _integer(config.get("bits"), config.get("group_size"), n_in, symmetric=False, known=(4,))
+    groups = n_in // (format.block_size or n_in)
+
+    def codes(name: str, rows: int) -> np.ndarray:
+        words = _expect(name, read(name), (rows, n_out // 8), "i").astype(np.uint32)
+        nibbles = np.stack([(words >> np.uint32(4 * i)) & np.uint32(15) for i in range(8)], -1)
+        return nibbles[..., np.argsort(_AWQ_ORDER)].reshape(rows, n_out).astype(np.uint8)
+
+    scale = _expect("scales", read("scales"), (groups, n_out), "f")
+    return Parts(format, _packed(codes("qweight", n_in), 4), scale, codes("qzeros", groups))
+
+
+# --------------------------------------------------------------------------------------------- compressed-tensors
+
+
+def _compressed_tensors(read: Read, names: frozenset[str], shape: tuple[int, int], config: Mapping[str, Any]) -> Parts:
+    n_in, n_out = shape
+    format = _scheme_format(names, config, n_in, read)
+    if isinstance(format, MXFP4):
+        codes = _expect("weight_packed", read("weight_packed"), (n_out, n_in // 2), "u").T
+        return Parts(format, codes, _expect("weight_scale", read("weight_scale"), (n_out, n_in // 32), "u").T)
+    scale = read("weight_scale")
+    groups = n_in // (format.block_size or n_in)
+    wanted = (1, 1) if isinstance(format, FP8) and format.per == "tensor" else (n_out, groups)
+    scale = _expect("weight_scale", scale.reshape(wanted) if scale.size == np.prod(wanted) else scale, wanted, "f").T
+    static = read("input_scale").reshape(()).astype(np.float32) if "input_scale" in names else None
+    if isinstance(format, FP8):
+        return Parts(format, _expect("weight", read("weight"), (n_out, n_in), "f").T, scale, input_scale=static)
+    assert isinstance(format, Int)
+    if "weight" in names:
+        return Parts(format, _expect("weight", read("weight"), (n_out, n_in), "i").T, scale, input_scale=static)
+    row = -(-n_in * format.bits // 32)
+    packed = _words(_expect("weight_packed", read("weight_packed"), (n_out, row), "i"))[:, : n_in * format.bits // 8].T
+    zero = np.full((groups, n_out), format.levels // 2 + 1, np.uint8)
+    if not format.symmetric:
+        zero_words = _words(
+            _expect("weight_zero_point", read("weight_zero_point"), (-(-n_out * format.bits // 32), groups), "i").T
+        )
+        zero = _unpacked(zero_words.T, format.bits)[:n_out].T
+    order = _order(_expect("weight_g_idx", read("weight_g_idx"), (n_in,), "i"), groups) if "weight_g_idx" in names else None
+    if order is not None:
+        packed = _packed(_unpacked(packed, format.bits)[order], format.bits)
+    return _without_zero(format, packed, scale, zero, order)
+
+
+def _scheme_format(names: frozenset[str], config: Mapping[str, Any], n_in: int, read: Read) -> Format:
+    """The format of a module. Groups are told apart by what the module holds, not by their targets."""
+    groups = [g for g in config.get("config_groups", {}).values() if isinstance(g, Mapping) and g.get("weights")]
+    fitting = [g for g in groups if _holds(g, names, n_in, read)]
+    if not fitting:
+        raise ValueError("none of the config_groups describes the tensors that are there")
+    weights, inputs = fitting[0]["weights"], fitting[0].get("input_activations")
+    activations = None if not inputs else "dynamic" if inputs.get("dynamic") else "static"
+    if weights["type"] == "float" and weights["num_bits"] == 4:
+        return MXFP4()
+    if weights["type"] == "float":
+        return FP8(per="tensor" if weights.get("strategy") == "tensor" else "channel", activations=activations)
+    format = _integer(
+        weights["num_bits"], weights.get("group_size"), n_in, symmetric=bool(weights.get("symmetric", True)), known=(2, 3, 4, 8)
+    )
+    return dataclasses.replace(format, activations=activations)
+
+
+def _holds(group: Mapping[str, Any], names: frozenset[str], n_in: int, read: Read) -> bool:
+    """Whether a module's tensors can be of a group: packed ones by the width of a row, others by their dtype."""
+    weights = group["weights"]
+    bits, kind = weights.get("num_bits"), weights.get("type")
+    if "weight_packed" not in names:
+        return bits == 8 and ("f" if kind == "float" else "i") == ("f" if "float8" in read("weight").dtype.name else "i")
+    row = read("weight_packed").shape[-1]
+    if kind == "float":
+        return bits == 4 and weights.get("group_size") == 32 and row == n_in // 2
+    if row != -(-n_in * bits // 32):
+        return False
+    scales = read("weight_scale")
+    size = weights.get("group_size")
+    return scales.ndim == 2 and scales.shape[1] == (1 if size in (None, -1) else n_in // size)
+
+
+def write_compressed_tensors(w: Quantized) -> dict[str, np.ndarray]:
+    """The tensors of one matrix [in, out] by suffix. Raises ValueError for what the format cannot hold."""
+    _check_compressed(w)
+    n_in, n_out = w.in_sizes[0], w.out_sizes[0]
+    codes, scale = np.asarray(w.codes), np.asarray(w.scale).T
+    static = {} if w.input_scale is None else {"input_scale": np.asarray(w.input_scale).reshape(1)}
+    if isinstance(w.format, MXFP4):
+        return {"weight_packed": codes.T, "weight_scale": scale}
+    if isinstance(w.format, FP8):
+        return {"weight": codes.T, "weight_scale": scale.reshape(1) if scale.size == 1 else scale, **static}
+    format = w.format
+    assert isinstance(format, Int)
+    if format.activations:
+        return {"weight": codes.T, "weight_scale": scale, **static}
+    unsigned = codes.view(np.uint8) ^ np.uint8(128) if codes.dtype == np.int8 else codes
+    tensors = {
+        "weight_packed": _as_words(unsigned.T),
+        "weight_scale": scale,
+        "weight_shape": np.asarray([n_out, n_in], np.int64),
+    }
+    if w.zero is not None:
+        zero = _packed(_padded(np.asarray(w.zero).T.astype(np.uint8), 32), format.bits)  # [out * bits / 8, groups]
+        tensors["weight_zero_point"] = _as_words(zero.T).T[: -(-n_out * format.bits // 32)]
+    return tensors
+
+
+def _check_compressed(w: Quantized) -> None:
+    if isinstance(w.format, FP8) and w.format.type == "e5m2":
+        raise ValueError("compressed-tensors has no e5m2 weights; use e4m3")
+    if not isinstance(w.format, (Int, FP8, MXFP4)):
+        raise ValueError(f"compressed-tensors has no {w.format.kind}; save as bitsandbytes")
+    if w.smooth is not None:
+        raise ValueError("has inputs scaled by AWQ or SmoothQuant, which compressed-tensors keeps in the layer before")
+    if w.order is not None:
+        raise ValueError("has inputs in activation order, which compressed-tensors no longer holds")
+    if w.zero is not None and not np.issubdtype(np.asarray(w.zero).dtype, np.integer):
+        raise ValueError("has fractional zero points (HQQ), which compressed-tensors cannot hold")
+
+
+def _padded(array: np.ndarray, multiple: int) -> np.ndarray:
+    return np.pad(array, ((0, -len(array) % multiple), (0, 0)))
+
+
+def _as_words(array: np.ndarray) -> np.ndarray:
+    """Bytes [rows, n] as int32 words [rows, n / 4 rounded up], lowest byte first."""
+    padded = np.pad(array, ((0, 0), (0, -array.shape[1] % 4)))
+    return np.ascontiguousarray(padded).view("<i4")
+
+
+def _group(format: Format) -> tuple[str, dict[str, Any]]:
+    """(compressor's name, entry of config_groups) of a format."""
+    if isinstance(format, MXFP4):
+        weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
+        weights |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+        return "mxfp4-pack-quantized", {"weights": weights, "input_activations": None}
+    kind = "float" if isinstance(format, FP8) else "int"
+    strategy = "group" if format.block_size else "tensor" if getattr(format, "per", "") == "tensor" else "channel"
+    weights = {
+        "num_bits": format.bits, "type": kind, "symmetric": getattr(format, "symmetric", True), "strategy": strategy,
+        "group_size": format.block_size, "dynamic": False,
+    }  # fmt: skip
+    inputs, activations = None, getattr(format, "activations", None)
+    if activations:
+        dynamic = activations == "dynamic"
+        strategy = "token" if dynamic else "tensor"
+        inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": dynamic}
+    name = "float-quantized" if kind == "float" else "int-quantized" if activations else "pack-quantized"
+    return name, {"weights": weights, "input_activations": inputs}
+
+
+# ----------------------------------------------------------------------------------------------------- writing
+
+
+def writer(weights: Iterable[Quantized]) -> tuple[str, Callable[[Quantized], dict[str, np.ndarray]]]:
+    """(method, function) that writes all of the weights: bitsandbytes for NF4 and FP4, compressed-tensors for others.
+
+    Raises ValueError where neither can.
+    """
+    tables = {isinstance(w.format, (NF4, FP4)) for w in weights}
+    if len(tables) > 1:
+        raise ValueError("NF4 or FP4 beside other formats fits no checkpoint format; quantize all alike or dequantize some")
+    return ("bitsandbytes", write_bitsandbytes) if tables == {True} else ("compressed-tensors", write_compressed_tensors)
+
+
+def quantization_config(method: str, modules: Mapping[str, Quantized], plain: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of a folder: `modules` are quantized, the linear modules `plain` are not."""
+    if method == "bitsandbytes":
+        formats = {w.format for w in modules.values()}
+        if len(formats) > 1:
+            raise ValueError("bitsandbytes folders have one 4-bit format for all weights")
+        format: Any = formats.pop()
+        return {
+            "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True,
+            "_load_in_8bit": False, "bnb_4bit_quant_type": format.kind, "bnb_4bit_use_double_quant": format.double,
+            "bnb_4bit_compute_dtype": str(next(iter(modules.values())).dtype), "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": plain, "llm_int8_threshold": 6.0, "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+        }  # fmt: skip
+    by_format: dict[Format, list[str]] = {}
+    for name, w in modules.items():
+        by_format.setdefault(w.format, []).append(name)
+    groups, names = {}, set()
+    for i, (format, members) in enumerate(by_format.items()):
+        name, entry = _group(format)
+        names.add(name)
+        targets = ["Linear"] if len(by_format) == 1 else members
+        groups[f"group_{i}"] = {"targets": targets, "output_activations": None, "format": name, **entry}
+    return {
+        "quant_method": "compressed-tensors", "format": names.pop() if len(names) == 1 else "mixed-precision",
+        "quantization_status": "compressed", "config_groups": groups, "ignore": plain, "kv_cache_scheme": None,
+    }  # fmt: skip
+
+
+_BNB = (
+    "weight",
+    "SCB",
+    "weight_format",
+    "weight.absmax",
+    "weight.quant_map",
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+)
+_STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
+_COMPRESSED = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale")
+SCHEMES: dict[str, Scheme] = {
+    "bitsandbytes": Scheme((*_STATES, "SCB"), (*_BNB, *_STATES), _bitsandbytes),
+    "gptq": Scheme(("qweight",), ("qweight", "qzeros", "scales", "g_idx"), _gptq),
+    "awq": Scheme(("qweight",), ("qweight", "qzeros", "scales"), _awq),
+    "compressed-tensors": Scheme(("weight_packed", "weight_scale"), _COMPRESSED, _compressed_tensors),
+}
