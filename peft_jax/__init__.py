@@ -31,6 +31,9 @@ from peft_jax.low_rank.trainable_tokens import trainable_tokens
 from peft_jax.low_rank.vblora import vblora
 from peft_jax.low_rank.vera import vera
 from peft_jax.low_rank.waveft import waveft
+from peft_jax.models.layers import stack_layers, unstack_layers
+from peft_jax.quantization.adam8bit import adamw8bit, scale_by_adam8bit
+from peft_jax.quantization.blocks import quantize_in_turn
 from peft_jax.quantization.formats import FP4, FP8, MXFP4, NF4, Int
 from peft_jax.quantization.quantize import bits_per_weight, dequantize, quantize, quantize_weight
 from peft_jax.quantization.quantized import Quantized
@@ -53,6 +56,7 @@ __all__ = [
     "Trainable",
     "Weight",
     "adalora",
+    "adamw8bit",
     "adapters",
     "bank",
     "bank_adapter",
@@ -96,6 +100,7 @@ __all__ = [
     "partition",
     "places",
     "quantize",
+    "quantize_in_turn",
     "quantize_weight",
     "randlora",
     "rebase",
@@ -104,16 +109,19 @@ __all__ = [
     "road",
     "save",
     "save_adapter",
+    "scale_by_adam8bit",
     "select",
     "set_adapter",
     "shard",
     "shardings",
     "shira",
+    "stack_layers",
     "subtract_adapters",
     "take",
     "to_lora",
     "trainable_tokens",
     "unmerge",
+    "unstack_layers",
     "vblora",
     "vera",
     "waveft",

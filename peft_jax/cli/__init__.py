@@ -77,6 +77,14 @@ def generate(config: str | None, overrides: tuple[str, ...]) -> None:
         click.echo(f"{prompt}{text}\n")
 
 
+@_command
+def quantize(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Quantize the model as `quantize` says: perplexity before and after, and a folder for transformers and vLLM."""
+    from peft_jax.training.run import run_quantization
+
+    run_quantization(_config(config, overrides))
+
+
 def export(config: str | None, overrides: tuple[str, ...], merged: bool) -> None:
     """Write the newest checkpoint of a run as a PEFT adapter, or merged into a Hugging Face model folder."""
     from peft_jax.training.run import run_export

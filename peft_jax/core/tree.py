@@ -121,6 +121,13 @@ def select_layers(
     return found
 
 
+def is_target(path: str, w: Any, targets: Targets, exclude: Targets = ()) -> bool:
+    """Whether `targets` name the place at `path`, as `select` has it; for one array before its tree is whole."""
+    wanted, unwanted = ([t] if isinstance(t, str) else list(t) for t in (targets, exclude))
+    named = lambda patterns: any(_named(path, path, t) for t in patterns)
+    return _ndim(path, w) >= 2 and named(wanted) and not named(unwanted)
+
+
 def layer_paths(path: str, layers: int | None) -> list[tuple[str, int | None]]:
     """(path, layer number) for each of the `layers` stacked ones at `path`, or for the one layer that the path names."""
     parts = path.split("/")

@@ -238,9 +238,7 @@ def _read_tensor(checkpoint: Checkpoint, tensor: Tensor, shape: tuple[int, ...],
             index = index[::-1]
         value = checkpoint.read(tensor.name, index)
         if not np.issubdtype(value.dtype, np.floating) and value.dtype.name not in ("bfloat16", "float16"):
-            raise ValueError(
-                f"{tensor.name} has dtype {value.dtype}: no quantization_config says how to read it"
-            )
+            raise ValueError(f"{tensor.name} has dtype {value.dtype}: no quantization_config says how to read it")
         return np.ascontiguousarray((value.T if tensor.transposed else value).astype(dtype))
 
     if sharding is None:

@@ -185,15 +185,54 @@ def _blocked_backward(softcap, aligned, saved, grad):
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
+CACHE_DTYPES: dict[str, Any] = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
+
+
 def empty_cache(
     layers: int, batch: int, length: int, kv_heads: int, head_dim: int, dtype: Any = jnp.float32
 ) -> dict[str, jax.Array]:
-    """A key/value cache of `length` slots: k and v [L, B, S, K, d]; positions and segments [B, S]; the next slot."""
+    """A key/value cache of `length` slots: k and v [L, B, S, K, d]; positions and segments [B, S]; the next slot.
+
+    In int8 and float8_e4m3fn each token's head has a scale of its own, k_scale and v_scale [L, B, S, K], bfloat16.
+    """
     shape = (layers, batch, length, kv_heads, head_dim)
+    scales = {}
+    if jnp.dtype(dtype) in CACHE_DTYPES.values():
+        scales = {name: jnp.zeros(shape[:-1], jnp.bfloat16) for name in ("k_scale", "v_scale")}
     return {
         "k": jnp.zeros(shape, dtype),
         "v": jnp.zeros(shape, dtype),
+        **scales,
         "positions": jnp.zeros((batch, length), jnp.int32),
         "segment_ids": jnp.zeros((batch, length), jnp.int32),
         "index": jnp.zeros((), jnp.int32),
     }
+
+
+def write_cache(cache: dict[str, jax.Array], k: jax.Array, v: jax.Array, index: Any) -> dict[str, jax.Array]:
+    """One layer's cache with k and v [B, T, K, d] of new tokens in the slots from `index` on."""
+    new = {}
+    for name, x in (("k", k), ("v", v)):
+        kind = cache[name].dtype
+        if f"{name}_scale" in cache:
+            largest = 127.0 if kind == jnp.int8 else float(jnp.finfo(kind).max)
+            x = x.astype(jnp.float32)
+            scale = (jnp.abs(x).max(-1) / largest).astype(jnp.bfloat16)
+            new[f"{name}_scale"] = scale
+            x = jnp.clip(x / jnp.maximum(scale.astype(jnp.float32), 1e-30)[..., None], -largest, largest)
+            x = jnp.round(x) if kind == jnp.int8 else x
+        new[name] = x.astype(kind)
+    update = jax.lax.dynamic_update_slice_in_dim
+    return {name: update(cache[name], value, index, axis=1) for name, value in new.items()}
+
+
+def read_cache(cache: dict[str, jax.Array], dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """k and v [B, S, K, d] of one layer's cache in `dtype`."""
+
+    def read(name: str) -> jax.Array:
+        x = cache[name]
+        if (scale := cache.get(f"{name}_scale")) is None:
+            return x.astype(dtype)
+        return (x.astype(jnp.float32) * scale.astype(jnp.float32)[..., None]).astype(dtype)
+
+    return read("k"), read("v")

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peft_jax.models.attention import Mask, attention, empty_cache, make_mask
+from peft_jax.models.attention import Mask, attention, empty_cache, make_mask, read_cache, write_cache
 from peft_jax.models.config import DecoderConfig
 from peft_jax.models.rotary import rotary_table, rotate
 
@@ -115,12 +115,8 @@ class Attention(nn.Module):
         q, k, v = self._project(x)
         q, k = self._rotate(q, k, shared, layer)
         if cache is not None:
-            index = shared["index"]
-            cache = {
-                name: jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), index, axis=1)
-                for name, new in (("k", k), ("v", v))
-            }
-            k, v = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
+            cache = write_cache(cache, k, v, shared["index"])
+            k, v = read_cache(cache, q.dtype)
         out = self.core(q, k, v, shared["mask"], self._flag("sliding", layer))
         return self.o_proj(out.reshape(*out.shape[:-2], -1)), cache
 
@@ -277,7 +273,7 @@ def _shared(c: DecoderConfig, tokens, positions, segment_ids, cache) -> tuple[di
         update = jax.lax.dynamic_update_slice_in_dim
         kv_positions = update(cache["positions"], positions.astype(jnp.int32), start, axis=1)
         kv_segments = update(cache["segment_ids"], segment_ids.astype(jnp.int32), start, axis=1)
-        slots = {"k": cache["k"], "v": cache["v"]}
+        slots = {name: x for name, x in cache.items() if name in ("k", "v", "k_scale", "v_scale")}
         shared.update(kv_positions=kv_positions, kv_segments=kv_segments)
     shared["mask"] = make_mask(positions, kv_positions, segment_ids, kv_segments, window=c.sliding_window, aligned=aligned)
     shared["rope"] = rotary_table(c.rotary, positions)
@@ -338,6 +334,6 @@ class Decoder(nn.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def empty_cache(self, batch: int, length: int, dtype: Any = None) -> dict[str, jax.Array]:
-        """A fresh key/value cache for `batch` rows of at most `length` tokens."""
+        """A fresh key/value cache for `batch` rows of at most `length` tokens; see `attention.empty_cache`."""
         c = self.config
         return empty_cache(c.num_layers, batch, length, c.num_kv_heads, c.head_dim, dtype or self.dtype)

@@ -21,6 +21,8 @@ from pydantic.dataclasses import dataclass
 
 from peft_jax.core.tree import nearest
 from peft_jax.methods import METHODS
+from peft_jax.quantization.formats import Format, make_format
+from peft_jax.quantization.rounding import rounding_options
 
 
 @typing.dataclass_transform(frozen_default=True)
@@ -54,6 +56,17 @@ class ModelConfig:
 
 
 @configuration
+class QuantizeConfig:
+    format: str | None = option(None, "nf4, fp4, fp8, mxfp4, int8, int4, int3, int2; empty: the weights stay as they are")
+    options: dict[str, Any] = option({}, "options of the format, as {block_size: 64, double: true}")
+    rounding: str = option("nearest", "nearest, stochastic, gptq, awq, smoothquant or hqq")
+    rounding_options: dict[str, Any] = option({}, "options of the rounding, as {damping: 0.01}")
+    targets: str | list[str] = option("all-linear", "what to quantize")
+    exclude: list[str] = option([], "what to leave in high precision")
+    calibration_batches: int = option(8, "batches of the training data that a calibrated rounding looks at")
+
+
+@configuration
 class SourceConfig:
     path: str = option("builtin:python-docs", "builtin:NAME, a .jsonl/.json/.csv/.parquet/.txt file, or a hub dataset id")
     split: str = option("train", "split of a built-in or hub dataset")
@@ -76,7 +89,9 @@ class DataConfig:
 
 @configuration
 class OptimizerConfig:
-    name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "galore"] = option("adamw", "the optax optimizer")
+    name: Literal["adamw", "adamw8bit", "adam", "sgd", "lion", "adafactor", "galore"] = option(
+        "adamw", "the optax optimizer; adamw8bit keeps its moments in 8 bits"
+    )
     learning_rate: float = option(1e-3, "peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = option("cosine", "decay after warm-up")
     warmup_steps: int = option(20, "steps of linear warm-up")
@@ -118,6 +133,7 @@ class GenerateConfig:
     top_p: float = option(0.95, "sample among the most likely that hold this much probability")
     stop: list[str] = option([], "strings that end a continuation")
     seed: int = option(0, "of sampling")
+    cache: Literal["int8", "fp8"] | None = option(None, "precision of the key/value cache; by default the model's")
 
 
 @configuration
@@ -134,6 +150,7 @@ class EvaluateConfig:
 class RunConfig:
     output: str = option("runs/default", "folder for checkpoints, metrics and the exported adapter")
     model: ModelConfig = option(ModelConfig(), "the model")
+    quantize: QuantizeConfig = option(QuantizeConfig(), "quantization of the base: with LoRA over it, QLoRA")
     method: dict[str, Any] = option({"name": "lora"}, "the method's name and its options")
     data: DataConfig = option(DataConfig(), "the data")
     optimizer: OptimizerConfig = option(OptimizerConfig(), "the optimizer")
@@ -230,6 +247,22 @@ def _check(config: RunConfig) -> None:
     if config.data.validation is None and (config.train.eval_every or config.train.patience):
         raise ConfigError("train.eval_every and train.patience need data.validation")
     check_method(config.method)
+    check_quantize(config.quantize)
+
+
+def check_quantize(config: QuantizeConfig) -> Format | None:
+    """The format that the base is to have. Raises ConfigError for an unknown format, rounding or option."""
+    if config.format is None:
+        return None
+    try:
+        known = rounding_options(config.rounding)
+        if unknown := sorted(set(config.rounding_options) - set(known)):
+            raise ValueError(
+                f"rounding {config.rounding!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}"
+            )
+        return make_format(config.format, **config.options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"option 'quantize': {error}") from error
 
 
 def check_method(method: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:

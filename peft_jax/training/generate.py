@@ -15,6 +15,7 @@ from flax import nnx
 from peft_jax.core.bind import bind
 from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import with_adapter_ids
+from peft_jax.models.attention import CACHE_DTYPES
 
 _CHUNK = 32  # tokens decoded between looks at stop strings
 
@@ -49,14 +50,16 @@ def generate(
     eos_token_id: int | None = None,
     seed: int = 0,
     adapter_ids: Sequence[int] | None = None,
+    cache_dtype: Any = None,
 ) -> list[Any]:
     """Continuations of `prompts`: texts where these are texts (which needs the tokenizer), else lists of token ids.
 
     `apply_or_model` is a Flax model or the result of `bind`. Temperature 0 is greedy; otherwise tokens are drawn among
     the `top_k` most likely (0: all) and the most likely ones that hold `top_p` of the probability. A continuation ends at
     the tokenizer's end token, before the first of the `stop` strings, or after `max_tokens`. The draw of a row depends on
-    the seed and its place in the batch. `adapter_ids` names each row's adapter out of a bank. Models without a cache
-    (no `empty_cache`) run the whole prefix for each token.
+    the seed and its place in the batch. `adapter_ids` names each row's adapter out of a bank. `cache_dtype` is that of
+    the key/value cache ("int8" and "fp8" hold it in 8 bits); None for the model's. Models without a cache (no
+    `empty_cache`) run the whole prefix for each token.
     Raises ValueError for an empty prompt or list, text without a tokenizer, or impossible sampling options.
     """
     apply = apply_or_model if not isinstance(apply_or_model, (nn.Module, nnx.Module)) else _bound(apply_or_model)
@@ -78,7 +81,10 @@ def generate(
     if temperature > 0:
         sampling = _Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
     stopped = functools.partial(_stopped, tokenizer, stop) if stop else None
-    rows = run(apply, params, ids, max_tokens, eos, sampling, jax.random.key(seed), stopped)
+    if cache_dtype is not None and run is _plain_rows:
+        raise ValueError("cache_dtype is of no use to a model without a cache")
+    more = {} if cache_dtype is None else {"cache_dtype": CACHE_DTYPES.get(cache_dtype, cache_dtype)}
+    rows = run(apply, params, ids, max_tokens, eos, sampling, jax.random.key(seed), stopped, **more)
     rows = [_until(row, eos) for row in rows]
     if not as_text:
         return rows
@@ -148,7 +154,7 @@ def _round_up(n: int, step: int) -> int:
 # With a cache: prompts are padded on the left, so that all rows write the same slots.
 
 
-def _cached_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped) -> np.ndarray:
+def _cached_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped, cache_dtype=None) -> np.ndarray:
     width = _round_up(max(map(len, ids)), 16)
     chunks = -(-max_tokens // _CHUNK)
     tokens, segments = np.zeros((len(ids), width), np.int32), np.zeros((len(ids), width), np.int32)
@@ -157,7 +163,7 @@ def _cached_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped) ->
     positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0).astype(np.int32)
     keys = jax.random.split(key, len(ids))
     prefill, decode = _programs(apply)
-    state = prefill(params, tokens, positions, segments, keys, eos, sampling, slots=chunks * _CHUNK)
+    state = prefill(params, tokens, positions, segments, keys, eos, sampling, slots=chunks * _CHUNK, cache_dtype=cache_dtype)
     done = np.zeros(len(ids), bool)
     for _ in range(chunks):
         state = decode(params, state, done, eos, sampling)
@@ -173,13 +179,13 @@ def _cached_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped) ->
 @functools.lru_cache(maxsize=16)
 def _programs(apply: Any) -> tuple[Any, Any]:
     """(prefill, decode), compiled once for an `apply` and shapes."""
-    prefill = jax.jit(functools.partial(_prefill, apply), static_argnames="slots")
+    prefill = jax.jit(functools.partial(_prefill, apply), static_argnames=("slots", "cache_dtype"))
     return prefill, jax.jit(functools.partial(_decode, apply), donate_argnums=1)
 
 
-def _prefill(apply, params, tokens, positions, segments, keys, eos, sampling, *, slots: int) -> _State:
+def _prefill(apply, params, tokens, positions, segments, keys, eos, sampling, *, slots: int, cache_dtype: Any) -> _State:
     B, T = tokens.shape
-    cache = apply.model.empty_cache(B, T + slots)
+    cache = apply.model.empty_cache(B, T + slots, *([] if cache_dtype is None else [jnp.dtype(cache_dtype)]))
     logits, cache = apply(params, tokens, positions=positions, segment_ids=segments, cache=cache)
     first = sample(logits[:, -1], sampling, jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys))
     out = jnp.full((B, slots), eos, jnp.int32).at[:, 0].set(first)

@@ -12,9 +12,8 @@ import optax
 
 from peft_jax.low_rank.lora import LoRA
 from peft_jax.methods import METHOD_TRANSFORMS
+from peft_jax.quantization.adam8bit import adamw8bit
 from peft_jax.training.config import OptimizerConfig
-
-OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "adafactor", "galore")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -40,6 +39,7 @@ def make_optimizer(
     decay = {"weight_decay": config.weight_decay, "mask": _matrices} if config.weight_decay else {}
     optimizer = {
         "adamw": lambda: optax.adamw(rate, config.b1, config.b2, config.eps, **{"weight_decay": 0.0, **decay}),
+        "adamw8bit": lambda: adamw8bit(rate, config.b1, config.b2, config.eps, **decay),
         "adam": lambda: optax.adam(rate, config.b1, config.b2, config.eps),
         "sgd": lambda: optax.sgd(rate, momentum=config.b1 or None),
         "lion": lambda: optax.lion(rate, config.b1, config.b2, **{"weight_decay": 0.0, **decay}),

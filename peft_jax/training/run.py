@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,21 +15,35 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import yaml
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate, gradients
 from peft_jax.core.files import write_json
-from peft_jax.core.sharding import fetch, make_mesh, shard
-from peft_jax.core.tree import combine, count, merge, partition, places
-from peft_jax.core.weight import Trainable
+from peft_jax.core.reparametrised import MATRIX
+from peft_jax.core.sharding import fetch, make_mesh, node_shardings, shard
+from peft_jax.core.tree import combine, count, is_target, map_places, merge, partition, places
+from peft_jax.core.weight import Trainable, Weight
 from peft_jax.data import Record, Rows, encode, fit, pack, read_records
 from peft_jax.data.batches import batch_at
 from peft_jax.hub import load, load_adapter, load_tokenizer, local_folder, save, save_adapter
 from peft_jax.low_rank.init import STATISTICS
+from peft_jax.models.layers import stack_layers, unstack_layers
+from peft_jax.quantization.blocks import quantize_in_turn
+from peft_jax.quantization.quantize import EMBEDDING, bits_per_weight, quantize_weight
+from peft_jax.quantization.quantized import Quantized
+from peft_jax.quantization.rounding import NEEDS
 from peft_jax.training.checkpoint import Checkpoints, fingerprint
-from peft_jax.training.config import ConfigError, RunConfig, SourceConfig, check_method, to_dict
+from peft_jax.training.config import (
+    ConfigError,
+    QuantizeConfig,
+    RunConfig,
+    SourceConfig,
+    check_method,
+    check_quantize,
+    to_dict,
+)
 from peft_jax.training.evaluate import generated_metrics, perplexity
 from peft_jax.training.generate import generate
 from peft_jax.training.loop import Result, check_batch, initial_state, train
@@ -60,8 +76,9 @@ def start_distributed() -> None:
 def set_up(config: RunConfig) -> Setup:
     """Load the model (and the adapter to start from), placed on the mesh that the configuration describes."""
     mesh = make_mesh(config.mesh) if config.mesh or jax.device_count() > 1 else None
-    c = config.model
+    c, q = config.model, config.quantize
     folder = local_folder(c.path, c.revision)
+    calibrated = q.format is not None and bool(q.rounding in NEEDS or q.options.get("activations") == "static")
     model, params = load(
         folder,
         dtype=_dtype(c.dtype),
@@ -69,10 +86,51 @@ def set_up(config: RunConfig) -> Setup:
         scan_layers=c.scan_layers,
         remat=c.remat,
         attention_implementation=c.attention,
+        each=None if q.format is None or calibrated else functools.partial(_quantize_read, config),
     )
-    if c.adapter:
-        params = load_adapter(params, c.adapter)
-    return Setup(model, params, load_tokenizer(folder), mesh, folder)
+    setup = Setup(model, params, load_tokenizer(folder), mesh, folder)
+    if q.format is not None and not calibrated:
+        _check_quantized(config, params)
+    if calibrated:
+        setup = setup._replace(params=_calibrated(config, setup))
+    return setup._replace(params=load_adapter(setup.params, c.adapter)) if c.adapter else setup
+
+
+def _quantize_read(config: RunConfig, path: str, w: jax.Array) -> Any:
+    """An array of the checkpoint as soon as it is read, quantized where the configuration says so."""
+    q, format = config.quantize, check_quantize(config.quantize)
+    if format is None or not is_target(path, w, q.targets, q.exclude):
+        return w
+    in_axes, out_axes = EMBEDDING if path.endswith("/embedding") else MATRIX
+    node = quantize_weight(
+        path, w, format, rounding=q.rounding, key=jax.random.key(config.train.seed), in_axes=in_axes, out_axes=out_axes,
+        **q.rounding_options,
+    )  # fmt: skip
+    if isinstance(w.sharding, NamedSharding):
+        return jax.tree.map(jax.device_put, node, node_shardings(path, node, w.sharding.mesh))
+    return node
+
+
+def _check_quantized(config: RunConfig, params: Any) -> None:
+    if not any(isinstance(w, Quantized) for w in places(params).values()):
+        raise ConfigError(f"quantize.targets {config.quantize.targets!r} matches nothing in this model")
+
+
+def _calibrated(config: RunConfig, setup: Setup) -> Any:
+    """The tree quantized with statistics of the training rows."""
+    q, rows = config.quantize, make_rows(config, config.data.train, setup.tokenizer)
+    count, size = q.calibration_batches, config.train.batch_size
+    batches = [batch_at(rows, i, size, seed=config.train.seed) for i in range(count)]
+    where: dict[str, Any] = {"targets": q.targets, "exclude": q.exclude}
+    options = {"seed": config.train.seed, "rounding": q.rounding, **where, **q.rounding_options}
+    format = check_quantize(q)
+    assert format is not None
+    if not config.model.scan_layers:
+        params = quantize_in_turn(bind(setup.model), setup.params, batches, format, **options)
+    else:
+        looped = bind(setup.model.clone(scan_layers=False))
+        params = stack_layers(quantize_in_turn(looped, unstack_layers(setup.params), batches, format, **options))
+    return params if setup.mesh is None else shard(params, setup.mesh)
 
 
 def _dtype(name: str | None) -> Any:
@@ -132,6 +190,7 @@ def identity(config: RunConfig, setup: Setup, rows: Rows) -> dict[str, Any]:
         "base": {"path": config.model.path, "revision": config.model.revision, "hash": fingerprint(setup.folder)},
         "data": rows.fingerprint(),
         "method": json.loads(json.dumps(config.method)),
+        "quantize": to_dict(config)["quantize"],
         "batch_size": config.train.batch_size,
         "seed": config.train.seed,
     }
@@ -234,13 +293,33 @@ def run_generation(config: RunConfig) -> list[str]:
     return _samples(config, setup, setup.params)
 
 
+def run_quantization(config: RunConfig, console: Console | None = None) -> Path:
+    """The whole of `peft-jax quantize`: perplexity before and after, and the quantized model's folder."""
+    if check_quantize(config.quantize) is None:
+        raise ConfigError("quantize needs quantize.format, as in quantize.format=nf4")
+    say = functools.partial((console or Console()).print, highlight=False, markup=False, soft_wrap=True)
+    held = config.data.test or config.data.validation
+    plain = set_up(dataclasses.replace(config, quantize=QuantizeConfig()))
+    rows = make_rows(config, held, plain.tokenizer) if held else None
+    say(f"before: {_shown(_measure(config, plain, plain.params, rows))}")
+    del plain
+    setup = set_up(config)
+    nodes = [w for w in places(setup.params).values() if isinstance(w, Quantized)]
+    bits = sum(bits_per_weight(w) * math.prod(w.shape) for w in nodes) / sum(math.prod(w.shape) for w in nodes)
+    say(f"after:  {_shown(_measure(config, setup, setup.params, rows))} at {bits:.3f} bits a quantized weight")
+    out = Path(config.output) / MODEL
+    save(out, setup.model, setup.params, tokenizer=setup.tokenizer)
+    say(f"written: {out}")
+    return out
+
+
 def _samples(config: RunConfig, setup: Setup, params: Any) -> list[str]:
     g = config.generate
     if not g.prompts:
         return []
     return generate(
         setup.model, params, g.prompts, tokenizer=setup.tokenizer, max_tokens=g.max_tokens, temperature=g.temperature,
-        top_k=g.top_k, top_p=g.top_p, stop=g.stop, seed=g.seed,
+        top_k=g.top_k, top_p=g.top_p, stop=g.stop, seed=g.seed, cache_dtype=g.cache,
     )  # fmt: skip
 
 
@@ -262,7 +341,8 @@ def export(config: RunConfig, setup: Setup, params: Any, out: Path, *, merged: b
     if jax.process_index() != 0:
         return out
     if whole:
-        arrays = jax.tree.map(lambda a: a.astype(setup.model.param_dtype), merge(params))
+        cast = lambda _, w: w if isinstance(w, Weight) else w.astype(setup.model.param_dtype)
+        arrays = map_places(cast, merge(params))
         save(out / MODEL, setup.model, arrays, tokenizer=setup.tokenizer)
         return out / MODEL
     options = check_method(config.method)[1]

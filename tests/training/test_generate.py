@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import peft_jax
+from peft_jax.models.attention import CACHE_DTYPES
 from peft_jax.training import generate as module
 from peft_jax.training.evaluate import bleu, exact_match, generated_metrics, perplexity, prompt_and_answer, rouge
 from peft_jax.training.generate import _Sampling, sample
-from tests.reference import perturb
+from tests.reference import perturb, random_tokens, relative_error
 from tests.third_party import linen_model
 from tests.training.test_loop import tiny_rows
 
@@ -36,6 +37,22 @@ def test_greedy_equals_the_plain_forward_pass_for_each_row(setup):
     for row, prompt in zip(out, PROMPTS, strict=True):
         assert row == greedy_by_hand(jax.jit(apply), params, prompt, 40)
     assert peft_jax.generate(apply, params, [PROMPTS[1]], max_tokens=40)[0] == out[1]  # company changes nothing
+
+
+@pytest.mark.parametrize(("kind", "bytes_a_number"), [("int8", 1), ("fp8", 1)])
+def test_a_cache_in_eight_bits_stays_close(setup, kind, bytes_a_number):
+    model, params = setup[:2]
+    tokens = random_tokens(2, 12)
+    caches = [model.empty_cache(2, 16, dtype) for dtype in (None, CACHE_DTYPES[kind])]
+    plain, quantized = (peft_jax.bind(model)(params, tokens, cache=c) for c in caches)
+    assert relative_error(quantized[0], plain[0]) < (0.02 if kind == "int8" else 0.08)
+    assert quantized[1]["k"].dtype.itemsize == bytes_a_number
+    scale = quantized[1]["k_scale"]
+    assert scale.shape == quantized[1]["k"].shape[:-1]
+    assert scale.dtype == jnp.bfloat16
+    prompts = [[5, 6, 7], [8, 9]]
+    rows = peft_jax.generate(model, params, prompts, max_tokens=6, cache_dtype=kind)
+    assert all(len(row) == 6 for row in rows)
 
 
 def test_models_without_a_cache_generate_too():

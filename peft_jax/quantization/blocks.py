@@ -1,0 +1,74 @@
+"""Calibrated quantization block by block: each block is calibrated on what the quantized blocks before it pass on.
+
+So later blocks make up for the errors of earlier ones, as in GPTQ's and AWQ's own procedures, and the statistics of one block
+are held at a time, whatever the model's depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from peft_jax.core.calibrate import calibrate
+from peft_jax.core.reparametrised import Site, find_sites
+from peft_jax.core.tree import Targets, layer_paths, matches
+from peft_jax.core.weight import Layout
+from peft_jax.quantization.formats import Format
+from peft_jax.quantization.quantize import embedding_layout, quantize
+from peft_jax.quantization.rounding import NEEDS
+
+
+def quantize_in_turn(
+    apply: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Mapping[str, Any]],
+    format: Format | str | Mapping[str, Format | str] = "int4",
+    *,
+    rounding: str = "gptq",
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    layout: Layout | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Any:
+    """As `quantize`, with the statistics that the rounding needs taken from `batches`, one block after the other.
+
+    A block is a layer: weights whose paths have the same number (`layers_3`). Stacked layers are one block; a tree of our
+    decoder is taken apart by `unstack_layers`. Weights outside of layers come last. The model runs once for each block, up
+    to that block. Raises ValueError as `quantize` and `calibrate` do.
+    """
+    layout = {**embedding_layout(params), **(layout or {})}
+    sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
+    batches = list(batches)
+    for paths in _blocks(sites):
+        wanted = {*NEEDS.get(rounding, ()), *(["max_abs"] if _static(format) else [])}
+        found = {
+            name: calibrate(apply, params, batches, statistic=name, targets=paths, layout=layout)  # type: ignore[arg-type]
+            for name in sorted(wanted)
+        }
+        here = {k: f for k, f in format.items() if _matches_any(k, paths)} if isinstance(format, Mapping) else format
+        if here:
+            params = quantize(
+                params, here, rounding=rounding, statistics=found, targets=paths, layout=layout, seed=seed, **options
+            )
+        jax.block_until_ready(params)
+    return params
+
+
+def _blocks(sites: Mapping[str, Site]) -> list[list[str]]:
+    """Paths by the number of their layer, those without one last."""
+    numbers = {path: layer_paths(path, None)[0][1] for path in sites}
+    ordered = sorted({n for n in numbers.values() if n is not None})
+    blocks = [[p for p, n in numbers.items() if n == number] for number in [*ordered, None]]
+    return [block for block in blocks if block]
+
+
+def _static(format: Any) -> bool:
+    formats = format.values() if isinstance(format, Mapping) else [format]
+    return any(getattr(f, "activations", None) == "static" for f in formats)
+
+
+def _matches_any(pattern: str, paths: list[str]) -> bool:
+    return any(matches(p, pattern) for p in paths)
