@@ -10,32 +10,26 @@ Each prints a Markdown table, with device, versions and commit; `--out` writes i
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import math
-import os
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measure import LENGTH, best_time, heading, held_out_loss, rows_of
 
 import peft_jax
-from peft_jax.data import encode, fit, pack, read_records
-from peft_jax.data.batches import batch_at, evaluation_batches
+from peft_jax.data.batches import batch_at
 from peft_jax.methods import METHODS
 from peft_jax.training.config import OptimizerConfig
 from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import make_optimizer
-from peft_jax.training.step import init_state, make_evaluation, make_step
+from peft_jax.training.step import init_state, make_step
 
-LENGTH, ROWS = 128, 4
+ROWS = 4
 
 # (method's options, learning rate): sizes near LoRA's of rank 8, rates from the methods' papers, scaled to this model.
 SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
@@ -64,34 +58,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-def heading(title: str) -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "flax", "optax"))
-    device = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else _cpu()
-    return f"# {title}\n\n{datetime.now(UTC):%Y-%m-%d}, commit {commit}, {device}, {os.cpu_count()} CPUs; {versions}.\n"
-
-
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-
-
-def rows_of(source: str, split: str, kind: str, tokenizer: Any) -> Any:
-    examples = encode(read_records(source, kind=kind, split=split), tokenizer, kind)
-    return pack(fit(examples, LENGTH, kind, "cut"), LENGTH)
-
-
-def best_time(run: Callable[[], Any], repeats: int = 10) -> float:
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 # ---------------------------------------------------------------------------------------------------------- methods
 
 
@@ -106,7 +72,7 @@ def methods(args: argparse.Namespace) -> str:
             found[name].append(_train(name, model, base, train, test, args.steps, seed))
             loss, trained, seconds, _ = found[name][-1]
             print(f"seed {seed}, {name}: {loss:.4f} nats/token, {trained:,} trained, {seconds * 1e3:.0f} ms a step", flush=True)
-    before = _loss(peft_jax.bind(model), *peft_jax.partition(base), test)
+    before = held_out_loss(peft_jax.bind(model), *peft_jax.partition(base), test)
     lines = [
         "| method | trained | test loss, nats/token (mean ± sd) | ms a step | step's temporaries, MiB |",
         "|---|---|---|---|---|",
@@ -141,18 +107,8 @@ def _train(name: str, model: Any, base: Any, train: Any, test: Any, steps: int, 
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start)
     memory = step.memory_analysis()
-    loss = _loss(apply, state.trainable, frozen, test)
+    loss = held_out_loss(apply, state.trainable, frozen, test)
     return loss, peft_jax.count(params)[0], statistics.median(times), memory.temp_size_in_bytes if memory else 0
-
-
-def _loss(apply: Any, trainable: Any, frozen: Any, rows: Any) -> float:
-    evaluate = jax.jit(make_evaluation(next_token, apply))
-    total = weight = 0.0
-    for batch in evaluation_batches(rows, 32):
-        metrics = evaluate(trainable, frozen, batch)
-        total += float(metrics["loss"]) * float(metrics["weight"])
-        weight += float(metrics["weight"])
-    return total / weight
 
 
 # -------------------------------------------------------------------------------------------------------------- svd
@@ -180,7 +136,7 @@ def svd(args: argparse.Namespace) -> str:
         "| kept | " + " | ".join(kinds) + " | bytes (expected) | forward time (FLOPs) |",
         "|---|" + "---|" * (len(kinds) + 2),
     ]
-    whole = math.exp(_loss(apply, *peft_jax.partition(params), held_out))
+    whole = math.exp(held_out_loss(apply, *peft_jax.partition(params), held_out))
     lines.append(f"| 100% | {' | '.join([f'{whole:.2f}'] * len(kinds))} | 1.00 (1.00) | 1.00 (1.00) |")
     total = sum(x.size for x in jax.tree.leaves(params))
     embedding = peft_jax.places(params)["model/embed_tokens/embedding"].size
@@ -188,7 +144,7 @@ def svd(args: argparse.Namespace) -> str:
         row = []
         for options in kinds.values():
             tree, _ = peft_jax.factorize(params, keep=keep, **options)
-            row.append(f"{math.exp(_loss(apply, *peft_jax.partition(tree), held_out)):.2f}")
+            row.append(f"{math.exp(held_out_loss(apply, *peft_jax.partition(tree), held_out)):.2f}")
         tree, _ = peft_jax.factorize(params, keep=keep)
         kept = sum(sum(x.size for x in jax.tree.leaves(peft_jax.places(tree)[p])) for p in peft_jax.select(params))
         size, expected = bytes_of(tree) / bytes_of(params), 1 - (linear - kept) / total

@@ -136,7 +136,7 @@ class _Table(Format):
         return place if (self.order == np.arange(16)).all() else jnp.take(jnp.asarray(self.order, jnp.uint8), place)
 
     def decode(self, codes: jax.Array, zero: jax.Array | None) -> jax.Array:
-        return jnp.take(jnp.asarray(self.table), codes.astype(jnp.int32), mode="clip")
+        return _look_up(self.table, codes)
 
     def store_scale(self, scale: jax.Array) -> Any:
         return double_quantize(scale) if self.double else scale
@@ -250,7 +250,7 @@ class MXFP4(Format):
         return sign | functools.reduce(jnp.add, steps)
 
     def decode(self, codes: jax.Array, zero: jax.Array | None) -> jax.Array:
-        return jnp.take(jnp.asarray(self.table), codes.astype(jnp.int32), mode="clip")
+        return _look_up(self.table, codes)
 
     def store_scale(self, scale: jax.Array) -> jax.Array:
         return _exponent(scale).astype(jnp.uint8)
@@ -276,6 +276,11 @@ def make_format(spec: Format | str, **options: Any) -> Format:
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"format {spec!r} has no option {unknown[0]!r}; its options: {', '.join(known)}")
     return FORMATS[name](**bits, **options)
+
+
+def _look_up(table: np.ndarray, codes: jax.Array) -> jax.Array:
+    """table[codes] for codes below 16."""
+    return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
 
 
 # ---------------------------------------------------------------------------------------------- exact arithmetic

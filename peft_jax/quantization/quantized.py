@@ -133,15 +133,66 @@ def _straight(x: jax.Array, w: Quantized, precision: Any) -> jax.Array:
         x = jnp.take(x, w.order, axis=-1)
     if isinstance(w.format, (Int, FP8)) and w.format.activations:
         return _low_precision(x, w)
-    return jnp.matmul(x, w.decoded(x.dtype), precision=precision)
+    if (tiles := _tiles(w)) == 1:
+        return jnp.matmul(x, w.decoded(x.dtype), precision=precision)
+    y = jax.lax.map(lambda tile: jnp.matmul(x, tile.decoded(x.dtype), precision=precision), _tiled(w, tiles))
+    return jnp.moveaxis(y, 0, -2).reshape(*x.shape[:-1], -1)
 
 
 def _back(y: jax.Array, w: Quantized, precision: Any) -> jax.Array:
     """y [..., out] times the transposed matrix -> [..., in]."""
-    x = jnp.matmul(y, w.decoded(y.dtype).mT, precision=precision)
+    if (tiles := _tiles(w)) == 1:
+        x = jnp.matmul(y, w.decoded(y.dtype).mT, precision=precision)
+    else:
+        x = _back_tiled(y, w, tiles, precision)
     if w.order is not None:
         x = jnp.take(x, jnp.argsort(w.order), axis=-1)
     return x if w.smooth is None else (x / w.smooth).astype(y.dtype)
+
+
+_TILE = 2**23  # weights that are decoded at a time
+
+
+def _tiles(w: Quantized) -> int:
+    """In how many parts of its outputs a large matrix is decoded; on a mesh, where each device has a part already, in one."""
+    n_in, n_out = math.prod(w.in_sizes), math.prod(w.out_sizes)
+    if n_in * n_out <= 2 * _TILE or not jax.sharding.get_abstract_mesh().empty:
+        return 1
+    return next(n for n in range(n_in * n_out // _TILE, n_out + 1) if n_out % n == 0)
+
+
+def _tiled(w: Quantized, tiles: int) -> Quantized:
+    """A matrix as a stack of `tiles` parts of its outputs."""
+    size = math.prod(w.out_sizes) // tiles
+
+    def split(a: Any) -> Any:
+        if a is None:
+            return None
+        parts = a.reshape(a.shape[0], tiles, size) if a.shape[-1] > 1 else jnp.broadcast_to(a[:, None], (1, tiles, 1))
+        return jnp.moveaxis(parts, 1, 0)
+
+    scale = w.scale.materialize() if isinstance(w.scale, DoubleScale) else w.scale
+    return w.replace(
+        codes=split(w.codes),
+        scale=split(scale),
+        zero=split(w.zero),
+        order=None,
+        smooth=None,
+        input_scale=None,
+        out_sizes=(size,),
+    )
+
+
+def _back_tiled(y: jax.Array, w: Quantized, tiles: int, precision: Any) -> jax.Array:
+    parts = jnp.moveaxis(y.reshape(*y.shape[:-1], tiles, -1), -2, 0)
+
+    def add(total: jax.Array, part: Any) -> Any:
+        one, tile = part
+        product = jnp.matmul(one, tile.decoded(y.dtype).mT, precision=precision, preferred_element_type=jnp.float32)
+        return total + product, None
+
+    start = jnp.zeros((*y.shape[:-1], math.prod(w.in_sizes)), jnp.float32)
+    return jax.lax.scan(add, start, (parts, _tiled(w, tiles)))[0].astype(y.dtype)
 
 
 def _low_precision(x: jax.Array, w: Quantized) -> jax.Array:

@@ -9,7 +9,7 @@ import pytest
 import peft_jax
 from peft_jax import FP4, FP8, MXFP4, NF4, Int
 from peft_jax.core.sharding import make_mesh, shard, shardings
-from peft_jax.quantization.quantized import _straight
+from peft_jax.quantization.quantized import _straight, _tiles
 from tests.reference import relative_error
 
 FORMATS = {
@@ -163,6 +163,20 @@ def test_the_gradient_keeps_no_full_precision_weight():
     assert "f32[4,64,64]" not in text
     dense = jax.jit(jax.grad(loss)).lower(jnp.ones((3, 64)), w.materialize()).compile().as_text()
     assert "f32[4,64,64]" in dense
+
+
+@pytest.mark.parametrize("format", [NF4(), Int(bits=4, block_size=16, symmetric=False), FP8(per="tensor")], ids=str)
+def test_large_matrices_are_decoded_in_parts(format, monkeypatch):
+    q = peft_jax.quantize({"embedding": weight((96, 64))}, format, targets="embedding")["embedding"]
+    x, y = jax.random.normal(jax.random.key(1), (2, 3, 64)), jax.random.normal(jax.random.key(2), (2, 3, 96))
+    axes = {"in_axes": (-1,), "out_axes": (-2,)}
+    run = jax.value_and_grad(lambda x: (peft_jax.matmul(x, q, **axes) * y).sum())
+    whole = run(x)
+    monkeypatch.setattr("peft_jax.quantization.quantized._TILE", 64 * 20)
+    assert _tiles(q) == 6
+    parts = run(x)
+    assert relative_error(parts[0], whole[0]) < 1e-5
+    assert relative_error(parts[1], whole[1]) < 1e-5
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}], ids=str)

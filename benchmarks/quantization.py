@@ -1,0 +1,291 @@
+"""Quantization measured: perplexity by format and rounding, QLoRA against LoRA, memory and time of a step.
+
+    python benchmarks/quantization.py step                            # QLoRA against bfloat16 LoRA, 312 million parameters
+    python benchmarks/quantization.py table --data ../shared/data     # every format and rounding, on the embedded base
+    python benchmarks/quantization.py qlora --seeds 3                 # quality of QLoRA against LoRA
+
+Each prints a Markdown table, with device, versions and commit; `--out` writes it to a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from measure import heading, held_out_loss, rows_of
+
+import peft_jax
+from peft_jax import FP4, FP8, MXFP4, NF4, Int
+from peft_jax.data.batches import batch_at
+from peft_jax.models.decoder import Decoder
+from peft_jax.training.config import OptimizerConfig
+from peft_jax.training.objective import next_token
+from peft_jax.training.optimizer import make_optimizer
+from peft_jax.training.step import init_state, make_step
+
+# ------------------------------------------------------------------------------------------------------------- step
+
+VOCABULARY, STEP_ROWS, STEP_LENGTH = 32_000, 2, 256
+
+
+def step_model() -> tuple[Decoder, dict[str, Any]]:
+    """A Llama shape of 312 million parameters, in bfloat16, and its parameters' shapes."""
+    from transformers import LlamaConfig
+
+    from peft_jax.models.config import decoder_config
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=1024, intermediate_size=2816, num_hidden_layers=24, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Decoder(decoder_config(config), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat="full")
+    return model, jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def random_params(shapes: Any, quantized: bool) -> Any:
+    """Random weights made one by one, quantized as they come, so that the process never holds the dense model."""
+    from peft_jax.core.tree import map_places
+
+    paths = set(peft_jax.select(shapes, ["all-linear", "embed_tokens"])) if quantized else set()
+    names = list(peft_jax.places(shapes))
+
+    def one(path: str, leaf: Any) -> Any:
+        w = 0.02 * jax.random.normal(jax.random.key(names.index(path)), leaf.shape, leaf.dtype)
+        w = jnp.ones_like(w) if path.endswith("scale") else w
+        if path not in paths:
+            return w
+        axes = {"in_axes": (-1,), "out_axes": (-2,)} if path.endswith("embedding") else {}
+        return peft_jax.quantize_weight(path, w, NF4(), **axes)
+
+    return map_places(one, shapes)
+
+
+def run_step(kind: str, repeats: int) -> dict[str, float]:
+    """Bytes and seconds of one training step of `kind`, lora or qlora."""
+    model, shapes = step_model()
+    params = random_params(shapes, kind == "qlora")
+    held = sum(x.nbytes for x in jax.tree.leaves(params))
+    params = peft_jax.lora(params, jax.random.key(0), rank=8, alpha=16)
+    trainable, frozen = peft_jax.partition(params)
+    optimizer = peft_jax.adamw8bit(1e-4) if kind == "qlora" else optax.adamw(1e-4)
+    state = init_state(trainable, optimizer, 0)
+    objective = functools.partial(next_token, chunk=128)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (STEP_ROWS, STEP_LENGTH + 1)).astype(np.int32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((STEP_ROWS, STEP_LENGTH), np.float32)}
+    start = time.perf_counter()
+    step = (
+        jax.jit(make_step(objective, peft_jax.bind(model), optimizer), donate_argnums=0).lower(state, frozen, batch).compile()
+    )
+    compiled = time.perf_counter() - start
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        state, metrics = step(state, frozen, batch)
+        jax.block_until_ready(metrics)
+        times.append(time.perf_counter() - start)
+    memory = step.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)), "params": held,
+        "temporaries": memory.temp_size_in_bytes, "peak": peak, "seconds": statistics.median(times), "compile": compiled,
+        "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "loss": float(metrics["loss"]),
+    }  # fmt: skip
+
+
+def step(args: argparse.Namespace) -> str:
+    found: dict[str, list[dict[str, float]]] = {"lora": [], "qlora": []}
+    for _ in range(args.rounds):
+        for kind in found:  # each in a process of its own, taking turns
+            command = [sys.executable, __file__, "one-step", "--kind", kind]
+            found[kind].append(
+                json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+            )
+            print(kind, found[kind][-1], flush=True)
+    pick = lambda kind, name: statistics.median(r[name] for r in found[kind])
+    mib = 2**20
+    lines = [
+        "| | parameters, MiB | step's temporaries, MiB | all of the step, MiB | process, MiB | seconds a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = {"lora": "LoRA over bfloat16, AdamW", "qlora": "QLoRA: NF4 with doubled scales, 8-bit AdamW"}
+    for kind, name in names.items():
+        sizes = [pick(kind, n) / mib for n in ("params", "temporaries", "peak", "process")]
+        lines.append(f"| {name} | " + " | ".join(f"{s:.0f}" for s in sizes) + f" | {pick(kind, 'seconds'):.2f} |")
+    ratio = [f"{pick('qlora', n) / pick('lora', n):.2f}" for n in ("params", "temporaries", "peak", "process", "seconds")]
+    lines.append("| ratio | " + " | ".join(ratio) + " |")
+    bits = 8 * pick("qlora", "params") / pick("qlora", "parameters")
+    note = (
+        f"Llama shape, {pick('lora', 'parameters') / 1e6:.0f} million parameters, {STEP_ROWS} rows of {STEP_LENGTH} tokens, "
+        f"layers rematerialised, rank 8 on all linear layers; {bits:.3f} bits a weight, norms included. Sizes are those of the "
+        f"compiled step's arrays and temporaries. {args.rounds} processes of each, in turn. On CPUs XLA keeps float32 copies of "
+        "the bfloat16 weights for the whole step, which is most of what LoRA's temporaries are."
+    )
+    return heading("A QLoRA step") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ table
+
+PLANS: list[tuple[int, str, Any, str, dict[str, Any]]] = [
+    (8, "int8, a scale an output", Int(bits=8), "nearest", {}),
+    (8, "int8, activations too", Int(bits=8, activations="dynamic"), "nearest", {}),
+    (8, "int8, activations too", Int(bits=8, activations="dynamic"), "smoothquant", {}),
+    (8, "fp8 e4m3", FP8(), "nearest", {}),
+    (8, "fp8 e4m3, activations too", FP8(activations="dynamic"), "nearest", {}),
+    (8, "fp8 e5m2", FP8(type="e5m2"), "nearest", {}),
+    (4, "nf4", NF4(double=False), "nearest", {}),
+    (4, "nf4, doubled scales", NF4(), "nearest", {}),
+    (4, "nf4", NF4(double=False), "gptq", {}),
+    (4, "nf4", NF4(double=False), "awq", {}),
+    (4, "fp4", FP4(), "nearest", {}),
+    (4, "mxfp4", MXFP4(), "nearest", {}),
+    (4, "mxfp4", MXFP4(), "gptq", {}),
+    (4, "int4", Int(bits=4, block_size=64), "nearest", {}),
+    (4, "int4", Int(bits=4, block_size=64), "stochastic", {}),
+    (4, "int4", Int(bits=4, block_size=64), "gptq", {}),
+    (4, "int4", Int(bits=4, block_size=64), "awq", {}),
+    *[
+        (bits, f"int{bits}, zero points", Int(bits=bits, block_size=64, symmetric=False), rounding, options)
+        for bits in (4, 3, 2)
+        for rounding, options in (("nearest", {}), ("hqq", {}), ("gptq", {}), ("gptq", {"activation_order": True}), ("awq", {}))
+    ],
+]
+
+
+def held_out(data: Path, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(training, held-out) rows of 256 tokens of the texts that the embedded base was trained on."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    from pretrain_base import paragraphs, token_streams
+
+    streams = token_streams(paragraphs(data), tokenizer, 0)
+    train, held = (s[: len(s) // 256 * 256].reshape(-1, 256) for s in streams)
+    return train, held
+
+
+def table(args: argparse.Namespace) -> str:
+    model, params = peft_jax.load("builtin:base", scan_layers=False)
+    tokenizer = peft_jax.load_tokenizer("builtin:base")
+    train, held = held_out(Path(args.data), tokenizer)
+    batches = [{"tokens": jnp.asarray(train[16 * i : 16 * (i + 1)])} for i in range(args.batches)]
+    scanned = model.clone(scan_layers=True)
+    bits_of = lambda tree: statistics.mean(
+        peft_jax.bits_per_weight(w) for w in peft_jax.places(tree).values() if isinstance(w, peft_jax.Quantized)
+    )
+    dense = perplexity_of(scanned, peft_jax.stack_layers(params), held)
+    lines = [
+        "| bits | format | rounding | bits a weight | perplexity |",
+        "|---|---|---|---|---|",
+        f"| 32 | none | | 32 | {dense:.3f} |",
+    ]
+    for bits, name, format, rounding, options in PLANS:
+        quantized = peft_jax.quantize_in_turn(peft_jax.bind(model), params, batches, format, rounding=rounding, **options)
+        value = perplexity_of(scanned, peft_jax.stack_layers(quantized), held)
+        label = rounding + (", activation order" if options else "")
+        lines.append(f"| {bits} | {name} | {label} | {mean_bits(quantized):.3f} | {value:.3f} |")
+        print(lines[-1], flush=True)
+    note = (
+        f"Perplexity on {held.size:,} held-out tokens of the novels and plays that the embedded base (5.5 million parameters) "
+        f"was trained on; its linear layers quantized block by block, calibrated on {16 * args.batches} rows of 256 training "
+        "tokens; blocks of 64 inputs where the format has any (MXFP4: 32)."
+    )
+    return heading("Formats and roundings on the embedded base") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
+
+
+def mean_bits(tree: Any) -> float:
+    """Mean bits a quantized weight takes, over the places."""
+    nodes = [w for w in peft_jax.places(tree).values() if isinstance(w, peft_jax.Quantized)]
+    return statistics.mean(peft_jax.bits_per_weight(w) for w in nodes)
+
+
+def perplexity_of(model: Any, params: Any, rows: np.ndarray) -> float:
+    @jax.jit
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        logits = peft_jax.bind(model)(params, tokens)[:, :-1]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1).mean()
+
+    size = 16
+    parts = [rows[i : i + size] for i in range(0, len(rows) // size * size, size)]
+    return math.exp(statistics.mean(float(loss(params, jnp.asarray(p))) for p in parts))
+
+
+# ------------------------------------------------------------------------------------------------------------ qlora
+
+
+def qlora(args: argparse.Namespace) -> str:
+    model, params = peft_jax.load("builtin:base")
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)  # what 16 bits hold
+    tokenizer = peft_jax.load_tokenizer("builtin:base")
+    train, test = (rows_of("builtin:python-docs", s, "text", tokenizer) for s in ("train", "test"))
+    contenders: dict[str, Callable[[jax.Array], Any]] = {
+        "LoRA, 16 bits": lambda key: peft_jax.lora(half, key, rank=8, alpha=16),
+        "QLoRA, nf4 with doubled scales": lambda key: peft_jax.lora(peft_jax.quantize(half, NF4()), key, rank=8, alpha=16),
+        "QLoRA, fp4": lambda key: peft_jax.lora(peft_jax.quantize(half, FP4()), key, rank=8, alpha=16),
+        "QLoRA, int2 with zero points": lambda key: peft_jax.lora(peft_jax.quantize(half, INT2), key, rank=8, alpha=16),
+        "LoftQ, int2 with zero points": lambda key: peft_jax.loftq(
+            half, key, quantize=lambda tree: peft_jax.quantize(tree, INT2), rank=8, alpha=16
+        ),
+    }
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for seed in range(args.seeds):
+        for name, make in contenders.items():
+            found[name].append(_train(model, make(jax.random.key(seed)), train, test, args.steps, seed))
+            print(f"seed {seed}, {name}: {found[name][-1]:.4f}", flush=True)
+    lines = ["| | held-out loss, nats/token (mean ± sd) | difference from LoRA, seed by seed |", "|---|---|---|"]
+    base = found["LoRA, 16 bits"]
+    for name, losses in found.items():
+        gaps = [a - b for a, b in zip(losses, base, strict=True)]
+        gap = f"{statistics.mean(gaps):+.4f} ± {statistics.stdev(gaps):.4f}" if name != "LoRA, 16 bits" else ""
+        lines.append(f"| {name} | {statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} | {gap} |")
+    note = f"Python's documentation, {args.seeds} seeds, {args.steps} steps of 8 rows of 128 tokens, AdamW, cosine schedule."
+    return heading("QLoRA against LoRA on the embedded base") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
+
+
+INT2 = Int(bits=2, block_size=64, symmetric=False)
+
+
+def _train(model: Any, params: Any, train: Any, test: Any, steps: int, seed: int) -> float:
+    trainable, frozen = peft_jax.partition(params)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup_steps=10), steps)
+    apply = peft_jax.bind(model)
+    state = init_state(trainable, optimizer, seed)
+    run = jax.jit(make_step(next_token, apply, optimizer), donate_argnums=0)
+    for i in range(steps):
+        state, _ = run(state, frozen, batch_at(train, i, 8, seed=seed))
+    return held_out_loss(apply, state.trainable, frozen, test)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("step", "table", "qlora", "one-step"))
+    parser.add_argument("--data", default="../shared/data", help="folder with gutenberg and tinyshakespeare (table)")
+    parser.add_argument("--batches", type=int, default=8, help="calibration batches of 16 rows (table)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=150, help="training steps (qlora)")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each kind (step)")
+    parser.add_argument("--kind", choices=("lora", "qlora"), default="qlora", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help="a Markdown file for the table")
+    args = parser.parse_args()
+    if args.what == "one-step":
+        print(json.dumps(run_step(args.kind, 4)))
+        return
+    text = {"step": step, "table": table, "qlora": qlora}[args.what](args)
+    print(text)
+    if args.out:
+        Path(args.out).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
