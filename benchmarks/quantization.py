@@ -131,8 +131,8 @@ def step(args: argparse.Namespace) -> str:
     note = (
         f"Llama shape, {pick('lora', 'parameters') / 1e6:.0f} million parameters, {STEP_ROWS} rows of {STEP_LENGTH} tokens, "
         f"layers rematerialised, rank 8 on all linear layers; {bits:.3f} bits a weight, norms included. Sizes are those of the "
-        f"compiled step's arrays and temporaries. {args.rounds} processes of each, in turn. On CPUs XLA keeps float32 copies of "
-        "the bfloat16 weights for the whole step, which is most of what LoRA's temporaries are."
+        f"compiled step's arrays and temporaries. {args.rounds} processes of each, in turn. On CPUs XLA keeps float32 copies "
+        "of the bfloat16 weights for the whole step, which is most of what LoRA's temporaries are."
     )
     return heading("A QLoRA step") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
 
@@ -181,9 +181,6 @@ def table(args: argparse.Namespace) -> str:
     train, held = held_out(Path(args.data), tokenizer)
     batches = [{"tokens": jnp.asarray(train[16 * i : 16 * (i + 1)])} for i in range(args.batches)]
     scanned = model.clone(scan_layers=True)
-    bits_of = lambda tree: statistics.mean(
-        peft_jax.bits_per_weight(w) for w in peft_jax.places(tree).values() if isinstance(w, peft_jax.Quantized)
-    )
     dense = perplexity_of(scanned, peft_jax.stack_layers(params), held)
     lines = [
         "| bits | format | rounding | bits a weight | perplexity |",

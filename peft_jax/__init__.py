@@ -18,6 +18,7 @@ from peft_jax.low_rank.fourierft import fourierft
 from peft_jax.low_rank.gralora import gralora
 from peft_jax.low_rank.hira import hira
 from peft_jax.low_rank.hra import hra
+from peft_jax.low_rank.loftq import loftq
 from peft_jax.low_rank.loha import loha
 from peft_jax.low_rank.lokr import lokr
 from peft_jax.low_rank.lora import LoRA, lora, rebase
@@ -34,7 +35,10 @@ from peft_jax.low_rank.waveft import waveft
 from peft_jax.models.layers import stack_layers, unstack_layers
 from peft_jax.quantization.adam8bit import adamw8bit, scale_by_adam8bit
 from peft_jax.quantization.blocks import quantize_in_turn
+from peft_jax.quantization.budget import allocate_bits
 from peft_jax.quantization.formats import FP4, FP8, MXFP4, NF4, Int
+from peft_jax.quantization.qalora import qalora
+from peft_jax.quantization.qat import qat
 from peft_jax.quantization.quantize import bits_per_weight, dequantize, quantize, quantize_weight
 from peft_jax.quantization.quantized import Quantized
 from peft_jax.training.generate import generate
@@ -58,6 +62,7 @@ __all__ = [
     "adalora",
     "adamw8bit",
     "adapters",
+    "allocate_bits",
     "bank",
     "bank_adapter",
     "bind",
@@ -87,6 +92,7 @@ __all__ = [
     "load",
     "load_adapter",
     "load_tokenizer",
+    "loftq",
     "loha",
     "lokr",
     "lora",
@@ -99,6 +105,8 @@ __all__ = [
     "oft",
     "partition",
     "places",
+    "qalora",
+    "qat",
     "quantize",
     "quantize_in_turn",
     "quantize_weight",

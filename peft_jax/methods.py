@@ -27,6 +27,8 @@ from peft_jax.low_rank.trainable_tokens import trainable_tokens
 from peft_jax.low_rank.vblora import vblora
 from peft_jax.low_rank.vera import vera
 from peft_jax.low_rank.waveft import waveft
+from peft_jax.quantization.qalora import qalora
+from peft_jax.quantization.qat import qat
 
 METHODS: dict[str, Callable[..., Any]] = {
     "lora": lora,
@@ -50,6 +52,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "gralora": gralora,
     "delora": delora,
     "trainable_tokens": trainable_tokens,
+    "qalora": qalora,
+    "qat": qat,
     "full": full,
 }
 

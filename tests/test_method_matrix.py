@@ -45,8 +45,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gralora": {"rank": 4, "alpha": 4.0},
     "delora": {"rank": 2},
     "trainable_tokens": {"ids": [1, 3]},
+    "qalora": {"rank": 2, "block_size": 8},
+    "qat": {"format": "int8"},
 }
-NOT_IDENTITY = {"vblora"}  # methods that do not promise to change nothing at first
+NOT_IDENTITY = {"vblora", "qat"}  # methods that do not promise to change nothing at first
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +84,8 @@ def compressed(params):
 MODELS = ["linen", "nnx", "compressed", "scanned", "looped", "gemma2"]
 MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"fsdp": 8}]
 THOROUGH = ("lora", "full")  # the others meet the first three models and the first mesh
-CASES = [(m, n) for n in METHODS for m in (MODELS if n in THOROUGH else MODELS[:3])]
+WHOLE = ("full", "qat")  # they train the weights themselves, and have no adapter
+CASES = [(m, n) for n in METHODS for m in (MODELS if n in THOROUGH else [*MODELS[:2], "scanned"] if n == "qat" else MODELS[:3])]
 
 
 @dataclasses.dataclass
@@ -156,7 +159,7 @@ def test_merged_equals_unmerged(case):
 
 
 def test_unmerge_restores(case):
-    if any(isinstance(w, peft_jax.Weight) for w in peft_jax.places(case.base).values()):
+    if case.method == "qat" or any(isinstance(w, peft_jax.Weight) for w in peft_jax.places(case.base).values()):
         pytest.skip("a compressed base is not recovered from its merge with a dense update")
     back = peft_jax.unmerge(peft_jax.merge(case.moved), case.moved)
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(case.moved), strict=True):
@@ -239,7 +242,7 @@ def test_export_round_trip(case, tmp_path):
     if not hasattr(case.model, "config"):
         pytest.skip("only Hugging Face families have a folder format")
     expected = case.apply(case.moved, case.tokens)
-    if case.method == "full":
+    if case.method in WHOLE:
         if any(isinstance(w, peft_jax.Weight) for w in peft_jax.places(case.base).values()):
             pytest.skip("full fine-tuning leaves a compressed base as it is")
         peft_jax.save(tmp_path / "model", case.model, peft_jax.merge(case.moved))

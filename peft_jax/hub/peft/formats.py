@@ -37,6 +37,7 @@ from peft_jax.low_rank.trainable_tokens import TrainableTokens
 from peft_jax.low_rank.vblora import VBLoRA
 from peft_jax.low_rank.vera import VeRA, projections
 from peft_jax.low_rank.waveft import WaveFT
+from peft_jax.quantization.qalora import QALoRA
 
 Tensors = dict[str, np.ndarray]
 Config = Mapping[str, Any]
@@ -168,6 +169,13 @@ def _read_lora(tensors: Tensors, config: Config, module: Module) -> tuple[type[W
         "rslora": rslora,
         "dropout": float(config.get("lora_dropout") or 0.0),
     }
+    if config.get("use_qalora"):
+        if config.get("use_dora") or module.embedding or rslora:
+            raise ValueError(f"{module.name}: use_qalora beside use_dora, use_rslora or an embedding is not supported")
+        size = number(config, "qalora_group_size")
+        if a.shape[1] * size != module.n_in:
+            raise ValueError(f"{module.name} has lora_A {a.shape}, expected {module.n_in} inputs in groups of {size}")
+        return QALoRA, {k: v for k, v in fields.items() if k != "rslora"}
     if not config.get("use_dora"):
         if "lora_magnitude_vector" in tensors:
             raise ValueError(f"{module.name} has lora_magnitude_vector, but the adapter does not say use_dora")
@@ -178,20 +186,24 @@ def _read_lora(tensors: Tensors, config: Config, module: Module) -> tuple[type[W
 
 
 def _describe_lora(nodes: Mapping[str, Any]) -> dict[str, Any]:
-    rslora = all(n.rslora for n in nodes.values())
+    rslora = all(getattr(n, "rslora", False) for n in nodes.values())
     ranks = {m: next(iter(_write_lora(n, False).values())).shape[0] for m, n in nodes.items()}
     alphas = {m: round(float(n.scale) * (ranks[m] ** 0.5 if rslora else ranks[m]), 6) for m, n in nodes.items()}
     r, alpha = usual(ranks.values()), usual(alphas.values())
-    dora = {isinstance(n, DoRA) for n in nodes.values()}
-    if len(dora) > 1:
-        raise ValueError("PEFT's use_dora holds for all modules; this adapter has DoRA in some places and LoRA in others")
+    kinds = {type(n) for n in nodes.values()}
+    if len(kinds) > 1:
+        raise ValueError("PEFT's use_dora and use_qalora hold for all modules; this adapter has LoRA, DoRA or QA-LoRA in parts")
+    kind = kinds.pop()
+    blocks = {"qalora_group_size": _one(nodes, "qalora_group_size", lambda n: n.block)} if kind is QALoRA else {}
     embeddings = [n for n in nodes.values() if getattr(n, "look_up_only", False)]
     return {
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": usual(n.dropout for n in nodes.values()),
         "use_rslora": rslora,
-        "use_dora": dora.pop(),
+        "use_dora": kind is DoRA,
+        "use_qalora": kind is QALoRA,
+        **blocks,
         "rank_pattern": exceptions(ranks, r),
         "alpha_pattern": exceptions(alphas, alpha),
         "init_lora_weights": True,
@@ -209,7 +221,7 @@ def _finish_lora(node: Any) -> Any:
 
 _LORA_OPTIONS = (
     "alpha_pattern init_lora_weights loftq_config lora_alpha lora_dropout megatron_core qalora_group_size r rank_pattern "
-    "runtime_config use_rslora use_dora ensure_weight_tying trainable_token_indices"
+    "runtime_config use_rslora use_dora use_qalora ensure_weight_tying trainable_token_indices"
 )
 
 # ---------------------------------------------------------------------------------------------------------- AdaLoRA
@@ -669,7 +681,7 @@ def _options(names: str) -> frozenset[str]:
 
 FORMATS: dict[str, Format] = {
     "LORA": Format(
-        (LoRA, DoRA),
+        (LoRA, DoRA, QALoRA),
         ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
         _write_lora, _read_lora, _describe_lora, _options(_LORA_OPTIONS), finish=_finish_lora,
     ),

@@ -1,0 +1,79 @@
+"""LoftQ (Li et al. 2023, arXiv:2310.08659): a quantized base and LoRA factors that together start near the full weights.
+
+In turns (algorithm 1): the weight less the factors' product is quantized; the factors are the best ones of their rank for what
+quantization lost. With few bits this starts much nearer to the model than a quantized base and B = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.reparametrised import find_sites
+from peft_jax.core.tree import Targets, map_places, places
+from peft_jax.core.weight import Layout, from_matrix, materialize, to_matrix
+from peft_jax.low_rank.lora import LoRA, lora
+
+
+def loftq(
+    params: Any,
+    key: jax.Array,
+    *,
+    quantize: Callable[[Any], Any],
+    rank: int = 8,
+    alpha: float | None = None,
+    steps: int = 5,
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    layout: Layout | None = None,
+    **options: Any,
+) -> Any:
+    """`quantize(params)` with LoRA nodes over it whose product makes up for the loss; `options` are those of `lora`.
+
+    `quantize` maps a tree to the tree with its weights quantized, as `lambda tree: peft_jax.quantize(tree, "nf4")`; what it
+    leaves alone gets factors that begin at a product of zero. Raises ValueError for `steps` below 1, and as `lora` does.
+    """
+    if steps < 1:
+        raise ValueError(f"LoftQ needs at least one step, got steps={steps}")
+    where: dict[str, Any] = {"targets": targets, "exclude": exclude, "layout": layout}
+    sites = find_sites(params, **where)
+    factors = {p: None for p in sites}
+    base = params
+    for _ in range(steps):
+        rest = lambda p, w, known=factors: _less(w, known.get(p), sites.get(p))
+        base = quantize(map_places(rest, params))
+        quantized = places(base)
+        factors = {p: _factors(s.matrix() - _matrix(quantized[p], s), rank) for p, s in sites.items()}
+    placed = lora(base, key, rank=rank, alpha=alpha, **where, **options)
+
+    def start(path: str, w: Any) -> Any:
+        if path not in sites or not isinstance(w, LoRA):
+            return w
+        a, b = factors[path]  # type: ignore[misc]
+        lossless = jnp.abs(b).max() == 0
+        root = jnp.sqrt(w.scale)[..., None, None]
+        return w if lossless else w.replace(a=a / root, b=b / root)
+
+    return map_places(start, placed)
+
+
+def _less(w: Any, factors: Any, site: Any) -> Any:
+    """The weight less the factors' product."""
+    if factors is None:
+        return w
+    rest = to_matrix(materialize(w), site.in_axes, site.out_axes).astype(jnp.float32) - jnp.matmul(*factors)
+    return from_matrix(rest, w.shape, site.in_axes, site.out_axes).astype(w.dtype)
+
+
+def _matrix(w: Any, site: Any) -> jax.Array:
+    return to_matrix(materialize(w), site.in_axes, site.out_axes).astype(jnp.float32)
+
+
+def _factors(residual: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """Factors [*lead, in, r] and [*lead, r, out] of the best approximation of the residual."""
+    u, s, vt = jnp.linalg.svd(residual, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank])
+    return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]

@@ -1,0 +1,149 @@
+"""Training beside quantization: LoftQ, quantization-aware training, QA-LoRA, mixed bit widths."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from peft.tuners.lora.variants import QALoraLinearVariant
+
+import peft_jax
+from peft_jax import NF4, Int
+from tests.reference import family_checkpoint, perturb, relative_error
+
+
+def kernel(shape=(64, 48), seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def numpy_loftq(w, rank, steps, format):
+    """Li et al. 2023, algorithm 1."""
+    a, b = np.zeros((w.shape[0], rank)), np.zeros((rank, w.shape[1]))
+    for _ in range(steps):
+        q = np.asarray(peft_jax.quantize({"kernel": jnp.asarray(w - a @ b, jnp.float32)}, format)["kernel"].materialize())
+        u, s, vt = np.linalg.svd(w - q, full_matrices=False)
+        a, b = u[:, :rank] * np.sqrt(s[:rank]), np.sqrt(s[:rank])[:, None] * vt[:rank]
+    return q + a @ b
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_loftq_is_the_papers_algorithm(steps):
+    w, format = np.asarray(kernel()), Int(bits=2, block_size=32, symmetric=False)
+    quantize = lambda tree: peft_jax.quantize(tree, format)
+    tree = peft_jax.loftq({"kernel": jnp.asarray(w)}, jax.random.key(0), quantize=quantize, rank=8, alpha=16, steps=steps)
+    found = np.asarray(tree["kernel"].materialize())
+    assert relative_error(found, numpy_loftq(w, 8, steps, format)) < 1e-4
+    assert isinstance(tree["kernel"].base, peft_jax.Quantized)
+    plain = np.asarray(quantize({"kernel": jnp.asarray(w)})["kernel"].materialize())
+    assert np.linalg.norm(found - w) < 0.9 * np.linalg.norm(plain - w)
+
+
+def test_loftq_over_stacked_layers_and_what_is_not_quantized():
+    params = {"q_proj": {"kernel": kernel((2, 64, 32))}, "o_proj": {"kernel": kernel((2, 32, 64))}}
+    quantize = lambda tree: peft_jax.quantize(tree, NF4(), targets="q_proj")
+    tree = peft_jax.loftq(params, jax.random.key(0), quantize=quantize, rank=4)
+    assert relative_error(tree["o_proj"]["kernel"].materialize(), params["o_proj"]["kernel"]) < 1e-6
+    error = lambda w: float(jnp.linalg.norm(w - params["q_proj"]["kernel"]))
+    assert error(tree["q_proj"]["kernel"].materialize()) < error(quantize(params)["q_proj"]["kernel"].materialize())
+    with pytest.raises(ValueError, match="steps=0"):
+        peft_jax.loftq(params, jax.random.key(0), quantize=quantize, steps=0)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "nf4", "fp8", "mxfp4"])
+def test_qat_trains_what_merging_gives(format):
+    options = {"block_size": 32} if format in ("int4", "nf4") else {}
+    params = peft_jax.qat({"kernel": kernel((2, 64, 48))}, jax.random.key(0), format=format, options=options)
+    node = params["kernel"]
+    merged = peft_jax.merge(params)["kernel"]
+    assert isinstance(merged, peft_jax.Quantized)
+    np.testing.assert_allclose(merged.materialize(), node.materialize(), rtol=1e-5, atol=1e-6)
+    x = jax.random.normal(jax.random.key(1), (5, 64))
+    one, dense = jax.tree.map(lambda a: a[0], node), kernel((2, 64, 48))[0]
+    grad = jax.grad(lambda w: (peft_jax.matmul(x, w) ** 2).sum())(one).base
+    straight = jax.grad(lambda w: 2 * (x @ w * jax.lax.stop_gradient(peft_jax.matmul(x, one))).sum())(dense)
+    assert relative_error(grad, straight) < 1e-5  # straight through
+
+
+def test_qat_ends_nearer_than_rounding_afterwards():
+    x, w = jax.random.normal(jax.random.key(1), (256, 32)), kernel((32, 8))
+    y = x @ w
+    loss = lambda node: jnp.square(peft_jax.matmul(x, node) - y).mean()
+    format = {"format": "int2", "options": {"block_size": 32, "symmetric": False}}
+    node = peft_jax.qat({"kernel": w}, jax.random.key(0), **format)["kernel"]
+    before, optimizer = float(loss(node)), optax.adam(1e-2)
+    state = optimizer.init(node)
+    step = jax.jit(lambda n, s: (lambda u, s: (optax.apply_updates(n, u), s))(*optimizer.update(jax.grad(loss)(n), s)))
+    for _ in range(100):
+        node, state = step(node, state)
+    assert float(loss(peft_jax.merge({"kernel": node})["kernel"])) < 0.9 * before
+
+
+def test_qalora_merges_into_zero_points_and_stays_quantized(tmp_path):
+    base = peft_jax.quantize({"q_proj": {"kernel": kernel((2, 64, 48))}}, Int(bits=4, block_size=16, symmetric=False))
+    params = perturb(peft_jax.qalora(base, jax.random.key(0), rank=4, alpha=8))
+    node = params["q_proj"]["kernel"]
+    assert node.a.shape == (2, 4, 4)  # a block of 16 inputs, as the base has
+    merged = peft_jax.merge(params)["q_proj"]["kernel"]
+    assert isinstance(merged, peft_jax.Quantized)
+    np.testing.assert_array_equal(merged.codes, base["q_proj"]["kernel"].codes)
+    assert relative_error(merged.materialize(), node.materialize()) < 1e-5
+    x = jax.random.normal(jax.random.key(1), (5, 64))
+    one = jax.tree.map(lambda a: a[1], node)
+    assert relative_error(peft_jax.matmul(x, one), x @ node.materialize()[1]) < 1e-5
+    symmetric = peft_jax.quantize({"kernel": kernel()}, Int(bits=4, block_size=16))
+    over = perturb(peft_jax.qalora(symmetric, jax.random.key(0)))
+    assert relative_error(peft_jax.merge(over)["kernel"].materialize(), over["kernel"].materialize()) < 1e-5
+    with pytest.raises(ValueError, match="kernel has no blocks; give QA-LoRA a block_size"):
+        peft_jax.qalora({"kernel": kernel()}, jax.random.key(0))
+
+
+def test_qaloras_update_is_that_of_peft():
+    node = perturb(peft_jax.qalora({"kernel": kernel()}, jax.random.key(0), rank=4, alpha=8, block_size=16))["kernel"]
+
+    module = types.SimpleNamespace(
+        lora_A={"d": torch.nn.Linear(4, 4, bias=False)},
+        lora_B={"d": torch.nn.Linear(4, 48, bias=False)},
+        lora_dropout={"d": torch.nn.Identity()},
+        scaling={"d": 2.0},
+        qalora_group_size={"d": 16},
+        in_features=64,
+        training=False,
+    )
+    module.lora_A["d"].weight.data = torch.tensor(np.asarray(node.a).T)
+    module.lora_B["d"].weight.data = torch.tensor(np.asarray(node.b).T)
+    x = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
+    theirs = QALoraLinearVariant.forward(module, "d", torch.tensor(x), torch.zeros(5, 48)).detach().numpy()
+    assert relative_error(jnp.asarray(x) @ node.delta(), theirs) < 1e-5
+
+
+def test_a_qalora_adapter_comes_back_from_its_folder(tmp_path):
+    folder, tokens, _ = family_checkpoint("llama2", tmp_path)
+    model, params = peft_jax.load(folder)
+    base = peft_jax.quantize(params, Int(bits=4, block_size=16))
+    with_adapter = perturb(peft_jax.qalora(base, jax.random.key(0), rank=2, alpha=4))
+    peft_jax.save_adapter(tmp_path / "a", with_adapter)
+    apply = jax.jit(peft_jax.bind(model))
+    again = peft_jax.load_adapter(base, tmp_path / "a")
+    assert relative_error(apply(again, tokens), apply(with_adapter, tokens)) < 1e-6
+
+
+def test_bits_go_where_they_help():
+    params = {"a": {"kernel": kernel()}, "b": {"kernel": kernel(seed=1)}, "c": {"kernel": kernel((64, 96), 2)}}
+    statistics = {f"{n}/kernel": jnp.eye(64) * scale for n, scale in (("a", 1.0), ("b", 1.0), ("c", 1.0))}
+    spike = jnp.zeros(64).at[:4].set(100.0) + 0.01
+    statistics["b/kernel"] = jnp.diag(spike)
+    formats = [Int(bits=b, block_size=32, symmetric=False) for b in (2, 3, 4, 8)]
+    plan = peft_jax.allocate_bits(params, formats, bits=5.5, statistics=statistics)
+    quantized = peft_jax.quantize(params, plan)
+    total = sum(peft_jax.bits_per_weight(w) * np.prod(w.shape) for w in peft_jax.places(quantized).values())
+    assert total <= 5.5 * (2 * 64 * 48 + 64 * 96)
+    least = peft_jax.allocate_bits(params, formats, bits=3.3)
+    assert {f.bits for f in least.values()} == {2}
+    most = peft_jax.allocate_bits(params, formats, bits=100)
+    assert {f.bits for f in most.values()} == {8}
+    assert len({f.bits for f in plan.values()}) > 1
+    with pytest.raises(ValueError, match=r"a budget of 1 bits a weight is too small: the smallest formats take 3\.25"):
+        peft_jax.allocate_bits(params, formats, bits=1)
