@@ -29,9 +29,11 @@ from peft_jax.data import Record, Rows, encode, fit, pack, read_records
 from peft_jax.data.batches import batch_at
 from peft_jax.hub import load, load_adapter, load_tokenizer, local_folder, save, save_adapter
 from peft_jax.low_rank.init import STATISTICS
+from peft_jax.low_rank.loftq import loftq
 from peft_jax.models.layers import stack_layers, unstack_layers
 from peft_jax.quantization.blocks import quantize_in_turn
-from peft_jax.quantization.quantize import EMBEDDING, bits_per_weight, quantize_weight
+from peft_jax.quantization.qat import FakeQuantized
+from peft_jax.quantization.quantize import EMBEDDING, bits_per_weight, quantize, quantize_weight
 from peft_jax.quantization.quantized import Quantized
 from peft_jax.quantization.rounding import NEEDS
 from peft_jax.training.checkpoint import Checkpoints, fingerprint
@@ -76,7 +78,7 @@ def start_distributed() -> None:
 def set_up(config: RunConfig) -> Setup:
     """Load the model (and the adapter to start from), placed on the mesh that the configuration describes."""
     mesh = make_mesh(config.mesh) if config.mesh or jax.device_count() > 1 else None
-    c, q = config.model, config.quantize
+    c, q = config.model, QuantizeConfig() if _is_loftq(config) else config.quantize
     folder = local_folder(c.path, c.revision)
     calibrated = q.format is not None and bool(q.rounding in NEEDS or q.options.get("activations") == "static")
     model, params = load(
@@ -94,6 +96,15 @@ def set_up(config: RunConfig) -> Setup:
     if calibrated:
         setup = setup._replace(params=_calibrated(config, setup))
     return setup._replace(params=load_adapter(setup.params, c.adapter)) if c.adapter else setup
+
+
+def _is_loftq(config: RunConfig) -> bool:
+    """Whether LoRA's start quantizes the base itself."""
+    if config.method.get("init") != "loftq":
+        return False
+    if config.quantize.format is None or config.quantize.rounding in NEEDS:
+        raise ConfigError("method.init=loftq needs quantize.format, and a quantize.rounding that takes no data")
+    return True
 
 
 def _quantize_read(config: RunConfig, path: str, w: jax.Array) -> Any:
@@ -161,7 +172,14 @@ def add_method(config: RunConfig, setup: Setup, rows: Rows | None = None) -> Any
     Starts that need statistics take them from the training rows, which are made where they are not given.
     """
     function, options = check_method(config.method)
-    if statistic := STATISTICS.get(options.get("init", "")):
+    if _is_loftq(config):
+        q = config.quantize
+        where = {"targets": q.targets, "exclude": q.exclude, "rounding": q.rounding, **q.rounding_options}
+        options = {k: v for k, v in options.items() if k != "init"} | {
+            "quantize": functools.partial(quantize, format=check_quantize(q), seed=config.train.seed, **where)
+        }
+        function = loftq
+    elif statistic := STATISTICS.get(options.get("init", "")):
         rows = rows or make_rows(config, config.data.train, setup.tokenizer)
         options["statistics"] = _statistics(config, setup, rows, statistic, options)
     params = function(setup.params, jax.random.key(config.train.seed), **options)
@@ -337,7 +355,8 @@ def _shown(metrics: dict[str, float]) -> str:
 def export(config: RunConfig, setup: Setup, params: Any, out: Path, *, merged: bool = False) -> Path:
     """Write what was trained: a PEFT adapter folder, or (full fine-tuning, or `merged`) a Hugging Face model folder."""
     params = jax.tree.map(fetch, params) if jax.process_count() > 1 else params
-    whole = merged or any(isinstance(w, Trainable) and w.saved_as == "full" for w in places(params).values())
+    nodes = places(params).values()
+    whole = merged or any(isinstance(w, FakeQuantized) or (isinstance(w, Trainable) and w.saved_as == "full") for w in nodes)
     if jax.process_index() != 0:
         return out
     if whole:

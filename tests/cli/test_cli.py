@@ -10,6 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+import peft_jax
 from peft_jax.cli import USER_ERRORS, main
 from peft_jax.training.config import ConfigError, describe, load_config, parse_config, to_dict
 
@@ -101,6 +102,12 @@ BAD = {
     "no validation": (["data.validation=null", "train.eval_every=2"], "need data.validation"),
     "mesh": (["mesh.data=3"], "does not divide"),
     "batch on mesh": (["mesh.data=8", "train.batch_size=4"], "a micro-batch of 4 rows"),
+    "quantized format": (["quantize.format=nf5"], "option 'quantize': unknown format 'nf5'"),
+    "quantized option": (["quantize.format=nf4", "quantize.options={blocks: 3}"], "format 'nf4' has no option 'blocks'"),
+    "rounding option": (["quantize.format=int4", "quantize.rounding_options={grid: 3}"], "'nearest' has no option 'grid'"),
+    "quantized block": (["quantize.format=nf4", "quantize.options={block_size: 48}"], "block_size=48 does not divide the 32"),
+    "quantized targets": (["quantize.format=int8", "quantize.targets=q_porj"], "quantize.targets 'q_porj' matches nothing"),
+    "loftq": (["method.init=loftq"], "method.init=loftq needs quantize.format"),
     "metric of text": (["evaluate.metrics=[bleu]"], "needs data of kind completion or chat"),
 }
 
@@ -159,3 +166,39 @@ def test_other_methods_train_export_and_are_inspected(options, method):
         out, error = run(command, *options)
         assert error is None, out
     assert "after:" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "quantized"),
+    [
+        ("method={name: lora, rank: 2}", "quantize={format: nf4, options: {block_size: 16}}"),
+        (
+            "method={name: lora, rank: 2, init: loftq}",
+            "quantize={format: int4, options: {block_size: 16}, rounding: stochastic}",
+        ),
+        ("method={name: qalora, rank: 2}", "quantize={format: int4, options: {block_size: 16}, rounding: gptq}"),
+        ("method={name: qat, format: int8}", "quantize={}"),
+    ],
+)
+def test_training_over_a_quantized_base(options, tmp_path, method, quantized):
+    options = [o for o in options if not o.startswith("method.")] + [method, quantized, "optimizer.name=adamw8bit"]
+    for command in ("inspect", "train", "export"):
+        out, error = run(command, *options, *(["--merged"] if command == "export" else []))
+        assert error is None, out
+        assert command != "train" or "after:" in out
+        assert command != "inspect" or ("Quantized" in out) == ("format" in quantized) or "loftq" in method
+    written = tmp_path / "run" / "model"
+    kept = any(isinstance(w, peft_jax.Quantized) for w in peft_jax.places(peft_jax.load(written)[1]).values())
+    assert kept == ("qat" in method)
+
+
+def test_quantize_shows_both_perplexities_and_writes_a_folder(options, tmp_path):
+    rest = ["quantize.format=int4", "quantize.options={block_size: 16}", "quantize.rounding=gptq"]
+    out, error = run("quantize", *[o for o in options if "metrics" not in o], *rest, "evaluate.metrics=[perplexity]")
+    assert error is None, out
+    assert "before:" in out
+    assert "bits a quantized weight" in out
+    nodes = peft_jax.places(peft_jax.load(tmp_path / "run" / "model")[1]).values()
+    assert any(isinstance(w, peft_jax.Quantized) for w in nodes)
+    _, error = run("quantize", *options)
+    assert "quantize needs quantize.format" in str(error)
