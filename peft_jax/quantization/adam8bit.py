@@ -73,7 +73,7 @@ def adamw8bit(
 def _empty(p: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Codes and scales of zeros: a scale of 0 makes every code zero."""
     if p.size < SMALL:
-        return jnp.zeros(p.shape, jnp.float32), jnp.zeros((0,), jnp.float32)
+        return jnp.zeros(p.shape, jnp.float32), jnp.zeros((1,), jnp.float32)
     return jnp.zeros(p.shape, jnp.uint8), jnp.zeros((math.ceil(p.size / BLOCK),), jnp.float32)
 
 
@@ -85,6 +85,6 @@ def _load(codes: jax.Array, scale: jax.Array, *, signed: bool) -> jax.Array:
 
 def _store(x: jax.Array, *, signed: bool) -> tuple[jax.Array, jax.Array]:
     if x.size < SMALL:
-        return x, jnp.zeros((0,), jnp.float32)
+        return x, jnp.zeros((1,), jnp.float32)
     codes, scale = quantize_blocks(x.reshape(-1), signed=signed)
     return codes.reshape(x.shape), scale

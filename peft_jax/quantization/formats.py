@@ -93,6 +93,8 @@ class Int(Format):
     def encode(self, w: jax.Array, scale: jax.Array, zero: jax.Array | None, noise: jax.Array | None = None) -> jax.Array:
         whole = jnp.round(zero) if zero is not None else 0 if self.bits == 8 else self.levels // 2 + 1
         q = w / scale if zero is None else w / scale + (zero - whole)
+        if zero is None:  # a block's largest negative weight lies just between two codes, where rounding errors would decide
+            q = jnp.where(q < -self.largest * (1 - 1e-6), q - 0.25, q)
         q = whole + (jnp.round(q) if noise is None else jnp.floor(q + noise))
         if zero is None and self.bits == 8:
             return jnp.clip(q, -128, 127).astype(jnp.int8)

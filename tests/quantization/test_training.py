@@ -68,17 +68,22 @@ def test_qat_trains_what_merging_gives(format):
 
 
 def test_qat_ends_nearer_than_rounding_afterwards():
-    x, w = jax.random.normal(jax.random.key(1), (256, 32)), kernel((32, 8))
-    y = x @ w
-    loss = lambda node: jnp.square(peft_jax.matmul(x, node) - y).mean()
-    format = {"format": "int2", "options": {"block_size": 32, "symmetric": False}}
-    node = peft_jax.qat({"kernel": w}, jax.random.key(0), **format)["kernel"]
-    before, optimizer = float(loss(node)), optax.adam(1e-2)
-    state = optimizer.init(node)
-    step = jax.jit(lambda n, s: (lambda u, s: (optax.apply_updates(n, u), s))(*optimizer.update(jax.grad(loss)(n), s)))
-    for _ in range(100):
-        node, state = step(node, state)
-    assert float(loss(peft_jax.merge({"kernel": node})["kernel"])) < 0.9 * before
+    mix = jnp.eye(32) + 0.3 * jax.random.normal(jax.random.key(5), (32, 32))
+    x, w = jax.random.normal(jax.random.key(1), (256, 32)) @ mix, kernel((32, 8))
+    loss = lambda node: jnp.square(peft_jax.matmul(x, node) - x @ w).mean()
+    options = {"format": "int4", "options": {"block_size": 32}}
+    node = peft_jax.qat({"kernel": w}, jax.random.key(0), **options)["kernel"]
+    before, optimizer = float(loss(node)), optax.adam(optax.cosine_decay_schedule(1e-3, 400))
+
+    def step(carry, _):
+        node, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(node), state)
+        return (optax.apply_updates(node, updates), state), None
+
+    (node, _), _ = jax.jit(lambda n: jax.lax.scan(step, (n, optimizer.init(n)), length=400))(node)
+    after = float(loss(peft_jax.merge({"kernel": node})["kernel"]))
+    assert after == pytest.approx(float(loss(node)), rel=1e-4)
+    assert after < 0.85 * before
 
 
 def test_qalora_merges_into_zero_points_and_stays_quantized(tmp_path):
@@ -136,10 +141,10 @@ def test_bits_go_where_they_help():
     spike = jnp.zeros(64).at[:4].set(100.0) + 0.01
     statistics["b/kernel"] = jnp.diag(spike)
     formats = [Int(bits=b, block_size=32, symmetric=False) for b in (2, 3, 4, 8)]
-    plan = peft_jax.allocate_bits(params, formats, bits=5.5, statistics=statistics)
+    plan = peft_jax.allocate_bits(params, formats, bits=7, statistics=statistics)
     quantized = peft_jax.quantize(params, plan)
     total = sum(peft_jax.bits_per_weight(w) * np.prod(w.shape) for w in peft_jax.places(quantized).values())
-    assert total <= 5.5 * (2 * 64 * 48 + 64 * 96)
+    assert total <= 7 * (2 * 64 * 48 + 64 * 96)
     least = peft_jax.allocate_bits(params, formats, bits=3.3)
     assert {f.bits for f in least.values()} == {2}
     most = peft_jax.allocate_bits(params, formats, bits=100)
