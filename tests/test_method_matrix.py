@@ -179,6 +179,8 @@ def test_matmul_equals_materialized(case):
 
 
 def test_eager_equals_jitted(case):
+    if case.method not in THOROUGH and not hasattr(case.model, "config"):
+        pytest.skip("one model will do")
     assert relative_error(peft_jax.bind(case.model)(case.moved, case.tokens), case.apply(case.moved, case.tokens)) < 1e-5
 
 

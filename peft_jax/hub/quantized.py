@@ -363,7 +363,7 @@ def _check_compressed(w: Quantized) -> None:
     if w.order is not None:
         raise ValueError("has inputs in activation order, which compressed-tensors no longer holds")
     if w.zero is not None and not np.issubdtype(np.asarray(w.zero).dtype, np.integer):
-        raise ValueError("has fractional zero points (HQQ), which compressed-tensors cannot hold")
+        raise ValueError("has fractional zero points (HQQ, QA-LoRA), which compressed-tensors cannot hold")
 
 
 def _padded(array: np.ndarray, multiple: int) -> np.ndarray:
