@@ -32,8 +32,8 @@ def kind_of(x: Any) -> str:
     """The nodes of a place, outermost first, as in "LoRA(r=8) > array"."""
     if not is_node(x):
         return "array"
-    rank = getattr(x, "rank", None)
-    name = type(x).__name__ + (f"(r={rank})" if rank else "")
+    rank, format = getattr(x, "rank", None), getattr(x, "format", None)
+    name = type(x).__name__ + (f"(r={rank})" if rank else f"({format.name})" if format else "")
     return f"{name} > {kind_of(x.base)}" if hasattr(x, "base") else name
 
 

@@ -13,7 +13,7 @@ import jax
 
 from peft_jax.core.calibrate import calibrate
 from peft_jax.core.reparametrised import Site, find_sites
-from peft_jax.core.tree import Targets, layer_paths, matches
+from peft_jax.core.tree import Targets, check_patterns, layer_paths, matches
 from peft_jax.core.weight import Layout
 from peft_jax.quantization.formats import Format
 from peft_jax.quantization.quantize import embedding_layout, quantize
@@ -41,6 +41,8 @@ def quantize_in_turn(
     """
     layout = {**embedding_layout(params), **(layout or {})}
     sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
+    if isinstance(format, Mapping):
+        check_patterns(sites, format=format)
     batches = list(batches)
     for paths in _blocks(sites):
         wanted = {*NEEDS.get(rounding, ()), *(["max_abs"] if _static(format) else [])}

@@ -28,6 +28,11 @@ class Format:
     bits: int
     block_size: int | None = None
 
+    @property
+    def name(self) -> str:
+        """What `make_format` takes: "nf4", "int4" and the like."""
+        return self.kind
+
     def fit(self, w: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """(scale, zero point or None), each [..., 1, out], of blocks w [..., block, out], float32."""
         raise NotImplementedError
@@ -74,7 +79,12 @@ class Int(Format):
             raise ValueError("activations are quantized beside symmetric 8-bit weights with one scale an output only")
 
     @property
+    def name(self) -> str:
+        return f"int{self.bits}"
+
+    @property
     def levels(self) -> int:
+        """The largest code."""
         return 2**self.bits - 1
 
     @property
@@ -93,7 +103,8 @@ class Int(Format):
     def encode(self, w: jax.Array, scale: jax.Array, zero: jax.Array | None, noise: jax.Array | None = None) -> jax.Array:
         whole = jnp.round(zero) if zero is not None else 0 if self.bits == 8 else self.levels // 2 + 1
         q = w / scale if zero is None else w / scale + (zero - whole)
-        if zero is None:  # a block's largest negative weight lies just between two codes, where rounding errors would decide
+        if zero is None and noise is None:
+            # A block's largest negative weight lies just between two codes, where rounding errors would decide.
             q = jnp.where(q < -self.largest * (1 - 1e-6), q - 0.25, q)
         q = whole + (jnp.round(q) if noise is None else jnp.floor(q + noise))
         if zero is None and self.bits == 8:

@@ -23,7 +23,7 @@ from peft_jax.core.calibrate import calibrate, gradients
 from peft_jax.core.files import write_json
 from peft_jax.core.reparametrised import MATRIX
 from peft_jax.core.sharding import fetch, make_mesh, node_shardings, shard
-from peft_jax.core.tree import combine, count, is_target, map_places, merge, partition, places
+from peft_jax.core.tree import combine, count, is_target, map_places, merge, partition, places, select
 from peft_jax.core.weight import Trainable, Weight
 from peft_jax.data import Record, Rows, encode, fit, pack, read_records
 from peft_jax.data.batches import batch_at
@@ -91,8 +91,8 @@ def set_up(config: RunConfig) -> Setup:
         each=None if q.format is None or calibrated else functools.partial(_quantize_read, config),
     )
     setup = Setup(model, params, load_tokenizer(folder), mesh, folder)
-    if q.format is not None and not calibrated:
-        _check_quantized(config, params)
+    if q.format is not None:
+        select(params, q.targets, q.exclude)  # raises for a target that matches nothing
     if calibrated:
         setup = setup._replace(params=_calibrated(config, setup))
     return setup._replace(params=load_adapter(setup.params, c.adapter)) if c.adapter else setup
@@ -120,11 +120,6 @@ def _quantize_read(config: RunConfig, path: str, w: jax.Array) -> Any:
     if isinstance(w.sharding, NamedSharding):
         return jax.tree.map(jax.device_put, node, node_shardings(path, node, w.sharding.mesh))
     return node
-
-
-def _check_quantized(config: RunConfig, params: Any) -> None:
-    if not any(isinstance(w, Quantized) for w in places(params).values()):
-        raise ConfigError(f"quantize.targets {config.quantize.targets!r} matches nothing in this model")
 
 
 def _calibrated(config: RunConfig, setup: Setup) -> Any:

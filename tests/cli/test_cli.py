@@ -106,7 +106,10 @@ BAD = {
     "quantized option": (["quantize.format=nf4", "quantize.options={blocks: 3}"], "format 'nf4' has no option 'blocks'"),
     "rounding option": (["quantize.format=int4", "quantize.rounding_options={grid: 3}"], "'nearest' has no option 'grid'"),
     "quantized block": (["quantize.format=nf4", "quantize.options={block_size: 48}"], "block_size=48 does not divide the 32"),
-    "quantized targets": (["quantize.format=int8", "quantize.targets=q_porj"], "quantize.targets 'q_porj' matches nothing"),
+    "quantized targets": (
+        ["quantize.format=int8", "quantize.targets=q_porj"],
+        "target 'q_porj' matches nothing. Did you mean 'q_proj'?",
+    ),
     "loftq": (["method.init=loftq"], "method.init=loftq needs quantize.format"),
     "metric of text": (["evaluate.metrics=[bleu]"], "needs data of kind completion or chat"),
 }
