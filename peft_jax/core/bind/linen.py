@@ -64,14 +64,16 @@ def _intercept(strict: bool, said: set[str], call: Callable[..., Any], args: Any
 
 
 def _setup(module: nn.Module, own: Mapping[str, Any], call: Callable[[], Any]) -> Any:
-    """A module's `setup` with its own Weights as arrays: Flax compares a declared parameter's shape with what is there.
+    """A module's `setup` with its packed Weights as arrays: Flax compares a declared parameter's shape with what is there.
 
     The module's methods go by their rules all the same; an array that nothing uses costs nothing once compiled.
     """
     declare = module.param
 
     def param(name: str, *args: Any, **kwargs: Any) -> Any:
-        return own[name].materialize() if isinstance(own.get(name), Weight) else declare(name, *args, **kwargs)
+        w = own.get(name)
+        packed = isinstance(w, Weight) and jax.tree.leaves(w)[0].shape != w.shape  # Flax looks at the first array
+        return materialize(w) if packed else declare(name, *args, **kwargs)
 
     object.__setattr__(module, "param", param)
     try:
