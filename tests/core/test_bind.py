@@ -178,7 +178,7 @@ def test_attachments_act_around_the_call(kind):
 def test_dropout_is_off_without_rng_and_differs_by_layer_with_it():
     model, params = linen_model()
     lora = perturb(peft_jax.lora(params, jax.random.key(1), rank=2, targets="re:out/kernel", dropout=0.5))
-    apply = peft_jax.bind(model)
+    apply = jax.jit(peft_jax.bind(model))
     still = apply(lora, TOKENS)
     np.testing.assert_array_equal(still, apply(lora, TOKENS))
     one, two = apply(lora, TOKENS, rng=jax.random.key(0)), apply(lora, TOKENS, rng=jax.random.key(1))
