@@ -13,13 +13,12 @@ import argparse
 import math
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import LENGTH, best_time, heading, held_out_loss, rows_of
+from measure import LENGTH, best_time, heading, held_out_loss, publish, rows_of
 
 import peft_jax
 from peft_jax.data.batches import batch_at
@@ -201,10 +200,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="turns of each contender of the bank")
     parser.add_argument("--out", help="a Markdown file for the table")
     args = parser.parse_args()
-    text = {"methods": methods, "svd": svd, "bank": bank}[args.what](args)
-    print(text)
-    if args.out:
-        Path(args.out).write_text(text, encoding="utf-8")
+    publish({"methods": methods, "svd": svd, "bank": bank}[args.what](args), args.out)
 
 
 if __name__ == "__main__":

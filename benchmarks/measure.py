@@ -37,6 +37,13 @@ def _cpu() -> str:
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
 
 
+def publish(text: str, out: str | None) -> None:
+    """Print a table, and write it to a file where one is named."""
+    print(text)
+    if out:
+        Path(out).write_text(text, encoding="utf-8")
+
+
 def rows_of(source: str, split: str, kind: str, tokenizer: Any) -> Any:
     """Packed rows of LENGTH tokens of one source."""
     examples = encode(read_records(source, kind=kind, split=split), tokenizer, kind)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import heading, held_out_loss, rows_of
+from measure import heading, held_out_loss, publish, rows_of
 
 import peft_jax
 from peft_jax import FP4, FP8, MXFP4, NF4, Int
@@ -278,10 +278,7 @@ def main() -> None:
     if args.what == "one-step":
         print(json.dumps(run_step(args.kind, 4)))
         return
-    text = {"step": step, "table": table, "qlora": qlora}[args.what](args)
-    print(text)
-    if args.out:
-        Path(args.out).write_text(text, encoding="utf-8")
+    publish({"step": step, "table": table, "qlora": qlora}[args.what](args), args.out)
 
 
 if __name__ == "__main__":

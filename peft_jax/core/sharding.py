@@ -124,6 +124,11 @@ def shard(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     return jax.tree.map(_put, params, shardings(params, mesh, rules))
 
 
+def shard_place(path: str, x: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """One place's array or node on the mesh, as `shard` puts it."""
+    return jax.tree.map(_put, x, node_shardings(path, x, mesh, rules))
+
+
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
     if jax.process_count() == 1 or (isinstance(x, jax.Array) and x.sharding == sharding):
         return jax.device_put(x, sharding)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.files import read_json, replacing_folder, write_json
-from peft_jax.core.sharding import RULES, Rules, node_shardings
+from peft_jax.core.sharding import RULES, Rules, node_shardings, shard_place
 from peft_jax.core.tree import map_places, path_str, places, resolve
 from peft_jax.core.weight import Weight
 from peft_jax.hub.names import Tensor, module_names, tensors_of
@@ -118,12 +118,14 @@ def load(
 
         def read(path: str, leaf: Any, sharding: Any) -> Any:
             found = _read_leaf(checkpoint, parts[path][1], leaf, sharding)
-            return found if each is None else each(path, found)
+            if each is None or (made := each(path, found)) is found:
+                return found
+            return made if mesh is None else shard_place(path, made, mesh, rules)
 
         def place(path: str, leaf: Any) -> Any:
             if path in quantized:
                 node = reader.weight(_modules(path, model), leaf.shape, dtype)
-                return node if mesh is None else jax.tree.map(jax.device_put, node, node_shardings(path, node, mesh, rules))
+                return node if mesh is None else shard_place(path, node, mesh, rules)
             placed = None if mesh is None else node_shardings(path, leaf, mesh, rules)
             if isinstance(leaf, Factorized):
                 factors = {f: read(f"{path}/{f}", getattr(leaf, f), placed and getattr(placed, f)) for f in ("u", "v")}

@@ -7,6 +7,7 @@ bitsandbytes NF4 and FP4. Hugging Face weights are [out, in]; here a matrix is [
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -22,7 +23,6 @@ from peft_jax.quantization.packing import pack, unpack
 from peft_jax.quantization.quantized import Quantized
 
 Read = Callable[[str], np.ndarray]  # suffix of a module's tensor -> the tensor
-Tensors = Mapping[str, np.ndarray]
 
 
 class Parts(NamedTuple):
@@ -74,6 +74,7 @@ class QuantizedReader:
         assert self._scheme is not None
         names = frozenset(n.removeprefix(module + ".") for n in self.tensors(module))
 
+        @functools.cache
         def read(suffix: str) -> np.ndarray:
             if suffix not in names:
                 raise ValueError(f"{module} is quantized and lacks {module}.{suffix}")

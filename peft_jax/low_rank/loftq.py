@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.reparametrised import find_sites
+from peft_jax.core.reparametrised import Site, find_sites
 from peft_jax.core.tree import Targets, map_places, places
-from peft_jax.core.weight import Layout, from_matrix, materialize, to_matrix
+from peft_jax.core.weight import Layout, from_matrix
+from peft_jax.low_rank.init import start
 from peft_jax.low_rank.lora import LoRA, lora
 
 
@@ -40,40 +41,26 @@ def loftq(
         raise ValueError(f"LoftQ needs at least one step, got steps={steps}")
     where: dict[str, Any] = {"targets": targets, "exclude": exclude, "layout": layout}
     sites = find_sites(params, **where)
-    factors = {p: None for p in sites}
+    factors: dict[str, Any] = {}
     base = params
     for _ in range(steps):
-        rest = lambda p, w, known=factors: _less(w, known.get(p), sites.get(p))
+        rest = lambda path, w, known=factors: _less(w, sites[path], known[path]) if path in known else w
         base = quantize(map_places(rest, params))
         quantized = places(base)
-        factors = {p: _factors(s.matrix() - _matrix(quantized[p], s), rank) for p, s in sites.items()}
+        lost = {p: s.matrix() - s._replace(base=quantized[p]).matrix() for p, s in sites.items()}
+        factors = {p: start("pissa", w, rank, jnp.ones(w.shape[:-2]), key) for p, w in lost.items()}
     placed = lora(base, key, rank=rank, alpha=alpha, **where, **options)
 
-    def start(path: str, w: Any) -> Any:
+    def begin(path: str, w: Any) -> Any:
         if path not in sites or not isinstance(w, LoRA):
             return w
-        a, b = factors[path]  # type: ignore[misc]
-        lossless = jnp.abs(b).max() == 0
+        a, b = factors[path]
         root = jnp.sqrt(w.scale)[..., None, None]
-        return w if lossless else w.replace(a=a / root, b=b / root)
+        return w if jnp.abs(b).max() == 0 else w.replace(a=a / root, b=b / root)  # nothing lost: factors as LoRA's own
 
-    return map_places(start, placed)
+    return map_places(begin, placed)
 
 
-def _less(w: Any, factors: Any, site: Any) -> Any:
+def _less(w: Any, site: Site, factors: tuple[jax.Array, jax.Array]) -> jax.Array:
     """The weight less the factors' product."""
-    if factors is None:
-        return w
-    rest = to_matrix(materialize(w), site.in_axes, site.out_axes).astype(jnp.float32) - jnp.matmul(*factors)
-    return from_matrix(rest, w.shape, site.in_axes, site.out_axes).astype(w.dtype)
-
-
-def _matrix(w: Any, site: Any) -> jax.Array:
-    return to_matrix(materialize(w), site.in_axes, site.out_axes).astype(jnp.float32)
-
-
-def _factors(residual: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-    """Factors [*lead, in, r] and [*lead, r, out] of the best approximation of the residual."""
-    u, s, vt = jnp.linalg.svd(residual, full_matrices=False)
-    root = jnp.sqrt(s[..., :rank])
-    return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
+    return from_matrix(site.matrix() - jnp.matmul(*factors), w.shape, site.in_axes, site.out_axes).astype(w.dtype)

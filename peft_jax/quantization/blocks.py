@@ -15,9 +15,9 @@ from peft_jax.core.calibrate import calibrate
 from peft_jax.core.reparametrised import Site, find_sites
 from peft_jax.core.tree import Targets, check_patterns, layer_paths, matches
 from peft_jax.core.weight import Layout
-from peft_jax.quantization.formats import Format
+from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.quantize import embedding_layout, quantize
-from peft_jax.quantization.rounding import NEEDS
+from peft_jax.quantization.rounding import needed_statistics
 
 
 def quantize_in_turn(
@@ -43,9 +43,10 @@ def quantize_in_turn(
     sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
     if isinstance(format, Mapping):
         check_patterns(sites, format=format)
+    formats = [make_format(f) for f in (format.values() if isinstance(format, Mapping) else [format])]
     batches = list(batches)
     for paths in _blocks(sites):
-        wanted = {*NEEDS.get(rounding, ()), *(["max_abs"] if _static(format) else [])}
+        wanted = {name for f in formats for name in needed_statistics(rounding, f)}
         found = {
             name: calibrate(apply, params, batches, statistic=name, targets=paths, layout=layout)  # type: ignore[arg-type]
             for name in sorted(wanted)
@@ -65,11 +66,6 @@ def _blocks(sites: Mapping[str, Site]) -> list[list[str]]:
     ordered = sorted({n for n in numbers.values() if n is not None})
     blocks = [[p for p, n in numbers.items() if n == number] for number in [*ordered, None]]
     return [block for block in blocks if block]
-
-
-def _static(format: Any) -> bool:
-    formats = format.values() if isinstance(format, Mapping) else [format]
-    return any(getattr(f, "activations", None) == "static" for f in formats)
 
 
 def _matches_any(pattern: str, paths: list[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from peft_jax.core.weight import Axes, Layout, Weight, materialize, matrix_shape
 from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.packing import codes_per_unit
 from peft_jax.quantization.quantized import Quantized, packed
-from peft_jax.quantization.rounding import NEEDS, ROUNDINGS, Rounded, rounding_options
+from peft_jax.quantization.rounding import NEEDS, ROUNDINGS, Rounded, check_rounding, needed_statistics
 
 Statistics = Mapping[str, Mapping[str, jax.Array]]  # name of the statistic -> path -> array
 EMBEDDING: tuple[Axes, Axes] = ((-1,), (-2,))  # an embedding [V, D] as the matrix of a head that is tied to it
@@ -45,13 +46,12 @@ def quantize(
     Raises ValueError naming the place for a block that does not divide its inputs, missing or misshapen statistics,
     weights that are not finite, and for unknown formats, roundings and options.
     """
-    if unknown := sorted(set(options) - set(rounding_options(rounding))):
-        known = ", ".join(rounding_options(rounding)) or "none"
-        raise ValueError(f"rounding {rounding!r} has no option {unknown[0]!r}; its options: {known}")
+    check_rounding(rounding, options)
     layout = {**embedding_layout(params), **(layout or {})}
     sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
     formats = _formats(format, sites)
     for path, chosen in formats.items():
+        check_whole(sites[path])
         check_fits(path, chosen, sites[path].sizes[1])
         _check_statistics(sites[path], chosen, rounding, statistics or {})
 
@@ -59,11 +59,9 @@ def quantize(
         if path not in formats:
             return w
         needed = {name: of[path] for name, of in (statistics or {}).items() if path in of}
-        key = jax.random.fold_in(jax.random.key(seed), list(formats).index(path))
         site = sites[path]
-        return quantize_base(
-            path, w, formats[path], rounding, needed, key, in_axes=site.in_axes, out_axes=site.out_axes, **options
-        )
+        axes = {"in_axes": site.in_axes, "out_axes": site.out_axes}
+        return quantize_base(path, w, formats[path], rounding, needed, seed, **axes, **options)
 
     return map_places(place, params)
 
@@ -74,14 +72,14 @@ def embedding_layout(params: Any) -> dict[str, tuple[Axes, Axes]]:
 
 
 def quantize_base(
-    path: str, w: Any, format: Format, rounding: str, statistics: Mapping[str, jax.Array], key: jax.Array, **rest: Any
+    path: str, w: Any, format: Format, rounding: str, statistics: Mapping[str, jax.Array], seed: int, **rest: Any
 ) -> Any:
     """`w`, an array or a Weight, quantized; where it is a node over a base, the innermost base is."""
     if isinstance(w, Reparametrised):
-        return w.replace(base=quantize_base(path, w.base, format, rounding, statistics, key, **rest))
+        return w.replace(base=quantize_base(path, w.base, format, rounding, statistics, seed, **rest))
     if isinstance(w, Quantized):
         raise ValueError(f"{path} is quantized already")
-    return quantize_weight(path, w, format, rounding=rounding, statistics=statistics, key=key, **rest)
+    return quantize_weight(path, w, format, rounding=rounding, statistics=statistics, seed=seed, **rest)
 
 
 def quantize_weight(
@@ -91,13 +89,15 @@ def quantize_weight(
     *,
     rounding: str = "nearest",
     statistics: Mapping[str, jax.Array] | None = None,
-    key: jax.Array | None = None,
+    seed: int = 0,
     in_axes: Axes = (-2,),
     out_axes: Axes = (-1,),
     **options: Any,
 ) -> Quantized:
-    """The Quantized weight of one array or Weight; `statistics` maps names to this place's arrays. See `quantize`."""
-    statistics, key = statistics or {}, jax.random.key(0) if key is None else key
+    """The Quantized weight of one array or Weight; `statistics` maps names to this place's arrays. Stochastic
+    rounding draws by `seed` and path. See `quantize`.
+    """
+    statistics, key = statistics or {}, jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
     check_fits(path, format, matrix_shape(w.shape, in_axes, out_axes)[1])
     array = materialize(w)
     rounded = _round_stack(to_matrix(array, in_axes, out_axes), dict(statistics), key, format, rounding, tuple(options.items()))
@@ -174,6 +174,12 @@ def _formats(format: Format | str | Mapping[str, Format | str], sites: Mapping[s
     return {p: f for p, f in chosen.items() if f is not None}
 
 
+def check_whole(site: Site) -> None:
+    """Raise ValueError where targets name some layers of a stack only: all of a stack are in one format."""
+    if not all(site.chosen):
+        raise ValueError(f"the layers stacked at {site.path} are quantized together; unstack_layers to choose among them")
+
+
 def check_fits(path: str, format: Format, n_in: int) -> None:
     """Raise ValueError where a format's blocks or bytes do not divide the inputs of the weight at `path`."""
     unit = codes_per_unit(format.bits)
@@ -188,9 +194,8 @@ def check_fits(path: str, format: Format, n_in: int) -> None:
 
 
 def _check_statistics(site: Site, format: Format, rounding: str, statistics: Statistics) -> None:
-    needed = [*NEEDS.get(rounding, ()), *(["max_abs"] if getattr(format, "activations", None) == "static" else [])]
     lead, n_in, _ = site.sizes
-    for name in needed:
+    for name in needed_statistics(rounding, format):
         if site.path not in statistics.get(name, {}):
             raise ValueError(
                 f"{site.path} has no statistics {name!r}, which rounding {rounding!r} of this format needs; pass "

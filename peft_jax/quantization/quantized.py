@@ -110,7 +110,7 @@ class Quantized(Matrix):
         columns = lambda a: None if a is None else a[..., flat] if a.shape[-1] > 1 else a
         picked = self.replace(
             codes=self.codes[..., flat],
-            scale=columns(self.scale.materialize() if isinstance(self.scale, DoubleScale) else self.scale),
+            scale=columns(_single(self.scale)),
             zero=columns(self.zero),
             out_sizes=(flat.size,),
         )
@@ -123,6 +123,11 @@ class Quantized(Matrix):
 
     def unmerge(self, merged: Any) -> Quantized:
         return self
+
+
+def _single(scale: Any) -> jax.Array:
+    """Scales that can be cut into parts: doubled ones, whose own blocks run across outputs, as floats."""
+    return scale.materialize() if isinstance(scale, DoubleScale) else scale
 
 
 def _straight(x: jax.Array, w: Quantized, precision: Any) -> jax.Array:
@@ -171,7 +176,7 @@ def _tiled(w: Quantized, tiles: int) -> Quantized:
         parts = a.reshape(a.shape[0], tiles, size) if a.shape[-1] > 1 else jnp.broadcast_to(a[:, None], (1, tiles, 1))
         return jnp.moveaxis(parts, 1, 0)
 
-    scale = w.scale.materialize() if isinstance(w.scale, DoubleScale) else w.scale
+    scale = _single(w.scale)
     return w.replace(
         codes=split(w.codes),
         scale=split(scale),

@@ -7,7 +7,7 @@ matrix's inputs that `NEEDS` names, from `calibrate`: "covariance" [in, in], "me
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -189,11 +189,19 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def rounding_options(name: str) -> list[str]:
-    """Options of a rounding beyond what `quantize` gives it. Raises ValueError for an unknown name."""
+def needed_statistics(rounding: str, format: Format) -> tuple[str, ...]:
+    """What a rounding, and static activations, need to know of a weight's inputs."""
+    static = getattr(format, "activations", None) == "static"
+    return tuple(dict.fromkeys((*NEEDS.get(rounding, ()), *(("max_abs",) if static else ()))))
+
+
+def check_rounding(name: str, options: Iterable[str]) -> None:
+    """Raise ValueError for an unknown rounding, or an option that it does not have."""
     if name not in ROUNDINGS:
         raise ValueError(f"unknown rounding {name!r}; roundings: {', '.join(ROUNDINGS)}")
-    return [p for p in inspect.signature(ROUNDINGS[name]).parameters if p not in ("w", "format", "key", "statistics")]
+    known = [p for p in inspect.signature(ROUNDINGS[name]).parameters if p not in ("w", "format", "key", "statistics")]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"rounding {name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}")
 
 
 def output_error(w: jax.Array, back: jax.Array, covariance: jax.Array) -> jax.Array:

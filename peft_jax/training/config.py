@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 from peft_jax.core.tree import nearest
 from peft_jax.methods import METHODS
 from peft_jax.quantization.formats import Format, make_format
-from peft_jax.quantization.rounding import rounding_options
+from peft_jax.quantization.rounding import check_rounding
 
 
 @typing.dataclass_transform(frozen_default=True)
@@ -255,11 +255,7 @@ def check_quantize(config: QuantizeConfig) -> Format | None:
     if config.format is None:
         return None
     try:
-        known = rounding_options(config.rounding)
-        if unknown := sorted(set(config.rounding_options) - set(known)):
-            raise ValueError(
-                f"rounding {config.rounding!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}"
-            )
+        check_rounding(config.rounding, config.rounding_options)
         return make_format(config.format, **config.options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"option 'quantize': {error}") from error

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import yaml
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from rich.console import Console
 
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate, gradients
 from peft_jax.core.files import write_json
 from peft_jax.core.reparametrised import MATRIX
-from peft_jax.core.sharding import fetch, make_mesh, node_shardings, shard
+from peft_jax.core.sharding import fetch, make_mesh, shard
 from peft_jax.core.tree import combine, count, is_target, map_places, merge, partition, places, select
 from peft_jax.core.weight import Trainable, Weight
 from peft_jax.data import Record, Rows, encode, fit, pack, read_records
@@ -32,10 +32,11 @@ from peft_jax.low_rank.init import STATISTICS
 from peft_jax.low_rank.loftq import loftq
 from peft_jax.models.layers import stack_layers, unstack_layers
 from peft_jax.quantization.blocks import quantize_in_turn
+from peft_jax.quantization.formats import Format
 from peft_jax.quantization.qat import FakeQuantized
 from peft_jax.quantization.quantize import EMBEDDING, bits_per_weight, quantize, quantize_weight
 from peft_jax.quantization.quantized import Quantized
-from peft_jax.quantization.rounding import NEEDS
+from peft_jax.quantization.rounding import needed_statistics
 from peft_jax.training.checkpoint import Checkpoints, fingerprint
 from peft_jax.training.config import (
     ConfigError,
@@ -80,7 +81,8 @@ def set_up(config: RunConfig) -> Setup:
     mesh = make_mesh(config.mesh) if config.mesh or jax.device_count() > 1 else None
     c, q = config.model, QuantizeConfig() if _is_loftq(config) else config.quantize
     folder = local_folder(c.path, c.revision)
-    calibrated = q.format is not None and bool(q.rounding in NEEDS or q.options.get("activations") == "static")
+    format = check_quantize(q)
+    calibrated = format is not None and bool(needed_statistics(q.rounding, format))
     model, params = load(
         folder,
         dtype=_dtype(c.dtype),
@@ -88,49 +90,46 @@ def set_up(config: RunConfig) -> Setup:
         scan_layers=c.scan_layers,
         remat=c.remat,
         attention_implementation=c.attention,
-        each=None if q.format is None or calibrated else functools.partial(_quantize_read, config),
+        each=None if format is None or calibrated else functools.partial(_quantize_read, config, format),
     )
     setup = Setup(model, params, load_tokenizer(folder), mesh, folder)
-    if q.format is not None:
-        select(params, q.targets, q.exclude)  # raises for a target that matches nothing
-    if calibrated:
-        setup = setup._replace(params=_calibrated(config, setup))
+    if format is not None and calibrated:
+        setup = setup._replace(params=_calibrated(config, setup, format))
+    elif format is not None:
+        for path in select(params, q.targets, q.exclude):  # raises for a target that matches nothing
+            if not isinstance(places(params)[path], Quantized):
+                raise ConfigError(f"quantize.targets name some of the layers stacked at {path}; set model.scan_layers=false")
     return setup._replace(params=load_adapter(setup.params, c.adapter)) if c.adapter else setup
 
 
 def _is_loftq(config: RunConfig) -> bool:
     """Whether LoRA's start quantizes the base itself."""
-    if config.method.get("init") != "loftq":
+    if config.method.get("name", "lora") != "lora" or config.method.get("init") != "loftq":
         return False
-    if config.quantize.format is None or config.quantize.rounding in NEEDS:
+    format = check_quantize(config.quantize)
+    if format is None or needed_statistics(config.quantize.rounding, format):
         raise ConfigError("method.init=loftq needs quantize.format, and a quantize.rounding that takes no data")
     return True
 
 
-def _quantize_read(config: RunConfig, path: str, w: jax.Array) -> Any:
+def _quantize_read(config: RunConfig, format: Format, path: str, w: jax.Array) -> Any:
     """An array of the checkpoint as soon as it is read, quantized where the configuration says so."""
-    q, format = config.quantize, check_quantize(config.quantize)
-    if format is None or not is_target(path, w, q.targets, q.exclude):
+    q = config.quantize
+    if not is_target(path, w, q.targets, q.exclude):
         return w
     in_axes, out_axes = EMBEDDING if path.endswith("/embedding") else MATRIX
-    node = quantize_weight(
-        path, w, format, rounding=q.rounding, key=jax.random.key(config.train.seed), in_axes=in_axes, out_axes=out_axes,
-        **q.rounding_options,
-    )  # fmt: skip
-    if isinstance(w.sharding, NamedSharding):
-        return jax.tree.map(jax.device_put, node, node_shardings(path, node, w.sharding.mesh))
-    return node
+    return quantize_weight(
+        path, w, format, rounding=q.rounding, seed=config.train.seed, in_axes=in_axes, out_axes=out_axes, **q.rounding_options
+    )
 
 
-def _calibrated(config: RunConfig, setup: Setup) -> Any:
+def _calibrated(config: RunConfig, setup: Setup, format: Format) -> Any:
     """The tree quantized with statistics of the training rows."""
     q, rows = config.quantize, make_rows(config, config.data.train, setup.tokenizer)
     count, size = q.calibration_batches, config.train.batch_size
     batches = [batch_at(rows, i, size, seed=config.train.seed) for i in range(count)]
     where: dict[str, Any] = {"targets": q.targets, "exclude": q.exclude}
     options = {"seed": config.train.seed, "rounding": q.rounding, **where, **q.rounding_options}
-    format = check_quantize(q)
-    assert format is not None
     if not config.model.scan_layers:
         params = quantize_in_turn(bind(setup.model), setup.params, batches, format, **options)
     else:

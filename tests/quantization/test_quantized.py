@@ -236,6 +236,21 @@ def test_bad_requests_are_refused_by_name(options, message):
         peft_jax.quantize({"kernel": weight((64, 32))}, **options)
 
 
+def test_some_layers_of_a_stack_are_refused():
+    params = {"layers": {"q_proj": {"kernel": weight()}}}
+    for make in (peft_jax.quantize, lambda tree, targets: peft_jax.qat(tree, jax.random.key(0), targets=targets)):
+        with pytest.raises(ValueError, match="stacked at layers/q_proj/kernel are quantized together; unstack_layers"):
+            make(params, targets="layers.1.q_proj")
+
+
+def test_stochastic_rounding_draws_by_seed_and_path():
+    params = {name: {"kernel": weight((64, 32))} for name in ("a", "b")}
+    both = peft_jax.quantize(params, "int4", rounding="stochastic", seed=3)
+    assert (both["a"]["kernel"].codes != both["b"]["kernel"].codes).any()
+    alone = peft_jax.quantize_weight("b/kernel", weight((64, 32)), Int(bits=4), rounding="stochastic", seed=3)
+    np.testing.assert_array_equal(alone.codes, both["b"]["kernel"].codes)
+
+
 def test_weights_that_are_not_finite_and_twice_quantized_ones_are_refused():
     params = {"kernel": weight((64, 32)).at[3, 3].set(jnp.nan)}
     with pytest.raises(ValueError, match="kernel holds numbers that are not finite"):
