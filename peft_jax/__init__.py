@@ -2,7 +2,7 @@
 
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.bind import MissingRuleError, bind, layout_of, nnx_params, register_rule
-from peft_jax.core.calibrate import calibrate, gradients
+from peft_jax.core.calibrate import calibrate, gradients, output_errors
 from peft_jax.core.sharding import make_mesh, shard, shardings
 from peft_jax.core.tree import combine, count, freeze, full, merge, partition, places, select, unmerge
 from peft_jax.core.weight import Trainable, Weight, einsum, materialize, matmul, take
@@ -33,6 +33,11 @@ from peft_jax.low_rank.vblora import vblora
 from peft_jax.low_rank.vera import vera
 from peft_jax.low_rank.waveft import waveft
 from peft_jax.models.layers import stack_layers, unstack_layers
+from peft_jax.pruning.blocks import prune_in_turn
+from peft_jax.pruning.distribution import allocate_sparsity
+from peft_jax.pruning.masked import Masked, mask_from_zeros, mask_updates
+from peft_jax.pruning.pattern import NM, Block
+from peft_jax.pruning.prune import compress, densify, prune, sparsity_of
 from peft_jax.quantization.adam8bit import adamw8bit, scale_by_adam8bit
 from peft_jax.quantization.blocks import quantize_in_turn
 from peft_jax.quantization.budget import allocate_bits
@@ -50,11 +55,14 @@ __all__ = [
     "FP8",
     "MXFP4",
     "NF4",
+    "NM",
     "Attachment",
+    "Block",
     "Factorized",
     "Int",
     "LoRA",
     "LoRABank",
+    "Masked",
     "MissingRuleError",
     "Quantized",
     "Trainable",
@@ -63,6 +71,7 @@ __all__ = [
     "adamw8bit",
     "adapters",
     "allocate_bits",
+    "allocate_sparsity",
     "bank",
     "bank_adapter",
     "bind",
@@ -73,8 +82,10 @@ __all__ = [
     "clear_adapter",
     "combine",
     "combine_adapters",
+    "compress",
     "count",
     "delora",
+    "densify",
     "dequantize",
     "dora",
     "drop_adapters",
@@ -97,14 +108,19 @@ __all__ = [
     "lokr",
     "lora",
     "make_mesh",
+    "mask_from_zeros",
+    "mask_updates",
     "materialize",
     "matmul",
     "merge",
     "miss",
     "nnx_params",
     "oft",
+    "output_errors",
     "partition",
     "places",
+    "prune",
+    "prune_in_turn",
     "qalora",
     "qat",
     "quantize",
@@ -123,6 +139,7 @@ __all__ = [
     "shard",
     "shardings",
     "shira",
+    "sparsity_of",
     "stack_layers",
     "subtract_adapters",
     "take",

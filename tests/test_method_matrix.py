@@ -16,7 +16,7 @@ import pytest
 
 import peft_jax
 from peft_jax.core.sharding import make_mesh, shard
-from peft_jax.core.tree import distribute, map_places
+from peft_jax.core.tree import distribute
 from peft_jax.methods import METHODS
 from peft_jax.models.layers import stack_layers, unstack_layers
 from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
@@ -51,28 +51,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 NOT_IDENTITY = {"vblora", "qat"}  # methods that do not promise to change nothing at first
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Masked(peft_jax.Weight):
-    """A stand-in for a pruned base: an array that is masked whenever it is used."""
-
-    value: jax.Array
-    mask: jax.Array
-
-    shape = property(lambda self: self.value.shape)
-    dtype = property(lambda self: self.value.dtype)
-
-    def materialize(self):
-        return self.value * self.mask
-
-    def field_specs(self, spec):
-        return {"value": spec, "mask": spec}
-
-
 def compressed(params):
     """The base with its feed-forward masked and its attention, embedding and head quantized."""
-    chosen = set(peft_jax.select(params, "*/mlp/*"))
-    params = map_places(lambda p, w: Masked(w, (jnp.abs(w) > 0.05).astype(w.dtype)) if p in chosen else w, params)
+    params = peft_jax.prune(params, 0.5, targets="*/mlp/*")
     formats = {
         "*/self_attn/*": peft_jax.NF4(block_size=16),
         "embed_tokens": "int8",

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, find_sites, node, place_nodes
-from peft_jax.core.tree import Targets, combine, map_places, partition, places
+from peft_jax.core.tree import Targets, combine, layer_paths, map_places, partition, places
 from peft_jax.core.weight import Layout, Trainable, static, to_matrix
 
-Statistic = Literal["covariance", "second_moment", "mean_abs", "max_abs"]
+Statistic = Literal["covariance", "second_moment", "mean", "mean_abs", "max_abs"]
 
 
 @node
@@ -50,6 +50,7 @@ def _tap_backward(statistic: str, x: jax.Array, grad: jax.Array) -> Any:
     value = {
         "covariance": lambda: jnp.matmul(rows.T, rows),
         "second_moment": lambda: jnp.square(rows).sum(0),
+        "mean": lambda: rows.sum(0),
         "mean_abs": lambda: jnp.abs(rows).sum(0),
         "max_abs": lambda: jnp.abs(rows).max(0),
     }[statistic]()
@@ -69,8 +70,8 @@ def calibrate(
     exclude: Targets = (),
     layout: Layout | None = None,
 ) -> dict[str, jax.Array]:
-    """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]), x^2 ("second_moment", [*lead, in]) or |x|
-    ("mean_abs"), or the largest |x| ("max_abs"), float32.
+    """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]), x^2 ("second_moment", [*lead, in]), x
+    ("mean") or |x| ("mean_abs"), or the largest |x| ("max_abs"), float32.
 
     `batches` hold `tokens` [B, T] and what else the model's call takes (`positions`, `segment_ids`); every token counts,
     so give rows without padding. Raises ValueError where there is no batch, or a target matches nothing.
@@ -109,8 +110,10 @@ def gradients(
     targets: Targets = "all-linear",
     exclude: Targets = (),
     layout: Layout | None = None,
+    square: bool = False,
 ) -> dict[str, jax.Array]:
-    """path -> mean gradient [*lead, in, out], float32, of `loss(params, batch)` with respect to each whole weight.
+    """path -> mean gradient [*lead, in, out], float32, of `loss(params, batch)` with respect to each whole weight; with
+    `square` the mean over batches of the squared gradient.
 
     All of the targets' gradients are held at once. Raises ValueError where there is no batch.
     """
@@ -121,12 +124,46 @@ def gradients(
     total, count = None, 0
     for batch in batches:
         found = gradient(trainable, frozen, batch)
+        found = jax.tree.map(jnp.square, found) if square else found
         total = found if total is None else jax.tree.map(jnp.add, total, found)
         count += 1
     if total is None:
         raise ValueError("there is no batch to calibrate on")
     known = places(total)
     return {p: to_matrix(known[p].value, s.in_axes, s.out_axes).astype(jnp.float32) / count for p, s in sites.items()}
+
+
+def layer_blocks(paths: Iterable[str]) -> list[list[str]]:
+    """Paths grouped by the number of their layer (`layers_3`), in order; stacked layers and those without a number last."""
+    numbers = {path: layer_paths(path, None)[0][1] for path in paths}
+    ordered = sorted({n for n in numbers.values() if n is not None})
+    blocks = [[p for p, n in numbers.items() if n == number] for number in [*ordered, None]]
+    return [block for block in blocks if block]
+
+
+def output_errors(
+    apply: Callable[..., Any],
+    before: Any,
+    after: Any,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    layout: Layout | None = None,
+) -> dict[str, jax.Array]:
+    """path -> ||X (W' - W)|| / ||X W|| [*lead] of each weight W of `before` that is W' in `after`, on after's own inputs X.
+
+    The covariances of one block of layers are held at a time. Raises ValueError as `calibrate` does.
+    """
+    sites = find_sites(before, targets=targets, exclude=exclude, layout=layout)
+    batches, known, found = list(batches), places(after), {}
+    for paths in layer_blocks(sites):
+        covariances = calibrate(apply, after, batches, targets=paths, layout=layout)
+        for path in paths:
+            old, new = sites[path].matrix(), sites[path]._replace(base=known[path]).matrix()
+            energy = lambda w, of=covariances[path]: jnp.maximum(jnp.sum((of @ w) * w, (-2, -1)), 0.0)
+            found[path] = jnp.sqrt(energy(new - old) / jnp.maximum(energy(old), 1e-30))
+    return found
 
 
 def _frozen(w: Any) -> Any:

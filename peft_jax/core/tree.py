@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from flax.core import meta
 from peft_jax.core.attachment import Attachment, Shared
 from peft_jax.core.weight import Layout, Node, Trainable, Weight, materialize, matrix_shape
 
+logger = logging.getLogger("peft_jax")
 OUTPUT_HEADS = ("lm_head", "head", "logits", "unembed", "output_projection")
 VECTORS = ("bias", "scale")
 Targets = str | Sequence[str]
@@ -223,9 +225,25 @@ def freeze(params: Any, targets: Targets = "*") -> Any:
 
 
 def merge(params: Any) -> Any:
-    """Every Weight replaced by what it amounts to: updates folded into their base. Attachments stay."""
+    """Every Weight replaced by what it amounts to: updates folded into their base. Attachments stay.
+
+    An update over a pruned weight fills its zeros, which is said in a warning: `mask_updates` keeps them.
+    """
+    if filled := [p for p, x in places(params).items() if _fills_zeros(x)]:
+        logger.warning(
+            f"merging fills the zeros of {len(filled)} pruned weights, {filled[0]} the first; peft_jax.mask_updates(params) "
+            "before training keeps them"
+        )
     merged = map_places(lambda _, x: x.merge() if isinstance(x, Weight) else x, distribute(params))
     return {k: x for k, x in merged.items() if not isinstance(x, Shared)} if isinstance(merged, Mapping) else merged
+
+
+def _fills_zeros(x: Any) -> bool:
+    """Whether a node that is not pruned lies over one that is."""
+    if not is_node(x) or getattr(x, "pruned", False):
+        return False
+    inner = [getattr(x, f) for f in data_fields(x)]
+    return any(getattr(y, "pruned", False) or _fills_zeros(y) for y in inner)
 
 
 def unmerge(merged: Any, params: Any) -> Any:
@@ -270,9 +288,15 @@ def _return_shared(x: Any) -> Any:
 
 
 def full(params: Any, key: Any = None, *, targets: Targets = "*", exclude: Targets = ()) -> Any:
-    """Full fine-tuning: the arrays that `targets` name train as they are. `key` is not used."""
+    """Full fine-tuning: the arrays that `targets` name train as they are, and of pruned and factorized weights what they
+    keep. `key` is not used.
+    """
     paths = set(select(params, targets, exclude, min_ndim=0))
-    return map_places(lambda p, x: Trainable(x) if p in paths and not is_node(x) else x, params)
+
+    def train(x: Any) -> Any:
+        return x if isinstance(x, Attachment) else x.train() if isinstance(x, Weight) else Trainable(x)
+
+    return map_places(lambda p, x: train(x) if p in paths else x, params)
 
 
 def train_extras(params: Any, paths: list[str], *, bias: str, modules_to_save: Targets) -> Any:

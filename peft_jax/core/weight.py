@@ -49,6 +49,7 @@ class Weight(Node):
     """
 
     sharded_together: ClassVar[bool] = False
+    pruned: ClassVar[bool] = False  # holds zeros that are to stay
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,6 +88,15 @@ class Weight(Node):
         """
         return {}
 
+    @property
+    def whole(self) -> bool:
+        """Whether the weight itself trains, so that what is trained is a model and no adapter."""
+        return False
+
+    def train(self) -> Self:
+        """This weight with its own numbers training, as full fine-tuning has it; itself where they cannot."""
+        return self
+
     def unmerge(self, merged: Any) -> Self:
         """This node over the base that `merged` (made by `merge`) came from, up to rounding."""
         raise TypeError(f"{type(self).__name__} cannot be unmerged")
@@ -112,6 +122,10 @@ class Trainable(Weight):
 
     def materialize(self) -> jax.Array:
         return self.value
+
+    @property
+    def whole(self) -> bool:
+        return self.saved_as == "full"
 
     def field_specs(self, spec: P) -> dict[str, P]:
         return {"value": spec}

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from peft_jax.core.files import read_json, replacing_folder, write_json
 from peft_jax.core.sharding import RULES, Rules, node_shardings, shard_place
 from peft_jax.core.tree import map_places, path_str, places, resolve
-from peft_jax.core.weight import Weight
+from peft_jax.core.weight import Trainable, Weight
 from peft_jax.hub.names import Tensor, module_names, tensors_of
 from peft_jax.hub.quantized import QuantizedReader, quantization_config, writer
 from peft_jax.hub.safetensors_io import Checkpoint, open_checkpoint, write_shards
@@ -258,12 +258,13 @@ def save(
 ) -> None:
     """Write a Hugging Face folder (config, safetensors in shards, tokenizer) that `transformers` loads.
 
-    `params` must hold arrays: `merge` trees with adapters first. Factorized weights are written as their factors
+    `params` must hold arrays: `merge` trees with adapters first. Pruned weights are written with
+    their zeros. Factorized weights are written as their factors
     (`<name>_u`, `<name>_v`), which `load` reads and `transformers` does not. Quantized weights are written as bitsandbytes
     writes them (NF4, FP4) or as compressed-tensors (the others). The folder appears only when all is written.
     Raises ValueError naming the first node that is neither, or that its format cannot hold.
     """
-    params = resolve(params)
+    params = map_places(_saved_as, resolve(params))
     for path, leaf in places(params).items():
         if (isinstance(leaf, Weight) and not isinstance(leaf, (Factorized, Quantized))) or not hasattr(leaf, "dtype"):
             raise ValueError(f"{path} is a {type(leaf).__name__}; call peft_jax.merge(params) before save")
@@ -285,6 +286,20 @@ def save(
         write_shards(temporary, _export(params, model, write), max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+
+
+def _saved_as(path: str, w: Any) -> Any:
+    """A pruned weight as the array that it stands for, or as the quantized weight whose zeros are its own."""
+    if not getattr(w, "pruned", False):
+        return w
+    base = getattr(w, "base", None)
+    if isinstance(base, Quantized):
+        if not bool((base.materialize() == w.materialize()).all()):
+            raise ValueError(f"{path} is masked, and its quantized weights are not zero there; quantize it after pruning")
+        return base
+    if isinstance(base, Weight) and not isinstance(base, Trainable):
+        raise ValueError(f"{path} is masked over a {type(base).__name__}; call peft_jax.merge(params) before save")
+    return w.materialize()
 
 
 def _quantization_config(method: str, write: Any, known: Mapping[str, Any], model: Decoder) -> dict[str, Any]:

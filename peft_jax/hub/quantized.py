@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.packing import pack, unpack
 from peft_jax.hub.safetensors_io import Checkpoint
 from peft_jax.quantization.dynamic_map import BLOCK, DoubleScale, dynamic_map
 from peft_jax.quantization.formats import FP4, FP8, MXFP4, NF4, Format, Int
-from peft_jax.quantization.packing import pack, unpack
 from peft_jax.quantization.quantized import Quantized
 
 Read = Callable[[str], np.ndarray]  # suffix of a module's tensor -> the tensor

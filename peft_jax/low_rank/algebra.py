@@ -25,7 +25,7 @@ Merge = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (tensors [n, .
 def adapters(params: Any) -> list[str]:
     """Names of the adapters in a tree, in the order in which they are met."""
     names = [n.name for w in places(params).values() for n in stack_of(w) if isinstance(n, Reparametrised)]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(n for n in names if n))
 
 
 def drop_adapters(params: Any, names: Sequence[str]) -> Any:

@@ -35,6 +35,13 @@ class Factorized(Matrix):
         return self.u.shape[:-2]
 
     @property
+    def whole(self) -> bool:
+        return not self.frozen
+
+    def train(self) -> Factorized:
+        return self.replace(frozen=False)
+
+    @property
     def rank(self) -> int:
         return self.u.shape[-1]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from peft_jax.core.calibrate import calibrate
-from peft_jax.core.reparametrised import Site, find_sites
-from peft_jax.core.tree import Targets, check_patterns, layer_paths, matches
+from peft_jax.core.calibrate import calibrate, layer_blocks
+from peft_jax.core.reparametrised import find_sites
+from peft_jax.core.tree import Targets, check_patterns, matches
 from peft_jax.core.weight import Layout
 from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.quantize import embedding_layout, quantize
@@ -45,7 +45,7 @@ def quantize_in_turn(
         check_patterns(sites, format=format)
     formats = [make_format(f) for f in (format.values() if isinstance(format, Mapping) else [format])]
     batches = list(batches)
-    for paths in _blocks(sites):
+    for paths in layer_blocks(sites):
         wanted = {name for f in formats for name in needed_statistics(rounding, f)}
         found = {
             name: calibrate(apply, params, batches, statistic=name, targets=paths, layout=layout)  # type: ignore[arg-type]
@@ -58,14 +58,6 @@ def quantize_in_turn(
             )
         jax.block_until_ready(params)
     return params
-
-
-def _blocks(sites: Mapping[str, Site]) -> list[list[str]]:
-    """Paths by the number of their layer, those without one last."""
-    numbers = {path: layer_paths(path, None)[0][1] for path in sites}
-    ordered = sorted({n for n in numbers.values() if n is not None})
-    blocks = [[p for p, n in numbers.items() if n == number] for number in [*ordered, None]]
-    return [block for block in blocks if block]
 
 
 def _matches_any(pattern: str, paths: list[str]) -> bool:

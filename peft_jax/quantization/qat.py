@@ -27,6 +27,10 @@ class FakeQuantized(Reparametrised):
     stochastic: ClassVar[bool] = False
     format: Format = static()
 
+    @property
+    def whole(self) -> bool:
+        return True
+
     def adapt(self, w: jax.Array) -> jax.Array:
         return w + jax.lax.stop_gradient(_round_trip(w, self.format) - w)
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.packing import codes_per_unit
 from peft_jax.core.reparametrised import Reparametrised, Site, find_sites
 from peft_jax.core.tree import Targets, check_patterns, map_places, matches, places
 from peft_jax.core.weight import Axes, Layout, Weight, materialize, matrix_shape, to_matrix
 from peft_jax.quantization.formats import Format, make_format
-from peft_jax.quantization.packing import codes_per_unit
 from peft_jax.quantization.quantized import Quantized, packed
 from peft_jax.quantization.rounding import NEEDS, ROUNDINGS, Rounded, check_rounding, needed_statistics
 

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from peft_jax.core.packing import pack, unpack
 from peft_jax.core.reparametrised import Matrix, node
 from peft_jax.core.weight import Axes, from_matrix, static
 from peft_jax.quantization.dynamic_map import DoubleScale
 from peft_jax.quantization.formats import FP8, Format, Int
-from peft_jax.quantization.packing import pack, unpack
 
 
 @node

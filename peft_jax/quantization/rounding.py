@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.hessian import damped, inverse_factor
 from peft_jax.quantization.formats import Format, Int
 
 
@@ -46,30 +47,26 @@ def gptq(
 
     The Hessian is the inputs' covariance with `damping` times its mean diagonal added. A block's scale is found when its
     turn comes, from weights that have taken up earlier errors. `activation_order` begins with the largest inputs (the
-    paper's code: act_order), which is remembered in `order`.
+    paper's code: act_order), which is remembered in `order`. Weights that are zero (pruned) stay zero.
     """
-    hessian = statistics["covariance"]
     n_in, n_out = w.shape
     size = format.block_size or n_in
-    diagonal = jnp.diagonal(hessian)
-    dead = diagonal == 0
-    hessian = hessian + jnp.diag(jnp.where(dead, 1.0, 0.0) + damping * diagonal.mean())
-    w = jnp.where(dead[:, None], 0.0, w)
-    order = jnp.argsort(-diagonal, stable=True) if activation_order else None
+    order = jnp.argsort(-jnp.diagonal(statistics["covariance"]), stable=True) if activation_order else None
+    w, hessian = damped(w, statistics["covariance"], damping)
     if order is not None:
         w, hessian = w[order], hessian[order][:, order]
-    # The upper Cholesky factor of the inverse Hessian (the paper's step 3).
-    upper = jnp.linalg.cholesky(jnp.linalg.inv(hessian)).T
+    upper, kept = inverse_factor(hessian), w != 0
 
     def block(w: jax.Array, start: jax.Array) -> Any:
         rows = jax.lax.dynamic_slice_in_dim(w, start, size)
+        stay = jax.lax.dynamic_slice_in_dim(kept, start, size)
         factor = jax.lax.dynamic_slice(upper, (start, start), (size, size))
         scale, zero = format.fit(rows)
 
         def one(i: jax.Array, state: Any) -> Any:
             rows, codes, errors = state
             row = rows[i]
-            code = format.encode(row, scale[0], None if zero is None else zero[0])
+            code = format.encode(jnp.where(stay[i], row, 0.0), scale[0], None if zero is None else zero[0])
             back = format.decode(code, None if zero is None else zero[0]) * scale[0]
             error = (row - back) / factor[i, i]
             later = jnp.where(jnp.arange(size) > i, factor[i], 0.0)

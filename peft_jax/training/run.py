@@ -24,7 +24,7 @@ from peft_jax.core.files import write_json
 from peft_jax.core.reparametrised import MATRIX
 from peft_jax.core.sharding import fetch, make_mesh, shard
 from peft_jax.core.tree import combine, count, is_target, map_places, merge, partition, places, select
-from peft_jax.core.weight import Trainable, Weight
+from peft_jax.core.weight import Weight
 from peft_jax.data import Record, Rows, encode, fit, pack, read_records
 from peft_jax.data.batches import batch_at
 from peft_jax.hub import load, load_adapter, load_tokenizer, local_folder, save, save_adapter
@@ -33,7 +33,6 @@ from peft_jax.low_rank.loftq import loftq
 from peft_jax.models.layers import stack_layers, unstack_layers
 from peft_jax.quantization.blocks import quantize_in_turn
 from peft_jax.quantization.formats import Format
-from peft_jax.quantization.qat import FakeQuantized
 from peft_jax.quantization.quantize import EMBEDDING, bits_per_weight, quantize, quantize_weight
 from peft_jax.quantization.quantized import Quantized
 from peft_jax.quantization.rounding import needed_statistics
@@ -350,7 +349,7 @@ def export(config: RunConfig, setup: Setup, params: Any, out: Path, *, merged: b
     """Write what was trained: a PEFT adapter folder, or (full fine-tuning, or `merged`) a Hugging Face model folder."""
     params = jax.tree.map(fetch, params) if jax.process_count() > 1 else params
     nodes = places(params).values()
-    whole = merged or any(isinstance(w, FakeQuantized) or (isinstance(w, Trainable) and w.saved_as == "full") for w in nodes)
+    whole = merged or any(isinstance(w, Weight) and w.whole for w in nodes)
     if jax.process_index() != 0:
         return out
     if whole:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from peft_jax.core.packing import pack, unpack
 from peft_jax.quantization.dynamic_map import dequantize_blocks, double_quantize, dynamic_map, quantize_blocks
 from peft_jax.quantization.formats import FP4, FP8, MXFP4, NF4, Int, make_format
-from peft_jax.quantization.packing import pack, unpack
 
 
 def adversarial(rows: int = 16, columns: int = 256) -> np.ndarray:

@@ -111,8 +111,11 @@ def _collect(params: Any, name: str) -> tuple[dict[str, Any], dict[str, Any], Te
             if w.saved_as == "full":
                 raise ValueError(f"{path} is fully fine-tuned, which an adapter cannot hold; use merge and save")
             trained.update(_extra_tensors(path, w))
-        for node in _stack(w):
+        stack = _stack(w)
+        for i, node in enumerate(stack):
             if getattr(node, "name", None) == name:
+                if any(getattr(outer, "pruned", False) for outer in stack[:i]):
+                    raise ValueError(f"the update at {path} is masked, which PEFT's format cannot say; use merge and save")
                 (tokens if isinstance(node, _TOKENS.nodes) else nodes).setdefault(path, node)
             elif node.trainable and not node.frozen and not isinstance(node, (Trainable, Shared)) and not hasattr(node, "name"):
                 raise ValueError(f"{path} holds a {type(node).__name__}, which PEFT's format cannot hold")

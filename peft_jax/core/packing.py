@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 and 8 bits in bytes: a little-endian bit stream along the input axis, as GPTQ and compressed-tensors have.
+"""Codes of 1, 2, 3, 4 and 8 bits in bytes: a little-endian bit stream along the input axis, as GPTQ's checkpoints have.
 
 The first of several codes in a byte takes its low bits; eight 3-bit codes take three bytes.
 """
@@ -8,7 +8,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-_UNITS = {8: (1, 1), 4: (2, 1), 2: (4, 1), 3: (8, 3)}  # bits -> (codes, bytes) that are packed together
+_UNITS = {8: (1, 1), 4: (2, 1), 2: (4, 1), 1: (8, 1), 3: (8, 3)}  # bits -> (codes, bytes) that are packed together
+
+
+def pack_padded(codes: jax.Array, bits: int) -> jax.Array:
+    """As `pack`, for any number of inputs: the last bytes are filled up with zeros."""
+    missing = -codes.shape[-2] % codes_per_unit(bits)
+    return pack(jnp.pad(codes, [*[(0, 0)] * (codes.ndim - 2), (0, missing), (0, 0)]), bits)
+
+
+def unpack_padded(packed: jax.Array, bits: int, n_in: int) -> jax.Array:
+    """The inverse of `pack_padded` for `n_in` inputs."""
+    return unpack(packed, bits)[..., :n_in, :]
 
 
 def codes_per_unit(bits: int) -> int:

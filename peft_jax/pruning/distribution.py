@@ -1,0 +1,155 @@
+"""Distributions: how much of each weight goes, so that a given share of all of them does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.reparametrised import Site, find_sites
+from peft_jax.core.tree import Targets, layer_paths
+from peft_jax.core.weight import Layout
+from peft_jax.pruning.pattern import make_pattern
+from peft_jax.pruning.scores import check_statistics, scores_of
+
+Sparsities = dict[str, np.ndarray]  # path -> [*lead]
+Scores = Callable[[Site], jax.Array]  # -> [*lead, in, out]
+
+NEEDS: dict[str, tuple[str, ...]] = {"owl": ("second_moment",)}
+
+
+def uniform(sites: Mapping[str, Site], sparsity: float) -> Sparsities:
+    """The same share of every weight."""
+    return {path: np.full(site.sizes[0], sparsity) for path, site in sites.items()}
+
+
+def erk(sites: Mapping[str, Site], sparsity: float) -> Sparsities:
+    """Erdos-Renyi: densities in proportion to (in + out) / (in * out) (Mocanu et al. 2018, arXiv:1707.04780; for layers without
+    kernels it is Evci et al.'s ERK, arXiv:1911.11134). Weights that would be more than dense are dense.
+    """
+    sizes = {p: (max(1, int(np.prod(s.sizes[0]))), *s.sizes[1:]) for p, s in sites.items()}
+    budget = (1.0 - sparsity) * sum(n * i * o for n, i, o in sizes.values())
+    dense: set[str] = set()
+    while True:
+        rest = budget - sum(n * i * o for p, (n, i, o) in sizes.items() if p in dense)
+        scale = rest / max(sum(n * (i + o) for p, (n, i, o) in sizes.items() if p not in dense), 1)
+        over = {p for p, (_, i, o) in sizes.items() if p not in dense and scale * (i + o) > i * o}
+        if not over:
+            break
+        dense |= over
+    density = {p: 1.0 if p in dense else scale * (i + o) / (i * o) for p, (_, i, o) in sizes.items()}
+    return {p: np.full(s.sizes[0], 1.0 - density[p]) for p, s in sites.items()}
+
+
+def overall(sites: Mapping[str, Site], sparsity: float, *, scores: Scores) -> Sparsities:
+    """One threshold for the scores of all weights together ("global")."""
+    found = {path: np.asarray(scores(site)) for path, site in sites.items()}
+    every = np.concatenate([s.ravel() for s in found.values()])
+    remove = int(sparsity * every.size + 1e-6)
+    if remove == 0:
+        return uniform(sites, 0.0)
+    threshold = np.partition(every, remove - 1)[remove - 1]
+    return {path: (s <= threshold).mean((-2, -1)) for path, s in found.items()}
+
+
+def owl(
+    sites: Mapping[str, Site], sparsity: float, *, statistics: Mapping[str, Mapping[str, jax.Array]], outlier: float = 5.0,
+    spread: float = 0.08,
+) -> Sparsities:  # fmt: skip
+    """Outlier-weighted layerwise sparsity (Yin et al. 2024, arXiv:2310.05175): layers with more outliers keep more.
+
+    An outlier is an entry whose Wanda score is `outlier` times the mean of its weight's; a layer's sparsity differs from the
+    mean by at most `spread` (the paper's M and lambda). Weights of one layer have the same.
+    """
+    names = {path: _layer_names(site) for path, site in sites.items()}
+    found: dict[Any, list[float]] = {}
+    entries: dict[Any, int] = {}
+    for path, site in sites.items():
+        share, size = (
+            np.asarray(_outliers(site.matrix(), statistics["second_moment"][path], outlier)),
+            int(np.prod(site.sizes[1:])),
+        )
+        for layer, value in zip(names[path], share.reshape(-1), strict=True):
+            found.setdefault(layer, []).append(float(value) * size)
+            entries[layer] = entries.get(layer, 0) + size
+    layers = list(found)
+    ratio = np.array([sum(found[layer]) / entries[layer] for layer in layers])
+    weight = np.array([entries[layer] for layer in layers])
+    ratio = (ratio - ratio.min()) / max(ratio.max() - ratio.min(), 1e-30) * 2 * spread
+    density = np.clip(ratio - np.average(ratio, weights=weight) + 1.0 - sparsity, 0.0, 1.0)
+    of = dict(zip(layers, 1.0 - density, strict=True))
+    return {path: np.array([of[n] for n in names[path]]).reshape(site.sizes[0]) for path, site in sites.items()}
+
+
+@jax.jit
+def _outliers(w: jax.Array, second_moment: jax.Array, outlier: float) -> jax.Array:
+    score = jnp.abs(w) * jnp.sqrt(second_moment)[..., None]
+    return (score > outlier * score.mean((-2, -1), keepdims=True)).mean((-2, -1))
+
+
+def _layer_names(site: Site) -> list[Any]:
+    """For each entry of the leading axes the layer that it belongs to: its number, or the path where it has none."""
+    lead = site.sizes[0]
+    numbers = [n for _, n in layer_paths(site.path, lead[0] if lead else None)]
+    inner = int(np.prod(lead[1:])) if lead else 1
+    return [site.path if n is None else n for n in numbers for _ in range(inner)]
+
+
+DISTRIBUTIONS: dict[str, Callable[..., Sparsities]] = {"uniform": uniform, "global": overall, "erk": erk, "owl": owl}
+
+
+def allocate_sparsity(
+    params: Any,
+    sparsity: float,
+    distribution: str = "uniform",
+    *,
+    score: str = "magnitude",
+    statistics: Mapping[str, Mapping[str, jax.Array]] | None = None,
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    layout: Layout | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Sparsities:
+    """path -> sparsity [*lead] of each weight that `targets` name, so that `sparsity` of all their entries go.
+
+    `distribution` is uniform, erk, global (by `score`, with the statistics that it needs) or owl (with the "second_moment"
+    of inputs, and its `options` outlier and spread). Raises ValueError for a sparsity outside [0, 1), an unknown
+    distribution and missing statistics.
+    """
+    check_sparsity(sparsity)
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"unknown distribution {distribution!r}; distributions: {', '.join(DISTRIBUTIONS)}")
+    sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
+    statistics = statistics or {}
+    function = DISTRIBUTIONS[distribution]
+    if distribution == "owl":
+        check_statistics(sites.values(), NEEDS["owl"], statistics, "distribution 'owl'")
+        return function(sites, sparsity, statistics=statistics, **options)
+    if options:
+        raise ValueError(f"distribution {distribution!r} has no option {sorted(options)[0]!r}")
+    if distribution == "global":
+        return function(sites, sparsity, scores=functools.partial(scores_of, score, statistics=statistics, seed=seed))
+    return function(sites, sparsity)
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Raise ValueError for a sparsity outside [0, 1)."""
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity, the share of entries that go, must lie in [0, 1), got {sparsity}")
+
+
+def check_pattern(pattern: Any, sparsity: Any, distribution: str) -> None:
+    """Raise ValueError where an N:M pattern meets a sparsity or distribution that contradicts it."""
+    found = make_pattern(pattern)
+    fixed = getattr(found, "sparsity", None)
+    if fixed is None:
+        if sparsity is None:
+            raise ValueError("sparsity is missing: the share of entries that go, as 0.5")
+        return
+    if distribution != "uniform" or (sparsity is not None and (not np.isscalar(sparsity) or abs(sparsity - fixed) > 1e-6)):
+        raise ValueError(f"pattern {found} prunes {fixed:.4g} of every weight: give no other sparsity or distribution")
