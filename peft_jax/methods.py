@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peft_jax.core.tree import full
-from peft_jax.low_rank.adalora import adalora, adalora_budget
+from peft_jax.low_rank.adalora import adalora, adalora_optimizer
 from peft_jax.low_rank.boft import boft
 from peft_jax.low_rank.c3a import c3a
 from peft_jax.low_rank.delora import delora
@@ -27,6 +27,7 @@ from peft_jax.low_rank.trainable_tokens import trainable_tokens
 from peft_jax.low_rank.vblora import vblora
 from peft_jax.low_rank.vera import vera
 from peft_jax.low_rank.waveft import waveft
+from peft_jax.pruning.sparse_training import sparse, sparse_optimizer
 from peft_jax.quantization.qalora import qalora
 from peft_jax.quantization.qat import qat
 
@@ -54,8 +55,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "trainable_tokens": trainable_tokens,
     "qalora": qalora,
     "qat": qat,
+    "sparse": sparse,
     "full": full,
 }
 
-# What a method adds to the optimizer: (steps, **its own options of the method) -> an optax transformation.
-METHOD_TRANSFORMS: dict[str, Callable[..., Any]] = {"adalora": adalora_budget}
+# What a method makes of the optimizer: (optimizer, steps, **its own options of the method) -> an optax transformation.
+METHOD_OPTIMIZERS: dict[str, Callable[..., Any]] = {"adalora": adalora_optimizer, "sparse": sparse_optimizer}

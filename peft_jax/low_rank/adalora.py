@@ -7,6 +7,7 @@ The orthogonality penalty (equation 4) is the node's `penalty`, which the traini
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -137,6 +138,12 @@ def adalora_budget(
         return updates, BudgetState(state.step + 1, importance, uncertainty)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+@functools.wraps(adalora_budget)  # the same options
+def adalora_optimizer(optimizer: optax.GradientTransformation, steps: int, **options: Any) -> Any:
+    """`optimizer` with `adalora_budget` after it."""
+    return optax.chain(optimizer, adalora_budget(steps, **options))
 
 
 def _is_adalora(x: Any) -> bool:

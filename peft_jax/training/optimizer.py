@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from peft_jax.low_rank.lora import LoRA
-from peft_jax.methods import METHOD_TRANSFORMS
+from peft_jax.methods import METHOD_OPTIMIZERS
 from peft_jax.quantization.adam8bit import adamw8bit
 from peft_jax.training.config import OptimizerConfig
 
@@ -31,7 +31,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, steps: int, method: Mapping[str, Any] | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, the optimizer, and what the method adds to it (AdaLoRA's budget).
+    """Clipping by global norm, the optimizer, and what the method makes of it (AdaLoRA's budget, masks that move).
 
     Weight decay spares vectors (biases and norms). `method` is the configured method with its options.
     """
@@ -60,11 +60,11 @@ def make_optimizer(
     parts.append(optimizer)
     if config.lora_plus_ratio != 1.0:
         parts.append(lora_plus(config.lora_plus_ratio))
-    options = dict(method or {})
-    if add := METHOD_TRANSFORMS.get(options.pop("name", "")):
-        known = inspect.signature(add).parameters
-        parts.append(add(steps, **{k: v for k, v in options.items() if k in known}))
-    return optax.chain(*parts)
+    chain, options = optax.chain(*parts), dict(method or {})
+    if wrap := METHOD_OPTIMIZERS.get(options.pop("name", "")):
+        known = inspect.signature(wrap).parameters
+        return wrap(chain, steps, **{k: v for k, v in options.items() if k in known})
+    return optax.with_extra_args_support(chain)
 
 
 def lora_plus(ratio: float) -> optax.GradientTransformation:
