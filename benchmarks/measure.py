@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -14,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+import peft_jax
 from peft_jax.data import encode, fit, pack, read_records
 from peft_jax.data.batches import evaluation_batches
 from peft_jax.training.objective import next_token
@@ -70,3 +75,26 @@ def held_out_loss(apply: Any, trainable: Any, frozen: Any, rows: Any) -> float:
         total += float(metrics["loss"]) * float(metrics["weight"])
         weight += float(metrics["weight"])
     return total / weight
+
+
+def held_out(data: Path, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(training, held-out) rows of 256 tokens of the texts that the embedded base was trained on."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    from pretrain_base import paragraphs, token_streams
+
+    streams = token_streams(paragraphs(data), tokenizer, 0)
+    train, held = (s[: len(s) // 256 * 256].reshape(-1, 256) for s in streams)
+    return train, held
+
+
+def perplexity_of(model: Any, params: Any, rows: np.ndarray) -> float:
+    """Perplexity of a model on rows of tokens, of the tokens after each row's first."""
+
+    @jax.jit
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        logits = peft_jax.bind(model)(params, tokens)[:, :-1]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1).mean()
+
+    size = 16
+    parts = [rows[i : i + size] for i in range(0, len(rows) // size * size, size)]
+    return math.exp(statistics.mean(float(loss(params, jnp.asarray(p))) for p in parts))

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import heading, held_out_loss, publish, rows_of
+from measure import heading, held_out, held_out_loss, perplexity_of, publish, rows_of
 
 import peft_jax
 from peft_jax import FP4, FP8, MXFP4, NF4, Int
@@ -165,16 +165,6 @@ PLANS: list[tuple[int, str, Any, str, dict[str, Any]]] = [
 ]
 
 
-def held_out(data: Path, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(training, held-out) rows of 256 tokens of the texts that the embedded base was trained on."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-    from pretrain_base import paragraphs, token_streams
-
-    streams = token_streams(paragraphs(data), tokenizer, 0)
-    train, held = (s[: len(s) // 256 * 256].reshape(-1, 256) for s in streams)
-    return train, held
-
-
 def table(args: argparse.Namespace) -> str:
     model, params = peft_jax.load("builtin:base", scan_layers=False)
     tokenizer = peft_jax.load_tokenizer("builtin:base")
@@ -205,17 +195,6 @@ def mean_bits(tree: Any) -> float:
     """Mean bits a quantized weight takes, over the places."""
     nodes = [w for w in peft_jax.places(tree).values() if isinstance(w, peft_jax.Quantized)]
     return statistics.mean(peft_jax.bits_per_weight(w) for w in nodes)
-
-
-def perplexity_of(model: Any, params: Any, rows: np.ndarray) -> float:
-    @jax.jit
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = peft_jax.bind(model)(params, tokens)[:, :-1]
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1).mean()
-
-    size = 16
-    parts = [rows[i : i + size] for i in range(0, len(rows) // size * size, size)]
-    return math.exp(statistics.mean(float(loss(params, jnp.asarray(p))) for p in parts))
 
 
 # ------------------------------------------------------------------------------------------------------------ qlora

@@ -38,6 +38,9 @@ from peft_jax.pruning.distribution import allocate_sparsity
 from peft_jax.pruning.masked import Masked, mask_from_zeros, mask_updates
 from peft_jax.pruning.pattern import NM, Block
 from peft_jax.pruning.prune import compress, densify, prune, sparsity_of
+from peft_jax.pruning.sparse_training import sparse
+from peft_jax.pruning.structured import prune_structured, shrink, sizes_for
+from peft_jax.pruning.vocabulary import prune_vocabulary
 from peft_jax.quantization.adam8bit import adamw8bit, scale_by_adam8bit
 from peft_jax.quantization.blocks import quantize_in_turn
 from peft_jax.quantization.budget import allocate_bits
@@ -121,6 +124,8 @@ __all__ = [
     "places",
     "prune",
     "prune_in_turn",
+    "prune_structured",
+    "prune_vocabulary",
     "qalora",
     "qat",
     "quantize",
@@ -139,6 +144,9 @@ __all__ = [
     "shard",
     "shardings",
     "shira",
+    "shrink",
+    "sizes_for",
+    "sparse",
     "sparsity_of",
     "stack_layers",
     "subtract_adapters",

@@ -85,6 +85,14 @@ def quantize(config: str | None, overrides: tuple[str, ...]) -> None:
     run_quantization(_config(config, overrides))
 
 
+@_command
+def prune(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Prune the model as `prune` says: perplexity before and after, a table, a picture, and a folder for transformers."""
+    from peft_jax.training.run import run_pruning
+
+    run_pruning(_config(config, overrides))
+
+
 def export(config: str | None, overrides: tuple[str, ...], merged: bool) -> None:
     """Write the newest checkpoint of a run as a PEFT adapter, or merged into a Hugging Face model folder."""
     from peft_jax.training.run import run_export

@@ -25,7 +25,7 @@ from peft_jax.hub.quantized import QuantizedReader, quantization_config, writer
 from peft_jax.hub.safetensors_io import Checkpoint, open_checkpoint, write_shards
 from peft_jax.low_rank.svd import Factorized
 from peft_jax.models.config import decoder_config
-from peft_jax.models.decoder import Decoder
+from peft_jax.models.decoder import Decoder, abstract_params
 from peft_jax.quantization.quantized import Quantized
 
 BASE = Path(__file__).parent.parent / "assets" / "base"
@@ -180,12 +180,6 @@ def _parts(abstract: Any, model: Decoder) -> Iterable[tuple[str, Any, list[Tenso
 def _default_dtype(hf_config: Any) -> Any:
     stored = str(getattr(hf_config, "dtype", None) or "float32").removeprefix("torch.")
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else stored)
-
-
-def abstract_params(model: Decoder) -> Any:
-    """Shapes and dtypes of a decoder's parameters, nothing allocated."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
 def _tensors(path: str, model: Decoder) -> list[Tensor]:

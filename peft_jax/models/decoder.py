@@ -337,3 +337,9 @@ class Decoder(nn.Module):
         """A fresh key/value cache for `batch` rows of at most `length` tokens; see `attention.empty_cache`."""
         c = self.config
         return empty_cache(c.num_layers, batch, length, c.num_kv_heads, c.head_dim, dtype or self.dtype)
+
+
+def abstract_params(model: Decoder) -> Any:
+    """Shapes and dtypes of a decoder's parameters, nothing allocated."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -21,6 +22,8 @@ from pydantic.dataclasses import dataclass
 
 from peft_jax.core.tree import nearest
 from peft_jax.methods import METHODS
+from peft_jax.pruning.distribution import DISTRIBUTIONS, check_pattern, check_sparsity
+from peft_jax.pruning.prune import check_score
 from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.rounding import check_rounding
 
@@ -64,6 +67,28 @@ class QuantizeConfig:
     targets: str | list[str] = option("all-linear", "what to quantize")
     exclude: list[str] = option([], "what to leave in high precision")
     calibration_batches: int = option(8, "batches of the training data that a calibrated rounding looks at")
+
+
+@configuration
+class PruneConfig:
+    sparsity: float | None = option(None, "share of the weights to prune, as 0.5; empty, without a pattern: none")
+    pattern: str | None = option(None, "N:M, as 2:4, or blocks of inputs by outputs, as 16x16")
+    score: str = option("wanda", "magnitude, random, snip, taylor, movement, wanda, ria or sparsegpt")
+    score_options: dict[str, Any] = option({}, "options of the score, as {damping: 0.01}, and compare (output or matrix)")
+    distribution: str = option("uniform", "how much of which weight: uniform, erk, global or owl")
+    distribution_options: dict[str, Any] = option({}, "options of the distribution, as {spread: 0.08}")
+    targets: str | list[str] = option("all-linear", "what to prune")
+    exclude: list[str] = option([], "what to leave dense")
+    mask_updates: bool = option(True, "mask adapters over pruned weights too, so that the merged model keeps its zeros")
+    keep: dict[Literal["layers", "heads", "kv_heads", "units", "channels"], int] = option(
+        {}, "make the model smaller: how many of its layers, heads, ... stay, as {layers: 12, units: 2048}"
+    )
+    keep_parameters: float | None = option(None, "make the model smaller: the share of its parameters that stays")
+    by: Literal["layers", "width"] = option("width", "what keep_parameters takes away: layers, or heads and units")
+    importance: Literal["activation", "fluctuation", "magnitude"] = option("activation", "which layers, heads, ... stay")
+    compensate: bool = option(False, "put the mean of what is taken away into biases (llama)")
+    calibration_batches: int = option(8, "batches of the training data that scores and importance look at")
+    sensitivity: list[float] = option([0.25, 0.5, 0.75], "shares at which `peft-jax prune` prunes each layer alone")
 
 
 @configuration
@@ -150,6 +175,7 @@ class EvaluateConfig:
 class RunConfig:
     output: str = option("runs/default", "folder for checkpoints, metrics and the exported adapter")
     model: ModelConfig = option(ModelConfig(), "the model")
+    prune: PruneConfig = option(PruneConfig(), "pruning of the base, before anything else")
     quantize: QuantizeConfig = option(QuantizeConfig(), "quantization of the base: with LoRA over it, QLoRA")
     method: dict[str, Any] = option({"name": "lora"}, "the method's name and its options")
     data: DataConfig = option(DataConfig(), "the data")
@@ -169,7 +195,7 @@ def load_config(path: str | None, overrides: Iterable[str] = ()) -> RunConfig:
         if not file.is_file():
             raise ConfigError(f"configuration file {path} does not exist{_config_hint(file)}")
         try:
-            tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            tree = _yaml(file.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(tree, dict):
@@ -177,6 +203,23 @@ def load_config(path: str | None, overrides: Iterable[str] = ()) -> RunConfig:
     for override in overrides:
         _override(tree, override)
     return parse_config(tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without its integers of base 60, so that 2:4 is a pattern and not 124."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:int"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_INTEGER = re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def _config_hint(file: Path) -> str:
@@ -188,7 +231,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r} should read key=value")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = _yaml(text) if text else None
     except yaml.YAMLError:
         value = text
     *parents, last = key.split(".")
@@ -248,6 +291,23 @@ def _check(config: RunConfig) -> None:
         raise ConfigError("train.eval_every and train.patience need data.validation")
     check_method(config.method)
     check_quantize(config.quantize)
+    check_prune(config.prune)
+
+
+def check_prune(config: PruneConfig) -> None:
+    """Raise ConfigError for a score, distribution, pattern or size that cannot be."""
+    try:
+        check_score(config.score, set(config.score_options) - {"compare"})
+        if config.pattern is not None or config.sparsity is not None:
+            check_pattern(config.pattern, config.sparsity, config.distribution)
+        if config.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"unknown distribution {config.distribution!r}; distributions: {', '.join(DISTRIBUTIONS)}")
+        for share in [*([] if config.sparsity is None else [config.sparsity]), *config.sensitivity]:
+            check_sparsity(share)
+    except ValueError as error:
+        raise ConfigError(f"option 'prune': {error}") from error
+    if config.keep_parameters is not None and config.keep:
+        raise ConfigError("prune.keep says what stays, and prune.keep_parameters chooses it: give one of them")
 
 
 def check_quantize(config: QuantizeConfig) -> Format | None:

@@ -8,12 +8,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import yaml
 from jax.sharding import Mesh
 from rich.console import Console
@@ -24,13 +25,15 @@ from peft_jax.core.files import write_json
 from peft_jax.core.reparametrised import MATRIX
 from peft_jax.core.sharding import fetch, make_mesh, shard
 from peft_jax.core.tree import combine, count, is_target, map_places, merge, partition, places, select
-from peft_jax.core.weight import Weight
+from peft_jax.core.weight import Weight, materialize
 from peft_jax.data import Record, Rows, encode, fit, pack, read_records
 from peft_jax.data.batches import batch_at
 from peft_jax.hub import load, load_adapter, load_tokenizer, local_folder, save, save_adapter
 from peft_jax.low_rank.init import STATISTICS
 from peft_jax.low_rank.loftq import loftq
 from peft_jax.models.layers import stack_layers, unstack_layers
+from peft_jax.pruning.masked import mask_updates
+from peft_jax.pruning.prune import sparsity_of
 from peft_jax.quantization.blocks import quantize_in_turn
 from peft_jax.quantization.formats import Format
 from peft_jax.quantization.quantize import EMBEDDING, bits_per_weight, quantize, quantize_weight
@@ -39,6 +42,7 @@ from peft_jax.quantization.rounding import needed_statistics
 from peft_jax.training.checkpoint import Checkpoints, fingerprint
 from peft_jax.training.config import (
     ConfigError,
+    PruneConfig,
     QuantizeConfig,
     RunConfig,
     SourceConfig,
@@ -51,8 +55,9 @@ from peft_jax.training.generate import generate
 from peft_jax.training.loop import Result, check_batch, initial_state, train
 from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import make_optimizer
+from peft_jax.training.prune import Report, shrunk, sparsified
 
-ADAPTER, MODEL = "adapter", "model"
+ADAPTER, MODEL, BASE = "adapter", "model", "base"
 
 
 class Setup(NamedTuple):
@@ -82,6 +87,7 @@ def set_up(config: RunConfig) -> Setup:
     folder = local_folder(c.path, c.revision)
     format = check_quantize(q)
     calibrated = format is not None and bool(needed_statistics(q.rounding, format))
+    whole = format is None or calibrated or _prunes(config)  # else weights are quantized as they are read
     model, params = load(
         folder,
         dtype=_dtype(c.dtype),
@@ -89,16 +95,55 @@ def set_up(config: RunConfig) -> Setup:
         scan_layers=c.scan_layers,
         remat=c.remat,
         attention_implementation=c.attention,
-        each=None if format is None or calibrated else functools.partial(_quantize_read, config, format),
+        each=None if whole else functools.partial(_quantize_read, config, format),
     )
     setup = Setup(model, params, load_tokenizer(folder), mesh, folder)
-    if format is not None and calibrated:
-        setup = setup._replace(params=_calibrated(config, setup, format))
+    if _prunes(config):
+        batches = _calibration(config, setup, config.prune.calibration_batches)
+        setup = _masked(config, _shrunk(config, setup, batches), batches)
+    if format is not None and whole:
+        setup = setup._replace(params=_quantized(config, setup, format))
     elif format is not None:
         for path in select(params, q.targets, q.exclude):  # raises for a target that matches nothing
             if not isinstance(places(params)[path], Quantized):
                 raise ConfigError(f"quantize.targets name some of the layers stacked at {path}; set model.scan_layers=false")
     return setup._replace(params=load_adapter(setup.params, c.adapter)) if c.adapter else setup
+
+
+def _prunes(config: RunConfig) -> bool:
+    return _masks(config.prune) or bool(config.prune.keep) or config.prune.keep_parameters is not None
+
+
+def _masks(p: PruneConfig) -> bool:
+    return p.sparsity is not None or p.pattern is not None
+
+
+def _shrunk(config: RunConfig, setup: Setup, batches: list[dict[str, Any]]) -> Setup:
+    """The model made smaller, where the configuration asks for it."""
+    model, params = shrunk(config.prune, setup.model, setup.params, batches)
+    return setup._replace(model=model, params=params if setup.mesh is None else shard(params, setup.mesh))
+
+
+def _masked(config: RunConfig, setup: Setup, batches: list[dict[str, Any]]) -> Setup:
+    """The tree masked, where the configuration asks for it."""
+    if not _masks(config.prune):
+        return setup
+    mask = lambda looped, tree: sparsified(config.prune, looped, tree, batches, config.train.seed)
+    params = _layer_by_layer(setup.model, setup.params, mask)
+    return setup._replace(params=params if setup.mesh is None else shard(params, setup.mesh))
+
+
+def _calibration(config: RunConfig, setup: Setup, count: int) -> list[dict[str, Any]]:
+    """The first batches of the training rows."""
+    rows = make_rows(config, config.data.train, setup.tokenizer)
+    return [batch_at(rows, i, config.train.batch_size, seed=config.train.seed) for i in range(count)]
+
+
+def _layer_by_layer(model: Any, params: Any, change: Callable[[Any, Any], Any]) -> Any:
+    """`change(model, params)` of the model with its layers looped; the tree is stacked again where it was."""
+    if not model.scan_layers:
+        return change(model, params)
+    return stack_layers(change(model.clone(scan_layers=False), unstack_layers(params)))
 
 
 def _is_loftq(config: RunConfig) -> bool:
@@ -122,18 +167,17 @@ def _quantize_read(config: RunConfig, format: Format, path: str, w: jax.Array) -
     )
 
 
-def _calibrated(config: RunConfig, setup: Setup, format: Format) -> Any:
-    """The tree quantized with statistics of the training rows."""
-    q, rows = config.quantize, make_rows(config, config.data.train, setup.tokenizer)
-    count, size = q.calibration_batches, config.train.batch_size
-    batches = [batch_at(rows, i, size, seed=config.train.seed) for i in range(count)]
+def _quantized(config: RunConfig, setup: Setup, format: Format) -> Any:
+    """The tree quantized, with statistics of the training rows where the rounding needs them."""
+    q = config.quantize
     where: dict[str, Any] = {"targets": q.targets, "exclude": q.exclude}
     options = {"seed": config.train.seed, "rounding": q.rounding, **where, **q.rounding_options}
-    if not config.model.scan_layers:
-        params = quantize_in_turn(bind(setup.model), setup.params, batches, format, **options)
+    if needed_statistics(q.rounding, format):
+        batches = _calibration(config, setup, q.calibration_batches)
+        change = lambda looped, tree: quantize_in_turn(bind(looped), tree, batches, format, **options)
+        params = _layer_by_layer(setup.model, setup.params, change)
     else:
-        looped = bind(setup.model.clone(scan_layers=False))
-        params = stack_layers(quantize_in_turn(looped, unstack_layers(setup.params), batches, format, **options))
+        params = quantize(setup.params, format, **options)
     return params if setup.mesh is None else shard(params, setup.mesh)
 
 
@@ -176,6 +220,7 @@ def add_method(config: RunConfig, setup: Setup, rows: Rows | None = None) -> Any
         rows = rows or make_rows(config, config.data.train, setup.tokenizer)
         options["statistics"] = _statistics(config, setup, rows, statistic, options)
     params = function(setup.params, jax.random.key(config.train.seed), **options)
+    params = mask_updates(params) if config.prune.mask_updates else params
     return params if setup.mesh is None else shard(params, setup.mesh)
 
 
@@ -201,6 +246,7 @@ def identity(config: RunConfig, setup: Setup, rows: Rows) -> dict[str, Any]:
         "base": {"path": config.model.path, "revision": config.model.revision, "hash": fingerprint(setup.folder)},
         "data": rows.fingerprint(),
         "method": json.loads(json.dumps(config.method)),
+        "prune": to_dict(config)["prune"],
         "quantize": to_dict(config)["quantize"],
         "batch_size": config.train.batch_size,
         "seed": config.train.seed,
@@ -324,6 +370,47 @@ def run_quantization(config: RunConfig, console: Console | None = None) -> Path:
     return out
 
 
+def run_pruning(config: RunConfig, console: Console | None = None) -> Path:
+    """The whole of `peft-jax prune`: perplexity before and after, what became of each weight, how sensitive each layer is, a
+    picture, and the pruned (and, where asked for, quantized) model's folder.
+    """
+    if not _prunes(config):
+        raise ConfigError(
+            "prune needs prune.sparsity, prune.pattern, prune.keep or prune.keep_parameters, as in prune.sparsity=0.5"
+        )
+    console = console or Console()
+    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    held, out = config.data.test or config.data.validation, Path(config.output)
+    plain = set_up(dataclasses.replace(config, prune=PruneConfig(), quantize=QuantizeConfig()))
+    rows = make_rows(config, held, plain.tokenizer) if held else None
+    numbers: dict[str, Any] = {
+        "before": _measure(config, plain, plain.params, rows),
+        "parameters_before": count(plain.params)[1],
+    }
+    say(f"before: {_shown(numbers['before'])}, {numbers['parameters_before']:,} parameters")
+    batches = _calibration(config, plain, config.prune.calibration_batches)
+    small = _shrunk(config, plain, batches)
+    setup = _masked(config, small, batches)
+    out.mkdir(parents=True, exist_ok=True)
+    if _masks(config.prune):
+        looped = lambda tree: unstack_layers(tree) if small.model.scan_layers else tree
+        model = small.model.clone(scan_layers=False)
+        report = Report(config.prune, model, looped(small.params), looped(setup.params), batches, config.train.seed)
+        report.show(console)
+        numbers |= report.to_dict()
+        say(f"picture: {report.plot(out / 'pruning.png') or 'none, for want of matplotlib: pip install peft-jax[plots]'}")
+    if (format := check_quantize(config.quantize)) is not None:
+        setup = setup._replace(params=_quantized(config, setup, format))
+    shares = sparsity_of(setup.params, targets=config.prune.targets, exclude=config.prune.exclude)
+    numbers |= {"after": _measure(config, setup, setup.params, rows), "parameters": count(setup.params)[1]}
+    zeros = f", {np.mean([s.mean() for s in shares.values()]):.2%} zeros a weight" if _masks(config.prune) else ""
+    say(f"after:  {_shown(numbers['after'])}, {numbers['parameters']:,} parameters{zeros}")
+    save(out / MODEL, setup.model, setup.params, tokenizer=setup.tokenizer)
+    write_json(out / "pruning.json", numbers)
+    say(f"written: {out / MODEL}")
+    return out / MODEL
+
+
 def _samples(config: RunConfig, setup: Setup, params: Any) -> list[str]:
     g = config.generate
     if not g.prompts:
@@ -353,15 +440,23 @@ def export(config: RunConfig, setup: Setup, params: Any, out: Path, *, merged: b
     if jax.process_index() != 0:
         return out
     if whole:
-        cast = lambda _, w: w if isinstance(w, Weight) else w.astype(setup.model.param_dtype)
-        arrays = map_places(cast, merge(params))
+        arrays = map_places(lambda _, w: _cast(w, setup.model.param_dtype), merge(params))
         save(out / MODEL, setup.model, arrays, tokenizer=setup.tokenizer)
         return out / MODEL
     options = check_method(config.method)[1]
-    save_adapter(
-        out / ADAPTER, params, name=options.get("adapter", "default"), base=config.model.path, revision=config.model.revision
-    )
+    base, revision = config.model.path, config.model.revision
+    if _prunes(config):  # the adapter is one of the pruned model
+        base, revision = str(out / BASE), None
+        save(out / BASE, setup.model, setup.params, tokenizer=setup.tokenizer)
+    save_adapter(out / ADAPTER, params, name=options.get("adapter", "default"), base=base, revision=revision)
     return out / ADAPTER
+
+
+def _cast(w: Any, dtype: Any) -> Any:
+    """An array, or what a pruned weight stands for, in `dtype`; quantized and factorized weights as they are."""
+    if isinstance(w, Weight) and (not w.pruned or isinstance(getattr(w, "base", None), Quantized)):
+        return w
+    return materialize(w).astype(dtype)
 
 
 def run_export(config: RunConfig, *, merged: bool) -> Path:

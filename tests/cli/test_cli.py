@@ -76,7 +76,7 @@ def test_help_shows_every_option_with_its_default():
     assert "train.batch_size=8" in flat
     assert "method.rank=8" in flat
     out, _ = run("--help")
-    for verb in ("train", "evaluate", "generate", "export", "inspect"):
+    for verb in ("train", "evaluate", "generate", "export", "inspect", "quantize", "prune"):
         assert verb in out
 
 
@@ -110,6 +110,16 @@ BAD = {
         ["quantize.format=int8", "quantize.targets=q_porj"],
         "target 'q_porj' matches nothing. Did you mean 'q_proj'?",
     ),
+    "sparsity": (["prune.sparsity=1.5"], "option 'prune': sparsity, the share of entries that go, must lie in [0, 1), got 1.5"),
+    "pattern": (["prune.pattern=5:4"], "option 'prune': pattern 5:4 keeps more of a group than it has"),
+    "score": (["prune.score=weight"], "option 'prune': unknown score 'weight'"),
+    "score option": (["prune.score_options={power: 1}"], "score 'wanda' has no option 'power'"),
+    "distribution": (["prune.sparsity=0.5", "prune.distribution=even"], "unknown distribution 'even'"),
+    "groups": (["prune.pattern=2:5"], "pattern 2:5 does not divide the"),
+    "keep": (["prune.keep={layers: 9}"], "layers must leave between 1 and 3, got 9"),
+    "keep twice": (["prune.keep={layers: 2}", "prune.keep_parameters=0.5"], "give one of them"),
+    "what to keep": (["prune.keep={rows: 2}"], "option 'prune.keep"),
+    "sparse training": (["method={name: sparse}"], "sparsity is missing"),
     "loftq": (["method.init=loftq"], "method.init=loftq needs quantize.format"),
     "metric of text": (["evaluate.metrics=[bleu]"], "needs data of kind completion or chat"),
 }
@@ -204,3 +214,67 @@ def test_quantize_shows_both_perplexities_and_writes_a_folder(options, tmp_path)
     assert any(isinstance(w, peft_jax.Quantized) for w in nodes)
     _, error = run("quantize", *options)
     assert "quantize needs quantize.format" in str(error)
+
+
+def zeros_of(folder):
+    """Mean share of zeros of the linear layers of a model folder."""
+    shares = peft_jax.sparsity_of(peft_jax.load(folder)[1])
+    return sum(s.mean() for s in shares.values()) / len(shares)
+
+
+def test_prune_shows_what_became_of_each_weight(options, tmp_path):
+    options = [o for o in options if "metrics" not in o and "prompts" not in o] + ["prune.calibration_batches=2"]
+    rest = ["prune.sparsity=0.5", "prune.score=magnitude", "prune.distribution=owl", "prune.sensitivity=[0.5]"]
+    out, error = run("prune", *options, *rest)
+    assert error is None, out
+    for text in ("before:", "after:", "% zeros a weight", "output error", "layer 2", "pruning.png"):
+        assert text in out
+    numbers = json.loads((tmp_path / "run" / "pruning.json").read_text())
+    assert len(numbers["weights"]) == 21
+    assert set(numbers["sensitivity"]) == {"layer 0", "layer 1", "layer 2"}
+    assert abs(zeros_of(tmp_path / "run" / "model") - 0.5) < 0.01
+    assert (tmp_path / "run" / "pruning.png").stat().st_size > 1000
+    _, error = run("prune", *options)
+    assert "prune needs prune.sparsity" in str(error)
+
+
+def test_prune_makes_a_smaller_model(options, tmp_path):
+    options = [o for o in options if "metrics" not in o and "prompts" not in o]
+    out, error = run("prune", *options, "prune.keep={layers: 2, units: 32, kv_heads: 1}", "quantize.format=int8")
+    assert error is None, out
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"], config["num_attention_heads"]) == (2, 32, 2)
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    out, error = run("evaluate", *options, f"model.path={tmp_path / 'run' / 'model'}")
+    assert error is None, out
+
+
+@pytest.mark.parametrize(
+    ("changes", "written"),
+    [
+        (["method={name: lora, rank: 2}", "prune.sparsity=0.5", "prune.score=taylor"], "model"),
+        (["method={name: lora, rank: 2}", "prune={keep: {layers: 2}, pattern: 2:4, mask_updates: false}"], "adapter"),
+        (["method={name: full}", "prune.sparsity=0.5", "prune.distribution=global", "prune.score=magnitude"], "model"),
+        (["method={name: sparse, sparsity: 0.5, every: 1}"], "model"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v[0][8:20] + v[-1][:18],
+)  # fmt: skip
+def test_training_over_a_pruned_base(options, tmp_path, changes, written):
+    options = [o for o in options if not o.startswith(("method.", "generate.prompts", "evaluate.metrics"))]
+    options += ["generate.prompts=[]", "prune.calibration_batches=1", *changes]
+    out, error = run("train", *options)
+    assert error is None, out
+    folder = tmp_path / "run"
+    assert (folder / written).is_dir()
+    results = json.loads((folder / "results.json").read_text())
+    if written == "model":
+        assert abs(zeros_of(folder / "model") - 0.5) < 0.01
+        again = [f"model.path={folder / 'model'}"]
+    else:
+        assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+            folder / "base"
+        )
+        again = [f"model.path={folder / 'base'}", f"model.adapter={folder / 'adapter'}"]
+    out, error = run("evaluate", *[o for o in options if not o.startswith(("prune", "model"))], *again)
+    assert error is None, out
+    assert f"{results['after']['loss']:.6g}"[:5] in out

@@ -1,0 +1,144 @@
+"""Importance of a decoder's layers, heads, feed-forward units and hidden channels, from what flows through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.attachment import Attachment
+from peft_jax.core.bind import bind
+from peft_jax.core.calibrate import calibrate
+from peft_jax.core.reparametrised import node
+from peft_jax.core.tree import combine, partition
+from peft_jax.core.weight import static
+from peft_jax.models.decoder import Decoder
+from peft_jax.models.layers import stack_layers
+
+Score = Literal["activation", "fluctuation", "magnitude"]
+
+
+def importance(
+    model: Decoder, params: Any, batches: Iterable[Mapping[str, Any]], *, score: Score = "activation"
+) -> dict[str, jax.Array]:
+    """{"layers" [L], "heads" [L, H], "kv_heads" [L, K], "units" [L, F], "channels" [D]}, float32; higher matters more.
+
+    activation: the root mean square over tokens of what a unit, head or normalised channel puts out (Minitron, Muralidharan et
+    al. 2024, arXiv:2407.14679, section 2.2, with the L2 aggregation), and layers by their influence (`block_influence`).
+    fluctuation: units and heads by the variance of their output times the squared norm of the weights that read it (FLAP, An et
+    al. 2023, arXiv:2312.11983, equation 4), the rest as activation. magnitude: by the norms of their weights alone; `batches`
+    are not read. Raises ValueError for an unknown score and where there is no batch.
+    """
+    if score not in ("activation", "fluctuation", "magnitude"):
+        raise ValueError(f"unknown importance {score!r}; there are activation, fluctuation and magnitude")
+    if not model.scan_layers:
+        model, params = model.clone(scan_layers=True), stack_layers(params)
+    kernel = lambda part, name: params["model"]["layers"][part][name]["kernel"].astype(jnp.float32)
+    if score == "magnitude":
+        return _magnitudes(model, params, kernel)
+    batches, apply = list(batches), bind(model)
+    fused = model.config.fused_projections
+    readers = ["qkv_proj", "gate_up_proj"] if fused else ["q_proj", "gate_proj"]
+    second = calibrate(apply, params, batches, statistic="second_moment", targets=["o_proj", "down_proj", *readers])
+    of = lambda module: second[f"model/layers/{module}/kernel"]
+    heads, units = of("self_attn/o_proj"), of("mlp/down_proj")
+    if score == "fluctuation":
+        mean = calibrate(apply, params, batches, statistic="mean", targets=["o_proj", "down_proj"])
+        variance = lambda total, path: total - jnp.square(mean[f"model/layers/{path}/kernel"])
+        heads = variance(heads, "self_attn/o_proj") * jnp.square(kernel("self_attn", "o_proj")).sum(-1)
+        units = variance(units, "mlp/down_proj") * jnp.square(kernel("mlp", "down_proj")).sum(-1)
+    channels = (jnp.sqrt(of(f"self_attn/{readers[0]}")) + jnp.sqrt(of(f"mlp/{readers[1]}"))).sum(0)
+    return {
+        "layers": block_influence(model, params, batches),
+        **_of_heads(model, heads),
+        "units": jnp.sqrt(units),
+        "channels": channels,
+    }
+
+
+def _of_heads(model: Decoder, energy: jax.Array) -> dict[str, jax.Array]:
+    """Scores of query and key/value heads from the energy of each of their features [L, H * d]."""
+    c = model.config
+    heads = energy.reshape(c.num_layers, c.num_heads, c.head_dim).sum(-1)
+    keys = heads.reshape(c.num_layers, c.num_kv_heads, -1).sum(-1)
+    return {"heads": jnp.sqrt(heads), "kv_heads": jnp.sqrt(keys)}
+
+
+def _magnitudes(model: Decoder, params: Any, kernel: Callable[[str, str], jax.Array]) -> dict[str, jax.Array]:
+    c, square = model.config, jnp.square
+    if c.fused_projections:
+        gate_up = square(kernel("mlp", "gate_up_proj")).sum(-2).reshape(c.num_layers, 2, -1).sum(1)
+        query = square(kernel("self_attn", "qkv_proj")[..., : c.num_heads * c.head_dim]).sum(-2)
+    else:
+        gate_up = square(kernel("mlp", "gate_proj")).sum(-2) + square(kernel("mlp", "up_proj")).sum(-2)
+        query = square(kernel("self_attn", "q_proj")).sum(-2)
+    layers = [w for w in jax.tree.leaves(params["model"]["layers"]) if w.ndim == 3]
+    return {
+        "layers": jnp.sqrt(sum(square(w.astype(jnp.float32)).sum((1, 2)) for w in layers)),
+        **_of_heads(model, query + square(kernel("self_attn", "o_proj")).sum(-1)),
+        "units": jnp.sqrt(gate_up + square(kernel("mlp", "down_proj")).sum(-1)),
+        "channels": jnp.sqrt(square(params["model"]["embed_tokens"]["embedding"].astype(jnp.float32)).sum(0)),
+    }
+
+
+@node
+class InfluenceProbe(Attachment):
+    """Beside a layer: sink [*lead] receives the sum over tokens of 1 - cos(input, output) as a gradient."""
+
+    trainable: ClassVar[tuple[str, ...]] = ("sink",)
+    sink: jax.Array
+    frozen: bool = static(default=False)
+
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        if isinstance(output, tuple):
+            return (_tap(args[0], output[0], self.sink), *output[1:])
+        return _tap(args[0], output, self.sink)
+
+
+@jax.custom_vjp
+def _tap(x: jax.Array, y: jax.Array, sink: jax.Array) -> jax.Array:
+    return y
+
+
+def _tap_forward(x: jax.Array, y: jax.Array, sink: jax.Array) -> Any:
+    return y, (x, y)
+
+
+def _tap_backward(saved: Any, grad: jax.Array) -> Any:
+    x, y = saved
+    a, b = x.astype(jnp.float32), y.astype(jnp.float32)
+    cosine = (a * b).sum(-1) / jnp.maximum(jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1), 1e-12)
+    return jnp.zeros_like(x), jnp.zeros_like(y), (1.0 - cosine).sum()
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+def block_influence(model: Decoder, params: Any, batches: Iterable[Mapping[str, Any]]) -> jax.Array:
+    """[L]: how much each layer turns what it is given, the mean over tokens of 1 - cos(input, output) (ShortGPT, Men et al.
+    2024, arXiv:2403.03853, equation 1). Raises ValueError where there is no batch.
+    """
+    if not model.scan_layers:
+        model, params = model.clone(scan_layers=True), stack_layers(params)
+    stack = params["model"]["layers"]
+    probe = InfluenceProbe(sink=jnp.zeros(model.config.num_layers))
+    probed = {**params, "model": {**params["model"], "layers": {**stack, "influence": probe}}}
+    sink, frozen = partition(probed)
+    apply = bind(model)
+
+    @jax.jit
+    def collect(sink: Any, rest: Any, tokens: Any, inputs: Any) -> Any:
+        return jax.grad(lambda s: jnp.sum(apply(combine(s, rest), tokens, **inputs)))(sink)
+
+    total, count = jnp.zeros(model.config.num_layers), 0
+    for batch in batches:
+        inputs = {k: v for k, v in batch.items() if k in ("positions", "segment_ids")}
+        found = collect(sink, frozen, batch["tokens"], inputs)
+        total += found["model"]["layers"]["influence"].sink
+        count += int(jnp.size(batch["tokens"]))
+    if not count:
+        raise ValueError("there is no batch to calibrate on")
+    return total / count

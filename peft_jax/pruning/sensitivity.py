@@ -1,0 +1,54 @@
+"""How the loss answers when one layer alone is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from peft_jax.core.calibrate import calibrate, layer_blocks
+from peft_jax.core.reparametrised import find_sites
+from peft_jax.core.tree import Targets, layer_paths
+from peft_jax.core.weight import Layout
+from peft_jax.pruning.prune import densify, prune
+from peft_jax.pruning.scores import NEEDS
+
+
+def sensitivity(
+    apply: Callable[..., Any],
+    loss: Callable[[Any, Any], jax.Array],
+    params: Any,
+    batches: Iterable[Any],
+    shares: Sequence[float],
+    *,
+    score: str = "magnitude",
+    statistics: Mapping[str, Mapping[str, jax.Array]] | None = None,
+    targets: Targets = "all-linear",
+    exclude: Targets = (),
+    layout: Layout | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, dict[float, float]]:
+    """layer -> {share that is pruned: mean of `loss(params, batch)` over the batches}, the share 0 included.
+
+    A layer is what `prune_in_turn` takes as a block; other layers stay dense. `statistics` are those of gradients; those of
+    inputs are taken from the batches. Raises ValueError as `prune` does.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("there is no batch to calibrate on")
+    measure = jax.jit(loss)
+    mean = lambda tree: float(np.mean([float(measure(tree, b)) for b in batches]))
+    dense, found = mean(params), {}
+    sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
+    for paths in layer_blocks(sites):
+        number = layer_paths(paths[0], None)[0][1]
+        needed = [name for name in NEEDS.get(score, ()) if "gradient" not in name]
+        of = {n: calibrate(apply, params, batches, statistic=n, targets=paths, layout=layout) for n in needed}  # type: ignore[arg-type]
+        where: dict[str, Any] = {"targets": paths, "layout": layout, "seed": seed, "statistics": {**(statistics or {}), **of}}
+        trees = {s: densify(prune(params, s, score=score, **where, **options)) for s in shares if s}
+        name = f"layer {number}" if number is not None else "the rest" if found else "all layers"
+        found[name] = {0.0: dense, **{s: mean(tree) for s, tree in trees.items()}}
+    return found

@@ -1,0 +1,136 @@
+"""What the configuration's `prune` section does to a loaded model, and what `peft-jax prune` tells of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from peft_jax.core.bind import bind
+from peft_jax.core.calibrate import gradients, output_errors
+from peft_jax.core.tree import layer_paths
+from peft_jax.pruning.blocks import prune_in_turn
+from peft_jax.pruning.prune import densify, prune, sparsity_of
+from peft_jax.pruning.scores import NEEDS
+from peft_jax.pruning.sensitivity import sensitivity
+from peft_jax.pruning.structured import prune_structured, sizes_for
+from peft_jax.training.config import PruneConfig
+from peft_jax.training.objective import next_token
+
+Batches = list[dict[str, np.ndarray]]
+Curves = Mapping[str, Mapping[float, float]]
+
+
+def shrunk(config: PruneConfig, model: Any, params: Any, batches: Batches) -> tuple[Any, Any]:
+    """(model, params) made smaller as the section says; as they are where it says nothing."""
+    sizes = dict(config.keep)
+    if config.keep_parameters is not None:
+        sizes |= sizes_for(model, config.keep_parameters, config.by)
+    if not sizes:
+        return model, params
+    return prune_structured(model, params, batches, score=config.importance, compensate=config.compensate, **sizes)
+
+
+def sparsified(config: PruneConfig, model: Any, params: Any, batches: Batches, seed: int) -> Any:
+    """`params`, with looped layers, masked as the section says."""
+    options = dict(_options(config, seed), **config.score_options)
+    options |= {"distribution": config.distribution, "distribution_options": config.distribution_options}
+    if _of_gradients(config):
+        return prune(params, config.sparsity, statistics=_gradients(config, model, params, batches), **options)
+    return prune_in_turn(bind(model), params, batches, config.sparsity, **options)
+
+
+def _options(config: PruneConfig, seed: int) -> dict[str, Any]:
+    return {
+        "score": config.score,
+        "pattern": config.pattern,
+        "targets": config.targets,
+        "exclude": config.exclude,
+        "seed": seed,
+    }
+
+
+def _of_gradients(config: PruneConfig) -> bool:
+    return any("gradient" in name for name in NEEDS.get(config.score, ()))
+
+
+def _loss(model: Any, params: Any, batch: Any) -> jax.Array:
+    return next_token(bind(model), params, batch, jax.random.key(0))[0]
+
+
+def _gradients(config: PruneConfig, model: Any, params: Any, batches: Batches) -> dict[str, Any]:
+    return {
+        name: gradients(
+            functools.partial(_loss, model), params, batches, targets=config.targets, exclude=config.exclude,
+            square=name == "squared_gradient",
+        )
+        for name in NEEDS[config.score]
+    }  # fmt: skip
+
+
+class Report:
+    """What pruning did to each layer: sparsity and output error of each weight, and how sensitive each layer is."""
+
+    def __init__(self, config: PruneConfig, model: Any, before: Any, after: Any, batches: Batches, seed: int) -> None:
+        """`model` with looped layers, its trees before and after. Sensitivity is of the one before."""
+        where: dict[str, Any] = {"targets": config.targets, "exclude": config.exclude}
+        errors = output_errors(bind(model), before, after, batches, **where)
+        shares = sparsity_of(after, **where)
+        self.weights = {p: {"sparsity": float(shares[p]), "error": float(errors[p])} for p in shares}
+        self.curves: Curves = {}
+        if config.sensitivity and config.pattern is None:
+            options = {**_options(config, seed), **config.score_options}
+            of = _gradients(config, model, before, batches) if _of_gradients(config) else None
+            loss = functools.partial(_loss, model)
+            self.curves = sensitivity(bind(model), loss, densify(before), batches, config.sensitivity, statistics=of, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, for JSON."""
+        curves = {layer: {str(s): loss for s, loss in points.items()} for layer, points in self.curves.items()}
+        return {"weights": self.weights, "sensitivity": curves}
+
+    def show(self, console: Console) -> None:
+        """Print a table of the weights and one of the sensitivities."""
+        table = Table("weight", "sparsity", "output error")
+        for path, row in self.weights.items():
+            table.add_row(layer_paths(path, None)[0][0], f"{row['sparsity']:.4f}", f"{row['error']:.4f}")
+        console.print(table)
+        if self.curves:
+            shares = list(next(iter(self.curves.values())))
+            curves = Table("loss with one layer pruned", *(f"{s:.0%}" for s in shares))
+            for layer, points in self.curves.items():
+                curves.add_row(layer, *(f"{points[s]:.4f}" for s in shares))
+            console.print(curves)
+
+    def plot(self, path: Path) -> Path | None:
+        """A picture of sparsity and error by layer and of the sensitivity curves; None without matplotlib."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return None
+        figure = Figure(figsize=(15 if self.curves else 10, 4), layout="constrained")
+        axes = figure.subplots(1, 3 if self.curves else 2)
+        kinds: dict[str, list[tuple[int, dict[str, float]]]] = {}
+        for place, row in self.weights.items():
+            number = layer_paths(place, None)[0][1]
+            kinds.setdefault(place.split("/")[-2], []).append((-1 if number is None else number, row))
+        for axis, name, label in zip(axes, ("sparsity", "error"), ("sparsity", "relative output error"), strict=False):
+            for kind, rows in kinds.items():
+                axis.plot([n for n, _ in rows], [row[name] for _, row in rows], marker="o", markersize=3, label=kind)
+            axis.set(xlabel="layer", ylabel=label, ylim=(0, None))
+            axis.grid(alpha=0.3)
+        axes[0].legend(fontsize="small")
+        if self.curves:
+            for layer, points in self.curves.items():
+                axes[2].plot(list(points), list(points.values()), marker="o", markersize=3, label=layer)
+            axes[2].set(xlabel="share of one layer pruned", ylabel="loss, nats per token")
+            axes[2].legend(fontsize="small")
+            axes[2].grid(alpha=0.3)
+        figure.savefig(path, dpi=120)
+        return path
