@@ -3,6 +3,7 @@
     python benchmarks/pruning.py table --data ../shared/data      # every score, on the embedded base
     python benchmarks/pruning.py recover --data ../shared/data    # half of the weights gone, and LoRA on 5% of the text
     python benchmarks/pruning.py structured --data ../shared/data # 30% fewer parameters: bytes, step and generation
+    python benchmarks/pruning.py product                          # bytes and products of the forms that weights take
 
 Each prints Markdown tables, with device, versions and commit; `--out` writes them to a file.
 """
@@ -10,16 +11,25 @@ Each prints Markdown tables, with device, versions and commit; `--out` writes th
 from __future__ import annotations
 
 import argparse
+import statistics
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import heading, held_out, perplexity_of, publish
+import optax
+from measure import best_time, heading, held_out, perplexity_of, publish
 
 import peft_jax
+from peft_jax.core.tree import map_places
+from peft_jax.models.config import decoder_config
+from peft_jax.models.decoder import Decoder
+from peft_jax.training.config import OptimizerConfig
 from peft_jax.training.objective import next_token
+from peft_jax.training.optimizer import make_optimizer
+from peft_jax.training.step import init_state, make_step
 
 SPARSITIES: list[dict[str, Any]] = [
     *({"sparsity": s} for s in (0.2, 0.4, 0.5, 0.6, 0.7)),
@@ -85,15 +95,192 @@ def table(args: argparse.Namespace) -> str:
     return heading("Pruning the embedded base") + f"\n{note}\n\n" + "\n".join(lines) + "\n\n" + "\n".join(more) + "\n"
 
 
+# ---------------------------------------------------------------------------------------------------------- recovery
+
+
+def recover(args: argparse.Namespace) -> str:
+    base = Base(Path(args.data), args.batches)
+    dense = base.perplexity(base.params)
+    few = base.train[: len(base.train) // 20]
+    lines = [
+        "| pruned by | sparsity | perplexity | recovered by | trained | perplexity (mean ± sd) | won back | zeros kept |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    methods = {
+        "LoRA, updates masked": lambda tree, key: peft_jax.mask_updates(peft_jax.lora(tree, key, rank=8, alpha=16)),
+        "LoRA, dense merge": lambda tree, key: peft_jax.lora(tree, key, rank=8, alpha=16),
+        "full fine-tuning of what is kept": lambda tree, key: peft_jax.full(tree),
+    }
+    for score, sparsity in (("magnitude", 0.5), ("wanda", 0.5), ("sparsegpt", 0.5), ("sparsegpt", 0.7)):
+        pruned = peft_jax.stack_layers(base.prune(score, sparsity=sparsity))
+        lost = perplexity_of(base.scanned, pruned, base.held)
+        zeros = {p: np.asarray(w.kept()) for p, w in peft_jax.places(pruned).items() if isinstance(w, peft_jax.Masked)}
+        for name, make in methods.items():
+            found, kept, trained = [], True, 0
+            for seed in range(args.seeds):
+                params = make(pruned, jax.random.key(seed))
+                trained = peft_jax.count(params)[0]
+                merged = peft_jax.places(peft_jax.merge(fine_tune(base.scanned, params, few, args.steps, seed)))
+                arrays = {p: np.asarray(peft_jax.materialize(merged[p])) for p in zeros}
+                kept &= all((arrays[p][~zeros[p]].view(np.uint32) == 0).all() for p in zeros)
+                tree = peft_jax.densify(_tree(merged, pruned))
+                found.append(perplexity_of(base.scanned, tree, base.held))
+            back = [(lost - p) / (lost - dense) for p in found]
+            lines.append(
+                f"| {score} | {sparsity:.0%} | {lost:.2f} | {name} | {trained:,} | {statistics.mean(found):.2f} ± "
+                f"{statistics.stdev(found):.2f} | {statistics.mean(back):.0%} ± {statistics.stdev(back):.0%} | "
+                f"{'all, bit for bit' if kept else 'no'} |"
+            )
+            print(lines[-1], flush=True)
+    note = (
+        f"The embedded base, {dense:.2f} dense; {args.seeds} seeds, {args.steps} steps of 8 rows of 256 tokens out of "
+        f"{few.size:,} tokens, 5% of its training text, with AdamW at 1e-3 (full: 2e-4). Perplexity is of the merged model on "
+        "the held-out text; won back is the share of what pruning lost."
+    )
+    return heading("Recovery after pruning") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
+
+
+def _tree(merged: dict[str, Any], like: Any) -> Any:
+    return map_places(lambda path, _: merged[path], like)
+
+
+def fine_tune(model: Any, params: Any, rows: np.ndarray, steps: int, seed: int) -> Any:
+    """`params` after training on rows of tokens."""
+    full = any(getattr(w, "whole", False) for w in peft_jax.places(params).values()) and peft_jax.count(params)[0] > 10**6
+    trainable, frozen = peft_jax.partition(params)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-4 if full else 1e-3, warmup_steps=10), steps)
+    state = init_state(trainable, optimizer, seed)
+    step = jax.jit(make_step(next_token, peft_jax.bind(model), optimizer), donate_argnums=0)
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        state, _ = step(state, frozen, batch_of(rows[rng.choice(len(rows), 8, replace=False)]))
+    return peft_jax.combine(state.trainable, frozen)
+
+
+# -------------------------------------------------------------------------------------------------------- structured
+
+
+def structured(args: argparse.Namespace) -> str:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+        num_key_value_heads=4, head_dim=64, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = Decoder(decoder_config(config))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    batches = [{"tokens": jax.random.randint(jax.random.key(1), (4, 128), 3, 4096)}]
+    models = {"as it is": (model, params)}
+    for by in ("layers", "width"):
+        models[f"30% fewer parameters by {by}"] = peft_jax.prune_structured(
+            model, params, batches, **peft_jax.sizes_for(model, 0.7, by)
+        )
+    rows = {name: sizes_and_times(*m) for name, m in models.items()}
+    base = rows["as it is"]
+    lines = [
+        "| | parameters | bytes of the folder | FLOPs a step | step, s | ratio (expected) | tokens/s | ratio (expected) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in rows.items():
+        ratio = lambda key, r=r: r[key] / base[key]
+        lines.append(
+            f"| {name} | {r['parameters']:,} ({ratio('parameters'):.3f}) | {r['bytes']:,} ({ratio('bytes'):.3f}) | "
+            f"{r['flops'] / 1e9:.0f} G | {r['step']:.2f} | {ratio('step'):.2f} ({ratio('flops'):.2f}) | {r['speed']:.0f} | "
+            f"{ratio('speed'):.2f} ({1 / ratio('bytes'):.2f}) |"
+        )
+        print(lines[-1], flush=True)
+    note = (
+        "Llama shape 768/2048, 12 layers, 12 query and 4 key/value heads, vocabulary 4,096, float32, random weights; a step "
+        "is full fine-tuning of 4 rows of 256 tokens with AdamW, generation (tokens/s) greedy for 8 prompts at once. Expected: a "
+        "step in proportion to its FLOPs, 6 for each token and weight of a product and attention's own; generation, which reads "
+        "every weight for each token, in inverse proportion to the bytes."
+    )
+    quality = ["| | importance | parameters | perplexity | after 5% of the text |", "|---|---|---|---|---|"]
+    found = Base(Path(args.data), args.batches)
+    few, tree = found.train[: len(found.train) // 20], peft_jax.stack_layers(found.params)
+    for by, score in (("layers", "activation"), ("width", "magnitude"), ("width", "activation"), ("width", "fluctuation")):
+        sizes = peft_jax.sizes_for(found.scanned, 0.7, by)
+        small, less = peft_jax.prune_structured(found.scanned, tree, found.batches, score=score, **sizes)
+        tuned = fine_tune(small, peft_jax.full(less), few, args.steps, 0)
+        shares = f"{peft_jax.count(less)[1]:,} ({peft_jax.count(less)[1] / peft_jax.count(tree)[1]:.2f})"
+        values = [perplexity_of(small, t, found.held) for t in (less, tuned)]
+        quality.append(f"| {by} | {score} | {shares} | {values[0]:.1f} | {values[1]:.1f} |")
+        print(quality[-1], flush=True)
+    whole = perplexity_of(found.scanned, tree, found.held)
+    more = f"The embedded base ({whole:.1f} whole), {args.steps} steps of full fine-tuning."
+    text = f"\n{note}\n\n" + "\n".join(lines) + f"\n\n{more}\n\n" + "\n".join(quality) + "\n"
+    return heading("Models with 30% fewer parameters") + text
+
+
+def sizes_and_times(model: Any, params: Any) -> dict[str, float]:
+    """Parameters, bytes of the Hugging Face folder, FLOPs and seconds of a step, tokens generated a second."""
+    c, (rows, length) = model.config, (4, 256)
+    with tempfile.TemporaryDirectory() as folder:
+        peft_jax.save(folder, model, params)
+        size = sum(p.stat().st_size for p in Path(folder).glob("*.safetensors"))
+    products = sum(w.size for w in peft_jax.places(params).values() if w.ndim > 1)  # a tied embedding counts as the head
+    attention = c.num_layers * 2 * 2 * c.num_heads * c.head_dim * length / 2  # forward, causal, for each token
+    trainable, frozen = peft_jax.partition(peft_jax.full(params))
+    optimizer = optax.adamw(1e-4)
+    state = init_state(trainable, optimizer, 0)
+    step = jax.jit(make_step(next_token, peft_jax.bind(model), optimizer))
+    batch = batch_of(np.random.default_rng(0).integers(3, c.vocab_size, (rows, length + 1)).astype(np.int32))
+    seconds = best_time(lambda: step(state, frozen, batch)[1], 5)
+    tokenizer = peft_jax.load_tokenizer("builtin:base")
+    prompts = ["It was the best of times"] * 8
+
+    def generate(tokens: int) -> float:
+        return best_time(
+            lambda: peft_jax.generate(model, params, prompts, tokenizer=tokenizer, max_tokens=tokens, temperature=0.0), 5
+        )
+
+    short, long = generate(32), generate(96)
+    return {
+        "parameters": peft_jax.count(params)[1], "bytes": size, "step": seconds, "speed": 8 * 64 / (long - short),
+        "flops": rows * length * (6 * products + 3 * attention),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- products
+
+
+def product(args: argparse.Namespace) -> str:
+    n, tokens = 2048, 512
+    dense = {"a": {"kernel": jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)}}
+    forms = {
+        "dense": dense,
+        "50% masked": peft_jax.prune(dense, 0.5),
+        "2:4, values and places": peft_jax.compress(peft_jax.prune(dense, pattern="2:4")),
+        **{
+            f"blocks of 128x128, {s:.0%} gone": peft_jax.compress(peft_jax.prune(dense, s, pattern="128x128", compare="output"))
+            for s in (0.5, 0.75, 0.875)
+        },
+    }
+    x = jax.random.normal(jax.random.key(1), (tokens, n))
+    lines = ["| weight | bytes, of dense bfloat16 | product with 512 tokens, ms | of dense |", "|---|---|---|---|"]
+    run = jax.jit(lambda x, w: peft_jax.matmul(x, w))
+    size = lambda w: sum(a.nbytes for a in jax.tree.leaves(w))
+    times = {name: best_time(lambda t=tree: run(x, t["a"]["kernel"]), 20) for name, tree in forms.items()}
+    for name, tree in forms.items():
+        share, time = size(tree) / size(dense), times[name]
+        lines.append(f"| {name} | {share:.4f} | {1000 * time:.1f} | {time / times['dense']:.2f} |")
+    note = (
+        f"A matrix of {n} x {n} in bfloat16, products in float32. N:M groups are unpacked into a dense matrix for each product."
+    )
+    return heading("Products with pruned weights") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("table",))
+    parser.add_argument("what", choices=("table", "recover", "structured", "product"))
     parser.add_argument("--data", default="../shared/data", help="folder with gutenberg and tinyshakespeare")
     parser.add_argument("--batches", type=int, default=8, help="calibration batches of 16 rows")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=150, help="training steps (recover, structured)")
     parser.add_argument("--out", help="a Markdown file for the tables")
     args = parser.parse_args()
-    publish({"table": table}[args.what](args), args.out)
+    run = {"table": table, "recover": recover, "structured": structured, "product": product}
+    publish(run[args.what](args), args.out)
 
 
 if __name__ == "__main__":
