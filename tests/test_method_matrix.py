@@ -53,14 +53,16 @@ NOT_IDENTITY = {"vblora", "qat", "sparse"}  # methods that do not promise to cha
 
 
 def compressed(params):
-    """The base with its feed-forward masked and its attention, embedding and head quantized."""
-    params = peft_jax.prune(params, 0.5, targets="*/mlp/*")
+    """The base with its feed-forward masked, one weight of it quantized first and one afterwards, and the rest quantized."""
+    params = peft_jax.prune(params, 0.5, targets=["gate_proj", "down_proj"])
     formats = {
         "*/self_attn/*": peft_jax.NF4(block_size=16),
         "embed_tokens": "int8",
         "lm_head": peft_jax.Int(bits=4, block_size=8),
+        "*/mlp/*": "int8",
     }
-    return peft_jax.quantize(params, formats, targets=["*/self_attn/*", "embed_tokens", "lm_head"])
+    params = peft_jax.quantize(params, formats, targets=["*/self_attn/*", "embed_tokens", "lm_head", "up_proj", "down_proj"])
+    return peft_jax.prune(params, 0.5, targets="up_proj")
 
 
 MODELS = ["linen", "nnx", "compressed", "scanned", "looped", "gemma2"]
