@@ -36,7 +36,12 @@ SPARSITIES: list[dict[str, Any]] = [
     {"pattern": "2:4"},
     {"pattern": "4:8"},
 ]
-SCORES = ("random", "movement", "snip", "taylor", "magnitude", "ria", "wanda", "sparsegpt")
+SCORES: dict[str, dict[str, Any]] = {
+    "random": {"score": "random"}, "movement": {"score": "movement"}, "snip": {"score": "snip"}, "taylor": {"score": "taylor"},
+    "magnitude": {"score": "magnitude"}, "magnitude, ranked within outputs": {"score": "magnitude", "compare": "output"},
+    "ria": {"score": "ria"}, "wanda": {"score": "wanda"},
+    "wanda, ranked over the matrix": {"score": "wanda", "compare": "matrix"}, "sparsegpt": {"score": "sparsegpt"},
+}  # fmt: skip
 CALIBRATED = ("ria", "wanda", "sparsegpt")
 DISTRIBUTIONS = [(score, d) for score in ("magnitude", "wanda", "sparsegpt") for d in ("uniform", "erk", "global", "owl")]
 
@@ -75,9 +80,9 @@ def table(args: argparse.Namespace) -> str:
     dense = base.perplexity(base.params)
     names = [o.get("pattern") or f"{o['sparsity']:.0%}" for o in SPARSITIES]
     lines = ["| score | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for score in SCORES:
-        found = [base.perplexity(base.prune(score, **options)) for options in SPARSITIES]
-        lines.append(f"| {score} | " + " | ".join(f"{p:.2f}" for p in found) + " |")
+    for name, what in SCORES.items():
+        found = [base.perplexity(base.prune(**what, **options)) for options in SPARSITIES]
+        lines.append(f"| {name} | " + " | ".join(f"{p:.2f}" for p in found) + " |")
         print(lines[-1], flush=True)
     shares = (0.5, 0.6, 0.7)
     more = ["| score | distribution | " + " | ".join(f"{s:.0%}" for s in shares) + " |", "|---" * (len(shares) + 2) + "|"]

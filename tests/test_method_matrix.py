@@ -192,8 +192,8 @@ def test_rematerialised_equals_not(case):
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_eight_devices_equal_one(case, axes):
-    if axes is not MESHES[0] and case.method not in THOROUGH:
-        pytest.skip("one mesh will do")
+    if case.method not in THOROUGH and (axes is not MESHES[0] or not hasattr(case.model, "config")):
+        pytest.skip("one mesh and one model will do")
     mesh = make_mesh(axes)
     placed = shard(case.moved, mesh)
     tokens = np.tile(case.tokens, (4, 1))

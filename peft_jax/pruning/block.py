@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from peft_jax.core.reparametrised import Matrix, node, precision_name
-from peft_jax.core.weight import Axes, from_matrix, materialize, static, to_matrix
+from peft_jax.core.reparametrised import node, precision_name
+from peft_jax.core.weight import Axes, materialize, static, to_matrix
 from peft_jax.pruning.masked import Masked
 from peft_jax.pruning.pattern import Block
+from peft_jax.pruning.stored import Stored
 
 
 @node
-class BlockSparse(Matrix):
+class BlockSparse(Stored):
     """values [*lead, column blocks, k, rows, columns]: for each block of outputs its k kept blocks of inputs, and which ones
     they are, index int32 [*lead, column blocks, k]. Where outputs keep fewer than k, the last ones are no block of the weight's
     (their index lies past the end) and count for nothing.
     """
 
-    trainable: ClassVar[tuple[str, ...]] = ("values",)
-    pruned: ClassVar[bool] = True
     values: jax.Array
     index: jax.Array
     pattern: Block = static()
@@ -34,20 +33,11 @@ class BlockSparse(Matrix):
     def lead(self) -> tuple[int, ...]:
         return tuple(self.values.shape[:-4])
 
-    @property
-    def dtype(self) -> Any:
-        return self.values.dtype
-
-    @property
-    def whole(self) -> bool:
-        return not self.frozen
-
     def field_specs(self, spec: P) -> dict[str, P]:
         lead, out = tuple(spec)[: len(self.lead)], spec[self.out_axes[0]]
         return {"values": P(*lead, out), "index": P(*lead, out)}
 
     def matrix(self) -> jax.Array:
-        """The dense matrix [*lead, in, out]."""
         into = math.prod(self.in_sizes) // self.pattern.rows
 
         def one(values: jax.Array, index: jax.Array) -> jax.Array:  # of one block of outputs: [in, columns]
@@ -57,9 +47,6 @@ class BlockSparse(Matrix):
         stack = lambda a, own: a.reshape(-1, *a.shape[-own:])
         flat = jax.vmap(jax.vmap(one))(stack(self.values, 4), stack(self.index, 2))
         return jnp.moveaxis(flat, 1, 2).reshape(*self.lead, math.prod(self.in_sizes), math.prod(self.out_sizes))
-
-    def materialize(self) -> jax.Array:
-        return from_matrix(self.matrix(), self.shape, self.in_axes, self.out_axes)
 
     def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
         if (in_axes, out_axes) != (self.in_axes, self.out_axes):
@@ -77,16 +64,6 @@ class BlockSparse(Matrix):
         with jax.default_matmul_precision(precision_name(precision)):
             y = jax.lax.map(jax.checkpoint(one), (self.values, self.index))
         return jnp.moveaxis(y, 0, 1).reshape(*tokens, *self.out_sizes)
-
-    def merge(self) -> BlockSparse:
-        """Itself: there is nothing to fold in."""
-        return self
-
-    def unmerge(self, merged: Any) -> BlockSparse:
-        return merged
-
-    def train(self) -> BlockSparse:
-        return self.replace(frozen=False)
 
 
 def block_sparse(w: Masked) -> BlockSparse:

@@ -10,20 +10,19 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.packing import pack_padded, unpack_padded
-from peft_jax.core.reparametrised import Matrix, node
-from peft_jax.core.weight import Axes, from_matrix, materialize, matmul, static, to_matrix
+from peft_jax.core.reparametrised import node
+from peft_jax.core.weight import Axes, materialize, matmul, static, to_matrix
 from peft_jax.pruning.masked import Masked
 from peft_jax.pruning.pattern import NM
+from peft_jax.pruning.stored import Stored
 
 
 @node
-class NMSparse(Matrix):
+class NMSparse(Stored):
     """values [*lead, in * n / m, out]: of every m inputs the n that are kept, for each output; their places in the group, of
     the fewest of 1, 2, 3, 4 or 8 bits each, packed in uint8 [*lead, bytes, out]. The dense weight is made in the product.
     """
 
-    trainable: ClassVar[tuple[str, ...]] = ("values",)
-    pruned: ClassVar[bool] = True
     sharded_together: ClassVar[bool] = True  # else a group could straddle devices
     values: jax.Array
     index: jax.Array
@@ -34,20 +33,11 @@ class NMSparse(Matrix):
     def lead(self) -> tuple[int, ...]:
         return tuple(self.values.shape[:-2])
 
-    @property
-    def dtype(self) -> Any:
-        return self.values.dtype
-
-    @property
-    def whole(self) -> bool:
-        return not self.frozen
-
     def field_specs(self, spec: P) -> dict[str, P]:
         lead, into, out = tuple(spec)[: len(self.lead)], spec[self.in_axes[0]], spec[self.out_axes[0]]
         return {"values": P(*lead, into, out), "index": P(*lead, into, out)}
 
     def matrix(self) -> jax.Array:
-        """The dense matrix [*lead, in, out]."""
         n, m, out = self.pattern.n, self.pattern.m, self.values.shape[-1]
         places = unpack_padded(self.index, place_bits(m), self.values.shape[-2])
         shape = (*self.lead, -1, n, 1, out)  # [groups, kept, places in the group, out]
@@ -55,22 +45,9 @@ class NMSparse(Matrix):
         dense = jnp.where(here, self.values.reshape(shape), 0).sum(-3, dtype=self.dtype)
         return dense.reshape(*self.lead, math.prod(self.in_sizes), out)
 
-    def materialize(self) -> jax.Array:
-        return from_matrix(self.matrix(), self.shape, self.in_axes, self.out_axes)
-
     def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
         product = lambda x, w: matmul(x, w.materialize(), in_axes=in_axes, out_axes=out_axes, precision=precision)
         return jax.checkpoint(product)(x, self)  # made again in the backward pass: no dense copy outlives a product
-
-    def merge(self) -> NMSparse:
-        """Itself: there is nothing to fold in."""
-        return self
-
-    def unmerge(self, merged: Any) -> NMSparse:
-        return merged
-
-    def train(self) -> NMSparse:
-        return self.replace(frozen=False)
 
 
 def place_bits(m: int) -> int:

@@ -83,15 +83,15 @@ def select_kept(score: jax.Array, remove: jax.Array | int, pattern: Pattern, com
     """
     n_in, n_out = score.shape
     if isinstance(pattern, NM):
-        ranks = _ranks(score.reshape(-1, pattern.m, n_out), axis=1)
-        return (ranks >= pattern.m - pattern.n).reshape(n_in, n_out)
+        groups = score.reshape(-1, pattern.m, n_out)
+        return _without_lowest(groups, pattern.m - pattern.n, 1).reshape(n_in, n_out)
     if isinstance(pattern, Block):
         blocks = score.reshape(n_in // pattern.rows, pattern.rows, n_out // pattern.columns, pattern.columns).sum((1, 3))
         kept = select_kept(blocks, remove, None, compare)
         return jnp.repeat(jnp.repeat(kept, pattern.rows, 0), pattern.columns, 1)
     if compare == "output":
-        return _ranks(score, axis=0) >= remove
-    return (_ranks(score.T.ravel(), axis=0) >= remove).reshape(n_out, n_in).T
+        return _without_lowest(score, remove, 0)
+    return _without_lowest(score.T.ravel(), remove, 0).reshape(n_out, n_in).T
 
 
 def removed(sparsity: Any, n_in: int, n_out: int, pattern: Pattern, compare: Compare) -> Any:
@@ -103,7 +103,9 @@ def removed(sparsity: Any, n_in: int, n_out: int, pattern: Pattern, compare: Com
     return np.floor(np.asarray(sparsity, np.float64) * count + 1e-6).astype(np.int32)  # 0.29 * 100 < 29
 
 
-def _ranks(score: jax.Array, axis: int) -> jax.Array:
-    """The place of each entry in the ascending order along an axis, ties in the order of the entries."""
+def _without_lowest(score: jax.Array, remove: Any, axis: int) -> jax.Array:
+    """bool like `score`: False for the `remove` lowest along an axis, the first of equal ones first."""
     order = jnp.argsort(score, axis=axis, stable=True)
-    return jnp.argsort(order, axis=axis, stable=True)
+    stays = jnp.arange(score.shape[axis]) >= remove
+    stays = jnp.broadcast_to(jnp.expand_dims(stays, range(1, score.ndim - axis)), score.shape)
+    return jnp.put_along_axis(jnp.zeros(score.shape, bool), order, stays, axis=axis, inplace=False)
