@@ -2,7 +2,8 @@
 
     python benchmarks/pruning.py table --data ../shared/data      # every score, on the embedded base
     python benchmarks/pruning.py recover --data ../shared/data    # half of the weights gone, and LoRA on 5% of the text
-    python benchmarks/pruning.py structured --data ../shared/data # 30% fewer parameters: bytes, step and generation
+    python benchmarks/pruning.py structured                       # 30% fewer parameters: bytes, step and generation
+    python benchmarks/pruning.py shrunk --data ../shared/data     # and perplexity
     python benchmarks/pruning.py product                          # bytes and products of the forms that weights take
 
 Each prints Markdown tables, with device, versions and commit; `--out` writes them to a file.
@@ -202,21 +203,26 @@ def structured(args: argparse.Namespace) -> str:
         "a step in proportion to its FLOPs, 6 for each token and weight of a product and attention's own; generation, which "
         "reads every weight for each token, in inverse proportion to the bytes."
     )
-    quality = ["| | importance | parameters | perplexity | after 5% of the text |", "|---|---|---|---|---|"]
-    found = Base(Path(args.data), args.batches)
-    few, tree = found.train[: len(found.train) // 20], peft_jax.stack_layers(found.params)
+    return heading("Models with 30% fewer parameters") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
+
+
+def shrunk(args: argparse.Namespace) -> str:
+    base = Base(Path(args.data), args.batches)
+    few, tree = base.train[: len(base.train) // 20], peft_jax.stack_layers(base.params)
+    lines = ["| by | importance | parameters | perplexity | after 5% of the text |", "|---|---|---|---|---|"]
     for by, score in (("layers", "activation"), ("width", "magnitude"), ("width", "activation"), ("width", "fluctuation")):
-        sizes = peft_jax.sizes_for(found.scanned, 0.7, by)
-        small, less = peft_jax.prune_structured(found.scanned, tree, found.batches, score=score, **sizes)
+        sizes = peft_jax.sizes_for(base.scanned, 0.7, by)
+        small, less = peft_jax.prune_structured(base.scanned, tree, base.batches, score=score, **sizes)
         tuned = fine_tune(small, peft_jax.full(less), few, args.steps, 0)
         shares = f"{peft_jax.count(less)[1]:,} ({peft_jax.count(less)[1] / peft_jax.count(tree)[1]:.2f})"
-        values = [perplexity_of(small, t, found.held) for t in (less, tuned)]
-        quality.append(f"| {by} | {score} | {shares} | {values[0]:.1f} | {values[1]:.1f} |")
-        print(quality[-1], flush=True)
-    whole = perplexity_of(found.scanned, tree, found.held)
-    more = f"The embedded base ({whole:.1f} whole), {args.steps} steps of full fine-tuning."
-    text = f"\n{note}\n\n" + "\n".join(lines) + f"\n\n{more}\n\n" + "\n".join(quality) + "\n"
-    return heading("Models with 30% fewer parameters") + text
+        values = [perplexity_of(small, t, base.held) for t in (less, peft_jax.merge(tuned))]
+        lines.append(f"| {by} | {score} | {shares} | {values[0]:.1f} | {values[1]:.1f} |")
+        print(lines[-1], flush=True)
+    note = (
+        f"The embedded base, {perplexity_of(base.scanned, tree, base.held):.2f} whole, cut down to at most 70% of its parameters "
+        f"(whole layers: three of six), then {args.steps} steps of full fine-tuning on 5% of its training text."
+    )
+    return heading("A smaller embedded base") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
 
 
 def sizes_and_times(model: Any, params: Any) -> dict[str, float]:
@@ -279,14 +285,14 @@ def product(args: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("table", "recover", "structured", "product"))
+    parser.add_argument("what", choices=("table", "recover", "structured", "shrunk", "product"))
     parser.add_argument("--data", default="../shared/data", help="folder with gutenberg and tinyshakespeare")
     parser.add_argument("--batches", type=int, default=8, help="calibration batches of 16 rows")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150, help="training steps (recover, structured)")
     parser.add_argument("--out", help="a Markdown file for the tables")
     args = parser.parse_args()
-    run = {"table": table, "recover": recover, "structured": structured, "product": product}
+    run = {"table": table, "recover": recover, "structured": structured, "shrunk": shrunk, "product": product}
     publish(run[args.what](args), args.out)
 
 
