@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from peft_jax.core.packing import pack_padded, unpack_padded
 from peft_jax.core.reparametrised import Product, Reparametrised, node
@@ -33,7 +34,7 @@ class Masked(Reparametrised):
     def replace(self, **changes: Any) -> Masked:
         """A copy with some fields changed; an array that becomes the base gets its zeros."""
         new = super().replace(**changes)
-        fresh = isinstance(new.base, jax.Array) and new.base is not self.base
+        fresh = isinstance(new.base, (jax.Array, np.ndarray)) and new.base is not self.base
         return super(Masked, new).replace(base=new.with_zeros(new.base)) if fresh else new
 
     @property

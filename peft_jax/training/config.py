@@ -290,6 +290,12 @@ def _check(config: RunConfig) -> None:
     if config.data.validation is None and (config.train.eval_every or config.train.patience):
         raise ConfigError("train.eval_every and train.patience need data.validation")
     check_method(config.method)
+    m, early = config.method, config.train.patience or (config.train.eval_every and config.train.keep_best)
+    if m.get("name") == "sparse" and not m.get("straight_through") and early:
+        raise ConfigError(
+            "method sparse reaches its sparsity at the end: set train.keep_best=false and train.patience=0, since an earlier "
+            "evaluation is one of a denser model"
+        )
     check_quantize(config.quantize)
     check_prune(config.prune)
 

@@ -119,6 +119,7 @@ BAD = {
     "keep": (["prune.keep={layers: 9}"], "layers must leave between 1 and 3, got 9"),
     "keep twice": (["prune.keep={layers: 2}", "prune.keep_parameters=0.5"], "give one of them"),
     "what to keep": (["prune.keep={rows: 2}"], "option 'prune.keep"),
+    "sparse and best": (["method={name: sparse, sparsity: 0.5}", "train.eval_every=2"], "set train.keep_best=false"),
     "sparse training": (["method={name: sparse}"], "sparsity is missing"),
     "loftq": (["method.init=loftq"], "method.init=loftq needs quantize.format"),
     "metric of text": (["evaluate.metrics=[bleu]"], "needs data of kind completion or chat"),

@@ -269,6 +269,11 @@ def test_patterns_that_a_mask_does_not_follow_are_refused():
     assert isinstance(kernel(peft_jax.compress({"a": {"kernel": w}})), Masked)
 
 
+def test_numpy_arrays_get_their_zeros_too():
+    w = kernel(peft_jax.prune({"a": {"kernel": np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)}}, 0.5))
+    np.testing.assert_array_equal(np.asarray(w.base) != 0, w.kept())
+
+
 def test_masks_of_any_number_of_inputs():
     kept = jax.random.bernoulli(KEY, 0.5, (13, 3))
     w = Masked(base=peft_jax.Trainable(jnp.ones((13, 3))), mask=pack_padded(kept, 1))
