@@ -166,8 +166,8 @@ def test_pruning_keeps_the_published_order(shared_data, monkeypatch):
 
     model, params = peft_jax.load("builtin:base", scan_layers=False)
     streams = token_streams(paragraphs(shared_data), peft_jax.load_tokenizer("builtin:base"), 0)
-    few, held = (s[: 64 * 256].reshape(-1, 256) for s in streams)
-    apply, batches = peft_jax.bind(model), [{"tokens": few[:32]}, {"tokens": few[32:]}]
+    few, held = (s[: n * 4096].reshape(n, 16, 256) for s, n in zip(streams, (8, len(streams[1]) // 4096), strict=True))
+    apply, batches = peft_jax.bind(model), [{"tokens": part} for part in few]
 
     @jax.jit
     def losses(tree, tokens):
@@ -176,7 +176,7 @@ def test_pruning_keeps_the_published_order(shared_data, monkeypatch):
 
     def loss(score, sparsity=None, **options):
         tree = peft_jax.densify(peft_jax.prune_in_turn(apply, params, batches, sparsity, score=score, **options))
-        return float(np.mean([losses(tree, part).mean() for part in held.reshape(4, 16, 256)]))
+        return float(np.mean([losses(tree, part).mean() for part in held]))
 
     for sparsity in (0.5, 0.6, 0.7):
         order = [loss(s, sparsity, **o) for s, o in (("sparsegpt", {}), ("wanda", {"compare": "matrix"}), ("magnitude", {}))]
