@@ -24,7 +24,6 @@ import optax
 from measure import best_time, heading, held_out, perplexity_of, publish
 
 import peft_jax
-from peft_jax.core.tree import map_places
 from peft_jax.models.config import decoder_config
 from peft_jax.models.decoder import Decoder
 from peft_jax.training.config import OptimizerConfig
@@ -113,23 +112,22 @@ def recover(args: argparse.Namespace) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     methods = {
-        "LoRA, updates masked": lambda tree, key: peft_jax.mask_updates(peft_jax.lora(tree, key, rank=8, alpha=16)),
-        "full fine-tuning of what is kept": lambda tree, key: peft_jax.full(tree),
+        "LoRA, updates masked": (lambda t, key: peft_jax.mask_updates(peft_jax.lora(t, key, rank=8, alpha=16)), 1e-3),
+        "full fine-tuning of what is kept": (lambda t, key: peft_jax.full(t), FULL_RATE),
     }
     for score, sparsity in (("magnitude", 0.5), ("sparsegpt", 0.5)):
         pruned = peft_jax.stack_layers(base.prune(score, sparsity=sparsity))
         lost = perplexity_of(base.scanned, pruned, base.held)
         zeros = {p: np.asarray(w.kept()) for p, w in peft_jax.places(pruned).items() if isinstance(w, peft_jax.Masked)}
-        for name, make in methods.items():
+        for name, (make, rate) in methods.items():
             found, kept, trained = [], True, 0
             for seed in range(args.seeds):
                 params = make(pruned, jax.random.key(seed))
                 trained = peft_jax.count(params)[0]
-                merged = peft_jax.places(peft_jax.merge(fine_tune(base.scanned, params, few, args.steps, seed)))
-                arrays = {p: np.asarray(peft_jax.materialize(merged[p])) for p in zeros}
+                merged = peft_jax.densify(peft_jax.merge(fine_tune(base.scanned, params, few, args.steps, seed, rate)))
+                arrays = {p: np.asarray(w) for p, w in peft_jax.places(merged).items()}
                 kept &= all((arrays[p][~zeros[p]].view(np.uint32) == 0).all() for p in zeros)
-                tree = peft_jax.densify(_tree(merged, pruned))
-                found.append(perplexity_of(base.scanned, tree, base.held))
+                found.append(perplexity_of(base.scanned, merged, base.held))
             back = [(lost - p) / (lost - dense) for p in found]
             lines.append(
                 f"| {score} | {sparsity:.0%} | {lost:.2f} | {name} | {trained:,} | {statistics.mean(found):.2f} ± "
@@ -145,15 +143,13 @@ def recover(args: argparse.Namespace) -> str:
     return heading("Recovery after pruning") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
 
 
-def _tree(merged: dict[str, Any], like: Any) -> Any:
-    return map_places(lambda path, _: merged[path], like)
+FULL_RATE = 2e-4  # learning rate of full fine-tuning
 
 
-def fine_tune(model: Any, params: Any, rows: np.ndarray, steps: int, seed: int) -> Any:
+def fine_tune(model: Any, params: Any, rows: np.ndarray, steps: int, seed: int, rate: float) -> Any:
     """`params` after training on rows of tokens."""
-    full = any(getattr(w, "whole", False) for w in peft_jax.places(params).values()) and peft_jax.count(params)[0] > 10**6
     trainable, frozen = peft_jax.partition(params)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-4 if full else 1e-3, warmup_steps=10), steps)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=rate, warmup_steps=10), steps)
     state = init_state(trainable, optimizer, seed)
     step = jax.jit(make_step(next_token, peft_jax.bind(model), optimizer), donate_argnums=0)
     rng = np.random.default_rng(seed)
@@ -210,7 +206,7 @@ def shrunk(args: argparse.Namespace) -> str:
     for by, score in (("layers", "activation"), ("width", "magnitude"), ("width", "activation"), ("width", "fluctuation")):
         sizes = peft_jax.sizes_for(base.scanned, 0.7, by)
         small, less = peft_jax.prune_structured(base.scanned, tree, base.batches, score=score, **sizes)
-        tuned = fine_tune(small, peft_jax.full(less), few, args.steps, 0)
+        tuned = fine_tune(small, peft_jax.full(less), few, args.steps, 0, FULL_RATE)
         shares = f"{peft_jax.count(less)[1]:,} ({peft_jax.count(less)[1] / peft_jax.count(tree)[1]:.2f})"
         values = [perplexity_of(small, t, base.held) for t in (less, peft_jax.merge(tuned))]
         lines.append(f"| {by} | {score} | {shares} | {values[0]:.1f} | {values[1]:.1f} |")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft_jax.core.tree import full
@@ -27,7 +27,7 @@ from peft_jax.low_rank.trainable_tokens import trainable_tokens
 from peft_jax.low_rank.vblora import vblora
 from peft_jax.low_rank.vera import vera
 from peft_jax.low_rank.waveft import waveft
-from peft_jax.pruning.sparse_training import sparse, sparse_optimizer
+from peft_jax.pruning.sparse_training import prunes_on_the_way, sparse, sparse_optimizer
 from peft_jax.quantization.qalora import qalora
 from peft_jax.quantization.qat import qat
 
@@ -58,6 +58,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "sparse": sparse,
     "full": full,
 }
+
+# Whether a method, given its options, is another model before the last step, so that an earlier evaluation says nothing of it.
+ENDS_OTHERWISE: dict[str, Callable[[Mapping[str, Any]], bool]] = {"sparse": prunes_on_the_way}
 
 # What a method makes of the optimizer: (optimizer, steps, **its own options of the method) -> an optax transformation.
 METHOD_OPTIMIZERS: dict[str, Callable[..., Any]] = {"adalora": adalora_optimizer, "sparse": sparse_optimizer}

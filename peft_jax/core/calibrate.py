@@ -85,21 +85,40 @@ def calibrate(
     probed = place_nodes(params, jax.random.key(0), make, targets=targets, exclude=exclude, layout=layout)
     inside = {p for p, w in places(probed).items() if isinstance(w, Probe)}
     sinks, rest = partition(map_places(lambda p, w: w if p in inside else _frozen(w), probed))
+    largest = statistic == "max_abs"
+    total, count = collect(apply, sinks, rest, batches, add=jnp.maximum if largest else jnp.add)
+    return {path: places(total)[path].sink / (1 if largest else count) for path in sorted(inside)}
+
+
+def collect(
+    apply: Callable[..., Any], sinks: Any, rest: Any, batches: Iterable[Mapping[str, Any]], *, add: Callable[..., Any] = jnp.add
+) -> tuple[Any, int]:
+    """(what the probes of a tree let flow into `sinks`, added up over the batches, like `sinks`; the number of tokens).
+
+    `sinks` and `rest` are the parts of the tree that `partition` gives. Raises ValueError where there is no batch.
+    """
 
     @jax.jit
-    def collect(sinks: Any, rest: Any, tokens: Any, inputs: Any) -> Any:
+    def run(sinks: Any, rest: Any, tokens: Any, inputs: Any) -> Any:
         output = lambda s: jnp.sum(jax.tree.leaves(apply(combine(s, rest), tokens, **inputs))[0].astype(jnp.float32))
         return jax.grad(output)(sinks)
 
-    largest, total, count = statistic == "max_abs", None, 0
+    total, count = None, 0
     for batch in batches:
         inputs = {k: v for k, v in batch.items() if k in ("positions", "segment_ids")}
-        found = collect(sinks, rest, batch["tokens"], inputs)
-        total = found if total is None else jax.tree.map(jnp.maximum if largest else jnp.add, total, found)
+        found = run(sinks, rest, batch["tokens"], inputs)
+        total = found if total is None else jax.tree.map(add, total, found)
         count += int(jnp.size(batch["tokens"]))
     if total is None:
         raise ValueError("there is no batch to calibrate on")
-    return {path: places(total)[path].sink / (1 if largest else count) for path in sorted(inside)}
+    return total, count
+
+
+def calibrate_all(
+    apply: Callable[..., Any], params: Any, batches: Iterable[Mapping[str, Any]], statistics: Iterable[str], **where: Any
+) -> dict[str, dict[str, jax.Array]]:
+    """statistic -> what `calibrate` gives for it; `where` are its targets, exclude and layout."""
+    return {name: calibrate(apply, params, batches, statistic=name, **where) for name in statistics}  # type: ignore[arg-type]
 
 
 def gradients(

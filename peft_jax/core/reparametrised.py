@@ -233,6 +233,11 @@ class Site(NamedTuple):
         if (inputs and n_in % n) or (outputs and n_out % n):
             raise ValueError(f"{option}={n} does not divide the {n_in} inputs or {n_out} outputs of {self.path}")
 
+    def check_whole(self, what: str) -> None:
+        """Raise ValueError, saying `what` all layers of a stack do, where targets name some of them only."""
+        if not all(self.chosen):
+            raise ValueError(f"the layers stacked at {self.path} {what}; unstack_layers to choose among them")
+
     def common(self, **fields: Any) -> dict[str, Any]:
         """The fields that every node has."""
         lead = self.sizes[0]

@@ -25,6 +25,11 @@ def unstack_layers(params: Any) -> Any:
     return {**params, "model": model}
 
 
+def stacked(model: Any, params: Any) -> tuple[Any, Any]:
+    """(model, params) with the layers stacked and scanned; as they are where they are already."""
+    return (model, params) if model.scan_layers else (model.clone(scan_layers=True), stack_layers(params))
+
+
 def stack_layers(params: Any) -> Any:
     """The inverse of `unstack_layers`. Raises ValueError where the layers' trees differ in structure or shape."""
     model = dict(params["model"])

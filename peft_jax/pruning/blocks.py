@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax.core.calibrate import calibrate, layer_blocks
+from peft_jax.core.calibrate import calibrate_all, layer_blocks
 from peft_jax.core.reparametrised import find_sites
 from peft_jax.core.tree import Targets
 from peft_jax.core.weight import Layout
 from peft_jax.pruning.distribution import NEEDS as DISTRIBUTION_NEEDS
-from peft_jax.pruning.distribution import allocate_sparsity, check_pattern
+from peft_jax.pruning.distribution import OF_SCORES, allocate_sparsity, check_pattern
 from peft_jax.pruning.pattern import NM, Pattern, make_pattern
 from peft_jax.pruning.prune import check_score, prune
-from peft_jax.pruning.scores import NEEDS
+from peft_jax.pruning.scores import NEEDS, of_gradients
 
 
 def prune_in_turn(
@@ -43,7 +43,7 @@ def prune_in_turn(
     gradients, which are of the whole model.
     """
     needed = NEEDS.get(score, ())
-    if any("gradient" in name for name in needed):
+    if of_gradients(score):
         raise ValueError(f"score {score!r} is made of gradients of the whole model; use prune with statistics from gradients")
     check_score(score, set(options) - {"compare"})
     check_pattern(pattern, sparsity, distribution)
@@ -54,29 +54,17 @@ def prune_in_turn(
     sites = find_sites(params, targets=targets, **where)
     if not isinstance(make_pattern(pattern), NM) and not isinstance(sparsity, Mapping):
         assert sparsity is not None
-        names = (*DISTRIBUTION_NEEDS.get(distribution, ()), *(needed if distribution == "global" else ()))
-        found = {name: calibrate(apply, params, batches, statistic=name, targets=targets, **where) for name in names}
+        names = (*DISTRIBUTION_NEEDS.get(distribution, ()), *(needed if distribution in OF_SCORES else ()))
+        found = calibrate_all(apply, params, batches, names, targets=targets, **where)
         sparsity = allocate_sparsity(
             params, sparsity, distribution, score=score, statistics=found, targets=targets, seed=seed, **where,
             **(distribution_options or {}),
         )  # fmt: skip
-        options = {"compare": "matrix", **options} if distribution == "global" else options
+        options = {"compare": "matrix", **options} if distribution in OF_SCORES else options
     for paths in layer_blocks(sites):
-        statistics = {
-            name: calibrate(apply, params, batches, statistic=name, targets=paths, layout=layout)  # type: ignore[arg-type]
-            for name in needed
-        }
+        statistics = calibrate_all(apply, params, batches, needed, targets=paths, layout=layout)
         here = {p: np.asarray(sparsity[p]) for p in paths} if isinstance(sparsity, Mapping) else sparsity
-        params = prune(
-            params,
-            here,
-            score=score,
-            pattern=pattern,
-            statistics=statistics,
-            targets=paths,
-            layout=layout,
-            seed=seed,
-            **options,
-        )
+        rest: dict[str, Any] = {"targets": paths, "layout": layout, "seed": seed, **options}
+        params = prune(params, here, score=score, pattern=pattern, statistics=statistics, **rest)
         jax.block_until_ready(params)
     return params

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,20 +14,21 @@ from peft_jax.core.reparametrised import Site, find_sites
 from peft_jax.core.tree import Targets, layer_paths
 from peft_jax.core.weight import Layout
 from peft_jax.pruning.pattern import make_pattern
-from peft_jax.pruning.scores import check_statistics, scores_of
+from peft_jax.pruning.scores import check_options, check_statistics, scores_of
 
 Sparsities = dict[str, np.ndarray]  # path -> [*lead]
 Scores = Callable[[Site], jax.Array]  # -> [*lead, in, out]
 
 NEEDS: dict[str, tuple[str, ...]] = {"owl": ("second_moment",)}
+OF_SCORES = ("global",)  # these compare the scores of all weights, which are then ranked over whole matrices
 
 
-def uniform(sites: Mapping[str, Site], sparsity: float) -> Sparsities:
+def uniform(sites: Mapping[str, Site], sparsity: float, **_: Any) -> Sparsities:
     """The same share of every weight."""
     return {path: np.full(site.sizes[0], sparsity) for path, site in sites.items()}
 
 
-def erk(sites: Mapping[str, Site], sparsity: float) -> Sparsities:
+def erk(sites: Mapping[str, Site], sparsity: float, **_: Any) -> Sparsities:
     """Erdos-Renyi: densities in proportion to (in + out) / (in * out) (Mocanu et al. 2018, arXiv:1707.04780; for layers without
     kernels it is Evci et al.'s ERK, arXiv:1911.11134). Weights that would be more than dense are dense.
     """
@@ -45,7 +46,7 @@ def erk(sites: Mapping[str, Site], sparsity: float) -> Sparsities:
     return {p: np.full(s.sizes[0], 1.0 - density[p]) for p, s in sites.items()}
 
 
-def overall(sites: Mapping[str, Site], sparsity: float, *, scores: Scores) -> Sparsities:
+def overall(sites: Mapping[str, Site], sparsity: float, *, scores: Scores, **_: Any) -> Sparsities:
     """One threshold for the scores of all weights together ("global")."""
     found = {path: np.asarray(scores(site)) for path, site in sites.items()}
     every = np.concatenate([s.ravel() for s in found.values()])
@@ -58,7 +59,7 @@ def overall(sites: Mapping[str, Site], sparsity: float, *, scores: Scores) -> Sp
 
 def owl(
     sites: Mapping[str, Site], sparsity: float, *, statistics: Mapping[str, Mapping[str, jax.Array]], outlier: float = 5.0,
-    spread: float = 0.08,
+    spread: float = 0.08, **_: Any,
 ) -> Sparsities:  # fmt: skip
     """Outlier-weighted layerwise sparsity (Yin et al. 2024, arXiv:2310.05175): layers with more outliers keep more.
 
@@ -69,10 +70,8 @@ def owl(
     found: dict[Any, list[float]] = {}
     entries: dict[Any, int] = {}
     for path, site in sites.items():
-        share, size = (
-            np.asarray(_outliers(site.matrix(), statistics["second_moment"][path], outlier)),
-            int(np.prod(site.sizes[1:])),
-        )
+        share = np.asarray(_outliers(site.matrix(), statistics["second_moment"][path], outlier))
+        size = int(np.prod(site.sizes[1:]))
         for layer, value in zip(names[path], share.reshape(-1), strict=True):
             found.setdefault(layer, []).append(float(value) * size)
             entries[layer] = entries.get(layer, 0) + size
@@ -122,19 +121,19 @@ def allocate_sparsity(
     distribution and missing statistics.
     """
     check_sparsity(sparsity)
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"unknown distribution {distribution!r}; distributions: {', '.join(DISTRIBUTIONS)}")
+    check_distribution(distribution, options)
+    function, statistics = DISTRIBUTIONS[distribution], statistics or {}
     sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
-    statistics = statistics or {}
-    function = DISTRIBUTIONS[distribution]
-    if distribution == "owl":
-        check_statistics(sites.values(), NEEDS["owl"], statistics, "distribution 'owl'")
-        return function(sites, sparsity, statistics=statistics, **options)
-    if options:
-        raise ValueError(f"distribution {distribution!r} has no option {sorted(options)[0]!r}")
-    if distribution == "global":
-        return function(sites, sparsity, scores=functools.partial(scores_of, score, statistics=statistics, seed=seed))
-    return function(sites, sparsity)
+    check_statistics(sites.values(), NEEDS.get(distribution, ()), statistics, f"distribution {distribution!r}")
+    scores = functools.partial(scores_of, score, statistics=statistics, seed=seed)
+    return function(sites, sparsity, statistics=statistics, scores=scores, **options)
+
+
+def check_distribution(name: str, options: Iterable[str]) -> None:
+    """Raise ValueError for an unknown distribution, or an option that it does not have."""
+    if name not in DISTRIBUTIONS:
+        raise ValueError(f"unknown distribution {name!r}; distributions: {', '.join(DISTRIBUTIONS)}")
+    check_options("distribution", name, DISTRIBUTIONS[name], options)
 
 
 def check_sparsity(sparsity: float) -> None:

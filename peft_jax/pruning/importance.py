@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.bind import bind
-from peft_jax.core.calibrate import calibrate
+from peft_jax.core.calibrate import calibrate, collect
 from peft_jax.core.reparametrised import node
-from peft_jax.core.tree import combine, partition
+from peft_jax.core.tree import partition
 from peft_jax.core.weight import static
 from peft_jax.models.decoder import Decoder
-from peft_jax.models.layers import stack_layers
+from peft_jax.models.layers import stacked
 
 Score = Literal["activation", "fluctuation", "magnitude"]
 
@@ -33,8 +33,7 @@ def importance(
     """
     if score not in ("activation", "fluctuation", "magnitude"):
         raise ValueError(f"unknown importance {score!r}; there are activation, fluctuation and magnitude")
-    if not model.scan_layers:
-        model, params = model.clone(scan_layers=True), stack_layers(params)
+    model, params = stacked(model, params)
     kernel = lambda part, name: params["model"]["layers"][part][name]["kernel"].astype(jnp.float32)
     if score == "magnitude":
         return _magnitudes(model, params, kernel)
@@ -121,24 +120,9 @@ def block_influence(model: Decoder, params: Any, batches: Iterable[Mapping[str, 
     """[L]: how much each layer turns what it is given, the mean over tokens of 1 - cos(input, output) (ShortGPT, Men et al.
     2024, arXiv:2403.03853, equation 1). Raises ValueError where there is no batch.
     """
-    if not model.scan_layers:
-        model, params = model.clone(scan_layers=True), stack_layers(params)
+    model, params = stacked(model, params)
     stack = params["model"]["layers"]
     probe = InfluenceProbe(sink=jnp.zeros(model.config.num_layers))
     probed = {**params, "model": {**params["model"], "layers": {**stack, "influence": probe}}}
-    sink, frozen = partition(probed)
-    apply = bind(model)
-
-    @jax.jit
-    def collect(sink: Any, rest: Any, tokens: Any, inputs: Any) -> Any:
-        return jax.grad(lambda s: jnp.sum(apply(combine(s, rest), tokens, **inputs)))(sink)
-
-    total, count = jnp.zeros(model.config.num_layers), 0
-    for batch in batches:
-        inputs = {k: v for k, v in batch.items() if k in ("positions", "segment_ids")}
-        found = collect(sink, frozen, batch["tokens"], inputs)
-        total += found["model"]["layers"]["influence"].sink
-        count += int(jnp.size(batch["tokens"]))
-    if not count:
-        raise ValueError("there is no batch to calibrate on")
-    return total / count
+    total, count = collect(bind(model), *partition(probed), batches)
+    return total["model"]["layers"]["influence"].sink / count

@@ -14,7 +14,7 @@ from peft_jax.core.reparametrised import Reparametrised, Site, find_sites
 from peft_jax.core.tree import Targets, map_places
 from peft_jax.core.weight import Layout, Weight, from_matrix, materialize
 from peft_jax.pruning.block import block_sparse
-from peft_jax.pruning.distribution import allocate_sparsity, check_pattern
+from peft_jax.pruning.distribution import OF_SCORES, allocate_sparsity, check_pattern
 from peft_jax.pruning.masked import Masked, base_of, masked, zeros_of
 from peft_jax.pruning.nm import nm_sparse
 from peft_jax.pruning.pattern import NM, Block, Compare, Pattern, make_pattern, removed, select_kept
@@ -53,8 +53,10 @@ def prune(
     a score would have to change; and for a sparsity outside [0, 1), unknown scores, distributions and options.
     """
     check_score(score, options)
-    if distribution == "global" and score in PROCEDURES:
-        raise ValueError(f"score {score!r} cannot be compared over all weights: the distribution 'global' needs another")
+    if distribution in OF_SCORES and score in PROCEDURES:
+        raise ValueError(
+            f"score {score!r} cannot be compared over all weights: the distribution {distribution!r} needs another"
+        )
     check_pattern(pattern, sparsity, distribution)
     pattern = make_pattern(pattern)
     sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
@@ -69,17 +71,9 @@ def prune(
         shares = _given(sparsity, sites)
     else:
         assert sparsity is not None
-        shares = allocate_sparsity(
-            params,
-            sparsity,
-            distribution,
-            score=score,
-            statistics=statistics,
-            seed=seed,
-            **where,
-            **(distribution_options or {}),
-        )
-    compare = compare or ("matrix" if distribution == "global" else COMPARE.get(score, "matrix"))
+        where |= {"seed": seed, **(distribution_options or {})}
+        shares = allocate_sparsity(params, sparsity, distribution, score=score, statistics=statistics, **where)
+    compare = compare or ("matrix" if distribution in OF_SCORES else COMPARE.get(score, "matrix"))
     if compare not in ("output", "matrix"):
         raise ValueError(f"compare must be 'output' or 'matrix', got {compare!r}")
 
@@ -89,8 +83,8 @@ def prune(
         site = sites[path]
         here = {name: of[path] for name, of in (statistics or {}).items() if path in of}
         share = np.where(np.asarray(site.by_layer(site.chosen)) > 0, shares[path], 0.0)
-        if isinstance(pattern, NM) and not all(site.chosen):
-            raise ValueError(f"the layers stacked at {path} follow one pattern; unstack_layers to choose among them")
+        if isinstance(pattern, NM):
+            site.check_whole("follow one pattern")
         return _prune_base(site, w, share, here, score, pattern, compare, seed, tuple(options.items()))
 
     return map_places(place, params)
@@ -101,7 +95,7 @@ def check_score(score: str, options: Iterable[str]) -> None:
     known = {**SCORES, **PROCEDURES}
     if score not in known:
         raise ValueError(f"unknown score {score!r}; scores: {', '.join(known)}")
-    check_options(score, known[score], options)
+    check_options("score", score, known[score], options)
 
 
 def _given(sparsity: Mapping[str, Any], sites: Mapping[str, Site]) -> dict[str, np.ndarray]:

@@ -76,18 +76,23 @@ COMPARE: dict[str, Compare] = {"wanda": "output"}  # what each paper ranks toget
 
 
 def options_of(function: Callable[..., Any]) -> list[str]:
-    """A score's own options."""
+    """The own options of a score or distribution."""
     return [
         p.name for p in inspect.signature(function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in ("statistics", "key", "kept", "sparsity", "pattern")
+        if p.kind is p.KEYWORD_ONLY and p.name not in ("statistics", "scores", "key", "kept", "sparsity", "pattern")
     ]  # fmt: skip
 
 
-def check_options(name: str, function: Callable[..., Any], options: Iterable[str]) -> None:
-    """Raise ValueError for an option that a score does not have."""
+def of_gradients(score: str) -> bool:
+    """Whether a score is made of gradients of the whole model."""
+    return any("gradient" in name for name in NEEDS.get(score, ()))
+
+
+def check_options(kind: str, name: str, function: Callable[..., Any], options: Iterable[str]) -> None:
+    """Raise ValueError for an option that a score or distribution (`kind`) does not have."""
     known = options_of(function)
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"score {name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}")
+        raise ValueError(f"{kind} {name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}")
 
 
 def check_statistics(sites: Iterable[Site], names: Iterable[str], statistics: Mapping[str, Statistics], wanted_by: str) -> None:

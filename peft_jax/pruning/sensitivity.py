@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax.core.calibrate import calibrate, layer_blocks
+from peft_jax.core.calibrate import calibrate_all, layer_blocks
 from peft_jax.core.reparametrised import find_sites
 from peft_jax.core.tree import Targets, layer_paths
 from peft_jax.core.weight import Layout
 from peft_jax.pruning.prune import densify, prune
-from peft_jax.pruning.scores import NEEDS
+from peft_jax.pruning.scores import NEEDS, of_gradients
 
 
 def sensitivity(
@@ -43,10 +43,10 @@ def sensitivity(
     mean = lambda tree: float(np.mean([float(measure(tree, b)) for b in batches]))
     dense, found = mean(params), {}
     sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
+    needed = () if of_gradients(score) else NEEDS.get(score, ())
     for paths in layer_blocks(sites):
         number = layer_paths(paths[0], None)[0][1]
-        needed = [name for name in NEEDS.get(score, ()) if "gradient" not in name]
-        of = {n: calibrate(apply, params, batches, statistic=n, targets=paths, layout=layout) for n in needed}  # type: ignore[arg-type]
+        of = calibrate_all(apply, params, batches, needed, targets=paths, layout=layout)
         where: dict[str, Any] = {"targets": paths, "layout": layout, "seed": seed, "statistics": {**(statistics or {}), **of}}
         trees = {s: densify(prune(params, s, score=score, **where, **options)) for s in shares if s}
         name = f"layer {number}" if number is not None else "the rest" if found else "all layers"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -140,8 +141,7 @@ def sparse(
     def make(site: Site, key: jax.Array) -> Sparse:
         if isinstance(site.base, Weight) and not (isinstance(site.base, Masked) and not isinstance(site.base.base, Weight)):
             raise ValueError(f"{site.path} is a {type(site.base).__name__}; `sparse` starts from arrays or masked arrays")
-        if not all(site.chosen):
-            raise ValueError(f"the layers stacked at {site.path} are pruned together; unstack_layers to choose among them")
+        site.check_whole("are pruned together")
         if found is not None:
             found.check(site.path, *site.sizes[1:])
         array, share = materialize(site.base), shares[site.path]
@@ -157,6 +157,11 @@ def sparse(
         )
 
     return place_nodes(params, key, make, **where, bias=bias, modules_to_save=modules_to_save)
+
+
+def prunes_on_the_way(options: Mapping[str, Any]) -> bool:
+    """Whether `sparse` with these options has its sparsity only at the end."""
+    return not options.get("straight_through")
 
 
 def _check(

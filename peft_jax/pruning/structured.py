@@ -20,7 +20,7 @@ from peft_jax.core.calibrate import calibrate
 from peft_jax.core.tree import is_node, map_places, places
 from peft_jax.models.config import DecoderConfig, decoder_config
 from peft_jax.models.decoder import Decoder, abstract_params
-from peft_jax.models.layers import stack_layers, unstack_layers
+from peft_jax.models.layers import stacked, unstack_layers
 from peft_jax.pruning.importance import importance
 
 _INTO = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")  # read the hidden channels
@@ -62,7 +62,6 @@ def shrink(
     }
     kept["heads"] = _query_heads(heads, kept["kv_heads"], c)
     config = _smaller_config(c, kept)
-    stacked = stack_layers(params) if looped else params
     rules = _rules(c, kept)
 
     def place(path: str, w: jax.Array) -> jax.Array:
@@ -70,7 +69,7 @@ def shrink(
             w = _pick(w, index, axis)
         return w[kept["layers"]] if path.startswith("model/layers/") else w
 
-    small = map_places(place, stacked)
+    small = map_places(place, stacked(model, params)[1])
     return model.clone(config=config), unstack_layers(small) if looped else small
 
 
@@ -104,7 +103,7 @@ def _query_heads(given: Any, kv_heads: np.ndarray, c: DecoderConfig) -> np.ndarr
     """[L, H'] query heads that stay, those of one key/value head together."""
     group = c.num_heads // c.num_kv_heads
     if given is None:
-        return (kv_heads[:, :, None] * group + np.arange(group)).reshape(len(kv_heads), -1)
+        return _expanded(kv_heads, group)
     heads = _by_layer("heads", given, c.num_layers, c.num_heads, c.model_type)
     for i, (row, keys) in enumerate(zip(heads, kv_heads, strict=True)):
         counts = {k: int((row // group == k).sum()) for k in range(c.num_kv_heads)}
@@ -117,7 +116,8 @@ def _query_heads(given: Any, kv_heads: np.ndarray, c: DecoderConfig) -> np.ndarr
 
 def _rules(c: DecoderConfig, kept: Mapping[str, np.ndarray]) -> Callable[[str], list[tuple[int, np.ndarray]]]:
     """path of a stacked tree -> [(axis, what stays along it)]; an index [L, n] differs from layer to layer."""
-    q, kv, units, channels = _features(kept["heads"], c), _features(kept["kv_heads"], c), kept["units"], kept["channels"]
+    q, kv = (_expanded(kept[name], c.head_dim) for name in ("heads", "kv_heads"))
+    units, channels = kept["units"], kept["channels"]
     n_q, n_kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     inner = {
         "q_proj": q, "k_proj": kv, "v_proj": kv, "qkv_proj": np.concatenate([q, n_q + kv, n_q + n_kv + kv], 1), "o_proj": q,
@@ -140,9 +140,9 @@ def _rules(c: DecoderConfig, kept: Mapping[str, np.ndarray]) -> Callable[[str], 
     return of
 
 
-def _features(heads: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Heads [L, n] as the features that they are, [L, n * d]."""
-    return (heads[:, :, None] * c.head_dim + np.arange(c.head_dim)).reshape(len(heads), -1)
+def _expanded(numbers: np.ndarray, size: int) -> np.ndarray:
+    """Numbers [L, n] of parts as those of what they consist of, `size` each, [L, n * size]."""
+    return (numbers[:, :, None] * size + np.arange(size)).reshape(len(numbers), -1)
 
 
 def _pick(w: jax.Array, index: np.ndarray, axis: int) -> jax.Array:
@@ -229,7 +229,7 @@ def prune_structured(
         if keep is not None:
             kept[name] = keep_best(found[name], keep, name)
     if heads is not None:
-        keys = kept.get("kv_heads", np.broadcast_to(np.arange(c.num_kv_heads), (c.num_layers, c.num_kv_heads)))
+        keys = _by_layer("kv_heads", kept.get("kv_heads"), c.num_layers, c.num_kv_heads, c.model_type)
         kept["heads"] = _best_heads(np.asarray(found["heads"]), keys, heads, c)
     if compensate:
         model, params = _compensated(model, params, batches, kept)
@@ -251,13 +251,13 @@ def _compensated(model: Decoder, params: Any, batches: Any, kept: Mapping[str, A
     c, looped = model.config, not model.scan_layers
     if c.model_type != "llama":
         raise ValueError(f"compensate needs biases after attention and feed-forward, which a {c.model_type} config cannot say")
-    model, tree = (model.clone(scan_layers=True), stack_layers(params)) if looped else (model, params)
+    model, tree = stacked(model, params)
     means = calibrate(bind(model), tree, batches, statistic="mean", targets=list(_OUT_OF))
     heads = _query_heads(
         kept.get("heads"), _by_layer("kv_heads", kept.get("kv_heads"), c.num_layers, c.num_kv_heads, "llama"), c
     )
     units = _by_layer("units", kept.get("units"), c.num_layers, c.intermediate_size, "llama")
-    stay = {"o_proj": _features(heads, c), "down_proj": units}
+    stay = {"o_proj": _expanded(heads, c.head_dim), "down_proj": units}
 
     def with_bias(path: str, module: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         kernel, name = module["kernel"], path.rpartition("/")[2]

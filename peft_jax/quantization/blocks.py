@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from peft_jax.core.calibrate import calibrate, layer_blocks
+from peft_jax.core.calibrate import calibrate_all, layer_blocks
 from peft_jax.core.reparametrised import find_sites
 from peft_jax.core.tree import Targets, check_patterns, matches
 from peft_jax.core.weight import Layout
@@ -47,10 +47,7 @@ def quantize_in_turn(
     batches = list(batches)
     for paths in layer_blocks(sites):
         wanted = {name for f in formats for name in needed_statistics(rounding, f)}
-        found = {
-            name: calibrate(apply, params, batches, statistic=name, targets=paths, layout=layout)  # type: ignore[arg-type]
-            for name in sorted(wanted)
-        }
+        found = calibrate_all(apply, params, batches, sorted(wanted), targets=paths, layout=layout)
         here = {k: f for k, f in format.items() if _matches_any(k, paths)} if isinstance(format, Mapping) else format
         if here:
             params = quantize(

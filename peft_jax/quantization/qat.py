@@ -15,7 +15,7 @@ from peft_jax.core.reparametrised import Reparametrised, Site, node, place_nodes
 from peft_jax.core.tree import Targets, is_node
 from peft_jax.core.weight import Layout, static
 from peft_jax.quantization.formats import Format, make_format
-from peft_jax.quantization.quantize import check_fits, check_whole, embedding_layout, quantize_weight
+from peft_jax.quantization.quantize import check_fits, embedding_layout, quantize_weight
 from peft_jax.quantization.quantized import Quantized
 
 
@@ -68,7 +68,7 @@ def qat(
     layout = {**embedding_layout(params), **(layout or {})}
 
     def make(site: Site, key: jax.Array) -> FakeQuantized:
-        check_whole(site)
+        site.check_whole("are quantized together")
         check_fits(site.path, chosen, site.sizes[1])
         if is_node(site.base):
             raise ValueError(f"{site.path} is a {type(site.base).__name__}; quantization-aware training starts from arrays")

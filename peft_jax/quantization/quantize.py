@@ -51,7 +51,7 @@ def quantize(
     sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
     formats = _formats(format, sites)
     for path, chosen in formats.items():
-        check_whole(sites[path])
+        sites[path].check_whole("are quantized together")
         check_fits(path, chosen, sites[path].sizes[1])
         _check_statistics(sites[path], chosen, rounding, statistics or {})
 
@@ -172,12 +172,6 @@ def _formats(format: Format | str | Mapping[str, Format | str], sites: Mapping[s
     check_patterns(sites, format=format)
     chosen = {p: next((make_format(f) for key, f in format.items() if matches(p, key)), None) for p in sites}
     return {p: f for p, f in chosen.items() if f is not None}
-
-
-def check_whole(site: Site) -> None:
-    """Raise ValueError where targets name some layers of a stack only: all of a stack are in one format."""
-    if not all(site.chosen):
-        raise ValueError(f"the layers stacked at {site.path} are quantized together; unstack_layers to choose among them")
 
 
 def check_fits(path: str, format: Format, n_in: int) -> None:

@@ -21,8 +21,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from peft_jax.core.tree import nearest
-from peft_jax.methods import METHODS
-from peft_jax.pruning.distribution import DISTRIBUTIONS, check_pattern, check_sparsity
+from peft_jax.methods import ENDS_OTHERWISE, METHODS
+from peft_jax.pruning.distribution import check_distribution, check_pattern, check_sparsity
 from peft_jax.pruning.prune import check_score
 from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.rounding import check_rounding
@@ -88,7 +88,9 @@ class PruneConfig:
     importance: Literal["activation", "fluctuation", "magnitude"] = option("activation", "which layers, heads, ... stay")
     compensate: bool = option(False, "put the mean of what is taken away into biases (llama)")
     calibration_batches: int = option(8, "batches of the training data that scores and importance look at")
-    sensitivity: list[float] = option([0.25, 0.5, 0.75], "shares at which `peft-jax prune` prunes each layer alone")
+    sensitivity: list[float] = option(
+        [0.25, 0.5, 0.75], "shares at which `peft-jax prune` prunes each layer alone (without a pattern)"
+    )
 
 
 @configuration
@@ -290,11 +292,14 @@ def _check(config: RunConfig) -> None:
     if config.data.validation is None and (config.train.eval_every or config.train.patience):
         raise ConfigError("train.eval_every and train.patience need data.validation")
     check_method(config.method)
-    m, early = config.method, config.train.patience or (config.train.eval_every and config.train.keep_best)
-    if m.get("name") == "sparse" and not m.get("straight_through") and early:
+    name, early = (
+        config.method.get("name", "lora"),
+        config.train.patience or (config.train.eval_every and config.train.keep_best),
+    )
+    if early and name in ENDS_OTHERWISE and ENDS_OTHERWISE[name](config.method):
         raise ConfigError(
-            "method sparse reaches its sparsity at the end: set train.keep_best=false and train.patience=0, since an earlier "
-            "evaluation is one of a denser model"
+            f"method {name} is done at the last step only: set train.keep_best=false and train.patience=0, since an earlier "
+            "evaluation is one of another model"
         )
     check_quantize(config.quantize)
     check_prune(config.prune)
@@ -306,8 +311,7 @@ def check_prune(config: PruneConfig) -> None:
         check_score(config.score, set(config.score_options) - {"compare"})
         if config.pattern is not None or config.sparsity is not None:
             check_pattern(config.pattern, config.sparsity, config.distribution)
-        if config.distribution not in DISTRIBUTIONS:
-            raise ValueError(f"unknown distribution {config.distribution!r}; distributions: {', '.join(DISTRIBUTIONS)}")
+        check_distribution(config.distribution, config.distribution_options)
         for share in [*([] if config.sparsity is None else [config.sparsity]), *config.sensitivity]:
             check_sparsity(share)
     except ValueError as error:

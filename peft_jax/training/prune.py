@@ -17,7 +17,7 @@ from peft_jax.core.calibrate import gradients, output_errors
 from peft_jax.core.tree import layer_paths
 from peft_jax.pruning.blocks import prune_in_turn
 from peft_jax.pruning.prune import densify, prune, sparsity_of
-from peft_jax.pruning.scores import NEEDS
+from peft_jax.pruning.scores import NEEDS, of_gradients
 from peft_jax.pruning.sensitivity import sensitivity
 from peft_jax.pruning.structured import prune_structured, sizes_for
 from peft_jax.training.config import PruneConfig
@@ -41,7 +41,7 @@ def sparsified(config: PruneConfig, model: Any, params: Any, batches: Batches, s
     """`params`, with looped layers, masked as the section says."""
     options = dict(_options(config, seed), **config.score_options)
     options |= {"distribution": config.distribution, "distribution_options": config.distribution_options}
-    if _of_gradients(config):
+    if of_gradients(config.score):
         return prune(params, config.sparsity, statistics=_gradients(config, model, params, batches), **options)
     return prune_in_turn(bind(model), params, batches, config.sparsity, **options)
 
@@ -54,10 +54,6 @@ def _options(config: PruneConfig, seed: int) -> dict[str, Any]:
         "exclude": config.exclude,
         "seed": seed,
     }
-
-
-def _of_gradients(config: PruneConfig) -> bool:
-    return any("gradient" in name for name in NEEDS.get(config.score, ()))
 
 
 def _loss(model: Any, params: Any, batch: Any) -> jax.Array:
@@ -86,7 +82,7 @@ class Report:
         self.curves: Curves = {}
         if config.sensitivity and config.pattern is None:
             options = {**_options(config, seed), **config.score_options}
-            of = _gradients(config, model, before, batches) if _of_gradients(config) else None
+            of = _gradients(config, model, before, batches) if of_gradients(config.score) else None
             loss = functools.partial(_loss, model)
             self.curves = sensitivity(bind(model), loss, densify(before), batches, config.sensitivity, statistics=of, **options)
 

@@ -115,6 +115,7 @@ BAD = {
     "score": (["prune.score=weight"], "option 'prune': unknown score 'weight'"),
     "score option": (["prune.score_options={power: 1}"], "score 'wanda' has no option 'power'"),
     "distribution": (["prune.sparsity=0.5", "prune.distribution=even"], "unknown distribution 'even'"),
+    "distribution option": (["prune.distribution=owl", "prune.distribution_options={spred: 1}"], "'owl' has no option 'spred'"),
     "groups": (["prune.pattern=2:5"], "pattern 2:5 does not divide the"),
     "keep": (["prune.keep={layers: 9}"], "layers must leave between 1 and 3, got 9"),
     "keep twice": (["prune.keep={layers: 2}", "prune.keep_parameters=0.5"], "give one of them"),

@@ -217,6 +217,10 @@ def test_third_party_models(make, score, distribution):
         ({"sparsity": 0.5, "score": "weight"}, "unknown score 'weight'"),
         ({"sparsity": 0.5, "score": "ria", "pwer": 1}, "has no option 'pwer'; its options: power"),
         ({"sparsity": 0.5, "distribution": "even"}, "unknown distribution 'even'"),
+        (
+            {"sparsity": 0.5, "distribution": "owl", "distribution_options": {"spred": 1}},
+            "distribution 'owl' has no option 'spred'; its options: outlier, spread",
+        ),
         ({"sparsity": 0.5, "compare": "row"}, "compare must be 'output' or 'matrix'"),
         ({"sparsity": 0.5, "score": "wanda"}, "layer/kernel has no statistics 'second_moment', which score 'wanda' needs"),
         ({"sparsity": 0.5, "distribution": "owl"}, "no statistics 'second_moment', which distribution 'owl' needs"),
