@@ -1,6 +1,19 @@
 """peft_jax: parameter-efficient fine-tuning of language models in JAX and Flax."""
 
+from peft_jax.adapters.adapter_drop import keep_layers
+from peft_jax.adapters.bitfit import bitfit, ln_tuning
+from peft_jax.adapters.bottleneck import bottleneck
+from peft_jax.adapters.compacter import compacter
+from peft_jax.adapters.compose import average_adapters, fuse_adapters, route_adapters, stack_adapters
+from peft_jax.adapters.ia3 import ia3
+from peft_jax.adapters.invertible import invertible
+from peft_jax.adapters.llama_adapter import adaption_prompt
+from peft_jax.adapters.prefix import prefix_tuning
+from peft_jax.adapters.prompt import cpt, multitask_prompt_tuning, p_tuning, prompt_tuning
+from peft_jax.adapters.reft import reft
+from peft_jax.adapters.unipelt import mix_and_match, unipelt
 from peft_jax.core.attachment import Attachment
+from peft_jax.core.bank import bank, bank_adapter, clear_adapter, run_parallel, set_adapter
 from peft_jax.core.bind import MissingRuleError, bind, layout_of, nnx_params, register_rule
 from peft_jax.core.calibrate import calibrate, gradients, output_errors
 from peft_jax.core.sharding import make_mesh, shard, shardings
@@ -9,7 +22,6 @@ from peft_jax.core.weight import Trainable, Weight, einsum, materialize, matmul,
 from peft_jax.hub import load, load_adapter, load_tokenizer, save, save_adapter
 from peft_jax.low_rank.adalora import adalora
 from peft_jax.low_rank.algebra import adapters, combine_adapters, drop_adapters, resize, subtract_adapters, to_lora
-from peft_jax.low_rank.bank import LoRABank, bank, bank_adapter, clear_adapter, set_adapter
 from peft_jax.low_rank.boft import boft
 from peft_jax.low_rank.c3a import c3a
 from peft_jax.low_rank.delora import delora
@@ -64,7 +76,6 @@ __all__ = [
     "Factorized",
     "Int",
     "LoRA",
-    "LoRABank",
     "Masked",
     "MissingRuleError",
     "Quantized",
@@ -73,20 +84,26 @@ __all__ = [
     "adalora",
     "adamw8bit",
     "adapters",
+    "adaption_prompt",
     "allocate_bits",
     "allocate_sparsity",
+    "average_adapters",
     "bank",
     "bank_adapter",
     "bind",
+    "bitfit",
     "bits_per_weight",
     "boft",
+    "bottleneck",
     "c3a",
     "calibrate",
     "clear_adapter",
     "combine",
     "combine_adapters",
+    "compacter",
     "compress",
     "count",
+    "cpt",
     "delora",
     "densify",
     "dequantize",
@@ -97,12 +114,17 @@ __all__ = [
     "fourierft",
     "freeze",
     "full",
+    "fuse_adapters",
     "generate",
     "gradients",
     "gralora",
     "hira",
     "hra",
+    "ia3",
+    "invertible",
+    "keep_layers",
     "layout_of",
+    "ln_tuning",
     "load",
     "load_adapter",
     "load_tokenizer",
@@ -117,11 +139,16 @@ __all__ = [
     "matmul",
     "merge",
     "miss",
+    "mix_and_match",
+    "multitask_prompt_tuning",
     "nnx_params",
     "oft",
     "output_errors",
+    "p_tuning",
     "partition",
     "places",
+    "prefix_tuning",
+    "prompt_tuning",
     "prune",
     "prune_in_turn",
     "prune_structured",
@@ -133,9 +160,12 @@ __all__ = [
     "quantize_weight",
     "randlora",
     "rebase",
+    "reft",
     "register_rule",
     "resize",
     "road",
+    "route_adapters",
+    "run_parallel",
     "save",
     "save_adapter",
     "scale_by_adam8bit",
@@ -148,11 +178,13 @@ __all__ = [
     "sizes_for",
     "sparse",
     "sparsity_of",
+    "stack_adapters",
     "stack_layers",
     "subtract_adapters",
     "take",
     "to_lora",
     "trainable_tokens",
+    "unipelt",
     "unmerge",
     "unstack_layers",
     "vblora",

@@ -5,6 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from peft_jax.adapters.bitfit import bitfit, ln_tuning
+from peft_jax.adapters.bottleneck import bottleneck
+from peft_jax.adapters.compacter import compacter
+from peft_jax.adapters.ia3 import ia3
+from peft_jax.adapters.invertible import invertible
+from peft_jax.adapters.llama_adapter import adaption_prompt
+from peft_jax.adapters.prefix import prefix_tuning
+from peft_jax.adapters.prompt import cpt, multitask_prompt_tuning, p_tuning, prompt_tuning
+from peft_jax.adapters.reft import reft
+from peft_jax.adapters.unipelt import mix_and_match, unipelt
 from peft_jax.core.tree import full
 from peft_jax.low_rank.adalora import adalora, adalora_optimizer
 from peft_jax.low_rank.boft import boft
@@ -56,6 +66,21 @@ METHODS: dict[str, Callable[..., Any]] = {
     "qalora": qalora,
     "qat": qat,
     "sparse": sparse,
+    "bottleneck": bottleneck,
+    "compacter": compacter,
+    "ia3": ia3,
+    "bitfit": bitfit,
+    "ln_tuning": ln_tuning,
+    "prompt_tuning": prompt_tuning,
+    "p_tuning": p_tuning,
+    "multitask_prompt_tuning": multitask_prompt_tuning,
+    "cpt": cpt,
+    "prefix_tuning": prefix_tuning,
+    "adaption_prompt": adaption_prompt,
+    "reft": reft,
+    "unipelt": unipelt,
+    "mix_and_match": mix_and_match,
+    "invertible": invertible,
     "full": full,
 }
 

@@ -48,8 +48,40 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qalora": {"rank": 2, "block_size": 8},
     "qat": {"format": "int8"},
     "sparse": {"sparsity": 0.5, "straight_through": True},
+    "bottleneck": {"size": 3, "ln_before": True, "scaling": "channel", "gating": "token"},
+    "compacter": {"size": 4, "dimension": 2},
+    "prompt_tuning": {"num_virtual_tokens": 3},
+    "p_tuning": {"num_virtual_tokens": 3, "encoder": "lstm", "hidden_size": 4},
+    "multitask_prompt_tuning": {"num_virtual_tokens": 3},
+    "cpt": {"token_ids": [3, 4, 5], "epsilon": 50.0},
+    "prefix_tuning": {"num_virtual_tokens": 3},
+    "adaption_prompt": {"adapter_len": 3, "adapter_layers": 2},
+    "reft": {"rank": 2, "first": 3, "last": 2},
+    "unipelt": {"rank": 2, "num_virtual_tokens": 3, "reduction_factor": 4},
+    "mix_and_match": {"num_virtual_tokens": 3, "size": 3},
 }
-NOT_IDENTITY = {"vblora", "qat", "sparse"}  # methods that do not promise to change nothing at first
+# What a method needs in a model of unknown modules.
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "trainable_tokens": {"targets": "embed"},
+    "bottleneck": {"targets": ["blocks", "out"]},
+    "compacter": {"targets": "blocks"},
+    "ia3": {"targets": ["up", "down", "query"], "feedforward": "down"},
+    "reft": {"targets": "blocks"},
+    "mix_and_match": {"targets": "blocks"},
+}
+NO_LAYOUT = (
+    "full",
+    "trainable_tokens",
+    "bitfit",
+    "ln_tuning",
+    "prompt_tuning",
+    "p_tuning",
+    "multitask_prompt_tuning",
+    "cpt",
+    "invertible",
+)
+PROMPTS = {"prompt_tuning", "p_tuning", "multitask_prompt_tuning", "cpt", "prefix_tuning", "unipelt", "mix_and_match"}
+NOT_IDENTITY = {"vblora", "qat", "sparse", *PROMPTS}  # methods that do not promise to change nothing at first
 
 
 def compressed(params):
@@ -69,7 +101,10 @@ MODELS = ["linen", "nnx", "compressed", "scanned", "looped", "gemma2"]
 MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"fsdp": 8}]
 THOROUGH = ("lora", "full")  # the others meet the first three models and the first mesh
 WHOLE = ("full", "qat", "sparse")  # they train the weights themselves, and have no adapter
-CASES = [(m, n) for n in METHODS for m in (MODELS if n in THOROUGH else [*MODELS[:2], "scanned"] if n in WHOLE else MODELS[:3])]
+THIRD = {n: "scanned" for n in WHOLE} | {
+    "bitfit": "biased"
+}  # the third model of the others, where it is not the compressed one
+CASES = [(m, n) for n in METHODS for m in (MODELS if n in THOROUGH else [*MODELS[:2], THIRD.get(n, "compressed")])]
 
 
 @dataclasses.dataclass
@@ -100,7 +135,8 @@ def base_model(name: str, root: Path) -> tuple[Any, Any, Any, np.ndarray]:
     if name in ("linen", "nnx"):
         model, base = linen_model() if name == "linen" else nnx_model()
         return model, base, peft_jax.layout_of(model, tokens), tokens
-    folder, tokens, _ = family_checkpoint("gemma2_caps" if name == "gemma2" else "llama2", root)
+    family = {"gemma2": "gemma2_caps", "biased": "llama3_tied_biased"}.get(name, "llama2")
+    folder, tokens, _ = family_checkpoint(family, root)
     model, base = peft_jax.load(folder, scan_layers=name != "looped")
     return model, compressed(base) if name == "compressed" else base, None, tokens
 
@@ -110,12 +146,10 @@ def case(request, root):
     name, method = request.param
     model, base, layout, tokens = base_model(name, root)
     options = dict(OPTIONS.get(method, {}))
-    if layout is not None and method not in ("full", "trainable_tokens"):
-        options["layout"] = layout
-    if layout is not None and method == "trainable_tokens":
-        options["targets"] = "embed"
-    if layout is not None and method == "road":
-        pytest.skip("RoAd turns whole outputs, and takes no layer with a bias: these models have nothing else")
+    if layout is not None:
+        options |= ELSEWHERE.get(method, {}) | ({} if method in NO_LAYOUT else {"layout": layout})
+    if layout is not None and method in ("adaption_prompt", "unipelt"):
+        pytest.skip("it needs a decoder's attention")
     params = METHODS[method](base, jax.random.key(1), **options)
     apply = peft_jax.bind(model)
     return Case(model, base, params, perturb(params), tokens, jax.jit(apply), method)

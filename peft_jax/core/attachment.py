@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
 import jax
 
@@ -19,19 +19,32 @@ class Attachment(Node):
     """
 
     method: ClassVar[str] = "__call__"
+    lead: tuple[int, ...] = ()  # sizes of the leading axes of its arrays
+    slots: int = 0  # slots of a key/value cache that it takes before the first token
+
+    def linked(self, params: Any, path: str) -> Self:
+        """This node at `path` with what it needs of the rest of the tree, for one call; itself where that is nothing."""
+        return self
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `call(*args, **kwargs)` (the module) and return its output, changing either on the way."""
         raise NotImplementedError
 
 
+def module_at(params: Any, path: str) -> Any:
+    """The part of a tree that belongs to the module at `path`; an empty one where there is none."""
+    for part in filter(None, path.split("/")):
+        params = params.get(part, {}) if isinstance(params, Mapping) else {}
+    return params
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shared(Attachment):
-    """Arrays that several Weights of a tree share, at the tree's top under `shared_<group>`; it acts on no module.
+    """Arrays that several nodes of a tree share, at the tree's top under `shared_<group>`; it acts on no module.
 
-    `trained` and `fixed` map names to arrays without leading axes. `bind` and `merge` hand them to the weights whose
-    `group` names this one.
+    `trained` and `fixed` map names to arrays without leading axes. `bind` and `merge` hand them to the nodes whose
+    `group` names this one, in their field `shared`.
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("trained",)

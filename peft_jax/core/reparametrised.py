@@ -82,6 +82,11 @@ class Reparametrised(Weight):
         return jnp.matmul(self.drop(x), self.adapt(self.base_matrix()).astype(x.dtype))
 
     @property
+    def changes_output(self) -> bool:
+        """Whether the method changes the layer's whole output, so that it changes a bias as it does a row of the matrix."""
+        return False
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.base.shape
 
@@ -159,6 +164,21 @@ class Reparametrised(Weight):
     def recover(self, w: jax.Array) -> jax.Array:
         """The base matrix behind the changed matrix `w` [*lead, in, out], float32: the inverse of `adapt`."""
         raise TypeError(f"{type(self).__name__} cannot be unmerged")
+
+    def bias(self, bias: jax.Array) -> jax.Array:
+        inner = self.base.bias(bias) if isinstance(self.base, Weight) else bias
+        return self._as_row(self.adapt, inner) if self.changes_output else inner
+
+    def recover_bias(self, bias: jax.Array) -> jax.Array:
+        inner = self._as_row(self.recover, bias) if self.changes_output else bias
+        return self.base.recover_bias(inner) if isinstance(self.base, Weight) else inner
+
+    def _as_row(self, change: Callable[[jax.Array], jax.Array], bias: jax.Array) -> jax.Array:
+        row = bias.astype(jnp.float32).reshape(*self.lead, 1, -1)
+        new = change(row)
+        if self.gate is not None:
+            new = jnp.where(self.gate[..., None, None] > 0, new, row)
+        return new.reshape(bias.shape)
 
     def unmerge(self, merged: Any) -> Self:
         w = to_matrix(materialize(merged), self.in_axes, self.out_axes).astype(jnp.float32)

@@ -198,6 +198,16 @@ def data_fields(node: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(node) if not f.metadata.get("static")]
 
 
+def map_nodes(fn: Callable[[Any], Any], x: Any) -> Any:
+    """The container x (a node's field) with each node in it replaced by `fn(node)`."""
+    return jax.tree.map(lambda y: fn(y) if is_node(y) else y, x, is_leaf=is_node)
+
+
+def _descended(node: Any) -> list[str]:
+    """The data fields without a bank's adapters, which have neither rows nor randomness of their own."""
+    return [f for f in data_fields(node) if f != "adapters"]
+
+
 def partition(params: Any) -> tuple[Any, Any]:
     """(trainable, frozen): two trees like `params` with None where the other one has an array."""
     mask = trainable_mask(params)
@@ -218,14 +228,14 @@ def freeze(params: Any, targets: Targets = "*") -> Any:
 
     def inner(x: Any) -> Any:
         if not is_node(x):
-            return x
+            return map_nodes(inner, x)
         return x.replace(frozen=True, **{f: inner(getattr(x, f)) for f in data_fields(x)})
 
     return map_places(lambda path, x: inner(x) if any(matches(path, t) for t in wanted) else x, params)
 
 
 def merge(params: Any) -> Any:
-    """Every Weight replaced by what it amounts to: updates folded into their base. Attachments stay.
+    """Every Weight replaced by what it amounts to: updates folded into their base (and bias). Attachments stay.
 
     An update over a pruned weight fills its zeros, which is said in a warning: `mask_updates` keeps them.
     """
@@ -234,8 +244,27 @@ def merge(params: Any) -> Any:
             f"merging fills the zeros of {len(filled)} pruned weights, {filled[0]} the first; peft_jax.mask_updates(params) "
             "before training keeps them"
         )
-    merged = map_places(lambda _, x: x.merge() if isinstance(x, Weight) else x, distribute(params))
-    return {k: x for k, x in merged.items() if not isinstance(x, Shared)} if isinstance(merged, Mapping) else merged
+    whole = distribute(params)
+    beside = _biases(whole)
+
+    def fold(path: str, x: Any) -> Any:
+        if isinstance(x, Attachment):
+            return _return_shared(x)
+        x = x.merge() if isinstance(x, Weight) else x
+        return beside[path].bias(materialize(x)).astype(x.dtype) if path in beside else x
+
+    merged = map_places(fold, whole)
+    if not isinstance(merged, Mapping):
+        return merged
+    needed = {f"shared_{getattr(x, 'group', '')}" for x in places(params).values() if isinstance(x, Attachment)}
+    return {k: x for k, x in merged.items() if not isinstance(x, Shared) or k in needed}
+
+
+def _biases(params: Any) -> dict[str, Weight]:
+    """path of a bias -> the Weight in the place of `kernel` beside it."""
+    known = places(params)
+    kernels = {p.rpartition("/")[0]: x for p, x in known.items() if p.endswith("/kernel") and isinstance(x, Weight)}
+    return {f"{module}/bias": x for module, x in kernels.items() if f"{module}/bias" in known}
 
 
 def _fills_zeros(x: Any) -> bool:
@@ -248,16 +277,22 @@ def _fills_zeros(x: Any) -> bool:
 
 def unmerge(merged: Any, params: Any) -> Any:
     """The tree of `params` (with its adapters) over bases recovered from `merged`; equal up to rounding."""
-    known = places(merged)
+    known, whole = places(merged), distribute(params)
+    beside = _biases(whole)
 
     def back(path: str, x: Any) -> Any:
-        return _return_shared(x.unmerge(known[path])) if isinstance(x, Weight) else known.get(path, x)
+        value = known.get(path, x)
+        if path in beside:
+            value = beside[path].recover_bias(materialize(value))
+        if isinstance(x, Attachment):
+            return _return_shared(x)
+        return _return_shared(x.unmerge(value)) if isinstance(x, Weight) else value
 
-    return map_places(back, distribute(params))
+    return map_places(back, whole)
 
 
 def distribute(params: Any) -> Any:
-    """Weights given the arrays that they share (see `Shared`), repeated over their leading axes."""
+    """Nodes given the arrays that they share (see `Shared`), repeated over their leading axes."""
     groups = {k: x for k, x in params.items() if isinstance(x, Shared)} if isinstance(params, Mapping) else {}
     if not groups:
         return params
@@ -269,20 +304,20 @@ def distribute(params: Any) -> Any:
 
 
 def _fill_shared(x: Any, groups: Mapping[str, Shared]) -> Any:
-    if not isinstance(x, Weight):
-        return x
+    if not is_node(x):
+        return map_nodes(lambda y: _fill_shared(y, groups), x)
     changes = {f: _fill_shared(getattr(x, f), groups) for f in data_fields(x)}
     if group := getattr(x, "group", ""):
         if (source := groups.get(f"shared_{group}")) is None:
-            raise ValueError(f"the tree lacks 'shared_{group}', which its {type(x).__name__} weights need")
+            raise ValueError(f"the tree lacks 'shared_{group}', which its {type(x).__name__} nodes need")
         arrays = {**source.fixed, **source.trained}
         changes["shared"] = {n: jax.numpy.broadcast_to(a, (*getattr(x, "lead", ()), *a.shape)) for n, a in arrays.items()}
     return x.replace(**changes)
 
 
 def _return_shared(x: Any) -> Any:
-    if not isinstance(x, Weight):
-        return x
+    if not is_node(x):
+        return map_nodes(_return_shared, x)
     changes = {f: _return_shared(getattr(x, f)) for f in data_fields(x)}
     return x.replace(**{**changes, **({"shared": None} if getattr(x, "group", "") else {})})
 
@@ -324,7 +359,17 @@ def resolve(params: Any) -> Any:
 
 def prepare(params: Any, rng: jax.Array | None = None, adapter_ids: Any = None) -> Any:
     """The tree as `bind` runs it: shared arrays, randomness and the rows' adapters handed to the nodes."""
-    return resolve(with_adapter_ids(with_rng(distribute(params), rng), adapter_ids))
+    return resolve(link(with_adapter_ids(with_rng(distribute(params), rng), adapter_ids)))
+
+
+def link(params: Any) -> Any:
+    """Attachments given what they need of the rest of the tree (`Attachment.linked`)."""
+    return map_places(lambda path, x: x.linked(params, path) if isinstance(x, Attachment) else x, params)
+
+
+def cache_slots(params: Any) -> int:
+    """Slots of a key/value cache that the tree's attachments take before the first token."""
+    return sum(x.slots for x in places(params).values() if isinstance(x, Attachment))
 
 
 def with_rng(params: Any, rng: jax.Array | None) -> Any:
@@ -334,8 +379,9 @@ def with_rng(params: Any, rng: jax.Array | None) -> Any:
 
     def inner(x: Any, key: jax.Array) -> Any:
         if not is_node(x):
-            return x
-        changes = {f: inner(getattr(x, f), jax.random.fold_in(key, 1)) for f in data_fields(x) if f != "key"}
+            return map_nodes(lambda y: inner(y, key), x)
+        x = x.drawn(rng)
+        changes = {f: inner(getattr(x, f), jax.random.fold_in(key, 1)) for f in _descended(x) if f != "key"}
         if x.stochastic:
             changes["key"] = jax.random.split(key, x.lead) if x.lead else key
         return x.replace(**changes)
@@ -352,8 +398,8 @@ def with_adapter_ids(params: Any, ids: jax.Array | None) -> Any:
 
     def inner(x: Any) -> Any:
         if not is_node(x):
-            return x
-        changes = {f: inner(getattr(x, f)) for f in data_fields(x) if f != "ids"}
+            return map_nodes(inner, x)
+        changes = {f: inner(getattr(x, f)) for f in _descended(x) if f != "ids"}
         if x.routed:
             changes["ids"] = jax.numpy.broadcast_to(ids, (*x.lead, *ids.shape))
         return x.replace(**changes)

@@ -35,7 +35,16 @@ class Node:
     trainable: ClassVar[tuple[str, ...]] = ()
     stochastic: ClassVar[bool] = False  # has a `key` field that `bind` fills when it is given an rng
     routed: ClassVar[bool] = False  # has an `ids` field that `bind` fills with each row's adapter
+    zero_padded: ClassVar[bool] = False  # zeros after the end of its arrays change nothing, so that sizes can be evened out
     frozen: bool = False
+
+    def plain(self) -> Self:
+        """This node without what a start or a schedule keeps beside its arrays: as a bank holds it."""
+        return self
+
+    def drawn(self, rng: jax.Array) -> Self:
+        """This node with what it draws in training; `rng` is the same for all nodes of a tree."""
+        return self
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
@@ -97,6 +106,14 @@ class Weight(Node):
         """This weight with its own numbers training, as full fine-tuning has it; itself where they cannot."""
         return self
 
+    def bias(self, bias: jax.Array) -> jax.Array:
+        """What becomes of the bias [*lead, *out] beside this weight, for methods that change a layer's whole output."""
+        return bias
+
+    def recover_bias(self, bias: jax.Array) -> jax.Array:
+        """The inverse of `bias`."""
+        return bias
+
     def unmerge(self, merged: Any) -> Self:
         """This node over the base that `merged` (made by `merge`) came from, up to rounding."""
         raise TypeError(f"{type(self).__name__} cannot be unmerged")
@@ -109,7 +126,8 @@ class Trainable(Weight):
 
     trainable: ClassVar[tuple[str, ...]] = ("value",)
     value: jax.Array
-    saved_as: str = static(default="full")  # "full", "module" (PEFT's modules_to_save) or "bias"
+    saved_as: str = static(default="full")  # "full", "module" (PEFT's modules_to_save), "bias" or "norm" (layer-norm tuning)
+    name: str = static(default="")  # of the adapter that it is, in layer-norm tuning
     frozen: bool = static(default=False)
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class LoRA(Additive):
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
+    zero_padded: ClassVar[bool] = True
     a: jax.Array
     b: jax.Array
     scale: jax.Array
@@ -63,6 +64,10 @@ class LoRA(Additive):
             jnp.concatenate([self.a, a0], -1).astype(dtype),
             jnp.concatenate([self.b, -b0], -2).astype(dtype),
         )
+
+    def plain(self) -> Self:
+        a, b = self.factors()
+        return self.replace(a=a, b=b, start=None)
 
     def transposed(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
         y = matmul(x, self.base, in_axes=in_axes, out_axes=out_axes, precision=precision)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
-from peft_jax.core.tree import Targets, places
+from peft_jax.core.tree import Targets
 from peft_jax.core.weight import Layout, static
 
 _SHARE = {"road_1": 0.5, "road_2": 1, "road_4": 2}  # parameters of a kind an output
@@ -28,6 +28,10 @@ class RoAd(Reparametrised):
     alpha: jax.Array
     variant: str = static(default="road_1")
     group_size: int = static(default=64)
+
+    @property
+    def changes_output(self) -> bool:
+        return True
 
     def _columns(self) -> tuple[jax.Array, jax.Array]:
         """Factors of an output itself and of its turned partner, each [*lead, out]."""
@@ -80,18 +84,15 @@ def road(
 ) -> Any:
     """`params` with a RoAd node at each place that `targets` name.
 
-    Raises ValueError where `group_size` (an even number) does not divide a weight's outputs, and for a layer with a
-    bias, which RoAd would have to turn too.
+    A layer's bias is turned with its output. Raises ValueError where `group_size` (an even number) does not divide a weight's
+    outputs.
     """
     if group_size < 2 or group_size % 2:
         raise ValueError(f"group_size must be even, got {group_size}")
-    known = places(params)
 
     def make(site: Site, key: jax.Array) -> RoAd:
         lead, _, n_out = site.sizes
         site.check_divides(group_size, "group_size", inputs=False)
-        if site.path.rpartition("/")[0] + "/bias" in known:
-            raise ValueError(f"RoAd turns a layer's whole output, and {site.path} has a bias beside it; exclude it")
         shape = (*lead, int(n_out * _SHARE[variant]))
         common = site.common(name=adapter)
         return RoAd(**common, theta=jnp.zeros(shape), alpha=jnp.ones(shape), variant=variant, group_size=group_size)

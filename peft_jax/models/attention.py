@@ -6,11 +6,13 @@ softmax elsewhere or where a kernel does not apply (a soft cap on the GPU, singl
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from peft_jax.models.splash import splash_attention, splash_supports
@@ -24,7 +26,9 @@ class Mask:
 
     `full` and `local` are boolean [B or 1, 1, T, S] (True: visible), for layers without and with a sliding window.
     `segment_ids` is [B, T], None without padding or packing. `aligned` says that queries and
-    keys are the same tokens in order, which the kernels of GPUs and TPUs ask for.
+    keys are the same tokens in order, which the kernels of GPUs and TPUs ask for. With `dense` it is the boolean arrays
+    alone that say it. `prefix` keys stand before the aligned ones (see `with_prefix`); `bias` [B or 1, 1, T, prefix] is
+    added to their scores. `positions` are those of the queries [B or 1, T], `width` the window of the local layers.
     """
 
     full: jax.Array
@@ -32,6 +36,34 @@ class Mask:
     segment_ids: jax.Array | None
     window: int | None = struct.field(pytree_node=False)
     aligned: bool = struct.field(pytree_node=False)
+    positions: jax.Array
+    width: int | None = struct.field(pytree_node=False)
+    dense: bool = struct.field(pytree_node=False, default=False)
+    prefix: int = struct.field(pytree_node=False, default=0)
+    bias: jax.Array | None = None
+
+    def with_prefix(self, length: int, visible: Any = True, bias: jax.Array | None = None, first: int = 0) -> Mask:
+        """The mask with `length` keys in front, at the positions first, first + 1, ..., which every segment sees.
+
+        `visible` (a boolean that broadcasts to [B, 1, T, length]) hides them; local layers see those in their window.
+        """
+        B, _, T, _ = self.full.shape
+        seen = jnp.broadcast_to(visible, (max(B, *np.shape(visible)[:1], 1), 1, T, length))
+        near = seen
+        if self.width is not None:
+            near = seen & (self.positions[:, None, :, None] - (first + jnp.arange(length)) < self.width)
+        full, local = (_beside(a, b) for a, b in ((seen, self.full), (near, self.local)))
+        if bias is not None and self.bias is not None:
+            bias = _beside(bias, self.bias)
+        elif self.bias is not None:
+            bias = jnp.pad(self.bias, [(0, 0)] * 3 + [(length, 0)])
+        return dataclasses.replace(self, full=full, local=local, dense=True, prefix=self.prefix + length, bias=bias)
+
+
+def _beside(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Both along the last axis, rows broadcast."""
+    rows = max(a.shape[0], b.shape[0])
+    return jnp.concatenate([jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (a, b)], axis=-1)
 
 
 def make_mask(
@@ -42,19 +74,24 @@ def make_mask(
     *,
     window: int | None,
     aligned: bool,
+    common: bool = False,
 ) -> Mask:
     """Causal visibility by position, within a segment, and within `window` positions for local layers.
 
-    Positions and segments are [B, T] and [B, S]; the segment 0 is padding (and empty cache slots).
+    Positions and segments are [B, T] and [B, S]; the segment 0 is padding (and empty cache slots), and keys of the segment
+    -1 are seen by all, which `common` has to announce.
     """
     distance = q_positions[:, None, :, None] - kv_positions[:, None, None, :]
     full = distance >= 0
     if q_segments is not None and kv_segments is not None:
-        full &= q_segments[:, None, :, None] == kv_segments[:, None, None, :]
+        kv = kv_segments[:, None, None, :]
+        full &= (q_segments[:, None, :, None] == kv) | (kv < 0)
+    width = window
     if window is not None and window >= kv_positions.shape[1]:
         window = None
     local = full if window is None else full & (distance < window)
-    return Mask(full, local, q_segments if aligned else None, window, aligned)
+    dense = common and q_segments is not None
+    return Mask(full, local, q_segments if aligned else None, window, aligned, q_positions, width, dense)
 
 
 def attention(
@@ -78,10 +115,12 @@ def attention(
         return _cudnn(q, k, v, mask, sliding, scale)
     if implementation == "splash":
         window = mask.window if sliding is True else None
+        if mask.dense:
+            raise ValueError("the splash kernel has no prefixes and no tokens that all segments see; use xla")
         return splash_attention(q, k, v, mask.segment_ids, window=window, scale=scale, softcap=softcap)
     if implementation != "xla":
         raise ValueError(f"unknown attention implementation {implementation!r}: use xla, cudnn or splash")
-    return _xla(q, k, v, _visible(mask, sliding), scale, softcap, mask.aligned)
+    return _xla(q, k, v, mask, sliding, scale, softcap)
 
 
 def _visible(mask: Mask, sliding: bool | jax.Array) -> jax.Array:
@@ -96,14 +135,14 @@ def _best(q: jax.Array, mask: Mask, sliding: bool | jax.Array, softcap: float | 
         return "xla"
     if backend == "gpu":
         fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
-        return "cudnn" if fits and softcap is None else "xla"
-    if backend == "tpu" and (isinstance(sliding, bool) or mask.window is None):
+        return "cudnn" if fits and softcap is None and mask.bias is None else "xla"
+    if backend == "tpu" and not mask.dense and (isinstance(sliding, bool) or mask.window is None):
         return "splash" if splash_supports(q.shape) else "xla"
     return "xla"
 
 
 def _cudnn(q, k, v, mask: Mask, sliding: bool | jax.Array, scale: float) -> jax.Array:
-    plain = mask.segment_ids is None and (mask.window is None or isinstance(sliding, bool))
+    plain = not mask.dense and mask.segment_ids is None and (mask.window is None or isinstance(sliding, bool))
     call = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
     if plain:
         window = (mask.window - 1, 0) if sliding is True and mask.window else None
@@ -111,7 +150,7 @@ def _cudnn(q, k, v, mask: Mask, sliding: bool | jax.Array, scale: float) -> jax.
     return call(q, k, v, mask=_visible(mask, sliding))
 
 
-def _xla(q, k, v, visible: jax.Array, scale: float, softcap: float | None, aligned: bool) -> jax.Array:
+def _xla(q, k, v, mask: Mask, sliding: bool | jax.Array, scale: float, softcap: float | None) -> jax.Array:
     B, T, H, d = q.shape
     K = k.shape[2]
     if jax.default_backend() == "cpu":  # else rotary positions are computed again inside each block's products
@@ -119,16 +158,22 @@ def _xla(q, k, v, visible: jax.Array, scale: float, softcap: float | None, align
     # Heads lead and a group's queries are stacked, so each (row, kv head) is one plain matrix product.
     q = jnp.moveaxis((q * scale).reshape(B, T, K, H // K, d), 1, 3)  # [B, K, G, T, d]
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, S, d]
-    bias = jnp.where(visible, 0.0, _MASKED)[:, :, None]  # [B or 1, 1, 1, T, S]
-    return jnp.moveaxis(_blocked(softcap, aligned, q, k, v, bias), 3, 1).reshape(B, T, H, d)
+    bias = jnp.where(_visible(mask, sliding), 0.0, _MASKED)  # [B or 1, 1, T, S]
+    if mask.bias is not None:
+        bias = bias + jnp.pad(mask.bias, [(0, 0)] * 3 + [(0, k.shape[2] - mask.bias.shape[-1])])
+    before = mask.prefix if mask.aligned else None
+    return jnp.moveaxis(_blocked(softcap, before, q, k, v, bias[:, :, None]), 3, 1).reshape(B, T, H, d)
 
 
-def _blocks(T: int, S: int, aligned: bool) -> list[tuple[int, int, int]]:
-    """(first query, end of queries, end of keys): causal query blocks need only the keys before their end."""
+def _blocks(T: int, S: int, before: int | None) -> list[tuple[int, int, int]]:
+    """(first query, end of queries, end of keys): causal query blocks need only the keys before their end.
+
+    `before` is the number of keys in front of those of the queries' tokens, None where keys are in another order.
+    """
     size = max(64, -(-T // 8))  # at most 8 blocks, so that programs stay small
-    if not aligned or T % size:
+    if before is None or T % size:
         return [(0, T, S)]
-    return [(start, start + size, start + size) for start in range(0, T, size)]
+    return [(start, start + size, before + start + size) for start in range(0, T, size)]
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -141,18 +186,18 @@ def _scores(q: jax.Array, k: jax.Array, softcap: float | None) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocked(softcap: float | None, aligned: bool, q, k, v, bias) -> jax.Array:
+def _blocked(softcap: float | None, before: int | None, q, k, v, bias) -> jax.Array:
     """Softmax attention by causal query blocks, keeping only the log-sum-exp for the backward pass.
 
     q [B, K, G, T, d]; k, v [B, K, S, d]; bias [B or 1, 1, 1, T, S]. The backward pass recomputes the weights of a
     block (Dao et al. 2022, arXiv:2205.14135, section 3), which is cheaper on a CPU than storing and rereading them.
     """
-    return _blocked_forward(softcap, aligned, q, k, v, bias)[0]
+    return _blocked_forward(softcap, before, q, k, v, bias)[0]
 
 
-def _blocked_forward(softcap, aligned, q, k, v, bias):
+def _blocked_forward(softcap, before, q, k, v, bias):
     outs, sums = [], []
-    for start, end, keys in _blocks(q.shape[3], k.shape[2], aligned):
+    for start, end, keys in _blocks(q.shape[3], k.shape[2], before):
         scores = _scores(q[..., start:end, :], k[:, :, :keys], softcap) + bias[..., start:end, :keys]
         top = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - top)
@@ -164,22 +209,25 @@ def _blocked_forward(softcap, aligned, q, k, v, bias):
     return out, (q, k, v, bias, out, lse)
 
 
-def _blocked_backward(softcap, aligned, saved, grad):
+def _blocked_backward(softcap, before, saved, grad):
     q, k, v, bias, out, lse = saved
     delta = (grad.astype(jnp.float32) * out).sum(-1, keepdims=True)
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for start, end, keys in _blocks(q.shape[3], k.shape[2], aligned):
+    d_bias = jnp.zeros((q.shape[0], *bias.shape[1:]), jnp.float32)  # costs nothing where it is not asked for
+    for start, end, keys in _blocks(q.shape[3], k.shape[2], before):
         q_block, grad_block, k_block = q[..., start:end, :], grad[..., start:end, :], k[:, :, :keys]
         scores = _scores(q_block, k_block, softcap)
         weights = jnp.exp(scores + bias[..., start:end, :keys] - lse[..., start:end, :])
         d_scores = weights * (_product("bkgtd,bksd->bkgts", grad_block, v[:, :, :keys]) - delta[..., start:end, :])
+        d_bias = d_bias.at[..., start:end, :keys].add(d_scores.sum((1, 2), keepdims=True))
         if softcap is not None:
             d_scores *= 1 - jnp.square(scores / softcap)
         d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
         dq.append(_product("bkgts,bksd->bkgtd", d_scores, k_block))
         dk = dk.at[:, :, :keys].add(_product("bkgts,bkgtd->bksd", d_scores, q_block))
         dv = dv.at[:, :, :keys].add(_product("bkgts,bkgtd->bksd", weights, grad_block))
-    return jnp.concatenate(dq, 3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), jnp.zeros_like(bias)
+    d_bias = d_bias if bias.shape[0] > 1 else d_bias.sum(0, keepdims=True)
+    return jnp.concatenate(dq, 3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_bias
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)

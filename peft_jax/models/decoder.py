@@ -162,6 +162,17 @@ def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
     return ACTIVATIONS[activation](gate) * up
 
 
+class Residual(nn.Module):
+    """x + y, a module of its own so that something can be attached to the sum (an adapter after it, or beside y)."""
+
+    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return x + y
+
+
+# Modules without parameters that something may be attached to, by the name of a module among their neighbours.
+HOOKS = {"q_proj": ("core",), "qkv_proj": ("core",), "self_attn": ("attention_residual", "mlp_residual")}
+
+
 class DecoderLayer(nn.Module):
     """Attention and feed-forward with residuals; normalised before, after or on both sides of each."""
 
@@ -185,11 +196,11 @@ class DecoderLayer(nn.Module):
         y = norm("input_layernorm", x) if pre else x
         attention = Attention(c, self.kind, self.dtype, self.param_dtype, self.implementation, name="self_attn")
         y, cache = attention(y, shared, layer, cache)
-        x = x + (norm("post_attention_layernorm", y) if post else y)
+        x = Residual(name="attention_residual")(x, norm("post_attention_layernorm", y) if post else y)
 
         y = norm(before_mlp, x) if pre else x
         y = MLP(c, self.dtype, self.param_dtype, name="mlp")(y)
-        x = x + (norm("post_feedforward_layernorm", y) if post else y)
+        x = Residual(name="mlp_residual")(x, norm("post_feedforward_layernorm", y) if post else y)
         return nn.with_logical_constraint(x, ("batch", "length", "embed")), cache
 
 
@@ -226,12 +237,13 @@ class DecoderStack(nn.Module):
             self.layers = [block(c, kind, *rest) for kind in kinds]
         self.norm = RMSNorm(c.rms_norm_eps, c.norm_offset, self.dtype, self.param_dtype)
 
-    def __call__(self, tokens, positions, segment_ids, cache):
+    def __call__(self, tokens, positions, segment_ids, cache, common: int = 0):
+        """The first `common` tokens of each row are seen by all its segments; they have the segment -1."""
         c = self.config
         x = self.embed_tokens(tokens)
         if c.embedding_scale is not None:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
-        shared, slots = _shared(c, tokens, positions, segment_ids, cache)
+        shared, slots = _shared(c, tokens, positions, segment_ids, cache, common)
         if self.scan_layers:
             columns = zip(LayerKind._fields, zip(*layer_kinds(c), strict=True), strict=True)
             differing = {name: jnp.asarray(values) for name, values in columns if len(set(values)) > 1}
@@ -257,14 +269,14 @@ def layer_kinds(c: DecoderConfig) -> list[LayerKind]:
     return [LayerKind(s, not off) for s, off in zip(sliding, no_rope, strict=True)]
 
 
-def _shared(c: DecoderConfig, tokens, positions, segment_ids, cache) -> tuple[dict[str, Any], Any]:
+def _shared(c: DecoderConfig, tokens, positions, segment_ids, cache, common: int) -> tuple[dict[str, Any], Any]:
     """What all layers share (rotary tables, masks), and the cache's keys and values, stacked over layers."""
     B, T = tokens.shape
     start = 0 if cache is None else cache["index"]
     aligned = cache is None
     if positions is None:
         positions = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (B, T) if cache is not None else (1, T))
-    shared: dict[str, Any] = {"index": start}
+    shared: dict[str, Any] = {"index": start, "positions": positions, "segment_ids": segment_ids}
     if cache is None:
         kv_positions, kv_segments, slots = positions, segment_ids, None
     else:
@@ -275,7 +287,9 @@ def _shared(c: DecoderConfig, tokens, positions, segment_ids, cache) -> tuple[di
         kv_segments = update(cache["segment_ids"], segment_ids.astype(jnp.int32), start, axis=1)
         slots = {name: x for name, x in cache.items() if name in ("k", "v", "k_scale", "v_scale")}
         shared.update(kv_positions=kv_positions, kv_segments=kv_segments)
-    shared["mask"] = make_mask(positions, kv_positions, segment_ids, kv_segments, window=c.sliding_window, aligned=aligned)
+    shared["mask"] = make_mask(
+        positions, kv_positions, segment_ids, kv_segments, window=c.sliding_window, aligned=aligned, common=common > 0
+    )
     shared["rope"] = rotary_table(c.rotary, positions)
     shared["local_rope"] = None if c.local_rotary is None else rotary_table(c.local_rotary, positions)
     return shared, slots

@@ -14,7 +14,7 @@ from flax import nnx
 
 from peft_jax.core.bind import bind
 from peft_jax.core.sharding import fetch
-from peft_jax.core.tree import with_adapter_ids
+from peft_jax.core.tree import cache_slots, with_adapter_ids
 from peft_jax.models.attention import CACHE_DTYPES
 
 _CHUNK = 32  # tokens decoded between looks at stop strings
@@ -185,7 +185,9 @@ def _programs(apply: Any) -> tuple[Any, Any]:
 
 def _prefill(apply, params, tokens, positions, segments, keys, eos, sampling, *, slots: int, cache_dtype: Any) -> _State:
     B, T = tokens.shape
-    cache = apply.model.empty_cache(B, T + slots, *([] if cache_dtype is None else [jnp.dtype(cache_dtype)]))
+    cache = apply.model.empty_cache(
+        B, cache_slots(params) + T + slots, *([] if cache_dtype is None else [jnp.dtype(cache_dtype)])
+    )
     logits, cache = apply(params, tokens, positions=positions, segment_ids=segments, cache=cache)
     first = sample(logits[:, -1], sampling, jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys))
     out = jnp.full((B, slots), eos, jnp.int32).at[:, 0].set(first)

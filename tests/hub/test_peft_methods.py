@@ -79,6 +79,9 @@ SAMPLERS = {
         True,
     ),
     "BOFT": lambda pick, chance: (peft.BOFTConfig(boft_block_size=pick([4, 8])), False),
+    "IA3": lambda pick, chance: (
+        peft.IA3Config(feedforward_modules=pick([["down_proj"], ["up_proj", "down_proj"], ["q_proj"]])), True,
+    ),
     "HRA": lambda pick, chance: (peft.HRAConfig(r=pick([2, 3, 4]), apply_GS=chance(0.4)), True),
     "ROAD": lambda pick, chance: (
         peft.RoadConfig(variant=pick(["road_1", "road_2", "road_4"]), group_size=pick([4, 8])), False,
@@ -118,6 +121,8 @@ def draw(method, seed):
     config, by_layer = SAMPLERS[method](pick, chance)
     if by_layer is not None:
         config.target_modules = set(rng.choice(MODULES, size=int(rng.integers(1, 5)), replace=False).tolist())
+        if method == "IA3":
+            config.target_modules |= set(config.feedforward_modules)
         for name in ("rank_pattern", "alpha_pattern"):  # PEFT warns, and we refuse, where a pattern matches nothing
             if getattr(config, name, None):
                 config.target_modules |= {"q_proj", "up_proj", "down_proj"}
@@ -148,7 +153,6 @@ def config_of(family):
     config = FAMILIES[family]()
     if family == "llama3_tied_biased":
         config.tie_word_embeddings = False
-        config.attention_bias = config.mlp_bias = False  # RoAd turns biases, which has no counterpart here
     return config
 
 

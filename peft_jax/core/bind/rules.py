@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.weight import einsum, materialize, matmul, take
+from peft_jax.core.weight import Weight, einsum, materialize, matmul, take
 
 logger = logging.getLogger("peft_jax")
 Rule = Callable[..., Any]  # (module, its own parameters with Weights in them, *args, **kwargs) -> output
@@ -31,7 +31,12 @@ def linear(x, kernel, bias, *, axis=(-1,), features: int = 1, dtype: Any, precis
     x = jnp.moveaxis(x, axis, range(x.ndim - len(axis), x.ndim))
     axes = range(-(len(axis) + features), 0)
     y = matmul(x, kernel, in_axes=tuple(axes[: len(axis)]), out_axes=tuple(axes[len(axis) :]), precision=precision)
-    return y if bias is None else y + bias.astype(y.dtype)
+    return y if bias is None else y + changed_bias(kernel, bias).astype(y.dtype)
+
+
+def changed_bias(kernel: Any, bias: jax.Array) -> jax.Array:
+    """A layer's bias as the Weight in the place of its kernel has it."""
+    return kernel.bias(bias) if isinstance(kernel, Weight) else bias
 
 
 def einsum_layer(equation: str, x, kernel, bias, *, dtype: Any, precision: Any) -> jax.Array:
@@ -44,7 +49,7 @@ def einsum_layer(equation: str, x, kernel, bias, *, dtype: Any, precision: Any) 
     kernel_labels = operands.split(",")[1].replace("...", "")
     out = out.replace("...", "?" * (y.ndim - len(out.replace("...", ""))))
     shape = [n if label in kernel_labels else 1 for label, n in zip(out, y.shape, strict=True)]
-    return y + bias.reshape(shape).astype(y.dtype)
+    return y + changed_bias(kernel, bias).reshape(shape).astype(y.dtype)
 
 
 def embed(ids: jax.Array, embedding, *, dtype: Any) -> jax.Array:

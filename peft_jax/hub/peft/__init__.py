@@ -25,6 +25,7 @@ from peft_jax.core.tree import is_node, map_places, nearest, places
 from peft_jax.core.weight import Trainable, Weight, materialize, matrix_shape
 from peft_jax.hub.names import module_names, tensors_of
 from peft_jax.hub.peft.formats import COMMON, FORMATS, Config, Format, Module, Tensors
+from peft_jax.hub.peft.prompts import WHOLE_FORMATS, load_whole
 from peft_jax.hub.safetensors_io import open_checkpoint, save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -54,7 +55,7 @@ def _layers(w: Any, path: str) -> int | None:
 # ---------------------------------------------------------------------------------------------------------- saving
 
 
-def save_adapter(
+def save_peft(
     folder: str | os.PathLike[str],
     params: Any,
     *,
@@ -63,11 +64,7 @@ def save_adapter(
     revision: str | None = None,
     task_type: str | None = "CAUSAL_LM",
 ) -> None:
-    """Write the adapter `name` in `params` as a PEFT folder; `base` names the base model's repository or folder.
-
-    What trains beside it (biases, `modules_to_save`, trainable tokens) goes along. Raises ValueError naming the place
-    where the tree holds no such adapter, or something that PEFT's format cannot say.
-    """
+    """Write the adapter `name` of one of the methods in `FORMATS` as a PEFT folder; see `peft_jax.save_adapter`."""
     nodes, tokens, trained = _collect(params, name)
     if not nodes:
         nodes, tokens = tokens, {}
@@ -212,23 +209,23 @@ def _target_modules(params: Any, modules: Mapping[str, Any]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------- loading
 
 
-def load_adapter(params: Any, folder: str | os.PathLike[str], *, name: str = "default", revision: str | None = None) -> Any:
-    """`params` with the PEFT adapter of a folder or repository in it, ready to run or to train on.
-
-    Layers of a stacked tree may differ in rank (they are padded with zeros, which stay zero in training), or have no
-    adapter. Raises FileNotFoundError, or ValueError naming the option, module or tensor that cannot be used.
-    """
-    from peft_jax.hub.checkpoint import local_folder
-
-    path = local_folder(folder, revision)
+def load_peft(params: Any, path: Path, *, name: str) -> Any:
+    """`params` with the adapter of a PEFT folder; see `peft_jax.load_adapter`."""
     config = read_json(path / CONFIG)
-    kind = _check_config(config, path)
+    kind = None if config.get("peft_type") in WHOLE_FORMATS else _check_config(config, path)
     if not (path / WEIGHTS).is_file() and any(path.glob("adapter_model.bin")):
         raise ValueError(f"{path} holds adapter_model.bin (pickle, which is not read); convert it to {WEIGHTS}")
     with open_checkpoint(path, WEIGHTS, WEIGHTS + ".index.json") as checkpoint:
         tensors = {n: checkpoint.read(n) for n in checkpoint.names}
+    if kind is None:
+        return load_whole(params, tensors, config, name, path)
+    return attach_peft(params, tensors, config, name, path)
+
+
+def attach_peft(params: Any, tensors: Tensors, config: Config, name: str, path: Path) -> Any:
+    """`params` with an adapter of one of the methods in `FORMATS`; `path` is named in errors."""
     try:
-        return _attach_all(params, tensors, config, kind, name, path)
+        return _attach_all(params, tensors, config, FORMATS[config["peft_type"]], name, path)
     except KeyError as error:
         raise ValueError(f"the adapter in {path} lacks a tensor {error} that its method needs") from error
 
@@ -264,7 +261,9 @@ def _attach_all(params: Any, tensors: Tensors, config: Config, kind: Format, nam
 def _check_config(config: Config, path: Path) -> Format:
     peft_type = config.get("peft_type")
     if peft_type not in FORMATS:
-        raise ValueError(f"{path / CONFIG}: peft_type {peft_type!r} is not supported; supported: {', '.join(FORMATS)}")
+        raise ValueError(
+            f"{path / CONFIG}: peft_type {peft_type!r} is not supported; supported: {', '.join((*FORMATS, *WHOLE_FORMATS))}"
+        )
     kind = FORMATS[peft_type]
     for key, value in config.items():
         if key not in kind.options | COMMON and value:
@@ -305,7 +304,7 @@ def _parse(
                 break
         else:
             if re.search(
-                r"\.(lora|vera|hada|lokr|oft|boft|hra|fourierft|vblora|miss|shira|c3a|road|waveft|hira|gralora)_", rest
+                r"\.(lora|vera|hada|lokr|oft|boft|hra|fourierft|vblora|miss|shira|c3a|road|waveft|hira|gralora|ia3)_", rest
             ):
                 raise ValueError(f"{path / WEIGHTS}: tensor {key} belongs to an option that is not supported")
             extras[rest.replace(".base_layer.", ".")] = value

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.adapters.ia3 import IA3
 from peft_jax.core.weight import Weight
 from peft_jax.low_rank.adalora import AdaLoRA
 from peft_jax.low_rank.boft import BOFT
@@ -675,6 +676,29 @@ def _finish_tokens(node: TrainableTokens) -> TrainableTokens:
     return node.replace(original=node.base_matrix()[node.ids])
 
 
+# -------------------------------------------------------------------------------------------------------------- IA3
+
+
+def _write_ia3(node: IA3, embedding: bool) -> Tensors:
+    scale = np.asarray(node.scale)
+    return {"ia3_l": scale[None] if node.feedforward else scale[:, None]}
+
+
+def _read_ia3(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+    scale = tensors["ia3_l"]
+    wanted = {(module.n_out, 1): False, (1, module.n_in): True}
+    if scale.shape not in wanted:
+        raise ValueError(f"{module.name} has ia3_l {scale.shape}, expected {' or '.join(map(str, wanted))}")
+    return IA3, {"scale": scale.reshape(-1), "feedforward": wanted[scale.shape]}
+
+
+def _describe_ia3(nodes: Mapping[str, Any]) -> dict[str, Any]:
+    inputs = sorted(m for m, n in nodes.items() if n.feedforward)
+    last = {m.rpartition(".")[2] for m in inputs}
+    everywhere = all(n.feedforward for m, n in nodes.items() if m.rpartition(".")[2] in last)
+    return {"feedforward_modules": sorted(last) if everywhere else inputs}
+
+
 def _options(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
@@ -732,6 +756,7 @@ FORMATS: dict[str, Format] = {
         (BOFT,), ("boft_R", "boft_s"), _write_boft, _read_boft, _describe_boft,
         _options("boft_block_size boft_block_num boft_n_butterfly_factor"),
     ),
+    "IA3": Format((IA3,), ("ia3_l",), _write_ia3, _read_ia3, _describe_ia3, _options("feedforward_modules init_ia3_weights")),
     "HRA": Format((HRA,), ("hra_u",), _write_hra, _read_hra, _describe_hra, _options("r apply_GS")),
     "ROAD": Format(
         (RoAd,), ("road_theta", "road_alpha"), _write_road, _read_road, _describe_road, _options("variant group_size"),

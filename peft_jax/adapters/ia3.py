@@ -1,0 +1,70 @@
+"""IA3 (Liu et al. 2022, arXiv:2205.05638): keys, values and the feed-forward's inner activations scaled by learned vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
+from peft_jax.core.tree import Targets, is_target
+from peft_jax.core.weight import Layout, matrix_shape, static
+
+
+@node
+class IA3(Reparametrised):
+    """`base` with its inputs (`feedforward`) or its outputs, the bias included, scaled by `scale` [*lead, in or out]."""
+
+    trainable: ClassVar[tuple[str, ...]] = ("scale",)
+    scale: jax.Array
+    feedforward: bool = static(default=False)
+
+    @property
+    def changes_output(self) -> bool:
+        return not self.feedforward
+
+    def array_specs(self, into: Any, out: Any) -> dict[str, tuple[Any, ...]]:
+        return {"scale": (into if self.feedforward else out,)}
+
+    def _factor(self) -> jax.Array:
+        return self.scale[..., :, None] if self.feedforward else self.scale[..., None, :]
+
+    def adapt(self, w: jax.Array) -> jax.Array:
+        return w * self._factor()
+
+    def recover(self, w: jax.Array) -> jax.Array:
+        return w / self._factor()
+
+    def product(self, x: jax.Array, base: Product) -> jax.Array:
+        scale = self.scale.astype(x.dtype)
+        return base(x * scale) if self.feedforward else base(x) * scale
+
+
+def ia3(
+    params: Any,
+    key: jax.Array,
+    *,
+    targets: Targets = ("k_proj", "v_proj", "down_proj"),
+    feedforward: Targets = ("down_proj",),
+    exclude: Targets = (),
+    layers: Sequence[int] | None = None,
+    modules_to_save: Targets = (),
+    adapter: str = "default",
+    layout: Layout | None = None,
+) -> Any:
+    """`params` with an IA3 node at each place that `targets` name; of those that `feedforward` names too, the inputs are
+    scaled.
+
+    All scales start at one. `key` is not used. Raises ValueError for a target that matches nothing.
+    """
+
+    def make(site: Site, key: jax.Array) -> IA3:
+        inputs = is_target(site.path, site.base, feedforward)
+        lead, n_in, n_out = matrix_shape(site.base.shape, site.in_axes, site.out_axes)
+        return IA3(**site.common(name=adapter), scale=jnp.ones((*lead, n_in if inputs else n_out)), feedforward=inputs)
+
+    return place_nodes(
+        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+    )

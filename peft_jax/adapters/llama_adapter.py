@@ -1,0 +1,112 @@
+"""LLaMA-Adapter (Zhang et al. 2023, arXiv:2303.16199): prompts in the upper layers' attention, behind a gate that starts at
+zero.
+
+The prompt is projected by the layer's own k_proj and v_proj, gets a softmax of its own, and its part is added to attention's
+output times the gate (equations 4 to 7; one gate for all heads, as in PEFT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.adapters.adapter import per_row
+from peft_jax.adapters.placing import find_modules, hidden_size, place_attachments
+from peft_jax.core.attachment import Attachment, module_at
+from peft_jax.core.bind.rules import bias_of, linear
+from peft_jax.core.reparametrised import node
+from peft_jax.core.weight import static
+
+
+@node
+class AdaptionPrompt(Attachment):
+    """prompt [*lead, P, D] and strength [*lead] at an attention core; `keys` and `values` [*lead, P, K d] are made by
+    `linked`.
+    """
+
+    trainable: ClassVar[tuple[str, ...]] = ("prompt", "strength")
+    prompt: jax.Array
+    strength: jax.Array
+    gate: jax.Array | None = None
+    keys: jax.Array | None = None
+    values: jax.Array | None = None
+    name: str = static(default="default")
+    frozen: bool = static(default=False)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Sizes of the leading axes."""
+        return self.strength.shape
+
+    def linked(self, params: Any, path: str) -> Self:
+        attention = module_at(params, path.rpartition("/core/")[0])
+
+        def project(name: str) -> jax.Array:
+            run: Callable[..., jax.Array] = lambda x, layer: linear(
+                x, layer["kernel"], bias_of(layer), dtype=None, precision=None
+            )
+            for _ in self.lead:
+                run = jax.vmap(run)
+            own = {k: attention[name][k] for k in ("kernel", "bias") if k in attention[name]}
+            return run(self.prompt, own)
+
+        return self.replace(keys=project("k_proj"), values=project("v_proj"))
+
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        q, k, v = args[:3]
+        out = call(*args, **kwargs)
+        assert self.keys is not None  # `linked` made them
+        assert self.values is not None
+        heads = lambda x: x.reshape(*x.shape[:-1], *k.shape[-2:]).astype(q.dtype)
+        keys, values = heads(self.keys), heads(self.values)  # [P, K, d], or [B, P, K, d] in a bank
+        B, T, H, d = q.shape
+        grouped = q.reshape(B, T, k.shape[-2], -1, d)
+        rows = "b" if keys.ndim == 4 else ""
+        scores = jnp.einsum(f"btkgd,{rows}pkd->bkgtp", grouped, keys, preferred_element_type=jnp.float32) * d**-0.5
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        more = jnp.einsum(f"bkgtp,{rows}pkd->btkgd", weights, values).reshape(B, T, H, d)
+        strength = self.strength if self.gate is None else self.strength * self.gate
+        return (
+            out + per_row(strength.astype(q.dtype))[..., None] * more
+            if strength.ndim
+            else out + strength.astype(q.dtype) * more
+        )
+
+
+def adaption_prompt(
+    params: Any,
+    key: jax.Array,
+    *,
+    adapter_len: int = 10,
+    adapter_layers: int | None = None,
+    layers: Sequence[int] | None = None,
+    adapter: str = "default",
+) -> Any:
+    """`params` with a prompt of `adapter_len` tokens in the attention of the last `adapter_layers` layers (all but the first
+    two by default, one at least), or of `layers`.
+
+    Raises ValueError for a model whose attention has no k_proj and v_proj of its own (PEFT's adaption_prompt has none either).
+    """
+    if adapter_len < 1:
+        raise ValueError(f"adapter_len must be at least 1, got {adapter_len}")
+    try:
+        known = find_modules(params, "k_proj")
+    except ValueError as error:
+        raise ValueError("adaption_prompt needs attention with k_proj and v_proj, and this model has none") from error
+    count = 1 + max(i for m in known for i in m.numbers)
+    if layers is None:
+        wanted = max(1, count - 2) if adapter_layers is None else adapter_layers
+        if not 1 <= wanted <= count:
+            raise ValueError(f"adapter_layers must lie between 1 and the {count} layers, got {wanted}")
+        layers = range(count - wanted, count)
+    D = hidden_size(params)
+
+    def make(m: Any, key: jax.Array) -> AdaptionPrompt:
+        prompt = jax.random.normal(key, (*m.lead, adapter_len, D))
+        return AdaptionPrompt(prompt=prompt, strength=jnp.zeros(m.lead), gate=m.gate, name=adapter)
+
+    modules = find_modules(params, "self_attn/core", layers=layers)
+    return place_attachments(params, key, make, "adaption", adapter, modules)

@@ -1,0 +1,197 @@
+"""Where adapters stand: modules of a parameter tree chosen by name, and attachments put beside their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.attachment import Attachment, module_at
+from peft_jax.core.tree import VECTORS, Targets, by_pattern, layer_paths, matches, nearest, places
+from peft_jax.core.weight import Axes, Layout, matrix_shape
+from peft_jax.models.decoder import HOOKS
+
+MATRIX: tuple[Axes, Axes] = ((-2,), (-1,))
+
+
+class Module(NamedTuple):
+    """A module that an attachment is to stand beside.
+
+    `lead` are the leading axes of its parameters (stacked layers), `layers` the path of each of them, `chosen` which of
+    them are adapted; `n_in` and `n_out` the features that go in and come out.
+    """
+
+    path: str
+    lead: tuple[int, ...]
+    layers: tuple[str, ...]
+    numbers: tuple[int, ...]
+    chosen: tuple[bool, ...]
+    n_in: int
+    n_out: int
+
+    @property
+    def gate(self) -> jax.Array | None:
+        """[*lead], 1 where a stacked layer is adapted; None where all are."""
+        return None if all(self.chosen) else self.by_layer([float(c) for c in self.chosen])
+
+    def by_layer(self, values: Sequence[float]) -> jax.Array:
+        """A number per layer as an array [*lead]."""
+        array = jnp.asarray(values, jnp.float32)
+        array = array.reshape(-1, *[1] * (len(self.lead) - 1)) if self.lead else array.reshape(())
+        return jnp.broadcast_to(array, self.lead)
+
+    def one_value(self, default: Any, pattern: Mapping[str, Any], option: str) -> Any:
+        """The value that `pattern` gives the module; layers stacked together have to agree."""
+        of = lambda name: by_pattern(f"{name}/", by_pattern(f"{self.path}/", default, pattern), pattern)
+        values = {of(name) for name in self.layers}
+        if len(values) > 1:
+            raise ValueError(f"{option} gives the layers stacked at {self.path} {sorted(values)}; unstack_layers first")
+        return values.pop()
+
+
+def hidden_size(params: Any) -> int:
+    """Features of the hidden states: those of the token embedding. Raises ValueError where there is none."""
+    _, embedding = token_embedding(params)
+    return embedding.shape[-1]
+
+
+def token_embedding(params: Any, target: str | None = None) -> tuple[str, Any]:
+    """(path of the module, embedding [V, D]) of the tokens' embedding.
+
+    `target` names it where there are several `embedding`s. Raises ValueError where none or several are found.
+    """
+    known = {p.rpartition("/")[0]: w for p, w in places(params).items() if p.rpartition("/")[2] == "embedding"}
+    found = {p: w for p, w in known.items() if target is None or matches(p + "/", target)}
+    if len(found) > 1:
+        named = {p: w for p, w in found.items() if "tok" in p.rpartition("/")[2] or p.endswith(("wte", "word_embeddings"))}
+        found = named if len(named) == 1 else found
+    if len(found) != 1:
+        what = "no token embedding" if not found else f"several embeddings ({', '.join(found)})"
+        raise ValueError(f"the tree has {what}; name the tokens' with embedding=")
+    return next(iter(found.items()))
+
+
+def module_paths(params: Any) -> list[str]:
+    """Paths of all modules of a tree, with the known ones that have no parameters (see `HOOKS`)."""
+    found: list[str] = []
+
+    def walk(tree: Any, path: str) -> None:
+        if not isinstance(tree, Mapping):
+            return
+        if path:
+            found.append(path)
+        hooks = [h for name, hooks in HOOKS.items() if name in tree for h in hooks]
+        for name in [*tree, *(h for h in hooks if h not in tree)]:
+            walk(tree.get(name, {}), f"{path}/{name}" if path else name)
+
+    walk(params, "")
+    return found
+
+
+def find_modules(
+    params: Any,
+    targets: Targets,
+    exclude: Targets = (),
+    layers: Sequence[int] | None = None,
+    layout: Layout | None = None,
+    width: int | None = None,
+) -> list[Module]:
+    """The modules that `targets` name, in the order of the tree; targets as in `peft_jax.select`, but of modules.
+
+    A module with a `kernel` has that one's features, any other the hidden states' (`width`, by default the token
+    embedding's). Raises ValueError for a target that matches nothing and a layer that is not there.
+    """
+    wanted, unwanted = ([t] if isinstance(t, str) else list(t) for t in (targets, exclude))
+    paths = module_paths(params)
+    named = {p: layers_of(params, p, layout) for p in paths}
+    hits = lambda p, n, t: matches(p + "/", t) or matches(n + "/", t)
+    for kind, patterns in (("target", wanted), ("exclude", unwanted)):
+        for pattern in patterns:
+            if not any(hits(p, n, pattern) for p, (_, names) in named.items() for n, _ in names):
+                last = sorted({p.rpartition("/")[2] for p in paths})
+                raise ValueError(
+                    f"{kind} {pattern!r} matches no module.{nearest(pattern, last)} Modules here: {', '.join(last)}"
+                )
+    numbers = {i for _, names in named.values() for _, i in names if i is not None}
+    if layers is not None and (missing := set(layers) - numbers):
+        raise ValueError(
+            f"there is no layer {min(missing)}; layers here: {min(numbers, default=0)} to {max(numbers, default=0)}"
+        )
+    found = []
+    for path, (lead, names) in named.items():
+        flags = tuple(
+            any(hits(path, n, t) for t in wanted)
+            and not any(hits(path, n, t) for t in unwanted)
+            and (layers is None or i in layers)
+            for n, i in names
+        )
+        if any(flags):
+            n_in, n_out = _features(params, path, layout, width)
+            numbered = tuple(0 if i is None else i for _, i in names)
+            found.append(Module(path, lead, tuple(n for n, _ in names), numbered, flags, n_in, n_out))
+    if not found:
+        raise ValueError(f"targets {wanted} with exclude {unwanted} leave no module")
+    return found
+
+
+def layers_of(params: Any, path: str, layout: Layout | None = None) -> tuple[tuple[int, ...], list[tuple[str, int | None]]]:
+    """(leading axes of a module, (path, number) of each of its layers)."""
+    owner = path
+    while owner and not (kernels := _kernels(params, owner, layout)):
+        owner = owner.rpartition("/")[0]
+    leads = [matrix_shape(w.shape, *axes)[0] for w, axes in (kernels if owner else [])]
+    lead = min(leads, key=len, default=())
+    names = layer_paths(path + "/", lead[0] if lead else None)
+    return lead, [(n.strip("/"), i) for n, i in names]
+
+
+def _kernels(params: Any, path: str, layout: Layout | None) -> list[tuple[Any, tuple[Axes, Axes]]]:
+    """(weight, its axes) for the matrices below a module."""
+    below = places(module_at(params, path)).items()
+    return [
+        (w, (layout or {}).get(f"{path}/{p}", MATRIX))
+        for p, w in below
+        if not isinstance(w, Attachment) and w.ndim >= 2 and p.rpartition("/")[2] not in VECTORS
+    ]
+
+
+def _features(params: Any, path: str, layout: Layout | None, width: int | None) -> tuple[int, int]:
+    kernel = module_at(params, path).get("kernel")
+    if kernel is not None:
+        return matrix_shape(kernel.shape, *(layout or {}).get(f"{path}/kernel", MATRIX))[1:]
+    width = width or hidden_size(params)
+    return width, width
+
+
+def attach(params: Any, nodes: Mapping[str, Mapping[str, Any]]) -> Any:
+    """`params` with `nodes[module path][key]` beside the parameters of the module at each path.
+
+    Raises ValueError where a module has an attachment of that key already.
+    """
+
+    def put(tree: Any, parts: list[str], path: str, new: Mapping[str, Any]) -> Any:
+        if parts:
+            return {**tree, parts[0]: put(tree.get(parts[0], {}), parts[1:], path, new)}
+        if clash := set(tree) & set(new):
+            kind, _, name = sorted(clash)[0].partition("_")
+            raise ValueError(f"{path or 'the top'} has {kind} {name!r} already; give this one another name with adapter=")
+        return {**tree, **new}
+
+    for path, new in nodes.items():
+        params = put(params, [p for p in path.split("/") if p], path, new)
+    return params
+
+
+def place_attachments(
+    params: Any,
+    key: jax.Array,
+    make: Callable[[Module, jax.Array], Attachment],
+    kind: str,
+    adapter: str,
+    modules: Sequence[Module],
+) -> Any:
+    """`params` with `make(module, key)` beside each of `modules`, under the key `<kind>_<adapter>`."""
+    keys = jax.random.split(key, len(modules))
+    return attach(params, {m.path: {f"{kind}_{adapter}": make(m, k)} for m, k in zip(modules, keys, strict=True)})

@@ -1,0 +1,141 @@
+"""Representation fine-tuning (Wu et al. 2024, arXiv:2404.03592): hidden states edited in a low-rank subspace.
+
+LoReFT (equation 2): h + R^T (W h + b - R h), with the rows of R orthonormal; NoReFT drops the constraint, and DiReFT
+(equation 3) makes h + W2^T (W1 h + b).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.adapters.adapter import Adapter, affine
+from peft_jax.adapters.bottleneck import ACTIVATIONS, check_options, common
+from peft_jax.adapters.placing import Module, find_modules, place_attachments
+from peft_jax.core.reparametrised import node
+from peft_jax.core.tree import Targets
+from peft_jax.core.weight import Layout, static
+
+LAYERS = r"re:.*layers(_\d+)?"
+
+
+@node
+class ReFT(Adapter):
+    """projection R [*lead, D, r], source W [*lead, D, r], source_bias b [*lead, r].
+
+    `first` and `last` are how many tokens at either end of each sequence are edited, None both: all.
+    """
+
+    trainable: ClassVar[tuple[str, ...]] = ("projection", "source", "source_bias")
+    projection: jax.Array
+    source: jax.Array
+    source_bias: jax.Array
+    orthogonal: bool = static(default=True)
+    subtract: bool = static(default=True)
+    activation: str = static(default="linear")
+    first: int | None = static(default=None)
+    last: int | None = static(default=None)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return self.projection.shape[:-2]
+
+    def rotation(self) -> jax.Array:
+        """R [..., D, r], with orthonormal columns where they are to be: the Q of a QR decomposition with positive diagonal."""
+        if not self.orthogonal:
+            return self.projection
+        q, r = jnp.linalg.qr(self.projection.astype(jnp.float32))
+        return q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+
+    def change(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        if y.shape[-1] != self.projection.shape[-2]:
+            raise ValueError(
+                f"an intervention {self.name!r} made for {self.projection.shape[-2]} features stands beside a module that puts "
+                f"out {y.shape[-1]}; name other targets, or give width="
+            )
+        rotation = self.rotation()
+        source = ACTIVATIONS[self.activation](affine(y, self.source, self.source_bias))
+        if self.subtract:
+            source = source - affine(y, rotation, None)
+        return y + self.drop(affine(source, rotation.mT, None))
+
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.first is None and self.last is None:
+            return super().around(call, *args, **kwargs)
+        output = call(*args, **kwargs)
+        y = output[0] if isinstance(output, tuple) else output
+        shared = next((a for a in args[1:] if isinstance(a, dict) and "positions" in a), {})
+        chosen = edited(y.shape[:2], self.first or 0, self.last or 0, shared)
+        changed = self.gated(self.change(args[0], y), y).astype(y.dtype)
+        changed = jnp.where(chosen[..., None], changed, y)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def edited(shape: tuple[int, ...], first: int, last: int, shared: Mapping[str, Any]) -> jax.Array:
+    """[B or 1, T]: the first and the last tokens of each sequence, by the positions and segments that layers share."""
+    T = shape[1]
+    t = jnp.arange(T)
+    chosen = shared.get("positions", t[None]) < first
+    if not last or (T == 1 and "kv_segments" in shared):  # a token that is being generated ends nothing
+        return chosen
+    segments = shared.get("segment_ids")
+    if segments is None:
+        return chosen | (t >= T - last)[None]
+    later = (segments[:, :, None] == segments[:, None, :]) & (t[:, None] < t[None])
+    return chosen | ((later.sum(-1) < last) & (segments > 0))
+
+
+def reft(
+    params: Any,
+    key: jax.Array,
+    *,
+    variant: Literal["loreft", "noreft", "direft"] = "loreft",
+    rank: int = 4,
+    first: int | None = None,
+    last: int | None = None,
+    activation: str = "linear",
+    targets: Targets = LAYERS,
+    exclude: Targets = (),
+    layers: Sequence[int] | None = None,
+    dropout: float = 0.0,
+    init: Literal["zero", "default"] = "zero",
+    adapter: str = "default",
+    width: int | None = None,
+    layout: Layout | None = None,
+) -> Any:
+    """`params` with an intervention after each layer, or each module that `targets` name.
+
+    `first` and `last` edit that many tokens at either end of each sequence (as it is given: a prompt when generating), None
+    both: all. init: zero makes W the projection, or W1 zero, so that nothing changes at first; default draws it as pyreft
+    does. Raises ValueError for an unknown variant, a rank above the features, and targets that match nothing.
+    """
+    if variant not in ("loreft", "noreft", "direft"):
+        raise ValueError(f"unknown variant {variant!r}; there are loreft, noreft and direft")
+    if any(n is not None and n < 0 for n in (first, last)):
+        raise ValueError(f"first and last count tokens, got {first} and {last}")
+    check_options(activation, "none", "zero", dropout)
+    modules = find_modules(params, targets, exclude, layers, layout, width)
+
+    def make(m: Module, key: jax.Array) -> ReFT:
+        n = m.n_out
+        if not 1 <= rank <= n:
+            raise ValueError(f"rank must lie between 1 and the {n} features of {m.path}, got {rank}")
+        keys = jax.random.split(key)
+        projection = jax.random.uniform(keys[0], (*m.lead, n, rank), jnp.float32, -(n**-0.5), n**-0.5)
+        if variant == "loreft":
+            q, r = jnp.linalg.qr(jax.random.normal(keys[0], (*m.lead, n, rank)))
+            projection = q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+        source = jax.random.uniform(keys[1], (*m.lead, n, rank), jnp.float32, -(n**-0.5), n**-0.5)
+        if init == "zero":
+            source = jnp.zeros_like(source) if variant == "direft" else projection
+        return ReFT(
+            **common(m, adapter, dropout, 0), projection=projection, source=source, source_bias=jnp.zeros((*m.lead, rank)),
+            orthogonal=variant == "loreft", subtract=variant != "direft", activation=activation, first=first, last=last,
+        )  # fmt: skip
+
+    if init not in ("zero", "default"):
+        raise ValueError(f"unknown init {init!r}; there are zero and default")
+    return place_attachments(params, key, make, "reft", adapter, modules)

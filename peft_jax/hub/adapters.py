@@ -1,0 +1,110 @@
+"""Adapter folders in and out, in the format that fits: Hugging Face PEFT's, AdapterHub's or this package's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from peft_jax.core.attachment import Attachment
+from peft_jax.core.files import read_json
+from peft_jax.core.tree import places
+from peft_jax.core.weight import Trainable
+from peft_jax.hub.adapterhub import load_adapterhub, save_adapterhub
+from peft_jax.hub.native import FORMAT, load_native, save_native
+from peft_jax.hub.peft import FORMATS, load_peft, save_peft
+from peft_jax.hub.peft.prompts import WHOLE_FORMATS, save_whole
+
+logger = logging.getLogger("peft_jax")
+CONFIG = "adapter_config.json"
+
+
+def save_adapter(
+    folder: str | os.PathLike[str],
+    params: Any,
+    *,
+    name: str = "default",
+    base: str | None = None,
+    revision: str | None = None,
+    task_type: str | None = "CAUSAL_LM",
+    format: Literal["auto", "peft", "adapterhub", "native"] = "auto",
+) -> None:
+    """Write the adapter `name` in `params` as a folder; `base` names the base model's repository or folder.
+
+    auto takes Hugging Face PEFT's format for one of its methods, AdapterHub's for what it can say of bottleneck adapters, and
+    this package's own for everything else, several methods together included. What trains beside it (biases,
+    `modules_to_save`, trainable tokens) goes along. Raises ValueError naming the place where the tree holds no such adapter,
+    or something that the format cannot say.
+    """
+    nodes = _named(params, name)
+    if format not in ("auto", "peft", "adapterhub", "native"):
+        raise ValueError(f"unknown format {format!r}; there are auto, peft, adapterhub and native")
+    chosen = _fitting(nodes) if format == "auto" else format
+    if chosen == "peft":
+        if whole := _whole(nodes):
+            return save_whole(folder, params, nodes, whole, name=name, base=base, revision=revision, task_type=task_type)
+        return save_peft(folder, params, name=name, base=base, revision=revision, task_type=task_type)
+    if chosen == "adapterhub":
+        try:
+            return save_adapterhub(folder, params, nodes, name=name, base=base)
+        except ValueError as error:
+            if format == "adapterhub":
+                raise
+            logger.info(f"written in this package's own format, for AdapterHub's cannot hold it: {error}")
+    if not nodes:
+        raise ValueError(f"the tree holds no adapter named {name!r}")
+    for path, node in nodes.items():
+        if isinstance(node, Trainable) and node.saved_as == "full":
+            raise ValueError(f"{path} is fully fine-tuned, which an adapter cannot hold; use merge and save")
+    return save_native(folder, params, nodes, name=name, base=base, revision=revision)
+
+
+def _named(params: Any, name: str) -> dict[str, Any]:
+    """place -> the node of the adapter `name` there, and what trains beside it."""
+    found = {}
+    for path, w in places(params).items():
+        while w is not None:
+            if getattr(w, "name", None) == name or isinstance(w, Trainable):
+                found[path] = w
+                break
+            w = getattr(w, "base", None)
+    return found
+
+
+def _whole(nodes: Mapping[str, Any]) -> str | None:
+    """PEFT's name of a method that is stored for the model as a whole, if that is what the nodes are."""
+    of = lambda kind: WHOLE_FORMATS[kind].nodes
+    return next((k for k in WHOLE_FORMATS if nodes and all(isinstance(n, of(k)) and _fits(k, n) for n in nodes.values())), None)
+
+
+def _fits(kind: str, node: Any) -> bool:
+    fits: Callable[[Any], bool] | None = WHOLE_FORMATS[kind].fits
+    return fits is None or fits(node)
+
+
+def _fitting(nodes: Mapping[str, Any]) -> str:
+    mine = [n for n in nodes.values() if not isinstance(n, Trainable)]
+    kinds = {next((k for k, f in FORMATS.items() if isinstance(n, f.nodes)), None) for n in mine} - {"TRAINABLE_TOKENS"}
+    biases_alone = not mine and any(getattr(n, "saved_as", "") == "bias" for n in nodes.values())
+    if _whole(nodes) or (len(kinds) <= 1 and None not in kinds and not biases_alone):
+        return "peft"
+    return "adapterhub" if mine and all(isinstance(n, Attachment) for n in nodes.values()) else "native"
+
+
+def load_adapter(params: Any, folder: str | os.PathLike[str], *, name: str = "default", revision: str | None = None) -> Any:
+    """`params` with the adapter of a folder or repository in it, ready to run or to train on.
+
+    The folder is Hugging Face PEFT's, AdapterHub's (safetensors) or this package's. Layers of a stacked tree may have LoRAs
+    of different rank (they are padded with zeros, which stay zero in training), or no adapter. Raises FileNotFoundError, or
+    ValueError naming the option, module or tensor that cannot be used.
+    """
+    from peft_jax.hub.checkpoint import local_folder
+
+    path = local_folder(folder, revision)
+    config = read_json(path / CONFIG)
+    if config.get("format") == FORMAT:
+        return load_native(params, path, name)
+    if "peft_type" not in config and "config" in config:
+        return load_adapterhub(params, path, config, name)
+    return load_peft(params, path, name=name)

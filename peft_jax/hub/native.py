@@ -1,0 +1,162 @@
+"""This package's own adapter folders: any nodes of a tree, several methods together, in safetensors and JSON.
+
+`adapter_config.json` says where each node stands (layer by layer, so that stacked and looped trees share it), its class and its
+options; `adapter_model.safetensors` has its arrays. Classes are looked up among this package's own; nothing is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peft_jax.adapters.placing import hidden_size
+from peft_jax.core.attachment import Shared
+from peft_jax.core.files import read_json, replacing_folder, write_json
+from peft_jax.core.tree import data_fields, is_node, places
+from peft_jax.core.weight import Node, Trainable
+from peft_jax.hub.layers import join_layers, put_nodes, split_layers
+from peft_jax.hub.safetensors_io import open_checkpoint, save_tensors
+
+CONFIG, WEIGHTS, FORMAT = "adapter_config.json", "adapter_model.safetensors", "peft_jax"
+_LEFT = ("base", "key", "ids", "shared")  # fields that the tree or `bind` fills
+
+
+def save_native(
+    folder: str | os.PathLike[str], params: Any, nodes: dict[str, Any], *, name: str, base: Any, revision: Any
+) -> None:
+    """Write these nodes (place -> node) of the adapter `name`, and what it shares."""
+    groups = {f"shared_{n.group}": params[f"shared_{n.group}"] for n in nodes.values() if getattr(n, "group", "")}
+    tensors: dict[str, np.ndarray] = {}
+    split = split_layers(params, {p: n for p, n in nodes.items() if not isinstance(n, Trainable)}, name)
+    trained = {p: n for p, n in nodes.items() if isinstance(n, Trainable)}
+    described = {p: _describe(n, p, tensors) for p, n in split.items()}
+    config = {
+        "format": FORMAT,
+        "version": 1,
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "hidden_size": _width(params),
+        "nodes": described,
+        "trained": {p: _describe(n, p, tensors) for p, n in trained.items()},
+        "shared": {p: _describe(n, p, tensors) for p, n in groups.items()},
+    }
+    with replacing_folder(folder) as temporary:
+        write_json(temporary / CONFIG, config)
+        save_tensors(temporary / WEIGHTS, tensors)
+
+
+def _width(params: Any) -> int | None:
+    try:
+        return hidden_size(params)
+    except ValueError:
+        return None
+
+
+def _describe(x: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
+    """A value of a node's field as JSON; arrays go to `tensors` under `path`."""
+    if is_node(x):
+        fixed = [f.name for f in dataclasses.fields(x) if f.metadata.get("static") and f.name not in ("name", "frozen")]
+        data = {f: _describe(getattr(x, f), f"{path}.{f}", tensors) for f in data_fields(x) if f not in _LEFT}
+        return {"class": type(x).__name__, "options": {f: _plain(getattr(x, f)) for f in fixed}, "fields": data}
+    if x is None:
+        return None
+    if isinstance(x, tuple | list):
+        return {"tuple": [_describe(y, f"{path}.{i}", tensors) for i, y in enumerate(x)]}
+    if isinstance(x, dict):
+        return {"dict": {k: _describe(y, f"{path}.{k}", tensors) for k, y in x.items()}}
+    tensors[path] = np.asarray(x)
+    return {"tensor": path}
+
+
+def _plain(x: Any) -> Any:
+    return [_plain(y) for y in x] if isinstance(x, tuple) else x
+
+
+def _classes() -> dict[str, type]:
+    """Names of this package's node classes."""
+    found, left = {}, [Node]
+    while left:
+        cls = left.pop()
+        left += cls.__subclasses__()
+        if cls.__module__.startswith("peft_jax."):
+            found[cls.__name__] = cls
+    return found
+
+
+def load_native(params: Any, path: Path, name: str) -> Any:
+    """`params` with the adapter of a folder that `save_native` wrote. Raises ValueError naming what cannot be used."""
+    config = read_json(path / CONFIG)
+    if config.get("version") != 1:
+        raise ValueError(f"{path / CONFIG}: version {config.get('version')!r} of the format is not known; this package reads 1")
+    width = _width(params)
+    if width and config.get("hidden_size") not in (None, width):
+        raise ValueError(f"the adapter in {path} is for a model of {config['hidden_size']} features; this one has {width}")
+    with open_checkpoint(path, WEIGHTS, WEIGHTS + ".index.json") as checkpoint:
+        tensors = {n: checkpoint.read(n) for n in checkpoint.names}
+    read = lambda part: {p: _restore(s, tensors, name, f"{path / CONFIG}: {p}") for p, s in (config.get(part) or {}).items()}
+    nodes = join_layers(params, {p: _named(n, name) for p, n in read("nodes").items()}, name)
+    known = places(params)
+    for place, node in read("trained").items():
+        if not isinstance(node, Trainable) or place not in known or np.shape(node.value) != known[place].shape:
+            raise ValueError(f"the adapter in {path} trains {place}, which the model lacks or has in another shape")
+        nodes[place] = node
+    groups = {f"{key.rpartition('_')[0]}_{name}": node for key, node in read("shared").items() if isinstance(node, Shared)}
+    for place, node in nodes.items():
+        _check_lead(params, place, node)
+    return {**put_nodes(params, nodes), **groups} if groups else put_nodes(params, nodes)
+
+
+def _check_lead(params: Any, place: str, node: Any) -> None:
+    base = places(params).get(place)
+    if hasattr(node, "in_axes") and base is not None:
+        placed = node.replace(base=base)
+        if placed.lead != tuple(np.shape(next(a for a in _arrays(node)))[: len(placed.lead)]):
+            raise ValueError(f"the adapter's arrays at {place} do not fit a weight of shape {base.shape}")
+
+
+def _arrays(node: Any) -> list[Any]:
+    import jax
+
+    return jax.tree.leaves(node)
+
+
+def _named(node: Any, name: str) -> Any:
+    group = getattr(node, "group", "")
+    return node.replace(name=name, **({"group": f"{group.rpartition('_')[0]}_{name}"} if group else {}))
+
+
+def _restore(spec: Any, tensors: dict[str, np.ndarray], name: str, where: str) -> Any:
+    """The value that `_describe` described."""
+    if spec is None:
+        return None
+    if not isinstance(spec, dict):
+        raise ValueError(f"{where} is no description of a node")
+    if "tensor" in spec:
+        if spec["tensor"] not in tensors:
+            raise ValueError(f"{where} needs the tensor {spec['tensor']!r}, which {WEIGHTS} lacks")
+        return tensors[spec["tensor"]]
+    if "tuple" in spec:
+        return tuple(_restore(s, tensors, name, where) for s in spec["tuple"])
+    if "dict" in spec:
+        return {k: _restore(s, tensors, name, where) for k, s in spec["dict"].items()}
+    cls: Any = _classes().get(spec.get("class", ""))
+    if cls is None:
+        raise ValueError(f"{where} has a node of the unknown class {spec.get('class')!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    options, data = spec.get("options") or {}, spec.get("fields") or {}
+    if unknown := [k for k in (*options, *data) if k not in fields]:
+        raise ValueError(f"{where} has a field {unknown[0]!r}, which a {cls.__name__} lacks")
+    values = {k: _restore(s, tensors, name, where) for k, s in data.items()}
+    values |= {k: _tuples(v) for k, v in options.items()} | ({"base": None} if "base" in fields else {})
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{where} is no whole {cls.__name__}: {error}") from error
+
+
+def _tuples(x: Any) -> Any:
+    return tuple(_tuples(y) for y in x) if isinstance(x, list) else x

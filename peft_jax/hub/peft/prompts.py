@@ -1,0 +1,279 @@
+"""PEFT's methods that are stored for a model as a whole: prompts, prefixes, adaption prompts and layer-norm tuning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.adapters.llama_adapter import AdaptionPrompt
+from peft_jax.adapters.placing import attach, hidden_size, layers_of
+from peft_jax.adapters.prefix import Offset, Prefix, attention_cores
+from peft_jax.adapters.prompt import ContextTokens, EncodedTokens, Prompt, TaskTokens, VirtualTokens, place_prompt
+from peft_jax.core.files import replacing_folder, write_json
+from peft_jax.core.tree import distribute, map_places, places
+from peft_jax.core.weight import Trainable
+from peft_jax.hub.layers import join_layers, put_nodes, split_layers
+from peft_jax.hub.names import tensors_of
+from peft_jax.hub.safetensors_io import save_tensors
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+Tensors = dict[str, np.ndarray]
+Config = Mapping[str, Any]
+
+
+class WholeFormat(NamedTuple):
+    """How a method is stored: `write` makes (tensors, configuration) of the tree and the adapter's nodes, `read` puts the
+    adapter of (tree, tensors, configuration, name) into the tree. `fits` says which of the nodes are this method's.
+    """
+
+    nodes: tuple[type, ...]
+    write: Callable[[Any, Mapping[str, Any], str], tuple[Tensors, dict[str, Any]]]
+    read: Callable[[Any, Tensors, Config, str], Any]
+    fits: Callable[[Any], bool] | None = None
+
+
+def save_whole(
+    folder: str | os.PathLike[str],
+    params: Any,
+    nodes: Mapping[str, Any],
+    kind: str,
+    *,
+    name: str,
+    base: Any,
+    revision: Any,
+    task_type: Any,
+) -> None:
+    """Write the adapter `name`, whose nodes are these, as a PEFT folder of the method `kind`."""
+    tensors, config = WHOLE_FORMATS[kind].write(params, nodes, name)
+    common = {
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "peft_type": kind,
+        "revision": revision,
+        "task_type": task_type,
+    }
+    with replacing_folder(folder) as temporary:
+        write_json(temporary / CONFIG, common | config)
+        save_tensors(temporary / WEIGHTS, tensors)
+
+
+def load_whole(params: Any, tensors: Tensors, config: Config, name: str, path: Path) -> Any:
+    """`params` with the adapter of a PEFT folder. Raises ValueError naming the tensor that is missing or does not fit."""
+    try:
+        return WHOLE_FORMATS[str(config["peft_type"])].read(params, tensors, config, name)
+    except KeyError as error:
+        raise ValueError(f"{path / WEIGHTS} lacks a tensor {error} that its method needs") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- prompts
+
+
+def _tokens(nodes: Mapping[str, Any]) -> Any:
+    return next(n for n in nodes.values() if not isinstance(n, Prompt))
+
+
+def _write_prompt(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
+    prompt = np.asarray(_tokens(nodes).prompt())
+    return {"prompt_embeddings": prompt}, _prompt_config(prompt)
+
+
+def _prompt_config(prompt: np.ndarray) -> dict[str, Any]:
+    return {"num_virtual_tokens": prompt.shape[0], "token_dim": prompt.shape[1], "num_transformer_submodules": 1}
+
+
+def _embeddings(params: Any, tensors: Tensors) -> jnp.ndarray:
+    prompt, width = tensors["prompt_embeddings"], hidden_size(params)
+    if prompt.ndim != 2 or prompt.shape[1] != width:
+        raise ValueError(f"prompt_embeddings has shape {prompt.shape}, expected (tokens, {width}) for this model")
+    return jnp.asarray(prompt, jnp.float32)
+
+
+def _read_prompt(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
+    prompt = _embeddings(params, tensors)
+    return place_prompt(params, VirtualTokens(embeddings=prompt, name=name), len(prompt), None)
+
+
+def _write_context(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
+    tensors, config = _write_prompt(params, nodes, name)
+    tokens = _tokens(nodes)
+    return tensors, config | {
+        "cpt_token_ids": list(tokens.token_ids),
+        "cpt_mask": [1] * len(tokens.token_ids),
+        "cpt_tokens_type_mask": list(tokens.token_types),
+        "opt_projection_epsilon": tokens.epsilon,
+        "opt_projection_format_epsilon": tokens.format_epsilon,
+    }
+
+
+def _read_context(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
+    from peft_jax.adapters.prompt import context_tokens
+
+    rows = _embeddings(params, tensors)
+    ids, types = config.get("cpt_token_ids") or [], config.get("cpt_tokens_type_mask") or []
+    if not len(ids) == len(types) == len(rows):
+        raise ValueError(
+            f"prompt_embeddings has {len(rows)} tokens, cpt_token_ids {len(ids)} and cpt_tokens_type_mask {len(types)}"
+        )
+    epsilon, format_epsilon = (float(config.get(f"opt_projection_{k}") or 0.0) for k in ("epsilon", "format_epsilon"))
+    return place_prompt(params, context_tokens(rows, ids, types, epsilon, format_epsilon, name), len(rows), None)
+
+
+def _write_tasks(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
+    t = _tokens(nodes)
+    arrays = {"prompt_embeddings": t.embeddings, "prefix_task_cols": t.columns, "prefix_task_rows": t.rows}
+    config = {"num_tasks": t.columns.shape[0], "num_ranks": t.columns.shape[-1]}
+    return {k: np.asarray(v) for k, v in arrays.items()}, _prompt_config(np.asarray(t.embeddings)) | config
+
+
+def _read_tasks(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
+    prompt = _embeddings(params, tensors)
+    columns, rows = (jnp.asarray(tensors[k], jnp.float32) for k in ("prefix_task_cols", "prefix_task_rows"))
+    n, P, r = columns.shape
+    if len(prompt) != P or rows.shape != (n, r, prompt.shape[1]):
+        raise ValueError(f"prefix_task_cols {columns.shape} and prefix_task_rows {rows.shape} do not fit {prompt.shape}")
+    return place_prompt(params, TaskTokens(embeddings=prompt, columns=columns, rows=rows, name=name), P, None)
+
+
+# ---------------------------------------------------------------------------------------------------------- prefixes
+
+
+def cores_by_layer(params: Any) -> list[str]:
+    """Canonical paths of a decoder's attention cores, in the order of its layers."""
+    return [n for core in attention_cores(params) for n, _ in layers_of(params, core)[1]]
+
+
+def _write_prefix(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
+    whole = places(distribute(params))
+    split = split_layers(params, {p: _made(whole[p]) for p, n in nodes.items() if isinstance(n, Prefix)}, name)
+    order = [f"{core}/prefix" for core in cores_by_layer(params)]
+    if missing := [p for p in order if p not in split]:
+        raise ValueError(f"PEFT's prefix tuning has a prefix in every layer, and {missing[0].removesuffix('/prefix')} has none")
+    both = [x for p in order for x in (split[p].keys, split[p].values)]  # [P, K d] each
+    if any(x is None for x in both):
+        raise ValueError("a prefix in Flax's attention layers has no PEFT format")
+    tensors = {"prompt_embeddings": np.concatenate(both, axis=-1)}
+    return tensors, {"num_virtual_tokens": both[0].shape[0], "num_layers": len(order), "prefix_projection": False}
+
+
+def _made(node: Prefix) -> Prefix:
+    """The prefix itself in the place of what makes it."""
+    keys, values = node.arrays_by_layer()
+    plain = {"weight": None, "bias": None, "shared": None, "group": "", "gating_weight": None, "gating_bias": None}
+    return node.replace(keys=keys, values=values, **plain)
+
+
+def _read_prefix(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
+    if config.get("prefix_projection") and "prompt_embeddings" not in tensors:
+        raise ValueError("the adapter has its prefix as an encoder; save it with PEFT's inference mode")
+    flat, order = tensors["prompt_embeddings"].astype(np.float32), cores_by_layer(params)
+    return place_prefix(params, flat, order, name)
+
+
+def place_prefix(params: Any, flat: np.ndarray, order: list[str], name: str, *, offset: bool = True) -> Any:
+    """`params` with a prefix [P, 2 * layers * K d], keys and values of each layer in turn."""
+    from peft_jax.adapters.prefix import kv_features
+
+    if not order:
+        raise ValueError("prefix tuning needs a decoder's attention, and this model has none")
+    wanted = 2 * len(order) * kv_features(params)
+    if flat.ndim != 2 or flat.shape[1] != wanted:
+        raise ValueError(f"prompt_embeddings has shape {flat.shape}, expected (tokens, {wanted}) for this model")
+    parts = np.split(flat, 2 * len(order), axis=1)
+    nodes = {
+        f"{core}/prefix": Prefix(keys=parts[2 * i], values=parts[2 * i + 1], length=flat.shape[0], offset=offset, name=name)
+        for i, core in enumerate(order)
+    }
+    placed = put_nodes(params, join_layers(params, nodes, name))
+    return placed if not offset else attach(placed, {"model": {f"offset_{name}": Offset(length=flat.shape[0], name=name)}})
+
+
+# --------------------------------------------------------------------------------------------------- adaption prompts
+
+
+def _write_adaption(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
+    split = split_layers(params, nodes, name)
+    cores = cores_by_layer(params)
+    has = [f"{core}/adaption" in split for core in cores]
+    count = sum(has)
+    if has != [i >= len(has) - count for i in range(len(has))]:
+        raise ValueError("PEFT's adaption prompts stand in the last layers, and this adapter leaves some of them out")
+    tensors: Tensors = {}
+    for core in cores[len(cores) - count :]:
+        node, module = split[f"{core}/adaption"], core.removesuffix("/core").replace("/", ".")
+        tensors[f"{PREFIX}{module}.adaption_prompt"] = node.prompt[None]
+        tensors[f"{PREFIX}{module}.adaption_gate"] = np.reshape(node.strength, 1)
+    length = next(iter(split.values())).prompt.shape[0]
+    return tensors, {"adapter_layers": count, "adapter_len": length, "target_modules": "self_attn"}
+
+
+def _read_adaption(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
+    nodes, width = {}, hidden_size(params)
+    for key, prompt in tensors.items():
+        if not key.endswith(".adaption_prompt"):
+            continue
+        if prompt.ndim != 3 or prompt.shape[0] != 1 or prompt.shape[2] != width:
+            raise ValueError(f"tensor {key} has shape {prompt.shape}, expected (1, tokens, {width}) for this model")
+        strength = tensors[key.removesuffix("prompt") + "gate"].astype(np.float32).reshape(())
+        module = key.removeprefix(PREFIX).removesuffix(".adaption_prompt").replace(".", "/")
+        nodes[f"{module}/core/adaption"] = AdaptionPrompt(prompt=prompt[0].astype(np.float32), strength=strength, name=name)
+    if not nodes:
+        raise KeyError("adaption_prompt")
+    return put_nodes(params, join_layers(params, nodes, name))
+
+
+# --------------------------------------------------------------------------------------------------------------- norms
+
+
+def _write_norms(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
+    tensors: Tensors = {}
+    modules = set()
+    for path, w in nodes.items():
+        layers = w.shape[0] if "layers" in path.split("/") else None
+        for t in tensors_of(path, layers):
+            module, _, leaf = t.name.rpartition(".")
+            modules.add(module)
+            tensors[f"{PREFIX}{module}.ln_tuning_layers.{leaf}"] = np.asarray(w.value if t.layer is None else w.value[t.layer])
+    return tensors, {"target_modules": sorted(modules), "modules_to_save": None}
+
+
+def _read_norms(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
+    left = {k.removeprefix(PREFIX).replace(".ln_tuning_layers.", "."): v for k, v in tensors.items()}
+
+    def place(path: str, w: Any) -> Any:
+        if path.rpartition("/")[2] not in ("scale", "bias") or not hasattr(w, "shape"):
+            return w
+        found = [t for t in tensors_of(path, w.shape[0] if "layers" in path.split("/") else None) if t.name in left]
+        if not found:
+            return w
+        value = np.array(w)
+        for t in found:
+            new = left.pop(t.name)
+            target = value if t.layer is None else value[t.layer]
+            if new.shape != target.shape:
+                raise ValueError(f"{t.name} in the adapter has shape {new.shape}, the model's is {target.shape}")
+            target[...] = new
+        return Trainable(jnp.asarray(value), saved_as="norm", name=name)
+
+    result = map_places(place, params)
+    if left:
+        raise ValueError(f"the adapter has {sorted(left)[0]}, which the model lacks")
+    return result
+
+
+WHOLE_FORMATS: dict[str, WholeFormat] = {
+    "PROMPT_TUNING": WholeFormat((VirtualTokens, Prompt), _write_prompt, _read_prompt),
+    "P_TUNING": WholeFormat((EncodedTokens, Prompt), _write_prompt, _read_prompt),
+    "CPT": WholeFormat((ContextTokens, Prompt), _write_context, _read_context),
+    "MULTITASK_PROMPT_TUNING": WholeFormat((TaskTokens, Prompt), _write_tasks, _read_tasks),
+    "PREFIX_TUNING": WholeFormat(
+        (Prefix, Offset), _write_prefix, _read_prefix,
+        lambda n: isinstance(n, Offset) or (n.part == "both" and n.gating_weight is None and n.offset),
+    ),
+    "ADAPTION_PROMPT": WholeFormat((AdaptionPrompt,), _write_adaption, _read_adaption),
+    "LN_TUNING": WholeFormat((Trainable,), _write_norms, _read_norms, lambda n: n.saved_as == "norm"),
+}  # fmt: skip
