@@ -47,7 +47,9 @@ class Module(NamedTuple):
         of = lambda name: by_pattern(f"{name}/", by_pattern(f"{self.path}/", default, pattern), pattern)
         values = {of(name) for name in self.layers}
         if len(values) > 1:
-            raise ValueError(f"{option} gives the layers stacked at {self.path} {sorted(values)}; unstack_layers first")
+            raise ValueError(
+                f"{option} gives the layers stacked at {self.path} {sorted(map(str, values))}; unstack_layers first"
+            )
         return values.pop()
 
 

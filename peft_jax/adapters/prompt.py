@@ -27,8 +27,12 @@ from peft_jax.core.weight import static, take
 
 @node
 class Prompt(Attachment):
-    """`length` virtual tokens before each row. With `stack` the module is a `DecoderStack`, else any model of tokens [B, T]."""
+    """`length` virtual tokens before each row. With `stack` the module is a `DecoderStack`, else any model of tokens [B, T].
 
+    In a bank `gate` [B] is 0 for a row without a prompt: nothing sees its virtual tokens.
+    """
+
+    gate: jax.Array | None = None
     length: int = static()
     stack: bool = static(default=True)
     name: str = static(default="default")
@@ -39,6 +43,8 @@ class Prompt(Attachment):
         return self.length
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.stack and self.gate is not None:
+            raise ValueError("a bank of prompts needs a decoder of this package, which can hide a row's virtual tokens")
         if self.stack:
             return self._decoder(call, *args, **kwargs)
         out = call(self._before(args[0], -1 - jnp.arange(self.length)), *args[1:], **kwargs)
@@ -46,7 +52,7 @@ class Prompt(Attachment):
 
     def _before(self, x: jax.Array, values: Any) -> jax.Array:
         """x [B, T] with `values` before each row."""
-        values = jnp.broadcast_to(jnp.asarray(values, x.dtype), (x.shape[0], self.length))
+        values = jnp.broadcast_to(jnp.asarray(values).astype(x.dtype), (x.shape[0], self.length))
         return jnp.concatenate([values, x], axis=1)
 
     def _decoder(self, call: Callable[..., Any], tokens, positions, segment_ids, cache, common: int = 0) -> Any:
@@ -61,19 +67,21 @@ class Prompt(Attachment):
             raise ValueError(
                 f"the cache has {slots} slots, and {tokens.shape[1]} tokens after a prompt of {P} need {P + tokens.shape[1]}"
             )
-        if cache is not None and segment_ids is None:
+        if segment_ids is None and (cache is not None or self.gate is not None):
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         if positions is not None:
             positions = self._before(jnp.broadcast_to(positions, tokens.shape), jnp.arange(P))
-        segment_ids = None if segment_ids is None else self._before(segment_ids, -1)
+        seen = -1 if self.gate is None else jnp.where(self.gate > 0, -1, 0)[:, None]
+        segment_ids = None if segment_ids is None else self._before(segment_ids, seen)
         x, new = call(self._before(tokens, -1 - jnp.arange(P)), positions, segment_ids, cache, common + P)
         return x[:, P:], None if cache is None else {**new, "prompted": jnp.int32(P)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Virtual(Attachment):
-    """At the embedding: the ids -1, -2, ... stand for the rows of `prompt()`."""
+    """At the embedding: the ids -1, -2, ... stand for the rows of `prompt()`. (What hides a row's prompt is `Prompt.gate`.)"""
 
+    gate: jax.Array | None = None
     name: str = static(default="default")
     frozen: bool = static(default=False)
 

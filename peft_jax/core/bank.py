@@ -117,6 +117,8 @@ class AttachmentBank(Attachment):
             return adapter.linked(params, path)
 
         at = len(self.lead)
+        if not jax.tree.leaves(self.adapters):
+            return self
         return self.replace(adapters=jax.vmap(link, in_axes=at, out_axes=at)(self.adapters))
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -141,21 +143,25 @@ def bank(params: Any, size: int, *, adapter: str = "default") -> Any:
             return x
         if getattr(x, "group", ""):
             raise ValueError(f"the {type(x).__name__} at {path} shares arrays with other places, which a bank cannot hold")
-        if isinstance(x, Attachment) and not jax.tree.leaves(x):
-            return x  # a prompt's place, the same for all
+        if not _differs(x):
+            return x
         found.append(path)
         x, lead = x.plain(), x.lead
         active = jnp.broadcast_to(jnp.float32(1) if x.gate is None else x.gate[..., None], (*lead, size))
         if isinstance(x, Reparametrised):
             fields = {"base": x.base, "in_axes": x.in_axes, "out_axes": x.out_axes, "name": adapter}
             return WeightBank(**fields, adapters=_repeat(x.replace(base=None, gate=None), lead, size), active=active)
-        bare = x.replace(gate=None) if hasattr(x, "gate") else x
-        return AttachmentBank(adapters=_repeat(bare, lead, size), active=active)
+        return AttachmentBank(adapters=_repeat(x.replace(gate=None), lead, size), active=active)
 
     result = map_places(banked, params)
     if not found:
         raise ValueError(f"the tree holds no adapter named {adapter!r}")
     return result
+
+
+def _differs(x: Any) -> bool:
+    """Whether a node may differ by row: not so one that merely moves the positions."""
+    return bool(jax.tree.leaves(x)) or hasattr(x, "gate")
 
 
 def _repeat(x: Any, lead: tuple[int, ...], size: int) -> Any:
@@ -171,7 +177,7 @@ def _adapters(tree: Any, adapter: str) -> dict[str, Any]:
     found = {}
     for path, w in places(tree).items():
         while w is not None:
-            if isinstance(w, Reparametrised | Attachment) and getattr(w, "name", None) == adapter and jax.tree.leaves(w):
+            if isinstance(w, Reparametrised | Attachment) and getattr(w, "name", None) == adapter and _differs(w):
                 found[path] = w
                 break
             w = getattr(w, "base", None)
@@ -247,8 +253,9 @@ def bank_adapter(params: Any, index: int, *, adapter: str = "default") -> Any:
     def out(path: str, b: Any) -> Any:
         at = len(b.active.shape) - 1
         one = jax.tree.map(lambda a: jnp.take(a, index, axis=at), b.adapters)
-        common = {"name": adapter, "gate": b.active[..., index]} if hasattr(one, "gate") else {"name": adapter}
-        return one.replace(**common, **({"base": b.base} if isinstance(b, WeightBank) else {}))
+        gate = b.active[..., index]
+        base = {"base": b.base} if isinstance(b, WeightBank) else {}
+        return one.replace(name=adapter, gate=gate if gate.ndim else None, **base)
 
     return _map_banks(params, out)
 

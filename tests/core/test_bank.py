@@ -104,3 +104,69 @@ def test_bad_requests_are_refused_by_name(setting):
         peft_jax.set_adapter(banked, 0, trees[0], adapter="other")
     with pytest.raises(ValueError, match="is no one weight"):
         peft_jax.merge(banked)
+
+
+KINDS = {
+    "lora": lambda p, k: peft_jax.lora(p, k, rank=2),
+    "dora": lambda p, k: peft_jax.dora(p, k, rank=2, targets=["q_proj", "down_proj"]),
+    "ia3": lambda p, k: peft_jax.ia3(p, k),
+    "bottleneck": lambda p, k: peft_jax.bottleneck(p, k, size=3, init="bert", gating="token", ln_before=True),
+    "reft": lambda p, k: peft_jax.reft(p, k, rank=2, first=2),
+    "prefix": lambda p, k: peft_jax.prefix_tuning(p, k, num_virtual_tokens=3),
+    "prompt": lambda p, k: peft_jax.prompt_tuning(p, k, num_virtual_tokens=3),
+    "adaption": lambda p, k: peft_jax.adaption_prompt(p, k, adapter_len=3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_banks_of_every_kind(setting, kind):
+    """Each row as alone, an adapter replaced without compiling, one taken out, rows generated."""
+    model, params, _, _, tokens = setting
+    trees = [perturb(KINDS[kind](params, jax.random.key(i)), seed=i, scale=0.3) for i in range(3)]
+    banked = peft_jax.bank(trees[0], 3)
+    for i in (1, 2):
+        banked = peft_jax.set_adapter(banked, i, trees[i])
+    apply = jax.jit(peft_jax.bind(model))
+    ids = jnp.asarray([2, 0, -1, 1, 0, 2], jnp.int32)
+    out = apply(banked, tokens, adapter_ids=ids)
+    for row, i in enumerate(ids.tolist()):
+        assert relative_error(out[row : row + 1], apply(params if i < 0 else trees[i], tokens[row : row + 1])) < 1e-5
+    compiled = apply._cache_size()
+    swapped = apply(peft_jax.set_adapter(banked, 0, trees[2]), tokens, adapter_ids=ids)
+    assert apply._cache_size() == compiled
+    assert relative_error(swapped[1:2], apply(trees[2], tokens[1:2])) < 1e-5
+    taken = peft_jax.bank_adapter(banked, 1)
+    assert relative_error(apply(taken, tokens), apply(trees[1], tokens)) < 1e-5
+    prompts = tokens[:2, :4].tolist()
+    generated = peft_jax.generate(model, banked, prompts, max_tokens=3, adapter_ids=[1, 2])
+    assert generated == [peft_jax.generate(model, trees[i + 1], [p], max_tokens=3)[0] for i, p in enumerate(prompts)]
+
+
+def test_the_same_rows_through_several_adapters(setting):
+    model, _, trees, banked, tokens = setting
+    apply = jax.jit(peft_jax.bind(model))
+    out = peft_jax.run_parallel(apply, banked, tokens, [3, 1])
+    assert out.shape[:2] == (2, ROWS)
+    assert relative_error(out[1], apply(trees[1], tokens)) < 1e-5
+
+
+def test_what_a_bank_cannot_hold_is_refused(setting):
+    _, params, _, _, _ = setting
+    shared = peft_jax.compacter(params, jax.random.key(0), size=4, dimension=2)
+    with pytest.raises(ValueError, match="shares arrays with other places"):
+        peft_jax.bank(shared, 2)
+    with pytest.raises(ValueError, match="size must be at least 1"):
+        peft_jax.bank(shared, 0)
+    with pytest.raises(ValueError, match="no adapter named 'x'"):
+        peft_jax.bank(shared, 2, adapter="x")
+    narrow = peft_jax.bank(peft_jax.bottleneck(params, jax.random.key(0), size=3), 2)
+    wide = peft_jax.bottleneck(params, jax.random.key(0), size=5)
+    with pytest.raises(ValueError, match="resize it first"):
+        peft_jax.set_adapter(narrow, 0, wide)
+    with pytest.raises(ValueError, match="activation='tanh', the bank 'swish'"):
+        peft_jax.set_adapter(narrow, 0, peft_jax.bottleneck(params, jax.random.key(0), size=3, activation="tanh"))
+    with pytest.raises(ValueError, match="other arrays than the bank's"):
+        peft_jax.set_adapter(narrow, 0, peft_jax.bottleneck(params, jax.random.key(0), size=3, bias=False))
+    prefix = peft_jax.bank(peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=4), 2)
+    with pytest.raises(ValueError, match="length=2, the bank 4"):
+        peft_jax.set_adapter(prefix, 0, peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=2))
