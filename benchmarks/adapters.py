@@ -43,7 +43,7 @@ def bank(args: argparse.Namespace) -> str:
         (base, one, many), error = _measure_bank(model, params, make, args.rounds)
         lines.append(f"| {name} | {base:.3f} | {one:.3f} | {many:.3f} | {many / one:.2f} | {error:.1e} |")
         print(lines[-1], flush=True)
-    note = f"Forward pass of {ROWS} rows of {LENGTH} tokens, {args.rounds} rounds taking turns. Swapping an adapter compiled nothing."
+    note = f"Forward pass of {ROWS} rows of {LENGTH} tokens, {args.rounds} rounds taking turns. A swap compiled nothing."
     return heading("Banks of adapters") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
 
 
