@@ -1,13 +1,14 @@
 """peft_jax: parameter-efficient fine-tuning of language models in JAX and Flax."""
 
 from peft_jax.adapters.adapter_drop import keep_layers
-from peft_jax.adapters.bitfit import bitfit, ln_tuning
+from peft_jax.adapters.bitfit import bitfit
 from peft_jax.adapters.bottleneck import bottleneck
 from peft_jax.adapters.compacter import compacter
 from peft_jax.adapters.compose import average_adapters, fuse_adapters, route_adapters, stack_adapters
 from peft_jax.adapters.ia3 import ia3
 from peft_jax.adapters.invertible import invertible
 from peft_jax.adapters.llama_adapter import adaption_prompt
+from peft_jax.adapters.ln_tuning import ln_tuning
 from peft_jax.adapters.prefix import prefix_tuning
 from peft_jax.adapters.prompt import cpt, multitask_prompt_tuning, p_tuning, prompt_tuning
 from peft_jax.adapters.reft import reft

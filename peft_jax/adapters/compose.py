@@ -18,8 +18,8 @@ from peft_jax.adapters.adapter import Adapter, affine
 from peft_jax.adapters.bottleneck import Bottleneck
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.reparametrised import Reparametrised, node
-from peft_jax.core.tree import freeze, is_node, nearest
-from peft_jax.core.weight import static
+from peft_jax.core.tree import freeze, is_node, map_places, nearest, places
+from peft_jax.core.weight import Axes, matmul, static
 from peft_jax.low_rank.lora import LoRA
 
 
@@ -27,8 +27,6 @@ from peft_jax.low_rank.lora import LoRA
 class Composition(Attachment):
     """Several adapters beside one module, in `adapters`."""
 
-    stochastic: ClassVar[bool] = False
-    trainable: ClassVar[tuple[str, ...]] = ()
     members: tuple[Any, ...]
     name: str = static(default="composed")
     frozen: bool = static(default=False)
@@ -107,21 +105,33 @@ class Fusion(Composition):
 
 @node
 class Router(Reparametrised):
-    """A base and several LoRAs (in `members`, without their base), weighed by softmax(x `routing`) for each token or sequence.
+    """A base and several LoRAs (in `members`, without their base), weighed by softmax(x `routing`).
 
     routing [*lead, in, n], routing_bias [*lead, n]. The weights add up to n, so that even ones leave every adapter whole.
-    `ids` [*lead, B], filled by `bind` from adapter_ids, says how many rows there are where a sequence is weighed as a whole.
+    They are a token's own, or with `by_sequence` the mean over a row's tokens.
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("routing", "routing_bias")
     members: tuple[Any, ...]
     routing: jax.Array
     routing_bias: jax.Array
+    by_sequence: bool = static(default=False)
 
-    def product(self, x: jax.Array, base: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        weights = jax.nn.softmax(affine(x, self.routing, self.routing_bias).astype(jnp.float32), axis=-1).astype(x.dtype)
-        updates = [m.update(x) for m in self.members]
-        return base(x) + sum(weights[..., i : i + 1] * u for i, u in enumerate(updates)) * len(self.members)
+    def weights(self, x: jax.Array) -> jax.Array:
+        """The weight of each adapter [..., T or 1, n] for inputs x [..., T, in], float32."""
+        weights = jax.nn.softmax(affine(x, self.routing, self.routing_bias).astype(jnp.float32), axis=-1)
+        return weights.mean(-2, keepdims=True) if self.by_sequence else weights
+
+    def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+        if (in_axes, out_axes) != (self.in_axes, self.out_axes):
+            raise ValueError(
+                "a routed mixture is not multiplied transposed; leave a tied embedding out of the adapters' targets"
+            )
+        y = matmul(x, self.base, in_axes=in_axes, out_axes=out_axes, precision=precision)
+        flat = x.reshape(*x.shape[: x.ndim - len(in_axes)], -1)
+        weights = self.weights(flat).astype(x.dtype) * len(self.members)
+        update = sum(weights[..., i : i + 1] * m.update(flat) for i, m in enumerate(self.members))
+        return y + jnp.reshape(update, y.shape)
 
     def materialize(self) -> jax.Array:
         raise ValueError("a routed mixture of adapters depends on its input, so that no one weight stands for it")
@@ -151,8 +161,6 @@ def _pick(params: Any, names: Sequence[str], make: Callable[[str, dict[str, Any]
 
 
 def _names(params: Any) -> list[str]:
-    from peft_jax.core.tree import places
-
     return sorted({x.name for x in places(params).values() if isinstance(x, Adapter)})
 
 
@@ -230,16 +238,19 @@ def _check_all(path: str, members: Mapping[str, Any], names: Sequence[str]) -> N
         raise ValueError(f"{path} has no adapter {missing[0]!r}, while it has {', '.join(members)}")
 
 
-def route_adapters(params: Any, key: jax.Array, names: Sequence[str], *, into: str = "routed") -> Any:
-    """The LoRAs `names` frozen, and a router at each place that weighs them for each token by its input, called `into`.
+def route_adapters(
+    params: Any, key: jax.Array, names: Sequence[str], *, by: Literal["token", "sequence"] = "token", into: str = "routed"
+) -> Any:
+    """The LoRAs `names` frozen, and a router at each place that weighs them by its input, called `into`.
 
-    The router starts even. Raises ValueError for fewer than two names and one that a place lacks.
+    The router starts even. By sequence all tokens of a row have its mean weights, later tokens included: for encoders, not for
+    generation. Raises ValueError for fewer than two names and one that a place lacks.
     """
-    from peft_jax.core.tree import map_places
-
     names, keys, found = list(names), iter(jax.random.split(key, 4096)), []
     if len(names) < 2:
         raise ValueError(f"a router weighs two adapters at least, got {names}")
+    if by not in ("token", "sequence"):
+        raise ValueError(f"a router weighs by token or by sequence, not {by!r}")
 
     def route(path: str, w: Any) -> Any:
         members: dict[str, Any] = {}
@@ -257,7 +268,7 @@ def route_adapters(params: Any, key: jax.Array, names: Sequence[str], *, into: s
         routing = 0.02 * jax.random.normal(next(keys), (*lead, n_in, len(names)))
         bias = jnp.zeros((*lead, len(names)))
         where = {"base": w, "in_axes": first.in_axes, "out_axes": first.out_axes, "name": into}
-        return Router(**where, members=held, routing=routing, routing_bias=bias)
+        return Router(**where, members=held, routing=routing, routing_bias=bias, by_sequence=by == "sequence")
 
     result = map_places(lambda p, w: route(p, w) if is_node(w) else w, params)
     if not found:

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.adapters.placing import layers_of, module_paths
+from peft_jax.adapters.placing import attach, layers_of, module_paths
 from peft_jax.core.attachment import Attachment
-from peft_jax.core.tree import nearest, places
+from peft_jax.core.tree import map_places, nearest, places
 
 
 def split_layers(params: Any, nodes: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -83,9 +83,6 @@ def _form(node: Any) -> Any:
 
 def put_nodes(params: Any, nodes: Mapping[str, Any]) -> Any:
     """`params` with attachments beside modules, and Weights over what stood in their places (as their `base`)."""
-    from peft_jax.adapters.placing import attach
-    from peft_jax.core.tree import map_places
-
     beside: dict[str, dict[str, Any]] = {}
     for path, node in nodes.items():
         if isinstance(node, Attachment):

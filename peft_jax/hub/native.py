@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from peft_jax.adapters.placing import hidden_size
@@ -114,14 +115,8 @@ def _check_lead(params: Any, place: str, node: Any) -> None:
     base = places(params).get(place)
     if hasattr(node, "in_axes") and base is not None:
         placed = node.replace(base=base)
-        if placed.lead != tuple(np.shape(next(a for a in _arrays(node)))[: len(placed.lead)]):
+        if placed.lead != tuple(np.shape(jax.tree.leaves(node)[0])[: len(placed.lead)]):
             raise ValueError(f"the adapter's arrays at {place} do not fit a weight of shape {base.shape}")
-
-
-def _arrays(node: Any) -> list[Any]:
-    import jax
-
-    return jax.tree.leaves(node)
 
 
 def _named(node: Any, name: str) -> Any:

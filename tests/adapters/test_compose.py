@@ -91,6 +91,17 @@ def test_a_router_weighs_adapters_by_token_and_starts_even(base):
     assert relative_error(run(perturb(routed, scale=1.0), TOKENS), run(tree, TOKENS)) > 1e-4
     with pytest.raises(ValueError, match="depends on its input"):
         peft_jax.merge(routed)
+    whole = peft_jax.route_adapters(tree, KEY, NAMES[:2], by="sequence")
+    node = jax.tree.map(lambda a: a[0], perturb(whole, scale=1.0)["model"]["layers"]["self_attn"]["q_proj"]["kernel"])
+    x = jax.random.normal(KEY, (2, 5, 32))
+    logits = np.asarray(x @ node.routing + node.routing_bias)
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    weights = weights.mean(1, keepdims=True)
+    deltas = [np.asarray(m.a @ m.b) * float(m.scale) for m in node.members]
+    expected = x @ node.base + sum(2 * weights[..., i : i + 1] * (np.asarray(x) @ d) for i, d in enumerate(deltas))
+    assert relative_error(peft_jax.matmul(x, node), expected) < 1e-5
+    with pytest.raises(ValueError, match="by token or by sequence, not 'row'"):
+        peft_jax.route_adapters(tree, KEY, NAMES[:2], by="row")
 
 
 @pytest.mark.parametrize("compose", ["stack", "average", "fuse"])
