@@ -13,6 +13,7 @@ from peft_jax.adapters.prefix import prefix_tuning
 from peft_jax.adapters.prompt import cpt, multitask_prompt_tuning, p_tuning, prompt_tuning
 from peft_jax.adapters.reft import reft
 from peft_jax.adapters.unipelt import mix_and_match, unipelt
+from peft_jax.core.adapters import adapter_names, drop_adapters
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.bank import bank, bank_adapter, clear_adapter, run_parallel, set_adapter
 from peft_jax.core.bind import MissingRuleError, bind, layout_of, nnx_params, register_rule
@@ -22,7 +23,7 @@ from peft_jax.core.tree import combine, count, freeze, full, merge, partition, p
 from peft_jax.core.weight import Trainable, Weight, einsum, materialize, matmul, take
 from peft_jax.hub import load, load_adapter, load_tokenizer, save, save_adapter
 from peft_jax.low_rank.adalora import adalora
-from peft_jax.low_rank.algebra import adapters, combine_adapters, drop_adapters, resize, subtract_adapters, to_lora
+from peft_jax.low_rank.algebra import combine_adapters, resize, subtract_adapters, to_lora
 from peft_jax.low_rank.boft import boft
 from peft_jax.low_rank.c3a import c3a
 from peft_jax.low_rank.delora import delora
@@ -84,7 +85,7 @@ __all__ = [
     "Weight",
     "adalora",
     "adamw8bit",
-    "adapters",
+    "adapter_names",
     "adaption_prompt",
     "allocate_bits",
     "allocate_sparsity",

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.attachment import Attachment
+from peft_jax.core.reparametrised import token_axes
 from peft_jax.core.weight import static
 
 
@@ -90,7 +91,8 @@ def normalized(x: jax.Array, norm: tuple[jax.Array, jax.Array], eps: float = 1e-
 def affine(x: jax.Array, w: jax.Array, b: jax.Array | None) -> jax.Array:
     """x [..., n] times w [n, m] plus b [m], in x's dtype; or, with an array for each row, [B, n, m] and [B, m]."""
     if w.ndim == 2:
-        y = jnp.matmul(x.reshape(-1, x.shape[-1]), w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[-1])
+        y = jnp.matmul(x.reshape(*token_axes(x.shape[:-1]), x.shape[-1]), w.astype(x.dtype))
+        y = y.reshape(*x.shape[:-1], w.shape[-1])
     else:
         y = jnp.matmul(x, w.astype(x.dtype))
     return y if b is None else y + rows(b.astype(x.dtype))

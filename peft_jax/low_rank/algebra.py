@@ -14,24 +14,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.adapters import check_names, stack_of, without
 from peft_jax.core.reparametrised import Reparametrised
-from peft_jax.core.tree import data_fields, distribute, is_node, map_places, nearest, places
-from peft_jax.core.weight import Weight, materialize, to_matrix
+from peft_jax.core.tree import distribute, map_places, nearest, places
+from peft_jax.core.weight import materialize, to_matrix
 from peft_jax.low_rank.lora import LoRA
 
 Merge = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (tensors [n, ...], weights [n], key) -> [...]
-
-
-def adapters(params: Any) -> list[str]:
-    """Names of the adapters in a tree, in the order in which they are met."""
-    names = [n.name for w in places(params).values() for n in stack_of(w) if isinstance(n, Reparametrised)]
-    return list(dict.fromkeys(n for n in names if n))
-
-
-def drop_adapters(params: Any, names: Sequence[str]) -> Any:
-    """The tree without these adapters, the weights under them as they were. Raises ValueError for an unknown name."""
-    _check_names(params, names)
-    return map_places(lambda _, w: _without(w, names), params)
 
 
 def combine_adapters(
@@ -53,7 +42,7 @@ def combine_adapters(
     subtract. Raises ValueError for unknown names or methods, ranks that differ where they must not, and a density
     outside (0, 1].
     """
-    _check_names(params, list(weights))
+    check_names(params, list(weights))
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density must lie in (0, 1], got {density}")
     base_method = method.removesuffix("_svd") if method != "svd" else "linear"
@@ -79,7 +68,7 @@ def combine_adapters(
             a, b = _truncate(_by_layer(merge, deltas, own, local), rank or max(n.rank for n in found))
         else:
             a, b = _merge_factors(path, merge, found, own, local)
-        return _as_lora(_without(w, list(weights)), found[0], a, b, into)
+        return _as_lora(without(w, list(weights)), found[0], a, b, into)
 
     return map_places(place, params)
 
@@ -91,7 +80,7 @@ def to_lora(params: Any, *, rank: int, adapter: str = "default", into: str | Non
     a sum, like OFT, is converted too, since the update is the changed weight less the base. Raises ValueError where
     there is no adapter of that name.
     """
-    _check_names(params, [adapter])
+    check_names(params, [adapter])
     errors: dict[str, float] = {}
     whole = places(distribute(params))
 
@@ -102,7 +91,7 @@ def to_lora(params: Any, *, rank: int, adapter: str = "default", into: str | Non
         update = _gated(found)
         a, b = _truncate(update, rank)
         errors[path] = float(jnp.linalg.norm(update - a @ b) / jnp.maximum(jnp.linalg.norm(update), 1e-30))
-        return _as_lora(_without(w, [adapter]), found, a, b, into or adapter)
+        return _as_lora(without(w, [adapter]), found, a, b, into or adapter)
 
     result = map_places(place, params)
     unused = [f"shared_{n.group}" for w in whole.values() for n in stack_of(w) if getattr(n, "group", "") and n.name == adapter]
@@ -117,30 +106,6 @@ def resize(params: Any, *, rank: int, adapter: str = "default") -> tuple[Any, di
 def subtract_adapters(params: Any, plus: str, minus: str, *, into: str = "difference") -> Any:
     """The LoRA adapter `plus` less `minus`, exactly, with a rank that is the sum of theirs."""
     return combine_adapters(params, {plus: 1.0, minus: -1.0}, method="cat", into=into)
-
-
-def stack_of(w: Any) -> list[Any]:
-    """A place's nodes, outermost first."""
-    found = []
-    while is_node(w):
-        found.append(w)
-        w = getattr(w, "base", None)
-    return found
-
-
-def _without(w: Any, names: Sequence[str]) -> Any:
-    if not isinstance(w, Weight):
-        return w
-    if isinstance(w, Reparametrised) and w.name in names:
-        return _without(w.base, names)
-    return w.replace(base=_without(w.base, names)) if "base" in data_fields(w) else w  # type: ignore[attr-defined]
-
-
-def _check_names(params: Any, names: Sequence[str]) -> None:
-    known = adapters(params)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"there is no adapter {name!r}.{nearest(name, known)} Adapters here: {', '.join(known) or 'none'}")
 
 
 def _gated(node: Reparametrised) -> jax.Array:

@@ -8,6 +8,7 @@ import pytest
 
 import peft_jax
 from peft_jax.core.tree import matches, trainable_mask
+from tests.reference import family_checkpoint
 
 TREE = {
     "model": {
@@ -141,3 +142,18 @@ def test_initialisation_is_pefts():
     assert np.abs(a).max() <= 1 / 20
     assert abs(a.std() - 1 / 20 / np.sqrt(3)) < 1e-3
     assert not np.asarray(node.b).any()
+
+
+def test_adapters_are_listed_and_dropped_by_name(tmp_path):
+    """Weights, attachments and what they share go; what was under and beside them stays as it was."""
+    folder, _, _ = family_checkpoint("llama2", tmp_path)
+    _, params = peft_jax.load(folder)
+    tree = peft_jax.lora(params, jax.random.key(0), rank=2, adapter="a")
+    tree = peft_jax.compacter(tree, jax.random.key(0), size=4, dimension=2, placement="pfeiffer", adapter="b")
+    tree = peft_jax.prefix_tuning(tree, jax.random.key(0), num_virtual_tokens=2, projection=True, adapter="c")
+    assert set(peft_jax.adapter_names(tree)) == {"a", "b", "c"}
+    left = peft_jax.drop_adapters(tree, ["b", "c"])
+    assert peft_jax.adapter_names(left) == ["a"]
+    assert jax.tree.structure(peft_jax.drop_adapters(left, ["a"])) == jax.tree.structure(params)
+    with pytest.raises(ValueError, match="there is no adapter 'd'"):
+        peft_jax.drop_adapters(tree, ["d"])

@@ -7,6 +7,7 @@ import peft
 import pytest
 
 import peft_jax
+from peft_jax.core.adapters import stack_of
 from peft_jax.low_rank import algebra
 from peft_jax.methods import METHODS
 from tests.reference import FAMILIES, perturb, random_tokens, relative_error, torch_logits, torch_model
@@ -47,7 +48,7 @@ def test_combinations_equal_peft(base, two, method):
     theirs.add_weighted_adapter(["one", "two"], [0.7, -0.4], "mix", combination_type=method, **options)
     theirs.set_adapter("mix")
     ours = peft_jax.combine_adapters(tree, {"one": 0.7, "two": -0.4}, method=method, **options)
-    assert algebra.adapters(ours) == ["combined"]
+    assert peft_jax.adapter_names(ours) == ["combined"]
     assert relative_error(run(ours, TOKENS), torch_logits(theirs.eval(), TOKENS)) < 1e-4
 
 
@@ -55,7 +56,7 @@ def test_dare_keeps_the_mean(two):
     """Averaged over draws, dropping and rescaling changes nothing; a density of 1 changes nothing at all."""
     tree, _ = two
     combine = jax.jit(lambda key: algebra._dare_linear(nodes, jnp.array([1.0, 0.5]), key, density=0.5), static_argnames=())
-    nodes = jnp.stack([n.delta()[0] for n in algebra.stack_of(peft_jax.places(tree)[Q])])
+    nodes = jnp.stack([n.delta()[0] for n in stack_of(peft_jax.places(tree)[Q])])
     mean = np.mean([combine(jax.random.key(i)) for i in range(400)], axis=0)
     exact = np.asarray(nodes[0] + 0.5 * nodes[1])
     assert np.abs(mean - exact).max() < 0.2 * np.abs(exact).max()
@@ -75,10 +76,10 @@ def test_cat_is_the_sum_and_subtracting_gives_it_back(base, two):
     joined = peft_jax.combine_adapters(tree, {"one": 1.0, "two": 1.0}, method="cat")
     assert relative_error(run(joined, TOKENS), both) < 1e-5
     copy = peft_jax.combine_adapters(tree, {"one": 1.0}, method="cat", into="copy")
-    assert set(algebra.adapters(copy)) == {"two", "copy"}
+    assert set(peft_jax.adapter_names(copy)) == {"two", "copy"}
     assert relative_error(run(copy, TOKENS), both) < 1e-5
     less = peft_jax.subtract_adapters(tree, "one", "two")
-    nodes = {n.name: n for n in algebra.stack_of(peft_jax.places(tree)[Q])}
+    nodes = {n.name: n for n in stack_of(peft_jax.places(tree)[Q])}
     expected = nodes["one"].delta() - nodes["two"].delta()
     np.testing.assert_allclose(peft_jax.places(less)[Q].delta(), expected, rtol=1e-4, atol=1e-6)
 

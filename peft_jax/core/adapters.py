@@ -1,0 +1,60 @@
+"""Adapters by name: which ones a tree holds, and the tree without some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft_jax.core.attachment import Attachment, Shared
+from peft_jax.core.reparametrised import Reparametrised
+from peft_jax.core.tree import data_fields, is_node, nearest, places
+from peft_jax.core.weight import Weight
+
+
+def stack_of(w: Any) -> list[Any]:
+    """A place's nodes, outermost first."""
+    found = []
+    while is_node(w):
+        found.append(w)
+        w = getattr(w, "base", None)
+    return found
+
+
+def adapter_names(params: Any) -> list[str]:
+    """Names of the adapters in a tree, in the order in which they are met."""
+    nodes = [n for w in places(params).values() for n in stack_of(w) if isinstance(n, Reparametrised | Attachment)]
+    return list(dict.fromkeys(name for n in nodes if (name := getattr(n, "name", ""))))
+
+
+def check_names(params: Any, names: Sequence[str]) -> None:
+    """Raise ValueError for a name that no adapter in the tree has."""
+    known = adapter_names(params)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no adapter {name!r}.{nearest(name, known)} Adapters here: {', '.join(known) or 'none'}")
+
+
+def without(w: Any, names: Sequence[str]) -> Any:
+    """A place's array or Weight without the adapters of these names over it."""
+    if not isinstance(w, Weight):
+        return w
+    if isinstance(w, Reparametrised) and w.name in names:
+        return without(w.base, names)
+    return w.replace(base=without(getattr(w, "base"), names)) if "base" in data_fields(w) else w  # noqa: B009 - not every Weight has one
+
+
+def drop_adapters(params: Any, names: Sequence[str]) -> Any:
+    """The tree without these adapters, what was under and beside them as it was. Raises ValueError for an unknown name."""
+    check_names(params, names)
+
+    def walk(tree: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return without(tree, names)
+        kept = {k: x for k, x in tree.items() if not (isinstance(x, Attachment) and getattr(x, "name", None) in names)}
+        walked = {k: walk(x) for k, x in kept.items()}
+        empty = lambda x: isinstance(x, Mapping) and not x
+        return {k: x for k, x in walked.items() if not empty(x) or empty(kept[k])}  # no part was there for an attachment alone
+
+    left = walk(params)
+    used = {f"shared_{n.group}" for w in places(left).values() for n in stack_of(w) if getattr(n, "group", "")}
+    return {k: x for k, x in left.items() if not isinstance(x, Shared) or k in used}
