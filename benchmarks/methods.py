@@ -71,21 +71,26 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-def methods(args: argparse.Namespace) -> str:
+def methods(args: argparse.Namespace) -> None:
     model, base = peft_jax.load("builtin:base")
     tokenizer = peft_jax.load_tokenizer("builtin:base")
     data = {task: [rows_of(source, s, kind, tokenizer) for s in ("train", "test")] for task, (source, kind) in TASKS.items()}
     names = args.only or list(SETTINGS)
     found: dict[tuple[str, str], list[tuple[float, int, float, int]]] = {(n, t): [] for n in names for t in TASKS}
+    before = [f"{held_out_loss(peft_jax.bind(model), *peft_jax.partition(base), test):.4f}" for _, test in data.values()]
     for seed in range(args.seeds):
         for name, task in found:
             train, test = data[task]
             found[name, task].append(_train(name, model, base, train, test, args.steps, seed, args.rates))
             loss, trained, seconds, _ = found[name, task][-1]
             print(f"seed {seed}, {name}, {task}: {loss:.4f}, {trained:,} trained, {seconds * 1e3:.0f} ms a step", flush=True)
+        publish(_table(names, found, before, args.steps, seed + 1), args.out)
+
+
+def _table(names: list[str], found: Any, before: list[str], steps: int, seeds: int) -> str:
+    """What has been found so far."""
     columns = " | ".join(f"{task}, nats/token (mean ± sd)" for task in TASKS)
     lines = [f"| method | trained | {columns} | ms a step | step's temporaries, MiB |", "|---|---|---|---|---|---|"]
-    before = [f"{held_out_loss(peft_jax.bind(model), *peft_jax.partition(base), test):.4f}" for _, test in data.values()]
     lines.append(f"| none | 0 | {' | '.join(before)} | | |")
     first = next(iter(TASKS))
     for name in sorted(names, key=lambda n: statistics.mean(r[0] for r in found[n, first])):
@@ -97,7 +102,7 @@ def methods(args: argparse.Namespace) -> str:
         runs = [r for task in TASKS for r in found[name, task]]
         seconds, (_, trained, _, memory) = statistics.median(r[2] for r in runs), runs[0]
         lines.append(f"| {name} | {trained:,} | {' | '.join(cells)} | {seconds * 1e3:.0f} | {memory / 2**20:.0f} |")
-    text = f"{args.seeds} seeds, {args.steps} steps of {ROWS} rows of {LENGTH} tokens, AdamW, cosine schedule; test losses.\n"
+    text = f"{seeds} seeds, {steps} steps of {ROWS} rows of {LENGTH} tokens, AdamW, cosine schedule; test losses.\n"
     return heading("Every method on two tasks, on the embedded base") + f"\n{text}\n" + "\n".join(lines) + "\n"
 
 
@@ -134,7 +139,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, default=1.0, help="a factor of all learning rates")
     parser.add_argument("--out", help="a Markdown file for the table")
     args = parser.parse_args()
-    publish(methods(args), args.out)
+    methods(args)
 
 
 if __name__ == "__main__":
