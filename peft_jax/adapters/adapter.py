@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.attachment import Attachment
-from peft_jax.core.reparametrised import token_axes
+from peft_jax.core.reparametrised import dropped, token_axes
 from peft_jax.core.weight import static
 
 
@@ -67,10 +67,7 @@ class Adapter(Attachment):
 
     def drop(self, x: jax.Array) -> jax.Array:
         """`x` with dropout, where it is on."""
-        if self.key is None or self.dropout == 0.0:
-            return x
-        keep = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
-        return jnp.where(keep, x / (1.0 - self.dropout), 0)
+        return dropped(x, self.dropout, self.key)
 
     def drawn(self, rng: jax.Array) -> Self:
         if not self.drop_layers or self.depth is None:

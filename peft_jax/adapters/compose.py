@@ -25,7 +25,7 @@ from peft_jax.low_rank.lora import LoRA
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Composition(Attachment):
-    """Several adapters beside one module, in `adapters`."""
+    """Several adapters beside one module, in `members`."""
 
     members: tuple[Any, ...]
     name: str = static(default="composed")

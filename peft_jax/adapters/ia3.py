@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
 from peft_jax.core.tree import Targets, is_target
-from peft_jax.core.weight import Layout, matrix_shape, static
+from peft_jax.core.weight import Layout, static
 
 
 @node
@@ -62,7 +62,7 @@ def ia3(
 
     def make(site: Site, key: jax.Array) -> IA3:
         inputs = is_target(site.path, site.base, feedforward)
-        lead, n_in, n_out = matrix_shape(site.base.shape, site.in_axes, site.out_axes)
+        lead, n_in, n_out = site.sizes
         return IA3(**site.common(name=adapter), scale=jnp.ones((*lead, n_in if inputs else n_out)), feedforward=inputs)
 
     return place_nodes(

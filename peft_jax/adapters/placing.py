@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from peft_jax.core.attachment import Attachment, module_at
+from peft_jax.core.reparametrised import MATRIX, per_layer
 from peft_jax.core.tree import VECTORS, Targets, by_pattern, layer_paths, matches, nearest, places
 from peft_jax.core.weight import Axes, Layout, matrix_shape
 from peft_jax.models.decoder import HOOKS
-
-MATRIX: tuple[Axes, Axes] = ((-2,), (-1,))
 
 
 class Module(NamedTuple):
@@ -38,9 +36,7 @@ class Module(NamedTuple):
 
     def by_layer(self, values: Sequence[float]) -> jax.Array:
         """A number per layer as an array [*lead]."""
-        array = jnp.asarray(values, jnp.float32)
-        array = array.reshape(-1, *[1] * (len(self.lead) - 1)) if self.lead else array.reshape(())
-        return jnp.broadcast_to(array, self.lead)
+        return per_layer(values, self.lead)
 
     def one_value(self, default: Any, pattern: Mapping[str, Any], option: str) -> Any:
         """The value that `pattern` gives the module; layers stacked together have to agree."""

@@ -45,10 +45,7 @@ class ReFT(Adapter):
 
     def rotation(self) -> jax.Array:
         """R [..., D, r], with orthonormal columns where they are to be: the Q of a QR decomposition with positive diagonal."""
-        if not self.orthogonal:
-            return self.projection
-        q, r = jnp.linalg.qr(self.projection.astype(jnp.float32))
-        return q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+        return orthonormal(self.projection.astype(jnp.float32)) if self.orthogonal else self.projection
 
     def change(self, x: jax.Array, y: jax.Array) -> jax.Array:
         if y.shape[-1] != self.projection.shape[-2]:
@@ -72,6 +69,12 @@ class ReFT(Adapter):
         changed = self.gated(self.change(args[0], y), y).astype(y.dtype)
         changed = jnp.where(chosen[..., None], changed, y)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def orthonormal(m: jax.Array) -> jax.Array:
+    """The Q of a QR decomposition of m [..., D, r] with a positive diagonal."""
+    q, r = jnp.linalg.qr(m)
+    return q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
 
 
 def edited(shape: tuple[int, ...], first: int, last: int, shared: Mapping[str, Any]) -> jax.Array:
@@ -126,8 +129,7 @@ def reft(
         keys = jax.random.split(key)
         projection = jax.random.uniform(keys[0], (*m.lead, n, rank), jnp.float32, -(n**-0.5), n**-0.5)
         if variant == "loreft":
-            q, r = jnp.linalg.qr(jax.random.normal(keys[0], (*m.lead, n, rank)))
-            projection = q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+            projection = orthonormal(jax.random.normal(keys[0], (*m.lead, n, rank)))
         source = jax.random.uniform(keys[1], (*m.lead, n, rank), jnp.float32, -(n**-0.5), n**-0.5)
         if init == "zero":
             source = jnp.zeros_like(source) if variant == "direft" else projection

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from peft_jax.core.adapters import stack_of
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.reparametrised import Product, Reparametrised, node
 from peft_jax.core.tree import map_places, nearest, places
@@ -174,14 +175,9 @@ Bank = (WeightBank, AttachmentBank)
 
 def _adapters(tree: Any, adapter: str) -> dict[str, Any]:
     """path -> the node called `adapter`."""
-    found = {}
-    for path, w in places(tree).items():
-        while w is not None:
-            if isinstance(w, Reparametrised | Attachment) and getattr(w, "name", None) == adapter and _differs(w):
-                found[path] = w
-                break
-            w = getattr(w, "base", None)
-    return found
+    mine = lambda n: isinstance(n, Reparametrised | Attachment) and getattr(n, "name", None) == adapter and _differs(n)
+    found = {p: next(filter(mine, stack_of(w)), None) for p, w in places(tree).items()}
+    return {p: n for p, n in found.items() if n is not None}
 
 
 def set_adapter(params: Any, index: int, tree: Any, *, adapter: str = "default") -> Any:
@@ -261,9 +257,7 @@ def bank_adapter(params: Any, index: int, *, adapter: str = "default") -> Any:
 
 
 def _bank_in(w: Any) -> Any:
-    while w is not None and not isinstance(w, Bank):
-        w = getattr(w, "base", None)
-    return w
+    return next((n for n in stack_of(w) if isinstance(n, Bank)), None)
 
 
 def _map_banks(params: Any, fn: Callable[[str, Any], Any]) -> Any:

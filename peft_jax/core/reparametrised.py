@@ -156,10 +156,7 @@ class Reparametrised(Weight):
 
     def drop(self, x: jax.Array) -> jax.Array:
         """`x` with dropout, where it is on."""
-        if self.key is None or self.dropout == 0.0:
-            return x
-        keep = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
-        return jnp.where(keep, x / (1.0 - self.dropout), 0)
+        return dropped(x, self.dropout, self.key)
 
     def recover(self, w: jax.Array) -> jax.Array:
         """The base matrix behind the changed matrix `w` [*lead, in, out], float32: the inverse of `adapt`."""
@@ -207,6 +204,14 @@ class Additive(Reparametrised):
 
     def recover(self, w: jax.Array) -> jax.Array:
         return w - self.delta()
+
+
+def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """`x` with dropout of this rate, where there is a key."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0)
 
 
 def precision_name(precision: Any) -> str | None:
@@ -261,7 +266,7 @@ class Site(NamedTuple):
     def common(self, **fields: Any) -> dict[str, Any]:
         """The fields that every node has."""
         lead = self.sizes[0]
-        gate = None if all(self.chosen) else jnp.broadcast_to(_per_layer(self.chosen, lead), lead)
+        gate = None if all(self.chosen) else per_layer(self.chosen, lead)
         return {"base": self.base, "in_axes": self.in_axes, "out_axes": self.out_axes, "gate": gate, **fields}
 
     def pattern(self, default: Any, pattern: Mapping[str, Any]) -> list[Any]:
@@ -270,12 +275,13 @@ class Site(NamedTuple):
 
     def by_layer(self, values: Sequence[Any]) -> jax.Array:
         """A number per layer as an array [*lead]."""
-        return jnp.broadcast_to(_per_layer(values, self.sizes[0]), self.sizes[0])
+        return per_layer(values, self.sizes[0])
 
 
-def _per_layer(values: Sequence[Any], lead: tuple[int, ...]) -> jax.Array:
+def per_layer(values: Sequence[Any], lead: tuple[int, ...]) -> jax.Array:
+    """A number per layer as an array [*lead], float32."""
     array = jnp.asarray(values, jnp.float32)
-    return array.reshape(-1, *[1] * (len(lead) - 1)) if lead else array.reshape(())
+    return jnp.broadcast_to(array.reshape(-1, *[1] * (len(lead) - 1)) if lead else array.reshape(()), lead)
 
 
 def place_nodes(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from peft_jax.core.adapters import stack_of
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.files import read_json
 from peft_jax.core.tree import places
@@ -62,14 +63,9 @@ def save_adapter(
 
 def _named(params: Any, name: str) -> dict[str, Any]:
     """place -> the node of the adapter `name` there, and what trains beside it."""
-    found = {}
-    for path, w in places(params).items():
-        while w is not None:
-            if getattr(w, "name", None) == name or isinstance(w, Trainable):
-                found[path] = w
-                break
-            w = getattr(w, "base", None)
-    return found
+    mine = lambda n: getattr(n, "name", None) == name or isinstance(n, Trainable)
+    found = {p: next(filter(mine, stack_of(w)), None) for p, w in places(params).items()}
+    return {p: n for p, n in found.items() if n is not None}
 
 
 def _whole(nodes: Mapping[str, Any]) -> str | None:

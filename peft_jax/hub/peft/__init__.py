@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.adapters import stack_of
 from peft_jax.core.attachment import Shared
 from peft_jax.core.files import read_json, replacing_folder, write_json
 from peft_jax.core.reparametrised import MATRIX
@@ -108,7 +109,7 @@ def _collect(params: Any, name: str) -> tuple[dict[str, Any], dict[str, Any], Te
             if w.saved_as == "full":
                 raise ValueError(f"{path} is fully fine-tuned, which an adapter cannot hold; use merge and save")
             trained.update(_extra_tensors(path, w))
-        stack = _stack(w)
+        stack = stack_of(w)
         for i, node in enumerate(stack):
             if getattr(node, "name", None) == name:
                 if any(getattr(outer, "pruned", False) for outer in stack[:i]):
@@ -117,15 +118,6 @@ def _collect(params: Any, name: str) -> tuple[dict[str, Any], dict[str, Any], Te
             elif node.trainable and not node.frozen and not isinstance(node, (Trainable, Shared)) and not hasattr(node, "name"):
                 raise ValueError(f"{path} holds a {type(node).__name__}, which PEFT's format cannot hold")
     return nodes, tokens, trained
-
-
-def _stack(w: Any) -> list[Any]:
-    """A place's nodes, outermost first."""
-    found = []
-    while is_node(w):
-        found.append(w)
-        w = getattr(w, "base", None)
-    return found
 
 
 def _format_of(nodes: Mapping[str, Any]) -> tuple[str, Format]:
