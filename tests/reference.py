@@ -14,12 +14,16 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -32,6 +36,11 @@ _SIZES = dict(
     num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
 _HEADS = dict(_SIZES, head_dim=8)
+
+
+_GPT2 = dict(
+    vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2, pad_token_id=0
+)  # fmt: skip
 
 
 def _rope(kind: str, **options):
@@ -77,6 +86,15 @@ FAMILIES = {
         layer_types=["full_attention", "sliding_attention", "full_attention"],
     ),
     "olmo2": lambda: Olmo2Config(**_HEADS),
+    "gpt2": lambda: GPT2Config(**_GPT2),
+    "gpt2_scaled_untied": lambda: GPT2Config(**_GPT2, scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False),
+    "mixtral_sliding": lambda: MixtralConfig(**_HEADS, num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **dict(_HEADS, head_dim=12), num_experts=4, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True
+    ),
 }  # fmt: skip
 
 

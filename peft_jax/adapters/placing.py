@@ -11,7 +11,7 @@ from peft_jax.core.attachment import Attachment, module_at
 from peft_jax.core.reparametrised import MATRIX, per_layer
 from peft_jax.core.tree import VECTORS, Targets, by_pattern, layer_paths, matches, nearest, places
 from peft_jax.core.weight import Axes, Layout, matrix_shape
-from peft_jax.models.decoder import HOOKS
+from peft_jax.models.blocks import hooks_of
 
 
 class Module(NamedTuple):
@@ -72,7 +72,7 @@ def token_embedding(params: Any, target: str | None = None) -> tuple[str, Any]:
 
 
 def module_paths(params: Any) -> list[str]:
-    """Paths of all modules of a tree, with the known ones that have no parameters (see `HOOKS`)."""
+    """Paths of all modules of a tree, with the known ones that have no parameters (see `hooks_of`)."""
     found: list[str] = []
 
     def walk(tree: Any, path: str) -> None:
@@ -80,8 +80,7 @@ def module_paths(params: Any) -> list[str]:
             return
         if path:
             found.append(path)
-        hooks = [h for name, hooks in HOOKS.items() if name in tree for h in hooks]
-        for name in [*tree, *(h for h in hooks if h not in tree)]:
+        for name in [*tree, *(h for h in hooks_of(tree) if h not in tree)]:
             walk(tree.get(name, {}), f"{path}/{name}" if path else name)
 
     walk(params, "")

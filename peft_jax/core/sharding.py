@@ -1,7 +1,8 @@
 """Sharding: a mesh with named axes and one rule table from path patterns to PartitionSpecs.
 
 Axes: `data` (rows of the batch), `fsdp` (rows, and parameters sharded), `tensor` (features of a layer), `sequence`
-(tokens). A rule speaks of a weight's last axes; leading (layer) axes are never split.
+(tokens), `expert` (rows, and the experts of a mixture). A rule speaks of a weight's last axes; leading (layer) axes are
+never split.
 """
 
 from __future__ import annotations
@@ -19,19 +20,29 @@ from jax.sharding import PartitionSpec as P
 from peft_jax.core.tree import is_node, map_places, path_str
 from peft_jax.core.weight import Weight
 
-AXES = ("data", "fsdp", "sequence", "tensor")
+AXES = ("expert", "data", "fsdp", "sequence", "tensor")
+ROWS = ("expert", "data", "fsdp")  # the axes that rows of a batch lie on
 Rules = Sequence[tuple[str, P]]
+
+# Projections into heads or units, and out of them, by the names that the families give them.
+_COLUMNS = (
+    "((q|k|v|qkv|gate|up|gate_up|query|key|value)_proj|(q|k|v)_lin|query|key|value|c_attn|c_fc|lin1|Wqkv|Wi|wi(_[01])?"
+    "|(Self|EncDec)Attention/[qkv]|intermediate/dense)"
+)
+_ROWS = "((o|down)_proj|out_lin|lin2|Wo|wo|(Self|EncDec)Attention/o|c_proj|output/dense)"
 
 # Column-parallel, row-parallel and vocabulary-parallel layers (Shoeybi et al. 2019, arXiv:1909.08053), with the other
 # axis fully sharded (Rajbhandari et al. 2019, arXiv:1910.02054).
 RULES: Rules = (
-    (r".*(q|k|v|qkv|gate|up|gate_up)_proj/kernel", P("fsdp", "tensor")),
-    (r".*(o|down)_proj/kernel", P("tensor", "fsdp")),
+    (r".*experts/gate_up_proj", P("expert", "fsdp", "tensor")),
+    (r".*experts/down_proj", P("expert", "tensor", "fsdp")),
+    (rf".*{_COLUMNS}/kernel", P("fsdp", "tensor")),
+    (rf".*{_ROWS}/kernel", P("tensor", "fsdp")),
     (r".*/embedding", P("tensor", "fsdp")),
     (r".*lm_head/kernel", P("fsdp", "tensor")),
-    (r".*(q|k|v|qkv|gate|up|gate_up)_proj/bias", P("tensor")),
+    (rf".*{_COLUMNS}/bias", P("tensor")),
 )
-LOGICAL_RULES = (("batch", ("data", "fsdp")), ("length", "sequence"), ("embed", None))
+LOGICAL_RULES = (("batch", ROWS), ("length", "sequence"), ("embed", None))
 
 
 def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
@@ -148,5 +159,5 @@ def fetch(x: Any) -> np.ndarray:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp, tokens over sequence."""
-    return NamedSharding(mesh, P(("data", "fsdp"), "sequence"))
+    """Rows over expert, data and fsdp, tokens over sequence."""
+    return NamedSharding(mesh, P(ROWS, "sequence"))

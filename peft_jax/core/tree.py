@@ -21,7 +21,13 @@ from peft_jax.core.attachment import Attachment, Shared
 from peft_jax.core.weight import Layout, Node, Trainable, Weight, materialize, matrix_shape
 
 logger = logging.getLogger("peft_jax")
-OUTPUT_HEADS = ("lm_head", "head", "logits", "unembed", "output_projection")
+# A module that holds the layers of a stack: `layers` [L, ...] where they are stacked, `layers_0`, `layers_1`, ... where not.
+STACKS = ("layers", "layer", "h", "block")
+_NUMBERED = re.compile(rf"\b({'|'.join(STACKS)})_(\d+)\b")
+EXPERTS = ("gate_up_proj", "down_proj")  # weights of stacked experts, [E, in, out]
+OUTPUT_HEADS = (
+    "lm_head", "head", "logits", "unembed", "output_projection", "score", "classifier", "qa_outputs",
+)  # fmt: skip
 VECTORS = ("bias", "scale")
 Targets = str | Sequence[str]
 
@@ -132,12 +138,22 @@ def is_target(path: str, w: Any, targets: Targets, exclude: Targets = ()) -> boo
 
 def layer_paths(path: str, layers: int | None) -> list[tuple[str, int | None]]:
     """(path, layer number) for each of the `layers` stacked ones at `path`, or for the one layer that the path names."""
-    parts = path.split("/")
-    if layers is not None:
-        at = parts.index("layers") + 1 if "layers" in parts else None
-        return [(path if at is None else "/".join([*parts[:at], str(i), *parts[at:]]), i) for i in range(layers)]
-    numbered = re.search(r"(?:^|[/_])(\d+)/", path)
-    return [(re.sub(r"\blayers_(\d+)\b", r"layers/\1", path), int(numbered[1]) if numbered else None)]
+    parts, at = path.split("/"), stack_at(path)
+    if layers is not None and at is not None:
+        return [("/".join([*parts[:at], str(i), *parts[at:]]), i) for i in range(layers)]
+    numbered = None if at is not None else re.search(r"(?:^|[/_])(\d+)/", path)
+    name, number = number_layers(path), int(numbered[1]) if numbered else None
+    return [(name, number)] if layers is None else [(name, i if number is None else number) for i in range(layers)]
+
+
+def stack_at(path: str) -> int | None:
+    """Where a layer's number belongs among the parts of a path of stacked layers; None where it has none."""
+    return next((i for i, part in enumerate(path.split("/"), 1) if part in STACKS), None)
+
+
+def number_layers(path: str) -> str:
+    """A path with the numbers of looped layers as parts of their own: `layers_3/mlp` becomes `layers/3/mlp`."""
+    return _NUMBERED.sub(r"\1/\2", path)
 
 
 def _named(path: str, name: str, target: str) -> bool:
@@ -151,7 +167,8 @@ def _ndim(path: str, w: Any) -> int:
 
 def _is_linear(path: str) -> bool:
     *module, name = path.split("/")
-    return name == "kernel" and not (module and module[-1] in OUTPUT_HEADS)
+    last = module[-1] if module else ""
+    return (name == "kernel" and last not in OUTPUT_HEADS) or (name in EXPERTS and last == "experts")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

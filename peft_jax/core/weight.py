@@ -82,6 +82,10 @@ class Weight(Node):
         """`x` [..., *in] times this weight -> [..., *out]; see the function `matmul`."""
         return matmul(x, self.materialize(), in_axes=in_axes, out_axes=out_axes, precision=precision)
 
+    def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """`x` [N, in] in groups of `sizes` [E] rows times this weight [E, in, out]; see the function `ragged_matmul`."""
+        return ragged_matmul(x, self.materialize(), sizes)
+
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
         """Rows `ids` [...] of an embedding [V, D] -> [..., D]."""
         return take(self.materialize(), ids, dtype)
@@ -177,6 +181,21 @@ def matmul(x: jax.Array, w: Any, *, in_axes: Axes = (-2,), out_axes: Axes = (-1,
         return y
     lead = x.ndim - len(in_axes)
     return jnp.moveaxis(y, range(lead, y.ndim), [lead + i for i in order])
+
+
+def ragged_matmul(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
+    """The first `sizes[0]` rows of `x` [N, in] times `w[0]`, the next `sizes[1]` times `w[1]`, ...: [N, out] in x's dtype.
+
+    `w` [E, in, out] is an array or a Weight. What becomes of rows beyond the groups is not said.
+    """
+    if isinstance(w, Weight):
+        return w.ragged_matmul(x, sizes)
+    return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes.astype(jnp.int32))
+
+
+def by_group(values: jax.Array, sizes: jax.Array, rows: int) -> jax.Array:
+    """One value a group, [E, ...], as one a row, [rows, ...]."""
+    return jnp.repeat(values, sizes, axis=0, total_repeat_length=rows)
 
 
 def take(w: Any, ids: jax.Array, dtype: Any = None) -> jax.Array:

@@ -1,6 +1,6 @@
 """Checkpoints, adapters and tokenizers in the formats that other tools read."""
 
 from peft_jax.hub.adapters import load_adapter, save_adapter
-from peft_jax.hub.checkpoint import abstract_params, load, load_tokenizer, local_folder, save
+from peft_jax.hub.checkpoint import load, load_tokenizer, local_folder, save
 
-__all__ = ["abstract_params", "load", "load_adapter", "load_tokenizer", "local_folder", "save", "save_adapter"]
+__all__ = ["load", "load_adapter", "load_tokenizer", "local_folder", "save", "save_adapter"]

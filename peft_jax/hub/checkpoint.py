@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import json
+import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,22 @@ from peft_jax.core.files import read_json, replacing_folder, write_json
 from peft_jax.core.sharding import RULES, Rules, node_shardings, shard_place
 from peft_jax.core.tree import map_places, path_str, places, resolve
 from peft_jax.core.weight import Trainable, Weight
-from peft_jax.hub.names import Tensor, module_names, tensors_of
+from peft_jax.hub.names import Tensor, expert_tensors, module_names, stack_size, tensors_of
 from peft_jax.hub.quantized import QuantizedReader, quantization_config, writer
 from peft_jax.hub.safetensors_io import Checkpoint, open_checkpoint, write_shards
 from peft_jax.low_rank.svd import Factorized
-from peft_jax.models.config import decoder_config
-from peft_jax.models.decoder import Decoder, abstract_params
+from peft_jax.models.blocks import Task, abstract_params, fresh_params
+from peft_jax.models.families import Family, family_of, hf_config_of, task_of
 from peft_jax.quantization.quantized import Quantized
 
 BASE = Path(__file__).parent.parent / "assets" / "base"
-_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # buffers of old Llama checkpoints
+logger = logging.getLogger("peft_jax")
+_HEADS = {  # modules of the heads of Hugging Face's classes
+    "cls", "lm_head", "score", "classifier", "pre_classifier", "qa_outputs", "pooler", "head", "decoder",
+    "vocab_transform", "vocab_layer_norm", "vocab_projector",
+}  # fmt: skip
+Parts = Mapping[str, tuple[Any, list[Tensor]]]  # path -> (array, its tensors)
+_OLD_NAMES = {"gamma": "weight", "beta": "bias"}  # of norms, in BERT's first checkpoints
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -67,17 +74,15 @@ def read_config(folder: Path) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     if raw["model_type"] not in CONFIG_MAPPING_NAMES:
-        from peft_jax.models.config import FAMILIES
-
-        raise ValueError(
-            f"model_type {raw['model_type']!r} in {folder} is not supported; supported families: {', '.join(sorted(FAMILIES))}"
-        )
+        family_of(raw["model_type"])
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def load(
     folder_or_repo: str | os.PathLike[str],
     *,
+    task: Task | None = None,
+    labels: Sequence[str] | int | None = None,
     dtype: Any = None,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
@@ -86,35 +91,43 @@ def load(
     remat: str = "none",
     attention_implementation: str | None = None,
     each: Callable[[str, jax.Array], Any] | None = None,
-) -> tuple[Decoder, Any]:
+    seed: int = 0,
+) -> tuple[Any, Any]:
     """(model, params) of a Hugging Face checkpoint: a vanilla Flax module and a plain tree.
 
     Quantized checkpoints (bitsandbytes, GPTQ, AWQ, compressed-tensors) give Quantized weights with the codes as they
     are. `each(path, array)` may replace an array as soon as it is read, by a quantized one for example, so that the whole
     model is never held in full precision.
 
+    `task` is what the model is for, by default what the checkpoint was saved for. A head that the checkpoint lacks starts
+    anew from `seed`, which is said in a log line; `labels` are the names of its classes, or their number.
     `dtype` is that of parameters and computation; by default float32 on the CPU and the checkpoint's elsewhere. Tensors
     go one by one straight into their dtype and, with a `mesh`, their sharding, each device reading its own part, so host
     memory stays near the largest tensor. Raises FileNotFoundError, or ValueError naming the tensor, for an unsupported
-    family and for tensors that are missing, surplus or misshapen.
+    family or task, and for tensors that are missing, surplus or misshapen.
     """
     folder = local_folder(folder_or_repo, revision)
-    hf_config = read_config(folder)
+    hf_config = _labelled(read_config(folder), labels)
     dtype = _default_dtype(hf_config) if dtype is None else jnp.dtype(dtype)
-    model = Decoder(
-        decoder_config(hf_config),
-        dtype=dtype,
-        param_dtype=dtype,
-        scan_layers=scan_layers,
-        remat=remat,
-        attention_implementation=attention_implementation,
-    )
-    with open_checkpoint(folder) as checkpoint:
+    family = family_of(hf_config.model_type)
+    with open_checkpoint(folder) as opened:
+        checkpoint, architecture = _Renamed(opened, family), family.config(hf_config)
+        if family.own_head and "lm_head.weight" in checkpoint.names:
+            architecture = dataclasses.replace(architecture, tie_embeddings=False)
+        model: Any = family.module(
+            architecture,
+            task=task_of(hf_config, task),
+            dtype=dtype,
+            param_dtype=dtype,
+            scan_layers=scan_layers,
+            remat=remat,
+            attention_implementation=attention_implementation,
+        )
         reader = QuantizedReader(checkpoint, getattr(hf_config, "quantization_config", None))
-        abstract = _with_factors(abstract_params(model), checkpoint, model)
-        quantized = {p: names for p in places(abstract) if (names := _quantized_tensors(reader, p, model))}
-        _check(checkpoint, abstract, model, folder, quantized)
-        parts = {path: (leaf, tensors) for path, leaf, tensors in _parts(abstract, model)}
+        abstract = _with_factors(abstract_params(model), checkpoint)
+        quantized = {p: names for p, w in places(abstract).items() if (names := _quantized_tensors(reader, p, w))}
+        parts = {path: (leaf, tensors) for path, leaf, tensors in _parts(abstract, family, checkpoint.names)}
+        fresh = _fresh(_check(checkpoint, parts, model, folder, quantized), parts, model, folder, seed)
 
         def read(path: str, leaf: Any, sharding: Any) -> Any:
             found = _read_leaf(checkpoint, parts[path][1], leaf, sharding)
@@ -123,8 +136,10 @@ def load(
             return made if mesh is None else shard_place(path, made, mesh, rules)
 
         def place(path: str, leaf: Any) -> Any:
+            if path in fresh:
+                return fresh[path] if mesh is None else shard_place(path, fresh[path], mesh, rules)
             if path in quantized:
-                node = reader.weight(_modules(path, model), leaf.shape, dtype)
+                node = reader.weight(_modules(path, leaf), leaf.shape, dtype)
                 return node if mesh is None else shard_place(path, node, mesh, rules)
             placed = None if mesh is None else node_shardings(path, leaf, mesh, rules)
             if isinstance(leaf, Factorized):
@@ -135,28 +150,75 @@ def load(
         return model, map_places(place, abstract)
 
 
-def _modules(path: str, model: Decoder) -> list[tuple[str, int | None]]:
+def _labelled(hf_config: Any, labels: Sequence[str] | int | None) -> Any:
+    """The config with these classes."""
+    if labels is None:
+        return hf_config
+    names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
+    hf_config.id2label, hf_config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    return hf_config
+
+
+class _Renamed:
+    """A checkpoint whose tensors are called as the model's: `read`, `shape` and `names` as of `Checkpoint`.
+
+    What belongs to the model's trunk may stand there without the trunk's name (a checkpoint of the trunk alone), and norms by
+    their old names. Tensors that some checkpoints have beyond what the model needs are left out.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
+        prefix, names = family.prefix + ".", checkpoint.names
+        bare = bool(family.prefix) and not any(n.startswith(prefix) for n in names)
+        self.absent, self.trunk = re.compile(family.absent), prefix
+        self._checkpoint, self._own = checkpoint, {}
+        for name in names:
+            module, _, leaf = name.rpartition(".")
+            ours = f"{module}.{_OLD_NAMES[leaf]}" if leaf in _OLD_NAMES else name
+            self._own[prefix + ours if bare else ours] = name
+        self.spare = {n for n in self._own if re.fullmatch(family.spare, n)}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._own)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._checkpoint.shape(self._own[name])
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        return self._checkpoint.read(self._own[name], index)
+
+
+def _fresh(missing: list[str], parts: Parts, model: Any, folder: Path, seed: int) -> dict[str, jax.Array]:
+    """path -> new values for the places of the head that the checkpoint lacks."""
+    wanted = {path for path, (_, tensors) in parts.items() if {t.name for t in tensors} & set(missing)}
+    if not wanted:
+        return {}
+    logger.warning(f"{folder} has no {_listed(missing)}: the {model.task} head starts anew and has to be trained")
+    return jax.jit(lambda: {p: w for p, w in places(fresh_params(model, seed)).items() if p in wanted})()
+
+
+def _modules(path: str, leaf: Any) -> list[tuple[str, int | None]]:
     """(Hugging Face module, layer) for each module behind the leaf at `path`."""
-    return module_names(path.rpartition("/")[0], model.config.num_layers if model.scan_layers else None)
+    return module_names(path.rpartition("/")[0], stack_size(path, leaf))
 
 
-def _quantized_tensors(reader: QuantizedReader, path: str, model: Decoder) -> list[str]:
+def _quantized_tensors(reader: QuantizedReader, path: str, leaf: Any) -> list[str]:
     """The checkpoint tensors of a quantized kernel, none where it is an array there."""
     if not path.endswith("/kernel"):
         return []
-    modules = _modules(path, model)
+    modules = _modules(path, leaf)
     names = [reader.tensors(module) for module, _ in modules]
     if any(names) and not all(names):
         raise ValueError(f"some layers of {modules[0][0]} are quantized and others not; load with scan_layers=False")
     return [name for of in names for name in of]
 
 
-def _with_factors(abstract: Any, checkpoint: Checkpoint, model: Decoder) -> Any:
+def _with_factors(abstract: Any, checkpoint: Any) -> Any:
     """The tree with a Factorized weight where the checkpoint holds factors (see `save`)."""
     present = set(checkpoint.names)
 
     def place(path: str, leaf: Any) -> Any:
-        first = _tensors(path, model)[0].name
+        first = tensors_of(path, stack_size(path, leaf))[0].name
         if first in present or f"{first}_u" not in present:
             return leaf
         (k, n_in), lead = checkpoint.shape(f"{first}_u"), leaf.shape[:-2]
@@ -166,15 +228,28 @@ def _with_factors(abstract: Any, checkpoint: Checkpoint, model: Decoder) -> Any:
     return map_places(place, abstract)
 
 
-def _parts(abstract: Any, model: Decoder) -> Iterable[tuple[str, Any, list[Tensor]]]:
-    """(path, array, its tensors) for each array of a tree; the two factors of a weight are `<name>_u` and `<name>_v`."""
+def _parts(abstract: Any, family: Family, present: Iterable[str] = ()) -> Iterable[tuple[str, Any, list[Tensor]]]:
+    """(path, array, its tensors) for each array of a tree; the two factors of a weight are `<name>_u` and `<name>_v`.
+
+    Experts have tensors of their own, unless they are `present` as one.
+    """
+    known = set(present)
     for path, leaf in places(abstract).items():
-        tensors = _tensors(path, model)
-        if not isinstance(leaf, Factorized):
-            yield path, leaf, tensors
+        tensors = tensors_of(path, stack_size(path, leaf))
+        if isinstance(leaf, Factorized):
+            for factor in ("u", "v"):
+                yield f"{path}/{factor}", getattr(leaf, factor), [t._replace(name=f"{t.name}_{factor}") for t in tensors]
             continue
-        for factor in ("u", "v"):
-            yield f"{path}/{factor}", getattr(leaf, factor), [t._replace(name=f"{t.name}_{factor}") for t in tensors]
+        if tensors[0].name not in known:
+            experts = leaf.shape[-3] if len(leaf.shape) > 2 else 1
+            tensors = [one for tensor in tensors for one in expert_tensors(tensor, experts)]
+        yield path, leaf, [t._replace(name=_disk_name(family, t.name)) for t in tensors]
+
+
+def _disk_name(family: Family, name: str) -> str:
+    for pattern, replacement in family.disk:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _default_dtype(hf_config: Any) -> Any:
@@ -182,30 +257,31 @@ def _default_dtype(hf_config: Any) -> Any:
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else stored)
 
 
-def _tensors(path: str, model: Decoder) -> list[Tensor]:
-    return tensors_of(path, model.config.num_layers if model.scan_layers else None)
+def _check(checkpoint: _Renamed, parts: Parts, model: Any, folder: Path, quantized: Mapping[str, list[str]]) -> list[str]:
+    """Names and shapes before a single tensor is read; those of quantized weights are checked when they are.
 
-
-def _check(checkpoint: Checkpoint, abstract: Any, model: Decoder, folder: Path, quantized: Mapping[str, list[str]]) -> None:
-    """Names and shapes before a single tensor is read; those of quantized weights are checked when they are."""
-    expected: dict[str, tuple[int, ...]] = {}
-    for path, leaf, tensors in _parts(abstract, model):
-        if path in quantized:
-            continue
-        for tensor in tensors:
-            shape = leaf.shape if tensor.layer is None else leaf.shape[1:]
-            expected[tensor.name] = shape[::-1] if tensor.transposed else shape
-    present = {name for name in checkpoint.names if not _IGNORED.fullmatch(name)}
-    present -= {name for names in quantized.values() for name in names}
-    if model.config.tie_embeddings:
+    Returns what is missing of a head that may start anew.
+    """
+    whole = {path: part for path, part in parts.items() if path not in quantized}
+    expected = {tensor.name: tensor.stored(leaf.shape) for leaf, tensors in whole.values() for tensor in tensors}
+    expected = {name: shape for name, shape in expected.items() if not checkpoint.absent.fullmatch(name)}
+    present = set(checkpoint.names) - {name for names in quantized.values() for name in names}
+    if model.config.tie_embeddings or model.task not in ("causal_lm", "seq2seq_lm"):
         present.discard("lm_head.weight")
-    if missing := sorted(set(expected) - present):
-        raise ValueError(f"{folder} lacks {_listed(missing)}")
-    if surplus := sorted(present - set(expected)):
+    missing = sorted(set(expected) - present)
+    heads = [name for name in missing if set(name.split(".")) & set(model.heads)]
+    if lost := [name for name in missing if name not in heads]:
+        raise ValueError(f"{folder} lacks {_listed(lost)}")
+    surplus = sorted(present - set(expected) - checkpoint.spare)
+    if surplus := [name for name in surplus if name.partition(".")[0] not in _HEADS]:
         raise ValueError(f"{folder} holds {_listed(surplus)}, which a {model.config.model_type} model has no place for")
-    for name, shape in expected.items():
-        if checkpoint.shape(name) != shape:
-            raise ValueError(f"{name} in {folder} has shape {checkpoint.shape(name)}, expected {shape}")
+    for name in sorted(set(expected) & present):
+        if checkpoint.shape(name) != expected[name]:
+            if set(name.split(".")) & set(model.heads):  # a head for other labels
+                heads.append(name)
+                continue
+            raise ValueError(f"{name} in {folder} has shape {checkpoint.shape(name)}, expected {expected[name]}")
+    return heads
 
 
 def _listed(names: list[str]) -> str:
@@ -213,29 +289,34 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _read_leaf(checkpoint: Checkpoint, tensors: list[Tensor], leaf: Any, sharding: NamedSharding | None) -> jax.Array:
-    if tensors[0].layer is None:
-        return _read_tensor(checkpoint, tensors[0], leaf.shape, leaf.dtype, sharding)
-    one = None if sharding is None else NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+def _read_leaf(checkpoint: _Renamed, tensors: list[Tensor], leaf: Any, sharding: NamedSharding | None) -> jax.Array:
+    there = [t for t in tensors if not checkpoint.absent.fullmatch(t.name)]
+    if there and not there[0].index:
+        return _read_tensor(checkpoint, there[0], leaf.shape, leaf.dtype, sharding)
     buffer = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
-    for tensor in tensors:
-        buffer = _set_layer(buffer, _read_tensor(checkpoint, tensor, leaf.shape[1:], leaf.dtype, one), tensor.layer)
+    for tensor in there:
+        one = None if sharding is None else NamedSharding(sharding.mesh, P(*sharding.spec[len(tensor.index) :]))
+        shape = tensor.shape(leaf.shape)
+        start = 0 if tensor.part is None else tensor.part[0] * shape[-1]
+        value = _read_tensor(checkpoint, tensor, shape, leaf.dtype, one)
+        buffer = _set_part(buffer, value, (*tensor.index, *[0] * (len(shape) - 1), start))
     return buffer
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(buffer: jax.Array, value: jax.Array, layer: Any) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(buffer, value, layer, 0)
+def _set_part(buffer: jax.Array, value: jax.Array, start: tuple[Any, ...]) -> jax.Array:
+    lead = buffer.ndim - value.ndim
+    return jax.lax.dynamic_update_slice(buffer, value.reshape(*[1] * lead, *value.shape), start)
 
 
-def _read_tensor(checkpoint: Checkpoint, tensor: Tensor, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+def _read_tensor(checkpoint: _Renamed, tensor: Tensor, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         if index is not None and tensor.transposed:
-            index = index[::-1]
+            index = (*index[:-2], *index[-2:][::-1])
         value = checkpoint.read(tensor.name, index)
         if not np.issubdtype(value.dtype, np.floating) and value.dtype.name not in ("bfloat16", "float16"):
             raise ValueError(f"{tensor.name} has dtype {value.dtype}: no quantization_config says how to read it")
-        return np.ascontiguousarray((value.T if tensor.transposed else value).astype(dtype))
+        return np.ascontiguousarray((value.swapaxes(-1, -2) if tensor.transposed else value).astype(dtype))
 
     if sharding is None:
         return jnp.asarray(part(None))
@@ -244,7 +325,7 @@ def _read_tensor(checkpoint: Checkpoint, tensor: Tensor, shape: tuple[int, ...],
 
 def save(
     folder: str | os.PathLike[str],
-    model: Decoder,
+    model: Any,
     params: Any,
     *,
     tokenizer: Any = None,
@@ -267,14 +348,14 @@ def save(
     for key, leaf in expected:
         if known.get(path_str(key)) is None or known[path_str(key)].shape != leaf.shape:
             raise ValueError(f"params do not fit the model at {path_str(key)}: expected shape {leaf.shape}")
-    config = json.loads(model.config.hf_config)
+    config = hf_config_of(model)
     config.pop("quantization_config", None)
     config["dtype"] = str(jnp.dtype(next(iter(known.values())).dtype))
     quantized = {path: w for path, w in known.items() if isinstance(w, Quantized)}
     write = None
     if quantized:
         method, write = writer(quantized.values())
-        config["quantization_config"] = _quantization_config(method, write, known, model)
+        config["quantization_config"] = _quantization_config(method, write, known)
     with replacing_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
         write_shards(temporary, _export(params, model, write), max_shard_bytes)
@@ -296,18 +377,18 @@ def _saved_as(path: str, w: Any) -> Any:
     return w.materialize()
 
 
-def _quantization_config(method: str, write: Any, known: Mapping[str, Any], model: Decoder) -> dict[str, Any]:
+def _quantization_config(method: str, write: Any, known: Mapping[str, Any]) -> dict[str, Any]:
     """The folder's `quantization_config`; raises ValueError naming the place that the method cannot hold."""
     modules: dict[str, Quantized] = {}
     plain: list[str] = []
     for path, w in known.items():
-        layers = _modules(path, model)
+        layers = _modules(path, w)
         names = [name for name, _ in layers]
         if not isinstance(w, Quantized):
             plain += names if path.endswith("/kernel") else []
             continue
         if not path.endswith("/kernel"):
-            raise ValueError(f"{path}: {method} folders hold no quantized embeddings; dequantize it first")
+            raise ValueError(f"{path}: {method} folders hold quantized Dense layers alone; dequantize it first")
         try:
             write(w if layers[0][1] is None else jax.tree.map(lambda a: a[0], w))
         except ValueError as error:
@@ -316,20 +397,19 @@ def _quantization_config(method: str, write: Any, known: Mapping[str, Any], mode
     return quantization_config(method, modules, plain)
 
 
-def _export(params: Any, model: Decoder, write: Any) -> Iterable[tuple[str, tuple[int, ...], Any, Any]]:
-    for path, leaf, tensors in _parts(params, model):
+def _export(params: Any, model: Any, write: Any) -> Iterable[tuple[str, tuple[int, ...], Any, Any]]:
+    family = family_of(model.config.model_type)
+    absent, bare = re.compile(family.absent), family.prefix + "." if model.task == "feature_extraction" else ""
+    for path, leaf, tensors in _parts(params, family):
         if isinstance(leaf, Quantized):
-            for module, layer in _modules(path, model):
-                yield from _export_quantized(module, leaf, layer, write)
+            for module, layer in _modules(path, leaf):
+                yield from _export_quantized(module.removeprefix(bare), leaf, layer, write)
             continue
         for tensor in tensors:
-            shape = leaf.shape if tensor.layer is None else leaf.shape[1:]
-
-            def reader(leaf: Any = leaf, tensor: Tensor = tensor) -> np.ndarray:
-                value = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
-                return value.T if tensor.transposed else value
-
-            yield tensor.name, shape, leaf.dtype, reader
+            if absent.fullmatch(tensor.name):
+                continue
+            reader = functools.partial(lambda leaf, tensor: np.asarray(tensor.take(leaf)), leaf, tensor)
+            yield tensor.name.removeprefix(bare), tensor.stored(leaf.shape), leaf.dtype, reader
 
 
 def _export_quantized(module: str, w: Quantized, layer: int | None, write: Any) -> Iterable[Any]:

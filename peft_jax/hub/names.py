@@ -1,38 +1,98 @@
-"""Paths in a parameter tree and tensor names in a Hugging Face checkpoint.
+"""Paths in a parameter tree and names of modules and tensors in Hugging Face's models.
 
 `model/layers/self_attn/q_proj/kernel` [L, in, out] is `model.layers.{i}.self_attn.q_proj.weight` [out, in] for each
-layer i; looped trees have `model/layers_{i}/...` instead.
+layer i; looped trees have `model/layers_{i}/...` instead. Stacks are called as they are there (`layers`, `layer`, `h`,
+`block`), so the names follow from the tree alone.
 """
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from peft_jax.core.tree import EXPERTS, number_layers, stack_at
 
 _WEIGHT_LEAVES = ("kernel", "embedding", "scale")
+_CONV1D = ("c_attn", "c_proj", "c_fc")  # GPT-2's layers of the class Conv1D, whose weights are [in, out]
+# What all layers share and Hugging Face keeps in the first one.
+_SHARED = re.compile(r"^(encoder|decoder)\.(relative_attention_bias)$")
 
 
 class Tensor(NamedTuple):
-    """A checkpoint tensor and where it goes: its name, the layer it fills (None: all of the leaf), transposed or not."""
+    """A tensor and where it goes: its name, the layer it fills (None: all of the leaf), transposed or not.
+
+    Of stacked experts it may be one (`expert`), and of its outputs the `part[0]`-th of `part[1]` equal runs.
+    """
 
     name: str
     layer: int | None
     transposed: bool
+    expert: int | None = None
+    part: tuple[int, int] | None = None
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        """Its place on the leaf's leading axes."""
+        return tuple(i for i in (self.layer, self.expert) if i is not None)
+
+    def shape(self, leaf: tuple[int, ...]) -> tuple[int, ...]:
+        """Its shape as part of a leaf of this shape, not transposed."""
+        *rest, last = leaf[len(self.index) :]
+        return (*rest, last // (1 if self.part is None else self.part[1]))
+
+    def stored(self, leaf: tuple[int, ...]) -> tuple[int, ...]:
+        """Its shape in the checkpoint."""
+        shape = self.shape(leaf)
+        return (*shape[:-2], *shape[-2:][::-1]) if self.transposed else shape
+
+    def take(self, value: Any) -> Any:
+        """Its part of a leaf, as the checkpoint has it."""
+        value = value[self.index] if self.index else value
+        if self.part is not None:
+            i, n = self.part
+            size = value.shape[-1] // n
+            value = value[..., i * size : (i + 1) * size]
+        return value.swapaxes(-1, -2) if self.transposed else value
+
+
+def stack_size(path: str, w: Any) -> int | None:
+    """The number of stacked layers behind a place that holds `w`, None where it is not stacked."""
+    return None if stack_at(path) is None else w.shape[0]
 
 
 def tensors_of(path: str, layers: int | None) -> list[Tensor]:
-    """The checkpoint tensors behind the leaf at `path`; `layers` is the number of stacked layers."""
-    *module, leaf = path.split("/")
-    transposed = leaf == "kernel"
+    """The tensors behind the leaf at `path`; `layers` is the number of stacked layers."""
+    module, _, leaf = path.rpartition("/")
+    expert = leaf in EXPERTS and module.endswith("experts")
+    transposed = expert or (leaf == "kernel" and not is_conv1d(module))
     suffix = "weight" if leaf in _WEIGHT_LEAVES else leaf
-    names = module_names("/".join(module), layers)
-    return [Tensor(f"{name}.{suffix}", layer, transposed) for name, layer in names]
+    return [Tensor(f"{name}.{suffix}" if name else suffix, layer, transposed) for name, layer in module_names(module, layers)]
+
+
+def expert_tensors(tensor: Tensor, experts: int) -> list[Tensor]:
+    """The tensors of single experts, as checkpoints have them, for one of stacked experts; itself for any other."""
+    module, _, leaf = tensor.name.rpartition(".")
+    if leaf not in EXPERTS or not module.endswith(".experts"):
+        return [tensor]
+    parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+    return [
+        tensor._replace(name=f"{module}.{e}.{name}.weight", expert=e, part=(i, len(parts)))
+        for e in range(experts)
+        for i, name in enumerate(parts)
+    ]
+
+
+def is_conv1d(module: str) -> bool:
+    """Whether the module at this path, or of this name, is one of Hugging Face's `Conv1D`."""
+    return re.split(r"[/.]", module)[-1] in _CONV1D
 
 
 def module_names(module: str, layers: int | None) -> list[tuple[str, int | None]]:
     """(Hugging Face module name, layer) for each module behind a tree's module path."""
-    parts = module.split("/")
-    if "layers" in parts and layers is not None:
-        at = parts.index("layers") + 1
-        return [(".".join([*parts[:at], str(i), *parts[at:]]), i) for i in range(layers)]
-    return [(re.sub(r"\blayers_(\d+)\b", r"layers.\1", ".".join(parts)), None)]
+    parts, at = module.split("/"), stack_at(module)
+    if layers is None or at is None:
+        paths: list[tuple[str, int | None]] = [(module, None)]
+    else:
+        paths = [("/".join([*parts[:at], str(i), *parts[at:]]), i) for i in range(layers)]
+    named = lambda path: number_layers(path).replace("/", ".")
+    return [(_SHARED.sub(r"\1.block.0.layer.0.SelfAttention.\2", named(path)), i) for path, i in paths]

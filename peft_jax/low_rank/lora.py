@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal, Self
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
+from peft_jax.core.reparametrised import Additive, Site, check_dropout, dropped, node, place_nodes
 from peft_jax.core.tree import Targets, map_places
-from peft_jax.core.weight import Axes, Layout, from_matrix, matmul, static, take
+from peft_jax.core.weight import Axes, Layout, by_group, from_matrix, matmul, ragged_matmul, static, take
 from peft_jax.low_rank import init as starts
 
 
@@ -77,6 +77,13 @@ class LoRA(Additive):
         x = x.reshape(*x.shape[: x.ndim - len(in_axes)], -1)
         change = jnp.matmul(jnp.matmul(x, b.mT) * self.scale.astype(x.dtype), a.mT).reshape(y.shape)
         return y + change if self.gate is None else jnp.where(self.gate > 0, y + change, y)
+
+    def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        a, b = self.factors(x.dtype)
+        scale = self.scale if self.gate is None else self.scale * (self.gate > 0)
+        key = None if self.key is None else self.key[0]
+        low = ragged_matmul(dropped(x, self.dropout, key), a, sizes) * by_group(scale, sizes, len(x))[:, None].astype(x.dtype)
+        return ragged_matmul(x, self.base, sizes) + ragged_matmul(low, b, sizes)
 
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
         if (self.in_axes, self.out_axes) != ((-2,), (-1,)):

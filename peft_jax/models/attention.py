@@ -29,6 +29,7 @@ class Mask:
     keys are the same tokens in order, which the kernels of GPUs and TPUs ask for. With `dense` it is the boolean arrays
     alone that say it. `prefix` keys stand before the aligned ones (see `with_prefix`); `bias` [B or 1, 1, T, prefix] is
     added to their scores. `positions` are those of the queries [B or 1, T], `width` the window of the local layers.
+    Where it is not `causal`, tokens see those behind them too.
     """
 
     full: jax.Array
@@ -41,6 +42,7 @@ class Mask:
     dense: bool = struct.field(pytree_node=False, default=False)
     prefix: int = struct.field(pytree_node=False, default=0)
     bias: jax.Array | None = None
+    causal: bool = struct.field(pytree_node=False, default=True)
 
     def with_prefix(self, length: int, visible: Any = True, bias: jax.Array | None = None, first: int = 0) -> Mask:
         """The mask with `length` keys in front, at the positions first, first + 1, ..., which every segment sees.
@@ -51,7 +53,8 @@ class Mask:
         seen = jnp.broadcast_to(visible, (max(B, *np.shape(visible)[:1], 1), 1, T, length))
         near = seen
         if self.width is not None:
-            near = seen & (self.positions[:, None, :, None] - (first + jnp.arange(length)) < self.width)
+            distance = self.positions[:, None, :, None] - (first + jnp.arange(length))
+            near = seen & ((distance if self.causal else jnp.abs(distance)) < self.width)
         full, local = (_beside(a, b) for a, b in ((seen, self.full), (near, self.local)))
         if bias is not None and self.bias is not None:
             bias = _beside(bias, self.bias)
@@ -75,23 +78,25 @@ def make_mask(
     window: int | None,
     aligned: bool,
     common: bool = False,
+    causal: bool = True,
 ) -> Mask:
-    """Causal visibility by position, within a segment, and within `window` positions for local layers.
+    """Visibility within a segment, within `window` positions for local layers, and, where it is `causal`, by position.
 
     Positions and segments are [B, T] and [B, S]; the segment 0 is padding (and empty cache slots), and keys of the segment
     -1 are seen by all, which `common` has to announce.
     """
     distance = q_positions[:, None, :, None] - kv_positions[:, None, None, :]
-    full = distance >= 0
+    full = distance >= 0 if causal else jnp.ones_like(distance, bool)
     if q_segments is not None and kv_segments is not None:
         kv = kv_segments[:, None, None, :]
         full &= (q_segments[:, None, :, None] == kv) | (kv < 0)
     width = window
     if window is not None and window >= kv_positions.shape[1]:
         window = None
-    local = full if window is None else full & (distance < window)
+    local = full if window is None else full & ((distance if causal else jnp.abs(distance)) < window)
     dense = common and q_segments is not None
-    return Mask(full, local, q_segments if aligned else None, window, aligned, q_positions, width, dense)
+    segments = q_segments if aligned else None
+    return Mask(full, local, segments, window, aligned, q_positions, width, dense, causal=causal)
 
 
 def attention(
@@ -103,24 +108,28 @@ def attention(
     sliding: bool | jax.Array = False,
     scale: float,
     softcap: float | None = None,
+    bias: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Causal grouped-query attention: q [B, T, H, d], k and v [B, S, K, d] -> [B, T, H, d] in q's dtype.
+    """Grouped-query attention: q [B, T, H, d], k and v [B, S, K, d] -> [B, T, H, d] in q's dtype.
 
-    `sliding` chooses the mask's local part, statically or (in scanned layers that differ) by a traced boolean.
-    `implementation` is "xla", "cudnn", "splash" or None for the best that applies. Softmax is in float32.
+    `bias` [B or 1, H, T, S], float32, is added to the scores (relative positions). `sliding` chooses the mask's local part,
+    statically or (in scanned layers that differ) by a traced boolean. `implementation` is "xla", "cudnn", "splash" or None
+    for the best that applies. Softmax is in float32.
     """
-    implementation = implementation or _best(q, mask, sliding, softcap)
+    implementation = implementation or ("xla" if bias is not None else _best(q, mask, sliding, softcap))
+    if bias is not None and implementation != "xla":
+        raise ValueError(f"the {implementation} kernel has no relative positions; use xla")
     if implementation == "cudnn":
         return _cudnn(q, k, v, mask, sliding, scale)
     if implementation == "splash":
         window = mask.window if sliding is True else None
-        if mask.dense:
-            raise ValueError("the splash kernel has no prefixes and no tokens that all segments see; use xla")
+        if mask.dense or not mask.causal:
+            raise ValueError("the splash kernel is causal, without prefixes and tokens that all segments see; use xla")
         return splash_attention(q, k, v, mask.segment_ids, window=window, scale=scale, softcap=softcap)
     if implementation != "xla":
         raise ValueError(f"unknown attention implementation {implementation!r}: use xla, cudnn or splash")
-    return _xla(q, k, v, mask, sliding, scale, softcap)
+    return _xla(q, k, v, mask, sliding, scale, softcap, bias)
 
 
 def _visible(mask: Mask, sliding: bool | jax.Array) -> jax.Array:
@@ -136,13 +145,13 @@ def _best(q: jax.Array, mask: Mask, sliding: bool | jax.Array, softcap: float | 
     if backend == "gpu":
         fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
         return "cudnn" if fits and softcap is None and mask.bias is None else "xla"
-    if backend == "tpu" and not mask.dense and (isinstance(sliding, bool) or mask.window is None):
+    if backend == "tpu" and mask.causal and not mask.dense and (isinstance(sliding, bool) or mask.window is None):
         return "splash" if splash_supports(q.shape) else "xla"
     return "xla"
 
 
 def _cudnn(q, k, v, mask: Mask, sliding: bool | jax.Array, scale: float) -> jax.Array:
-    plain = not mask.dense and mask.segment_ids is None and (mask.window is None or isinstance(sliding, bool))
+    plain = mask.causal and not mask.dense and mask.segment_ids is None and (mask.window is None or isinstance(sliding, bool))
     call = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
     if plain:
         window = (mask.window - 1, 0) if sliding is True and mask.window else None
@@ -150,7 +159,7 @@ def _cudnn(q, k, v, mask: Mask, sliding: bool | jax.Array, scale: float) -> jax.
     return call(q, k, v, mask=_visible(mask, sliding))
 
 
-def _xla(q, k, v, mask: Mask, sliding: bool | jax.Array, scale: float, softcap: float | None) -> jax.Array:
+def _xla(q, k, v, mask: Mask, sliding: bool | jax.Array, scale: float, softcap: float | None, relative=None) -> jax.Array:
     B, T, H, d = q.shape
     K = k.shape[2]
     if jax.default_backend() == "cpu":  # else rotary positions are computed again inside each block's products
@@ -161,8 +170,11 @@ def _xla(q, k, v, mask: Mask, sliding: bool | jax.Array, scale: float, softcap: 
     bias = jnp.where(_visible(mask, sliding), 0.0, _MASKED)  # [B or 1, 1, T, S]
     if mask.bias is not None:
         bias = bias + jnp.pad(mask.bias, [(0, 0)] * 3 + [(0, k.shape[2] - mask.bias.shape[-1])])
-    before = mask.prefix if mask.aligned else None
-    return jnp.moveaxis(_blocked(softcap, before, q, k, v, bias[:, :, None]), 3, 1).reshape(B, T, H, d)
+    bias = bias[:, :, None]
+    if relative is not None:
+        bias = bias + relative.reshape(relative.shape[0], K, H // K, *relative.shape[2:])
+    before = mask.prefix if mask.aligned and mask.causal else None
+    return jnp.moveaxis(_blocked(softcap, before, q, k, v, bias), 3, 1).reshape(B, T, H, d)
 
 
 def _blocks(T: int, S: int, before: int | None) -> list[tuple[int, int, int]]:
@@ -189,7 +201,7 @@ def _scores(q: jax.Array, k: jax.Array, softcap: float | None) -> jax.Array:
 def _blocked(softcap: float | None, before: int | None, q, k, v, bias) -> jax.Array:
     """Softmax attention by causal query blocks, keeping only the log-sum-exp for the backward pass.
 
-    q [B, K, G, T, d]; k, v [B, K, S, d]; bias [B or 1, 1, 1, T, S]. The backward pass recomputes the weights of a
+    q [B, K, G, T, d]; k, v [B, K, S, d]; bias [B or 1, K or 1, G or 1, T, S]. The backward pass recomputes the weights of a
     block (Dao et al. 2022, arXiv:2205.14135, section 3), which is cheaper on a CPU than storing and rereading them.
     """
     return _blocked_forward(softcap, before, q, k, v, bias)[0]
@@ -214,12 +226,13 @@ def _blocked_backward(softcap, before, saved, grad):
     delta = (grad.astype(jnp.float32) * out).sum(-1, keepdims=True)
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     d_bias = jnp.zeros((q.shape[0], *bias.shape[1:]), jnp.float32)  # costs nothing where it is not asked for
+    shared = tuple(axis for axis in (1, 2) if bias.shape[axis] == 1)
     for start, end, keys in _blocks(q.shape[3], k.shape[2], before):
         q_block, grad_block, k_block = q[..., start:end, :], grad[..., start:end, :], k[:, :, :keys]
         scores = _scores(q_block, k_block, softcap)
         weights = jnp.exp(scores + bias[..., start:end, :keys] - lse[..., start:end, :])
         d_scores = weights * (_product("bkgtd,bksd->bkgts", grad_block, v[:, :, :keys]) - delta[..., start:end, :])
-        d_bias = d_bias.at[..., start:end, :keys].add(d_scores.sum((1, 2), keepdims=True))
+        d_bias = d_bias.at[..., start:end, :keys].add(d_scores.sum(shared, keepdims=True))
         if softcap is not None:
             d_scores *= 1 - jnp.square(scores / softcap)
         d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)

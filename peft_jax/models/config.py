@@ -10,20 +10,18 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from peft_jax.models.blocks import Architecture
 from peft_jax.models.rotary import RotaryConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(Architecture):
     """Everything that `Decoder` needs to know, hashable, so that a module may hold it.
 
     Sizes: V vocabulary, D hidden, F feed-forward, L layers, H query heads, K key/value heads, d head size.
     """
 
-    vocab_size: int
-    hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -47,7 +45,13 @@ class DecoderConfig:
     attention_scale: float | None = None  # None: 1/sqrt(d)
     attention_softcap: float | None = None
     logit_softcap: float | None = None
-    hf_config: str = "{}"  # the Hugging Face config as JSON, written back on export
+    num_experts: int = 0  # 0: each layer has one feed-forward
+    experts_per_token: int = 2
+    expert_size: int = 0
+    shared_expert_size: int = 0  # Qwen 2: an expert that all tokens go through
+    normalise_router: bool = True  # a token's chosen probabilities sum to 1
+    dense_layers: tuple[int, ...] = ()  # layers with one feed-forward among those with experts
+    router_loss: float = 0.0  # what the load-balancing loss counts in training
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -55,13 +59,8 @@ class DecoderConfig:
                 f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
             )
 
-    @property
-    def model_type(self) -> str:
-        """The Hugging Face `model_type`, such as "llama"."""
-        return json.loads(self.hf_config).get("model_type", "llama")
 
-
-def _rotary(hf: Any, parameters: Mapping[str, Any] | None, head_dim: int) -> RotaryConfig:
+def rotary_config(hf: Any, parameters: Mapping[str, Any] | None, head_dim: int) -> RotaryConfig:
     """Rotary settings out of one `rope_parameters` mapping (transformers 5 standardises older keys to it)."""
     p = dict(parameters or {})
     known = {field.name for field in dataclasses.fields(RotaryConfig)}
@@ -92,10 +91,11 @@ def _llama(hf: Any, **changes: Any) -> DecoderConfig:
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=bool(getattr(hf, "mlp_bias", False)),
+        num_labels=hf.num_labels,
         hf_config=json.dumps(hf.to_dict(), sort_keys=True, default=str),
     )
     if "rotary" not in changes:
-        values["rotary"] = _rotary(hf, hf.rope_parameters, head_dim)
+        values["rotary"] = rotary_config(hf, hf.rope_parameters, head_dim)
     return DecoderConfig(**{**values, **changes})
 
 
@@ -146,8 +146,8 @@ def _gemma3(hf: Any) -> DecoderConfig:
     return _gemma2(
         hf,
         qk_norm="head",
-        rotary=_rotary(hf, rope["full_attention"], hf.head_dim),
-        local_rotary=_rotary(hf, rope["sliding_attention"], hf.head_dim),
+        rotary=rotary_config(hf, rope["full_attention"], hf.head_dim),
+        local_rotary=rotary_config(hf, rope["sliding_attention"], hf.head_dim),
     )
 
 
@@ -164,7 +164,37 @@ def _olmo2(hf: Any) -> DecoderConfig:
     return _llama(hf, qk_norm="full", norm_position="post")
 
 
-FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {
+def _experts(hf: Any, number: int, **changes: Any) -> dict[str, Any]:
+    return dict(
+        num_experts=number,
+        experts_per_token=hf.num_experts_per_tok,
+        router_loss=float(hf.router_aux_loss_coef) if hf.output_router_logits else 0.0,
+        **changes,
+    )
+
+
+def _mixtral(hf: Any) -> DecoderConfig:
+    return _llama(hf, **_experts(hf, hf.num_local_experts, expert_size=hf.intermediate_size), **_sliding(hf))
+
+
+def _qwen_experts(hf: Any) -> dict[str, Any]:
+    sparse = [i for i in range(hf.num_hidden_layers) if (i + 1) % hf.decoder_sparse_step == 0]
+    sparse = [i for i in sparse if i not in (hf.mlp_only_layers or [])] if hf.num_experts > 0 else []
+    dense = tuple(i for i in range(hf.num_hidden_layers) if i not in sparse)
+    size = dict(expert_size=hf.moe_intermediate_size, normalise_router=hf.norm_topk_prob, dense_layers=dense)
+    return _experts(hf, hf.num_experts, **size)
+
+
+def _qwen2_moe(hf: Any) -> DecoderConfig:
+    shared = dict(shared_expert_size=hf.shared_expert_intermediate_size)
+    return _llama(hf, qkv_bias=hf.qkv_bias, output_bias=False, **_qwen_experts(hf), **shared, **_sliding(hf))
+
+
+def _qwen3_moe(hf: Any) -> DecoderConfig:
+    return _llama(hf, qk_norm="head", **_qwen_experts(hf), **_sliding(hf))
+
+
+DECODERS: dict[str, Callable[[Any], DecoderConfig]] = {
     "llama": _llama,  # Llama 2 and 3.x, SmolLM2, TinyLlama, Yi, ...
     "mistral": _mistral,
     "qwen2": _qwen2,  # and 2.5
@@ -175,17 +205,19 @@ FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {
     "phi3": _phi3,  # and Phi-4
     "smollm3": _smollm3,
     "olmo2": _olmo2,
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
 }
 
 
 def decoder_config(hf_config: Any) -> DecoderConfig:
     """The `DecoderConfig` of a Hugging Face config.
 
-    Raises ValueError for an unsupported `model_type`, naming the supported ones.
+    Raises ValueError for another `model_type`, naming the supported ones.
     """
-    family = FAMILIES.get(hf_config.model_type)
+    family = DECODERS.get(hf_config.model_type)
     if family is None:
-        raise ValueError(
-            f"model_type {hf_config.model_type!r} is not supported; supported families: {', '.join(sorted(FAMILIES))}"
-        )
+        known = ", ".join(sorted(DECODERS))
+        raise ValueError(f"model_type {hf_config.model_type!r} is not supported; supported families: {known}")
     return family(hf_config)

@@ -8,62 +8,17 @@ Letters: B batch, T tokens, S cache slots, D model, H heads, K kv-heads, d head 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peft_jax.models.attention import Mask, attention, empty_cache, make_mask, read_cache, write_cache
+from peft_jax.models.attention import Mask, empty_cache, make_mask, read_cache, write_cache
+from peft_jax.models.blocks import ACTIVATIONS, REMAT_POLICIES, AttentionCore, Residual, RMSNorm, Task
 from peft_jax.models.config import DecoderConfig
+from peft_jax.models.moe import SparseMLP
 from peft_jax.models.rotary import rotary_table, rotate
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": nn.gelu,
-    "gelu_new": nn.gelu,
-    "relu": nn.relu,
-}
-
-REMAT_POLICIES: dict[str, Any] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalisation (Zhang and Sennrich 2019) over the last axis, in float32."""
-
-    eps: float
-    offset: float = 0.0
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.constant(1.0 - self.offset)
-        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * (self.offset + scale.astype(jnp.float32))).astype(self.dtype or x.dtype)
-
-
-class AttentionCore(nn.Module):
-    """Attention proper, a module of its own so that something can be attached to it (a prefix, say)."""
-
-    config: DecoderConfig
-    implementation: str | None = None
-
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sliding: bool | jax.Array) -> jax.Array:
-        c = self.config
-        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
-        return attention(
-            q, k, v, mask, sliding=sliding, scale=scale, softcap=c.attention_softcap, implementation=self.implementation
-        )
 
 
 class LayerKind(NamedTuple):
@@ -71,6 +26,7 @@ class LayerKind(NamedTuple):
 
     sliding: bool | None
     rope: bool | None
+    experts: bool
 
 
 class Attention(nn.Module):
@@ -90,7 +46,8 @@ class Attention(nn.Module):
         self.o_proj = self._dense(c.hidden_size, c.output_bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(c.rms_norm_eps, c.norm_offset, self.dtype, self.param_dtype) for _ in range(2))
-        self.core = AttentionCore(c, self.implementation)
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        self.core = AttentionCore(scale, c.attention_softcap, self.implementation)
 
     def _dense(self, features: int, bias: bool) -> nn.Dense:
         return nn.Dense(
@@ -136,9 +93,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """A gated feed-forward of `size` units, the config's by default."""
+
     config: DecoderConfig
     dtype: Any
     param_dtype: Any
+    size: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -150,27 +110,17 @@ class MLP(nn.Module):
                 kernel_init=nn.initializers.normal(0.02),
             )  # fmt: skip
 
+        size = self.size or c.intermediate_size
         if c.fused_projections:
-            gate, up = jnp.split(dense(2 * c.intermediate_size, "gate_up_proj")(x), 2, axis=-1)
+            gate, up = jnp.split(dense(2 * size, "gate_up_proj")(x), 2, axis=-1)
         else:
-            gate, up = dense(c.intermediate_size, "gate_proj")(x), dense(c.intermediate_size, "up_proj")(x)
+            gate, up = dense(size, "gate_proj")(x), dense(size, "up_proj")(x)
         return dense(c.hidden_size, "down_proj")(_gated(c.activation, gate, up))
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)  # keeps two arrays for the backward pass instead of five
 def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
     return ACTIVATIONS[activation](gate) * up
-
-
-class Residual(nn.Module):
-    """x + y, a module of its own so that something can be attached to the sum (an adapter after it, or beside y)."""
-
-    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return x + y
-
-
-# Modules without parameters that something may be attached to, by the name of a module among their neighbours.
-HOOKS = {"q_proj": ("core",), "qkv_proj": ("core",), "self_attn": ("attention_residual", "mlp_residual")}
 
 
 class DecoderLayer(nn.Module):
@@ -199,7 +149,10 @@ class DecoderLayer(nn.Module):
         x = Residual(name="attention_residual")(x, norm("post_attention_layernorm", y) if post else y)
 
         y = norm(before_mlp, x) if pre else x
-        y = MLP(c, self.dtype, self.param_dtype, name="mlp")(y)
+        if self.kind.experts:
+            y = SparseMLP(c, self.dtype, self.param_dtype, MLP, name="mlp")(y, shared["segment_ids"])
+        else:
+            y = MLP(c, self.dtype, self.param_dtype, name="mlp")(y)
         x = Residual(name="mlp_residual")(x, norm("post_feedforward_layernorm", y) if post else y)
         return nn.with_logical_constraint(x, ("batch", "length", "embed")), cache
 
@@ -226,9 +179,13 @@ class DecoderStack(nn.Module):
         rest = (self.dtype, self.param_dtype, self.implementation)
         kinds = layer_kinds(c)
         if self.scan_layers:
+            if len({kind.experts for kind in kinds}) > 1:
+                raise ValueError(
+                    "some layers have experts and others not, which cannot be stacked; load with scan_layers=False"
+                )
             self.layers = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "router": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0, 0),
                 length=c.num_layers,
@@ -238,45 +195,65 @@ class DecoderStack(nn.Module):
         self.norm = RMSNorm(c.rms_norm_eps, c.norm_offset, self.dtype, self.param_dtype)
 
     def __call__(self, tokens, positions, segment_ids, cache, common: int = 0):
-        """The first `common` tokens of each row are seen by all its segments; they have the segment -1."""
+        """(hidden states [B, T, D], the new cache). See `cached_mask` for `common`."""
         c = self.config
         x = self.embed_tokens(tokens)
         if c.embedding_scale is not None:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
-        shared, slots = _shared(c, tokens, positions, segment_ids, cache, common)
+        at = cached_mask(tokens, positions, segment_ids, cache, window=c.sliding_window, common=common)
+        shared = {"mask": at.mask, "index": at.index, "positions": at.positions, "segment_ids": at.segment_ids}
+        shared["rope"] = rotary_table(c.rotary, at.positions)
+        shared["local_rope"] = None if c.local_rotary is None else rotary_table(c.local_rotary, at.positions)
         if self.scan_layers:
             columns = zip(LayerKind._fields, zip(*layer_kinds(c), strict=True), strict=True)
             differing = {name: jnp.asarray(values) for name, values in columns if len(set(values)) > 1}
             stack: Any = self.layers
-            x, new = stack(x, shared, differing, slots)
+            x, new = stack(x, shared, differing, at.slots)
         else:
             new = []
             for i, layer in enumerate(self.layers):
-                part = None if slots is None else jax.tree.map(lambda a, i=i: a[i], slots)
+                part = None if at.slots is None else jax.tree.map(lambda a, i=i: a[i], at.slots)
                 x, updated = layer(x, shared, {}, part)
                 new.append(updated)
-            new = {} if slots is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
-        if cache is not None:
-            index = cache["index"] + tokens.shape[1]
-            cache = {**new, "index": index, "positions": shared["kv_positions"], "segment_ids": shared["kv_segments"]}
-        return self.norm(x), cache
+            new = {} if at.slots is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+        return self.norm(x), at.moved(new, tokens.shape[1])
 
 
 def layer_kinds(c: DecoderConfig) -> list[LayerKind]:
     """The kind of each of the L layers."""
     sliding = c.sliding_layers or (False,) * c.num_layers
     no_rope = c.no_rope_layers or (False,) * c.num_layers
-    return [LayerKind(s, not off) for s, off in zip(sliding, no_rope, strict=True)]
+    experts = [c.num_experts > 0 and i not in c.dense_layers for i in range(c.num_layers)]
+    return [LayerKind(s, not off, e) for s, off, e in zip(sliding, no_rope, experts, strict=True)]
 
 
-def _shared(c: DecoderConfig, tokens, positions, segment_ids, cache, common: int) -> tuple[dict[str, Any], Any]:
-    """What all layers share (rotary tables, masks), and the cache's keys and values, stacked over layers."""
+class Cached(NamedTuple):
+    """What a decoder's layers share of one call, and the cache's keys and values, stacked over layers (None without one)."""
+
+    mask: Mask
+    positions: jax.Array
+    segment_ids: jax.Array | None
+    index: Any  # of the cache's next slot
+    kv_positions: jax.Array
+    kv_segments: jax.Array | None
+    slots: Any
+
+    def moved(self, slots: Any, tokens: int) -> Any:
+        """The cache after `tokens` more tokens, whose keys and values are in `slots`; None where there is none."""
+        if self.slots is None:
+            return None
+        return {**slots, "index": self.index + tokens, "positions": self.kv_positions, "segment_ids": self.kv_segments}
+
+
+def cached_mask(tokens, positions, segment_ids, cache, *, window: int | None, common: int) -> Cached:
+    """Positions and visibility of tokens [B, T] among themselves, or among those in the cache.
+
+    The first `common` tokens of each row are seen by all its segments; they have the segment -1.
+    """
     B, T = tokens.shape
     start = 0 if cache is None else cache["index"]
-    aligned = cache is None
     if positions is None:
         positions = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (B, T) if cache is not None else (1, T))
-    shared: dict[str, Any] = {"index": start, "positions": positions, "segment_ids": segment_ids}
     if cache is None:
         kv_positions, kv_segments, slots = positions, segment_ids, None
     else:
@@ -286,37 +263,39 @@ def _shared(c: DecoderConfig, tokens, positions, segment_ids, cache, common: int
         kv_positions = update(cache["positions"], positions.astype(jnp.int32), start, axis=1)
         kv_segments = update(cache["segment_ids"], segment_ids.astype(jnp.int32), start, axis=1)
         slots = {name: x for name, x in cache.items() if name in ("k", "v", "k_scale", "v_scale")}
-        shared.update(kv_positions=kv_positions, kv_segments=kv_segments)
-    shared["mask"] = make_mask(
-        positions, kv_positions, segment_ids, kv_segments, window=c.sliding_window, aligned=aligned, common=common > 0
-    )
-    shared["rope"] = rotary_table(c.rotary, positions)
-    shared["local_rope"] = None if c.local_rotary is None else rotary_table(c.local_rotary, positions)
-    return shared, slots
+    mask = make_mask(positions, kv_positions, segment_ids, kv_segments, window=window, aligned=cache is None, common=common > 0)
+    return Cached(mask, positions, segment_ids, start, kv_positions, kv_segments, slots)
 
 
 class Decoder(nn.Module):
-    """A causal language model.
+    """A causal language model, or a decoder with the head of another `task`.
 
     `dtype` is the dtype of computation, `param_dtype` that of fresh parameters. `remat` is "none", "full" (keep only
     each layer's input) or "dots" (keep products of weights). `attention_implementation` as in `attention`.
     """
 
     config: DecoderConfig
+    task: Task = "causal_lm"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan_layers: bool = True
     remat: str = "none"
     attention_implementation: str | None = None
 
+    heads: ClassVar[tuple[str, ...]] = ("score",)  # modules that a checkpoint of another task lacks
+
     def setup(self) -> None:
         c = self.config
         self.model = DecoderStack(c, self.dtype, self.param_dtype, self.scan_layers, self.remat, self.attention_implementation)
-        if not c.tie_embeddings:
-            self.lm_head = nn.Dense(
-                c.vocab_size, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
-                kernel_init=nn.initializers.normal(0.02),
-            )  # fmt: skip
+        if self.task == "causal_lm" and not c.tie_embeddings:
+            self.lm_head = self._head(c.vocab_size, False)
+        elif self.task.endswith("classification"):
+            self.score = self._head(c.num_labels, self.task == "token_classification")
+
+    @nn.nowrap
+    def _head(self, features: int, bias: bool) -> nn.Dense:
+        init = nn.initializers.normal(0.02)
+        return nn.Dense(features, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init)
 
     def __call__(
         self,
@@ -328,10 +307,17 @@ class Decoder(nn.Module):
     ) -> Any:
         """Logits [B, T, V] in float32 for integer tokens [B, T]; with a cache, (logits, new cache).
 
+        Of another task: logits [B, C] of a sequence (at its last token), [B, T, C] of tokens, or hidden states [B, T, D].
         `positions` [B, T] default to 0, 1, 2, ...; `segment_ids` [B, T] keep packed sequences apart, 0 being padding.
         """
         hidden, cache_out = self.model(tokens, positions, segment_ids, cache)
-        logits = self.unembed(hidden)
+        if self.task == "causal_lm":
+            logits = self.unembed(hidden)
+        elif self.task == "feature_extraction":
+            logits = hidden.astype(jnp.float32)
+        else:
+            hidden = last_of(hidden, segment_ids) if self.task == "sequence_classification" else hidden
+            logits = self.score(hidden).astype(jnp.float32)
         return logits if cache is None else (logits, cache_out)
 
     def hidden(
@@ -353,7 +339,9 @@ class Decoder(nn.Module):
         return empty_cache(c.num_layers, batch, length, c.num_kv_heads, c.head_dim, dtype or self.dtype)
 
 
-def abstract_params(model: Decoder) -> Any:
-    """Shapes and dtypes of a decoder's parameters, nothing allocated."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+def last_of(hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """The hidden state [B, D] of each row's last token that is no padding."""
+    if segment_ids is None:
+        return hidden[:, -1]
+    last = jnp.max(jnp.where(segment_ids > 0, jnp.arange(hidden.shape[1]), 0), axis=-1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

@@ -18,8 +18,9 @@ import numpy as np
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate
 from peft_jax.core.tree import is_node, map_places, places
+from peft_jax.models.blocks import abstract_params
 from peft_jax.models.config import DecoderConfig, decoder_config
-from peft_jax.models.decoder import Decoder, abstract_params
+from peft_jax.models.decoder import Decoder
 from peft_jax.models.layers import stacked, unstack_layers
 from peft_jax.pruning.importance import importance
 

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from peft_jax.core.bind import bind
-from peft_jax.core.sharding import LOGICAL_RULES, batch_sharding, shardings
+from peft_jax.core.sharding import LOGICAL_RULES, ROWS, batch_sharding, shardings
 from peft_jax.core.tree import combine, count, partition, trainable_mask
 from peft_jax.data import Rows, batch_at, evaluation_batches
 from peft_jax.training.checkpoint import Checkpoints
@@ -225,12 +225,12 @@ def check_batch(config: TrainConfig, length: int, mesh: Mesh | None) -> None:
     """Raise ValueError where batches of rows of `length` tokens do not divide over the mesh."""
     if mesh is None:
         return
-    ways, sequence = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["sequence"]
+    ways, sequence = math.prod(mesh.shape[axis] for axis in ROWS), mesh.shape["sequence"]
     micro = config.batch_size // config.accumulate
     if micro % ways:
         raise ValueError(
             f"a micro-batch of {micro} rows (train.batch_size / train.accumulate) does not divide over "
-            f"data x fsdp = {ways} of the mesh"
+            f"{' x '.join(ROWS)} = {ways} of the mesh"
         )
     if length % sequence:
         raise ValueError(f"data.sequence_length={length} does not divide over sequence={sequence} of the mesh")

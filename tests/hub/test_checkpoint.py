@@ -152,8 +152,8 @@ BAD = {
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is not valid JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), ValueError, "should hold a JSON object"),
     "no model type": (lambda f: (f / "config.json").write_text("{}"), ValueError, "has no model_type"),
-    "unknown family": (lambda f: edit_config(f, model_type="mamba"), ValueError, "supported families: gemma"),
-    "unheard-of family": (lambda f: edit_config(f, model_type="wonder"), ValueError, "supported families: gemma"),
+    "unknown family": (lambda f: edit_config(f, model_type="mamba"), ValueError, "supported families: bert, .*gemma"),
+    "unheard-of family": (lambda f: edit_config(f, model_type="wonder"), ValueError, "supported families: bert, .*gemma"),
     "heads do not divide": (
         lambda f: edit_config(f, num_key_value_heads=3),
         ValueError,

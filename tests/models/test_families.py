@@ -7,8 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM, T5Config
 
 import peft_jax
-from peft_jax.models.config import FAMILIES as SUPPORTED
-from peft_jax.models.config import decoder_config
+from peft_jax.models.config import DECODERS, decoder_config
 from peft_jax.models.layers import stack_layers, unstack_layers
 from tests.reference import FAMILIES, family_checkpoint, random_tokens, relative_error, torch_logits
 
@@ -94,7 +93,7 @@ def test_bfloat16_stays_close(family):
 def test_unsupported_family_lists_the_supported():
     with pytest.raises(ValueError, match=r"'t5' is not supported; supported families: gemma, .*smollm3"):
         decoder_config(T5Config())
-    assert len(SUPPORTED) == 10
+    assert len(DECODERS) == 13
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
@@ -120,7 +119,7 @@ def test_stacking_refuses_layers_that_differ(root):
 def test_compile_time_does_not_grow_with_depth():
     from transformers import LlamaConfig
 
-    from peft_jax.hub import abstract_params
+    from peft_jax.models.blocks import abstract_params
     from peft_jax.models.decoder import Decoder
 
     sizes = []

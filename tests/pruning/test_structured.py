@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import peft_jax
-from peft_jax.models.decoder import DecoderLayer, abstract_params
+from peft_jax.models.blocks import abstract_params
+from peft_jax.models.decoder import DecoderLayer
 from peft_jax.pruning.importance import block_influence, importance
 from peft_jax.pruning.structured import keep_best, prune_structured, shrink, sizes_for
 from peft_jax.pruning.vocabulary import prune_vocabulary

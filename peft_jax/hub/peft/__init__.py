@@ -24,7 +24,7 @@ from peft_jax.core.files import read_json, replacing_folder, write_json
 from peft_jax.core.reparametrised import MATRIX
 from peft_jax.core.tree import is_node, map_places, nearest, places
 from peft_jax.core.weight import Trainable, Weight, materialize, matrix_shape
-from peft_jax.hub.names import module_names, tensors_of
+from peft_jax.hub.names import module_names, stack_size, tensors_of
 from peft_jax.hub.peft.formats import COMMON, FORMATS, Config, Format, Module, Tensors
 from peft_jax.hub.peft.prompts import WHOLE_FORMATS, load_whole
 from peft_jax.hub.safetensors_io import open_checkpoint, save_tensors
@@ -46,11 +46,6 @@ _HARMLESS_STARTS = (
     "mini",
     "lycoris",
 )
-
-
-def _layers(w: Any, path: str) -> int | None:
-    """The number of stacked layers behind a place, None where it is not stacked."""
-    return w.shape[0] if "layers" in path.split("/") else None
 
 
 # ---------------------------------------------------------------------------------------------------------- saving
@@ -140,7 +135,7 @@ def _group(nodes: Mapping[str, Any]) -> str:
 def _by_module(path: str, node: Any) -> dict[str, Any]:
     """Hugging Face module name -> the node of one layer, with NumPy arrays and its base's shape."""
     module, _, _ = path.rpartition("/")
-    layers = _layers(node, path)
+    layers = stack_size(path, node)
     if len(node.lead) != (layers is not None):
         raise ValueError(f"{path} has leading axes {node.lead} that PEFT's format cannot hold")
     bare = jax.tree.map(np.asarray, node.replace(base=None))
@@ -157,7 +152,7 @@ def _extra_tensors(path: str, w: Trainable) -> Tensors:
     """Checkpoint name -> array for a place that trains whole."""
     value = np.asarray(w.value)
     tensors = {}
-    for tensor in tensors_of(path, _layers(w, path)):
+    for tensor in tensors_of(path, stack_size(path, w)):
         part = value if tensor.layer is None else value[tensor.layer]
         tensors[tensor.name] = part.T if tensor.transposed else part
     return tensors
@@ -172,7 +167,7 @@ def _extras_config(params: Any, peft_type: str, kind: Format) -> dict[str, Any]:
     if trained and peft_type != "LORA":
         raise ValueError(f"{trained[0]} trains, which PEFT's {peft_type} format cannot hold")
     # Full names: PEFT compares ends of names, and "norm" would end "input_layernorm" too.
-    saved = sorted({n for p, w in whole for n, _ in module_names(p.rpartition("/")[0], _layers(w, p))})
+    saved = sorted({n for p, w in whole for n, _ in module_names(p.rpartition("/")[0], stack_size(p, w))})
     bias = "none" if not trained else "all" if len(trained) == len(biases) else "lora_only"
     return {"modules_to_save": saved or None, **({"bias": bias} if trained else {})}
 
@@ -191,7 +186,7 @@ def _target_modules(params: Any, modules: Mapping[str, Any]) -> list[str]:
     everywhere: Counter[str] = Counter()
     for path, w in places(params).items():
         if path.endswith(("/kernel", "/embedding")):
-            names = module_names(path.rpartition("/")[0], _layers(w, path))
+            names = module_names(path.rpartition("/")[0], stack_size(path, w))
             everywhere.update(name.rpartition(".")[2] for name, _ in names)
     here = Counter(m.rpartition(".")[2] for m in modules)
     complete = {n for n, count in here.items() if count == everywhere[n]}
@@ -224,7 +219,7 @@ def attach_peft(params: Any, tensors: Tensors, config: Config, name: str, path: 
 
 def _attach_all(params: Any, tensors: Tensors, config: Config, kind: Format, name: str, path: Path) -> Any:
     modules, tokens, shared, extras = _parse(tensors, config, kind, path)
-    known = [n for p, w in places(params).items() for n, _ in module_names(p.rpartition("/")[0], _layers(w, p))]
+    known = [n for p, w in places(params).items() for n, _ in module_names(p.rpartition("/")[0], stack_size(p, w))]
 
     def attach(place: str, w: Any) -> Any:
         if not isinstance(w, Weight) and is_node(w):
@@ -308,7 +303,7 @@ def _attach_nodes(path: str, w: Any, modules: dict[str, Tensors], config: Config
     module, _, leaf = path.rpartition("/")
     if leaf not in ("kernel", "embedding"):
         return w
-    names = module_names(module, _layers(w, path))
+    names = module_names(module, stack_size(path, w))
     mine = {layer: (m, modules.pop(m)) for m, layer in names if m in modules}
     if not mine:
         return w
@@ -370,7 +365,7 @@ def _check_shapes(node: Any, module: str) -> None:
 
 def _attach_extra(path: str, w: Any, extras: Tensors) -> Any:
     """A bias or whole module that was trained beside the adapter, in the place of the base's."""
-    tensors = [t for t in tensors_of(path, _layers(w, path)) if t.name in extras]
+    tensors = [t for t in tensors_of(path, stack_size(path, w)) if t.name in extras]
     if not tensors:
         return w
     value = np.array(materialize(w))

@@ -18,7 +18,7 @@ from peft_jax.core.files import replacing_folder, write_json
 from peft_jax.core.tree import distribute, map_places, places
 from peft_jax.core.weight import Trainable
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
-from peft_jax.hub.names import tensors_of
+from peft_jax.hub.names import stack_size, tensors_of
 from peft_jax.hub.safetensors_io import save_tensors
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -233,8 +233,7 @@ def _write_norms(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tens
     tensors: Tensors = {}
     modules = set()
     for path, w in nodes.items():
-        layers = w.shape[0] if "layers" in path.split("/") else None
-        for t in tensors_of(path, layers):
+        for t in tensors_of(path, stack_size(path, w)):
             module, _, leaf = t.name.rpartition(".")
             modules.add(module)
             tensors[f"{PREFIX}{module}.ln_tuning_layers.{leaf}"] = np.asarray(w.value if t.layer is None else w.value[t.layer])
@@ -247,7 +246,7 @@ def _read_norms(params: Any, tensors: Tensors, config: Config, name: str) -> Any
     def place(path: str, w: Any) -> Any:
         if path.rpartition("/")[2] not in ("scale", "bias") or not hasattr(w, "shape"):
             return w
-        found = [t for t in tensors_of(path, w.shape[0] if "layers" in path.split("/") else None) if t.name in left]
+        found = [t for t in tensors_of(path, stack_size(path, w)) if t.name in left]
         if not found:
             return w
         value = np.array(w)

@@ -1,0 +1,155 @@
+"""The families of models: from a Hugging Face `model_type` to a module, its configuration, and how checkpoints name things."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from peft_jax.core.tree import nearest
+from peft_jax.models.bert import Bert, Deberta, Roberta, bert_config, deberta_config
+from peft_jax.models.blocks import Task
+from peft_jax.models.config import DECODERS, decoder_config
+from peft_jax.models.decoder import Decoder
+from peft_jax.models.distilbert import DistilBert, distilbert_config
+from peft_jax.models.gpt2 import GPT2, gpt2_config
+from peft_jax.models.modernbert import ModernBert, modernbert_config
+from peft_jax.models.t5 import T5, t5_config
+
+# The ends of Hugging Face's class names.
+_CLASSES: dict[str, Task] = {
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+    "ForMaskedLM": "masked_lm",
+    "ForPreTraining": "masked_lm",
+    "ForConditionalGeneration": "seq2seq_lm",
+    "ForSequenceClassification": "sequence_classification",
+    "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "question_answering",
+    "Model": "feature_extraction",
+}
+_ENCODER_TASKS: tuple[Task, ...] = (
+    "masked_lm", "sequence_classification", "token_classification", "question_answering", "feature_extraction",
+)  # fmt: skip
+_DECODER_TASKS: tuple[Task, ...] = ("causal_lm", "sequence_classification", "token_classification", "feature_extraction")
+
+
+class Family(NamedTuple):
+    """A family: its class of modules, the configuration out of Hugging Face's, Hugging Face's name of it, and its tasks.
+
+    `prefix` is the module that holds everything but the head. `absent` is a pattern of tensors that no checkpoint has,
+    `spare` one of tensors that some have and the model does not need (copies of tied weights, buffers).
+    """
+
+    module: type[nn.Module]
+    config: Callable[[Any], Any]
+    name: str
+    tasks: tuple[Task, ...]
+    prefix: str
+    absent: str = "$^"
+    spare: str = r".*\.position_ids"
+    own_head: bool = False  # the head is the embedding unless the checkpoint has one
+    disk: tuple[tuple[str, str], ...] = ()  # (pattern, replacement): from names of tensors to those in checkpoints
+
+
+def _decoder(name: str) -> Family:
+    spare = r".*\.rotary_emb\.inv_freq"  # buffers of old Llama checkpoints
+    return Family(Decoder, decoder_config, name, _DECODER_TASKS, "model", spare=spare)
+
+
+_ROBERTA = Family(
+    Roberta,
+    bert_config,
+    "Roberta",
+    _ENCODER_TASKS,
+    "roberta",
+    spare=r".*\.position_ids|lm_head\.decoder\..*|roberta\.pooler\..*",
+)
+_NAMES = {("gpt2", "causal_lm"): "GPT2LMHeadModel", ("gemma3_text", "causal_lm"): "Gemma3ForCausalLM"}  # else the rule holds
+_DECODER_NAMES = {
+    "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma", "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3Text", "phi3": "Phi3", "smollm3": "SmolLM3", "olmo2": "Olmo2", "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe",
+}  # fmt: skip
+FAMILIES: dict[str, Family] = {
+    **{model_type: _decoder(_DECODER_NAMES[model_type]) for model_type in DECODERS},
+    "mixtral": _decoder("Mixtral")._replace(
+        disk=(
+            (r"\.mlp\.(gate|experts)\.", r".block_sparse_moe.\1."),
+            (r"(\.experts\.\d+)\.gate_proj\.", r"\1.w1."),
+            (r"(\.experts\.\d+)\.up_proj\.", r"\1.w3."),
+            (r"(\.experts\.\d+)\.down_proj\.", r"\1.w2."),
+        )
+    ),
+    "bert": Family(
+        Bert, bert_config, "Bert", _ENCODER_TASKS, "bert",
+        spare=r".*\.position_ids|cls\.predictions\.decoder\..*|cls\.seq_relationship\..*|bert\.pooler\..*",
+    ),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA._replace(name="XLMRoberta"),
+    "camembert": _ROBERTA._replace(name="Camembert"),
+    "distilbert": Family(
+        DistilBert, distilbert_config, "DistilBert", _ENCODER_TASKS, "distilbert",
+        spare=r".*\.position_ids|vocab_projector\.weight",
+    ),
+    "deberta-v2": Family(
+        Deberta, deberta_config, "DebertaV2", _ENCODER_TASKS, "deberta",
+        spare=r".*\.position_ids|deberta\.embeddings\.position_embeddings\..*|cls\.predictions\.decoder\..*|(lm|mask)_predictions\..*",
+    ),
+    "modernbert": Family(
+        ModernBert, modernbert_config, "ModernBert", _ENCODER_TASKS, "model", r"model\.layers\.0\.attn_norm\..*",
+        r"decoder\.weight",
+    ),
+    "gpt2": Family(
+        GPT2, gpt2_config, "GPT2", _DECODER_TASKS, "transformer", spare=r".*\.attn\.(bias|masked_bias)",
+    ),
+    "t5": Family(
+        T5, t5_config, "T5", ("seq2seq_lm",), "", own_head=True,
+        spare=r"(encoder|decoder)\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    ),
+}  # fmt: skip
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a `model_type`. Raises ValueError for an unsupported one, naming the supported ones."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not supported; supported families: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+def task_of(hf_config: Any, task: Task | None = None) -> Task:
+    """The task that a model is for: the given one, or the checkpoint's own by its class's name.
+
+    Raises ValueError for a task that the family has no head for.
+    """
+    tasks = family_of(hf_config.model_type).tasks
+    if task is None:
+        own = (getattr(hf_config, "architectures", None) or [""])[0]
+        found = next((t for end, t in _CLASSES.items() if own.endswith(end)), None)
+        return found if found in tasks else tasks[0]
+    if task not in tasks:
+        close = nearest(task, tasks)
+        raise ValueError(f"a {hf_config.model_type} model has no head for {task!r}.{close} It has: {', '.join(tasks)}")
+    return task
+
+
+def hf_class(model_type: str, task: Task) -> str:
+    """The name of Hugging Face's class of such a model."""
+    ends = {t: end for end, t in reversed(_CLASSES.items())}
+    return _NAMES.get((model_type, task), family_of(model_type).name + ends[task])
+
+
+def hf_config_of(model: Any) -> dict[str, Any]:
+    """The Hugging Face config of a model as plain data, its class and labels set."""
+    config = json.loads(model.config.hf_config)
+    own = task_of(SimpleNamespace(**config))
+    if own != model.task or not config.get("architectures"):
+        config["architectures"] = [hf_class(model.config.model_type, model.task)]
+    count = model.config.num_labels
+    if len(config.get("id2label") or {}) != count and model.task.endswith("classification"):
+        names = [f"LABEL_{i}" for i in range(count)]
+        config["id2label"], config["label2id"] = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    return config

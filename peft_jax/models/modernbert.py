@@ -1,0 +1,205 @@
+"""ModernBERT (Warner et al. 2024, arXiv:2412.13663): rotary positions, gated feed-forward, layers normalised before; every few
+of them are global and the others see a window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from peft_jax.models.bert import encoder_values
+from peft_jax.models.blocks import (
+    ACTIVATIONS,
+    AttentionCore,
+    Block,
+    Residual,
+    join_heads,
+    layer_stack,
+    run_layers,
+    split_heads,
+)
+from peft_jax.models.config import rotary_config
+from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_mask
+from peft_jax.models.rotary import RotaryConfig, rotary_table, rotate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModernBertConfig(EncoderConfig):
+    """A ModernBERT's. `sliding_layers` says which layers see `window` tokens on each side only, themselves counted."""
+
+    rotary: RotaryConfig
+    local_rotary: RotaryConfig
+    sliding_layers: tuple[bool, ...]
+    window: int
+    norm_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    decoder_bias: bool = True
+    classifier_bias: bool = False
+    classifier_activation: str = "gelu"
+    classifier_pooling: str = "cls"
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+
+def modernbert_config(hf: Any) -> ModernBertConfig:
+    """The configuration of a ModernBERT."""
+    head_dim = hf.hidden_size // hf.num_attention_heads
+    rotary = {k: rotary_config(hf, hf.rope_parameters[f"{k}_attention"], head_dim) for k in ("full", "sliding")}
+    return ModernBertConfig(
+        **encoder_values(hf, dropout="mlp_dropout", activation="hidden_activation"),
+        type_vocab_size=0,
+        norm_eps=hf.norm_eps,
+        rotary=rotary["full"],
+        local_rotary=rotary["sliding"],
+        sliding_layers=tuple(t == "sliding_attention" for t in hf.layer_types),
+        window=hf.local_attention // 2 + 1,
+        norm_bias=hf.norm_bias,
+        attention_bias=hf.attention_bias,
+        mlp_bias=hf.mlp_bias,
+        decoder_bias=hf.decoder_bias,
+        classifier_bias=hf.classifier_bias,
+        classifier_activation=hf.classifier_activation,
+        classifier_pooling=hf.classifier_pooling,
+        embedding_dropout=float(hf.embedding_dropout),
+        attention_dropout=float(hf.attention_dropout),
+    )
+
+
+class Embeddings(Block):
+    def setup(self) -> None:
+        self.tok_embeddings = self.embed(self.config.vocab_size)
+        self.norm = self.layer_norm(bias=self.config.norm_bias)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.drop(self.norm(self.tok_embeddings(tokens)), self.config.embedding_dropout)
+
+
+class Attention(Block):
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, shared: dict[str, Any], sliding: bool | jax.Array) -> jax.Array:
+        c = self.config
+        qkv = self.dense(3 * c.hidden_size, "Wqkv", c.attention_bias)(x)
+        q, k, v = (split_heads(y, c.head_dim) for y in jnp.split(qkv, 3, axis=-1))
+        cos, sin = (jnp.where(sliding, a, b) for a, b in zip(shared["local_rope"], shared["rope"], strict=True))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(q, k, v, shared["mask"], sliding)
+        return self.drop(self.dense(c.hidden_size, "Wo", c.attention_bias)(join_heads(y)), c.attention_dropout)
+
+
+class MLP(Block):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        value, gate = jnp.split(self.dense(2 * c.intermediate_size, "Wi", c.mlp_bias)(x), 2, axis=-1)
+        return self.dense(c.hidden_size, "Wo", c.mlp_bias)(self.drop(ACTIVATIONS[c.activation](value) * gate))
+
+
+class Layer(Block):
+    """The first layer has no norm before its attention: the embedding's is enough. (Its scale is there, unused.)"""
+
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, shared: dict[str, Any], own: dict[str, Any]) -> tuple[jax.Array, None]:
+        c = self.config
+        fields = (c, self.dtype, self.param_dtype)
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        y = jnp.where(own["first"], x, self.layer_norm("attn_norm", bias=c.norm_bias)(x))
+        y = Attention(*fields, self.implementation, name="attn")(y, shared, own["sliding"])
+        x = Residual(name="attention_residual")(x, y)
+        y = MLP(*fields, name="mlp")(self.layer_norm("mlp_norm", bias=c.norm_bias)(x))
+        return nn.with_logical_constraint(Residual(name="mlp_residual")(x, y), ("batch", "length", "embed")), None
+
+
+class ModernBertStack(Block):
+    """Hugging Face's `model`."""
+
+    scan_layers: bool
+    remat: str
+    implementation: str | None
+    task: str
+
+    def setup(self) -> None:
+        c, fields = self.config, (self.config, self.dtype, self.param_dtype)
+        self.embeddings = Embeddings(*fields)
+        self.layers = layer_stack(Layer, c.num_layers, *fields, self.implementation, scan=self.scan_layers, remat=self.remat)
+        self.final_norm = self.layer_norm(bias=c.norm_bias)
+
+    def __call__(self, tokens, segment_ids, token_type_ids, positions, pooled: bool = False) -> jax.Array:
+        """As of `BertStack`; there are no types."""
+        c = self.config
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        shared = {
+            "mask": encoder_mask(tokens, segment_ids, positions, c.window),
+            "rope": rotary_table(c.rotary, positions),
+            "local_rope": rotary_table(c.local_rotary, positions),
+        }
+        own = {"first": [i == 0 for i in range(c.num_layers)], "sliding": list(c.sliding_layers)}
+        return self.final_norm(run_layers(self.layers, self.embeddings(tokens), shared, own))
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Products with the word embeddings, [..., V]."""
+        return self.embeddings.tok_embeddings.attend(x)
+
+
+class PredictionHead(Block):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = ACTIVATIONS[c.classifier_activation](self.dense(c.hidden_size, "dense", c.classifier_bias)(x))
+        return self.layer_norm("norm", bias=c.norm_bias)(x)
+
+
+class DecoderBias(Block):
+    @nn.compact
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        if not self.config.decoder_bias:
+            return logits
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.config.vocab_size,), self.param_dtype)
+        return logits + bias.astype(logits.dtype)
+
+
+class ModernBert(Encoder):
+    """ModernBERT with the head of its task."""
+
+    prefix: ClassVar[str] = "model"
+    heads: ClassVar[tuple[str, ...]] = ("head", "classifier")
+
+    @property
+    def first_pooled(self) -> bool:  # type: ignore[override]
+        """Whether a sequence's vector is its first token's."""
+        return self.config.classifier_pooling == "cls"
+
+    def setup(self) -> None:
+        c = self.config
+        self.model = ModernBertStack(*self.stack_fields)
+        if self.task != "feature_extraction":
+            self.head = PredictionHead(c, self.dtype, self.param_dtype)
+        if self.task == "masked_lm":
+            self.decoder = DecoderBias(c, self.dtype, self.param_dtype)
+        elif self.task != "feature_extraction":
+            self.classifier = self.dense(2 if self.task == "question_answering" else c.num_labels)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        return self.decoder(self.model.attend(self.head(hidden)).astype(jnp.float32))
+
+    def label_logits(self, hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        c = self.config
+        if self.task == "sequence_classification":
+            hidden = hidden[:, 0] if c.classifier_pooling == "cls" else mean_of(hidden, segment_ids)
+        return self.classifier(self.drop(self.head(hidden), c.classifier_dropout))
+
+
+def mean_of(hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """The mean [B, D] of hidden states [B, T, D] over the tokens that are no padding."""
+    seen = jnp.ones(hidden.shape[:2]) if segment_ids is None else segment_ids > 0
+    seen = seen.astype(jnp.float32)[..., None]
+    return ((hidden * seen).sum(1) / jnp.maximum(seen.sum(1), 1.0)).astype(hidden.dtype)
