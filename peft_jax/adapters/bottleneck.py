@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.adapters.adapter import Adapter, affine, normalized, rows
-from peft_jax.adapters.placing import Module, find_modules, place_attachments
+from peft_jax.adapters.placing import Module, find_modules, module_paths, place_attachments
 from peft_jax.core.reparametrised import check_dropout, node
-from peft_jax.core.tree import Targets, check_patterns, nearest
+from peft_jax.core.tree import Targets, check_patterns, first_present, nearest
 from peft_jax.core.weight import Layout, static
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -34,17 +34,25 @@ Gating = Literal["none", "token", "sequence"]
 
 
 class Placement(NamedTuple):
-    """Modules of a decoder that get an adapter, and whether it lies beside them."""
+    """Modules that get an adapter, for each family of models, and whether it lies beside them."""
 
-    targets: tuple[str, ...]
+    targets: tuple[tuple[str, ...], ...]
     parallel: bool = False
 
+    def usual(self, params: Any) -> Sequence[str]:
+        """The targets for the family that a tree is of."""
+        return first_present([f"{p}/" for p in module_paths(params)], self.targets)
 
+
+_OUTPUTS = (
+    ("o_proj", "down_proj"), ("o_proj", "mlp"), ("output/dense",), ("out_lin", "lin2"), ("attn/c_proj", "mlp/c_proj"),
+    ("attn/Wo", "mlp/Wo"), ("o", "wo"),
+)  # fmt: skip
 PLACEMENTS = {
-    "houlsby": Placement(("o_proj", "down_proj")),
-    "pfeiffer": Placement(("mlp_residual",)),
-    "parallel": Placement(("mlp_residual",), parallel=True),
-    "parallel_mlp": Placement(("mlp",), parallel=True),
+    "houlsby": Placement(_OUTPUTS),
+    "pfeiffer": Placement((("mlp_residual",),)),
+    "parallel": Placement((("mlp_residual",),), parallel=True),
+    "parallel_mlp": Placement((("mlp",), ("ffn",), ("DenseReluDense",)), parallel=True),
 }
 
 
@@ -159,7 +167,7 @@ def bottleneck(
     check_options(activation, gating, init, dropout)
     if scaling is None:
         scaling = 4.0 if beside else 1.0
-    modules = find_modules(params, targets or place.targets, exclude, layers, layout, width)
+    modules = find_modules(params, targets or place.usual(params), exclude, layers, layout, width)
     check_patterns([f"{n}/" for m in modules for n in (m.path, *m.layers)], size_pattern=size_pattern or {})
 
     def make(m: Module, key: jax.Array) -> Bottleneck:

@@ -84,7 +84,7 @@ def compacter(
     check_options(activation, "none", "zero", dropout)
     place, n = PLACEMENTS[placement], dimension
     beside = place.parallel and not targets
-    modules = find_modules(params, targets or place.targets, exclude, layers, layout, width)
+    modules = find_modules(params, targets or place.usual(params), exclude, layers, layout, width)
     group = f"compacter_{adapter}" if shared_rule else ""
 
     def factors(key: jax.Array, lead: tuple[int, ...], n_in: int, n_out: int, start: str) -> dict[str, jax.Array]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
-from peft_jax.core.tree import Targets, is_target
+from peft_jax.core.tree import Targets, first_present, is_target, places
 from peft_jax.core.weight import Layout, static
 
 
@@ -42,12 +42,19 @@ class IA3(Reparametrised):
         return base(x * scale) if self.feedforward else base(x) * scale
 
 
+_USUAL = (
+    ("k_proj", "v_proj", "down_proj"), ("key", "value", "output/dense"), ("key_proj", "value_proj", "output/dense"),
+    ("k_lin", "v_lin", "lin2"), ("c_attn", "mlp/c_proj"), ("Wqkv", "mlp/Wo"), ("k", "v", "wo"), ("qkv_proj", "down_proj"),
+)  # fmt: skip
+_FEEDFORWARD = ("down_proj", "output/dense", "lin2", "mlp/c_proj", "mlp/Wo", "wo")
+
+
 def ia3(
     params: Any,
     key: jax.Array,
     *,
-    targets: Targets = ("k_proj", "v_proj", "down_proj"),
-    feedforward: Targets = ("down_proj",),
+    targets: Targets = (),
+    feedforward: Targets = (),
     exclude: Targets = (),
     layers: Sequence[int] | None = None,
     modules_to_save: Targets = (),
@@ -57,8 +64,13 @@ def ia3(
     """`params` with an IA3 node at each place that `targets` name; of those that `feedforward` names too, the inputs are
     scaled.
 
-    All scales start at one. `key` is not used. Raises ValueError for a target that matches nothing.
+    By default keys, values and the feed-forward's output, as PEFT has it for each family. All scales start at one. `key` is
+    not used. Raises ValueError for a target that matches nothing.
     """
+
+    usual = first_present(places(params), _USUAL)
+    feedforward = feedforward or [t for t in usual if t in _FEEDFORWARD]
+    targets = targets or usual
 
     def make(site: Site, key: jax.Array) -> IA3:
         inputs = is_target(site.path, site.base, feedforward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -12,6 +12,8 @@ from peft_jax.core.reparametrised import MATRIX, per_layer
 from peft_jax.core.tree import VECTORS, Targets, by_pattern, layer_paths, matches, nearest, places
 from peft_jax.core.weight import Axes, Layout, matrix_shape
 from peft_jax.models.blocks import hooks_of
+
+_TOKENS = ("wte", "word_embeddings", "shared")  # what models call the tokens' embedding, among others
 
 
 class Module(NamedTuple):
@@ -63,12 +65,27 @@ def token_embedding(params: Any, target: str | None = None) -> tuple[str, Any]:
     known = {p.rpartition("/")[0]: w for p, w in places(params).items() if p.rpartition("/")[2] == "embedding"}
     found = {p: w for p, w in known.items() if target is None or matches(p + "/", target)}
     if len(found) > 1:
-        named = {p: w for p, w in found.items() if "tok" in p.rpartition("/")[2] or p.endswith(("wte", "word_embeddings"))}
+        name = lambda p: p.rpartition("/")[2]
+        named = {p: w for p, w in found.items() if ("tok" in name(p) and "type" not in name(p)) or name(p) in _TOKENS}
         found = named if len(named) == 1 else found
     if len(found) != 1:
         what = "no token embedding" if not found else f"several embeddings ({', '.join(found)})"
         raise ValueError(f"the tree has {what}; name the tokens' with embedding=")
     return next(iter(found.items()))
+
+
+def token_stack(
+    params: Any, target: str | None = None
+) -> tuple[Literal["decoder", "encoder", "encoder-decoder", "model"], str]:
+    """(what it is, path) of the module that tokens go into: a decoder's stack, an encoder's, the whole of an encoder-decoder
+    of this package, or any other model.
+    """
+    parent, _, name = token_embedding(params, target)[0].rpartition("/")
+    if name in ("embed_tokens", "wte") and parent:
+        return "decoder", parent
+    if parent.endswith("/embeddings"):
+        return "encoder", parent.rpartition("/")[0]
+    return ("encoder-decoder" if name == "shared" and {"encoder", "decoder"} <= set(params) else "model"), ""
 
 
 def module_paths(params: Any) -> list[str]:

@@ -15,14 +15,16 @@ import jax.numpy as jnp
 
 from peft_jax.adapters.adapter import affine
 from peft_jax.adapters.bottleneck import ACTIVATIONS
-from peft_jax.adapters.placing import Module, attach, find_modules, module_paths
+from peft_jax.adapters.placing import Module, attach, find_modules, module_paths, token_stack
 from peft_jax.adapters.placing import hidden_size as _hidden
 from peft_jax.core.attachment import Attachment, Shared, module_at
 from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import Targets, nearest
 from peft_jax.core.weight import Layout, matrix_shape, static
+from peft_jax.models.blocks import hooks_of
 
 _FLAX = {"query", "key", "value", "out"}
+_PROJECTIONS = (("q_proj", "k_proj"), ("query", "key"), ("query_proj", "key_proj"), ("q_lin", "k_lin"), ("q", "k"))
 
 
 @node
@@ -90,6 +92,8 @@ class Prefix(Attachment):
         q, k, v, mask, *rest = args
         visible = True if self.gate is None else (self.gate > 0).reshape(-1, 1, 1, 1)
         mask = mask.with_prefix(self.length, visible, self._bias(q), 0 if self.offset else -self.length)
+        if len(rest) > 1 and rest[1] is not None:  # scores by position
+            rest[1] = _bias_with_prefix(rest[1], self.length)
         return call(q, _before(keys, k), _before(values, v), mask, *rest, **kwargs)
 
     def _bias(self, q: jax.Array) -> jax.Array | None:
@@ -98,6 +102,11 @@ class Prefix(Attachment):
             return None
         logits = affine(q.reshape(*q.shape[:2], -1), self.gating_weight, self.gating_bias).astype(jnp.float32)
         return jnp.broadcast_to(jax.nn.log_sigmoid(logits)[:, None], (q.shape[0], 1, q.shape[1], self.length))
+
+
+def _bias_with_prefix(bias: Any, length: int) -> Any:
+    """A bias of scores with `length` keys in front: at the positions before the first, or at none."""
+    return bias.with_prefix(length) if hasattr(bias, "with_prefix") else jnp.pad(bias, [(0, 0)] * 3 + [(length, 0)])
 
 
 def _before(prefix: jax.Array, x: jax.Array) -> jax.Array:
@@ -195,8 +204,8 @@ def prefix_tuning(
             )
         nodes[m.path] = {f"prefix_{adapter}": Prefix(length=P, part="mask", name=adapter)}
         nodes |= {f"{m.path}/{part}": {f"prefix_{adapter}": make(m, n_kv, part)} for part in ("key", "value")}
-    if offset and "model" in params and any(kind == "core" for _, kind, _, _ in found):
-        nodes["model"] = {f"offset_{adapter}": Offset(length=P, name=adapter)}
+    if any(kind == "core" for _, kind, _, _ in found) and (stack := offset_stack(params)) and offset:
+        nodes[stack] = {f"offset_{adapter}": Offset(length=P, name=adapter)}
     params = attach(params, nodes)
     if not projection:
         return params
@@ -209,14 +218,20 @@ def prefix_tuning(
     return {**params, f"shared_{group}": Shared(trained=trained, fixed={})}
 
 
+def offset_stack(params: Any) -> str | None:
+    """The path of the decoder's stack, whose tokens count their positions from a prefix's end; None in other models."""
+    kind, path = token_stack(params)
+    return path if kind == "decoder" else None
+
+
 def attention_cores(params: Any) -> list[str]:
-    """Paths of the attention cores of a decoder of this package."""
+    """Paths of the attention cores of a model of this package."""
     inside = {p: module_at(params, p) for p in module_paths(params)}
-    return [f"{p}/core" for p, m in inside.items() if "q_proj" in m or "qkv_proj" in m]
+    return [f"{p}/core" for p, m in inside.items() if "core" in hooks_of(m)]
 
 
 def kv_features(params: Any) -> int:
-    """Features of a decoder's keys, all heads together."""
+    """Features of a model's keys, all heads together."""
     return _sizes(params, attention_cores(params)[0].removesuffix("/core"), None)[1]
 
 
@@ -228,7 +243,7 @@ def _attentions(
     flax = [p for p in module_paths(params) if set(module_at(params, p)) >= _FLAX]
     if not cores and not flax:
         raise ValueError(
-            "no attention was found that a prefix can stand in (one with q_proj, or Flax's with query, key, value, out)"
+            "no attention was found that a prefix can stand in (this package's, or Flax's with query, key, value, out)"
         )
     named = {m.path: m for m in find_modules(params, targets, (), layers, layout)}
     found = []
@@ -251,5 +266,7 @@ def _sizes(params: Any, path: str, layout: Layout | None) -> tuple[int, int]:
     if "qkv_proj" in module:
         n_q, total = out("o_proj")[0], out("qkv_proj")[1]
         return n_q, (total - n_q) // 2
-    names = ("q_proj", "k_proj") if "q_proj" in module else ("query", "key")
-    return out(names[0])[1], out(names[1])[1]
+    if fused := [name for name in ("c_attn", "Wqkv") if name in module]:
+        return out(fused[0])[1] // 3, out(fused[0])[1] // 3
+    q, k = next(names for names in _PROJECTIONS if set(names) <= set(module))
+    return out(q)[1], out(k)[1]

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from peft_jax.adapters.placing import attach, token_embedding
+from peft_jax.adapters.placing import attach, token_embedding, token_stack
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import places
@@ -27,14 +27,16 @@ from peft_jax.core.weight import static, take
 
 @node
 class Prompt(Attachment):
-    """`length` virtual tokens before each row. With `stack` the module is a `DecoderStack`, else any model of tokens [B, T].
+    """`length` virtual tokens before each row. `kind` says what the module is: the stack of a "decoder" or an "encoder" of this
+    package, or any "model" of tokens [B, T].
 
-    In a bank `gate` [B] is 0 for a row without a prompt: nothing sees its virtual tokens.
+    In a bank `gate` [B] is 0 for a row without a prompt: nothing sees its virtual tokens. An encoder's rows are one sequence
+    each. Where it is asked for a row's first state, that is the first virtual token's, as PEFT has it.
     """
 
     gate: jax.Array | None = None
     length: int = static()
-    stack: bool = static(default=True)
+    kind: str = static(default="decoder")
     name: str = static(default="default")
     frozen: bool = static(default=False)
 
@@ -43,12 +45,22 @@ class Prompt(Attachment):
         return self.length
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self.stack and self.gate is not None:
-            raise ValueError("a bank of prompts needs a decoder of this package, which can hide a row's virtual tokens")
-        if self.stack:
+        if self.kind == "decoder":
             return self._decoder(call, *args, **kwargs)
+        if self.gate is not None:
+            raise ValueError("a bank of prompts needs a decoder of this package, which can hide a row's virtual tokens")
+        if self.kind == "encoder":
+            return self._encoder(call, *args, **kwargs)
         out = call(self._before(args[0], -1 - jnp.arange(self.length)), *args[1:], **kwargs)
         return (out[0][:, self.length :], *out[1:]) if isinstance(out, tuple) else out[:, self.length :]
+
+    def _encoder(self, call: Callable[..., Any], tokens, segment_ids, token_type_ids, positions, pooled: bool = False) -> Any:
+        P = self.length
+        whole = lambda x, values: None if x is None else self._before(jnp.broadcast_to(x, tokens.shape), values)
+        positions = None if positions is None else whole(positions + P, jnp.arange(P))
+        inputs = self._before(tokens, -1 - jnp.arange(P)), whole(segment_ids, 1), whole(token_type_ids, 0), positions
+        out = call(*inputs, pooled)
+        return out if pooled else out[:, P:]
 
     def _before(self, x: jax.Array, values: Any) -> jax.Array:
         """x [B, T] with `values` before each row."""
@@ -75,6 +87,21 @@ class Prompt(Attachment):
         segment_ids = None if segment_ids is None else self._before(segment_ids, seen)
         x, new = call(self._before(tokens, -1 - jnp.arange(P)), positions, segment_ids, cache, common + P)
         return x[:, P:], None if cache is None else {**new, "prompted": jnp.int32(P)}
+
+
+@node
+class EncoderPrompt(Prompt):
+    """Virtual tokens before what the encoder of an encoder-decoder gets; its states stay, for the decoder to attend to."""
+
+    method: ClassVar[str] = "encode"
+
+    @property
+    def slots(self) -> int:  # type: ignore[override]
+        return 0
+
+    def around(self, call: Callable[..., Any], tokens: jax.Array, segment_ids: jax.Array | None = None) -> Any:  # type: ignore[override]
+        segment_ids = None if segment_ids is None else self._before(jnp.broadcast_to(segment_ids, tokens.shape), 1)
+        return call(self._before(tokens, -1 - jnp.arange(self.length)), segment_ids)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,12 +225,10 @@ def place_prompt(params: Any, tokens: Virtual, length: int, embedding: str | Non
     if old := [p for p, w in places(params).items() if isinstance(w, Prompt)]:
         raise ValueError(f"the tree has a prompt already, {old[0]}; a bank holds several (peft_jax.bank)")
     path, _ = token_embedding(params, embedding)
-    parent = path.rpartition("/")[0]
-    stack = path.rpartition("/")[2] == "embed_tokens" and parent != ""
-    prompt = Prompt(length=length, stack=stack, name=tokens.name)
-    return attach(
-        params, {path: {f"tokens_{tokens.name}": tokens}, (parent if stack else ""): {f"prompt_{tokens.name}": prompt}}
-    )
+    kind, stack = token_stack(params, embedding)
+    make: Any = EncoderPrompt if kind == "encoder-decoder" else Prompt
+    prompt = make(length=length, kind=kind, name=tokens.name)
+    return attach(params, {path: {f"tokens_{tokens.name}": tokens}, stack: {f"prompt_{tokens.name}": prompt}})
 
 
 def _length(num_virtual_tokens: int) -> int:

@@ -129,6 +129,16 @@ def select_layers(
     return found
 
 
+def first_present(paths: Iterable[str], alternatives: Sequence[Sequence[str]]) -> Sequence[str]:
+    """The first of several lists of targets, one for each family of models, all of which name one of `paths`.
+
+    The first list where none does, so that the error names what is usual.
+    """
+    paths = list(paths)
+    there = lambda target: any(matches(p, target) for p in paths)
+    return next((a for a in alternatives if all(map(there, a))), alternatives[0])
+
+
 def is_target(path: str, w: Any, targets: Targets, exclude: Targets = ()) -> bool:
     """Whether `targets` name the place at `path`, as `select` has it; for one array before its tree is whole."""
     wanted, unwanted = ([t] if isinstance(t, str) else list(t) for t in (targets, exclude))

@@ -25,7 +25,7 @@ from peft_jax.core.files import replacing_folder, write_json
 from peft_jax.core.tree import nearest
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
 from peft_jax.hub.peft import attach_peft
-from peft_jax.hub.peft.prompts import WHOLE_FORMATS, cores_by_layer, place_prefix
+from peft_jax.hub.peft.prompts import WHOLE_FORMATS, place_prefix, prefix_places
 from peft_jax.hub.safetensors_io import open_checkpoint, save_tensors
 from peft_jax.low_rank.lora import LoRA
 
@@ -187,7 +187,7 @@ def _read_prefix(params: Any, tensors: Tensors, options: Config, name: str, thei
     if options.get("use_gating"):
         raise ValueError("a gated prefix of AdapterHub weighs a sequence by its mean; not supported")
     parts = {k.rpartition(".self_prefix.")[2]: v for k, v in tensors.items()}
-    order, length = cores_by_layer(params), int(options["prefix_length"])
+    order, length = prefix_places(params), int(options["prefix_length"])
     if options.get("flat"):
         return place_prefix(params, parts["control_trans"].reshape(length, -1), order, name, offset=False)
     h = parts["wte.weight"] @ parts["control_trans.0.weight"].T + parts["control_trans.0.bias"]
@@ -333,7 +333,7 @@ def _options_of(n: Bottleneck) -> dict[str, Any]:
 def _write_prefix(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
     prompt = WHOLE_FORMATS["PREFIX_TUNING"].write(params, nodes, name)[0]["prompt_embeddings"]
     own = f"prefix_tuning.pool.prefix_tunings.{name}.self_prefix.control_trans"
-    attention = cores_by_layer(params)[0].removesuffix("/core").replace("/", ".")
+    attention = prefix_places(params)[0][0].removesuffix("/core").replace("/", ".")
     options = {"architecture": "prefix_tuning", "flat": True, "prefix_length": len(prompt), "cross_prefix": False}
     return {f"{attention}.{own}": prompt.reshape(-1)}, options
 

@@ -428,7 +428,7 @@ class Deberta(Encoder):
         if self.task == "masked_lm":
             self.cls = MaskedHead(*fields)
         if self.task == "sequence_classification":
-            self.pooler = Pooler(*fields, c.pooler_activation, c.pooler_dropout)
+            self.pooler = Pooler(*fields, activation=c.pooler_activation, dropout=c.pooler_dropout)
         self.label_head()
 
     def unembed(self, hidden: jax.Array) -> jax.Array:

@@ -105,13 +105,13 @@ class Layers:
         )  # fmt: skip
 
     @nn.nowrap
-    def drop(self, x: jax.Array, rate: float | None = None) -> jax.Array:
+    def drop(self: Any, x: jax.Array, rate: float | None = None) -> jax.Array:
         """`x` with dropout, where the call has randomness for it."""
-        rate = self.config.dropout if rate is None else rate
-        if rate == 0.0 or not self.has_rng("dropout"):
+        share: float = self.config.dropout if rate is None else rate
+        if share == 0.0 or not self.has_rng("dropout"):
             return x
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - rate, x.shape)
-        return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - share, x.shape)
+        return jnp.where(keep, x / (1.0 - share), 0).astype(x.dtype)
 
 
 class Block(Layers, nn.Module):
@@ -123,7 +123,10 @@ class Block(Layers, nn.Module):
 
 
 class AttentionCore(nn.Module):
-    """Attention proper, a module of its own so that something can be attached to it (a prefix, say)."""
+    """Attention proper, a module of its own so that something can be attached to it (a prefix, say).
+
+    `bias` is added to the scores: [B or 1, H, T, S], or something that has it as `scores` (see `t5.Relative`).
+    """
 
     scale: float
     softcap: float | None = None
@@ -132,10 +135,8 @@ class AttentionCore(nn.Module):
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sliding: bool | jax.Array = False, bias: Any = None
     ) -> jax.Array:
-        kernel = self.implementation
-        return attention(
-            q, k, v, mask, sliding=sliding, scale=self.scale, softcap=self.softcap, bias=bias, implementation=kernel
-        )
+        options = {"scale": self.scale, "softcap": self.softcap, "implementation": self.implementation}
+        return attention(q, k, v, mask, sliding=sliding, bias=getattr(bias, "scores", bias), **options)
 
 
 class Residual(nn.Module):

@@ -149,8 +149,7 @@ def load_balancing_loss(router: Mapping[str, Any]) -> jax.Array:
     al. 2021, arXiv:2101.03961, equations 4 to 6), from the collection "router" of one call.
     """
     leaves = jax.tree_util.tree_flatten_with_path(router)[0]
-    total = lambda name: [x for path, x in leaves if f"'{name}'" in jax.tree_util.keystr(path)]
-    summed = lambda name: sum(x.reshape(-1, x.shape[-1]).sum(0) for x in total(name))
-    tokens = sum(x.sum() for x in total("tokens"))
-    chosen, probabilities = summed("chosen"), summed("probabilities")
-    return (chosen / tokens * (probabilities / tokens)).sum() * chosen.shape[-1]
+    of = lambda name: jnp.stack([jnp.ravel(x) for path, x in leaves if f"'{name}'" in jax.tree_util.keystr(path)])
+    tokens, experts = of("tokens").sum(), leaves[0][1].shape[-1]
+    chosen, probabilities = (of(name).reshape(-1, experts).sum(0) for name in ("chosen", "probabilities"))
+    return (chosen / tokens * (probabilities / tokens)).sum() * experts

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from peft_jax.models.attention import Mask, empty_cache, make_mask, read_cache, write_cache
 from peft_jax.models.blocks import (
@@ -87,6 +88,32 @@ def bucket(distance: jax.Array, *, bidirectional: bool, buckets: int, max_distan
     large = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact) * (buckets - exact)
     far = jnp.minimum(exact + large.astype(distance.dtype), buckets - 1)
     return first + jnp.where(distance < exact, distance, far)
+
+
+@struct.dataclass
+class Relative:
+    """The bias of relative positions, `scores` [B or 1, H, T, S], with the table [buckets, H] and positions that it is from."""
+
+    scores: jax.Array
+    table: jax.Array
+    positions: jax.Array
+    max_distance: int = struct.field(pytree_node=False)
+    bidirectional: bool = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, table: jax.Array, positions: jax.Array, kv_positions: jax.Array, **options: Any) -> Relative:
+        """The bias of keys at these positions [B or 1, S] for queries at those [B or 1, T]."""
+        distance = kv_positions[:, None, :] - positions[:, :, None]
+        scores = jnp.moveaxis(table[bucket(distance, buckets=table.shape[0], **options)], -1, 1).astype(jnp.float32)
+        return cls(scores, table, positions, **options)
+
+    def with_prefix(self, length: int) -> Relative:
+        """The bias with `length` keys in front, at the positions before the first one."""
+        options = {"max_distance": self.max_distance, "bidirectional": self.bidirectional}
+        front = Relative.of(self.table, self.positions, jnp.arange(-length, 0)[None], **options).scores
+        rows = max(front.shape[0], self.scores.shape[0])
+        both = [jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (front, self.scores)]
+        return self.replace(scores=jnp.concatenate(both, axis=-1))  # type: ignore[attr-defined]
 
 
 class Attention(Block):
@@ -194,9 +221,9 @@ class Stack(Block):
 
     def __call__(self, x: jax.Array, shared: dict[str, Any], positions: Any, kv_positions: Any, cache: Any = None) -> Any:
         c = self.config
-        distance = kv_positions[:, None, :] - positions[:, :, None]
-        at = bucket(distance, bidirectional=not self.cross, buckets=c.buckets, max_distance=c.max_distance)
-        bias = jnp.moveaxis(self.relative_attention_bias(at), -1, 1).astype(jnp.float32)
+        table = self.relative_attention_bias(jnp.arange(c.buckets))
+        options = {"max_distance": c.max_distance, "bidirectional": not self.cross}
+        bias = Relative.of(table, positions, kv_positions, **options)
         shared, x = {**shared, "bias": bias}, self.drop(x)
         if not isinstance(self.block, list | tuple):
             x, cache = self.block(x, shared, cache)
@@ -257,7 +284,7 @@ class T5(Layers, nn.Module):
         """The decoder's hidden states [B, U, D]; `unembed` turns them into logits."""
         if decoder_tokens is None:
             decoder_tokens = jnp.full((tokens.shape[0], 1), self.config.start_token, jnp.int32)
-        encoded = self.encode(tokens, segment_ids)
+        encoded, segment_ids = self.encode(tokens, segment_ids)
         positions = jnp.arange(decoder_tokens.shape[1], dtype=jnp.int32)[None]
         own = None if decoder_segment_ids is None else jnp.broadcast_to(decoder_segment_ids, decoder_tokens.shape)
         shared = {
@@ -268,11 +295,11 @@ class T5(Layers, nn.Module):
         }
         return self.decoder(self.shared(decoder_tokens), shared, positions, positions)[0]
 
-    def encode(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-        """What the encoder makes of tokens [B, T]: [B, T, D]."""
+    def encode(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+        """What the encoder makes of tokens [B, T], [B, T, D], and which of it is no padding, as `segment_ids` [B, T]."""
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         shared = {"mask": encoder_mask(tokens, segment_ids, positions), "index": None}
-        return self.encoder(self.shared(tokens), shared, positions, positions)[0]
+        return self.encoder(self.shared(tokens), shared, positions, positions)[0], segment_ids
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 from hidden states [..., D]."""
@@ -285,7 +312,8 @@ class T5(Layers, nn.Module):
         """A cache for decoding at most `length` tokens from `tokens` [B, T]."""
         c = self.config
         cache = empty_cache(c.num_decoder_layers, tokens.shape[0], length, c.num_heads, c.head_dim, dtype or self.dtype)
-        return {**cache, "encoded": self.encode(tokens, segment_ids), "encoded_segments": segment_ids}
+        encoded, seen = self.encode(tokens, segment_ids)
+        return {**cache, "encoded": encoded, "encoded_segments": seen}
 
     def decode(self, tokens: jax.Array, *, positions: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
         """(logits [B, U, V], new cache) of the decoder's next tokens [B, U] at these positions [B, U]."""

@@ -22,11 +22,12 @@ from peft_jax.core.adapters import stack_of
 from peft_jax.core.attachment import Shared
 from peft_jax.core.files import read_json, replacing_folder, write_json
 from peft_jax.core.reparametrised import MATRIX
-from peft_jax.core.tree import is_node, map_places, nearest, places
-from peft_jax.core.weight import Trainable, Weight, materialize, matrix_shape
-from peft_jax.hub.names import module_names, stack_size, tensors_of
+from peft_jax.core.tree import EXPERTS, is_node, map_places, nearest, places
+from peft_jax.core.weight import Trainable, Weight, matrix_shape
+from peft_jax.hub.names import is_conv1d, module_names, stack_size
+from peft_jax.hub.peft.experts import attach_experts, expert_tensors, experts_config, one_expert
 from peft_jax.hub.peft.formats import COMMON, FORMATS, Config, Format, Module, Tensors
-from peft_jax.hub.peft.prompts import WHOLE_FORMATS, load_whole
+from peft_jax.hub.peft.prompts import WHOLE_FORMATS, load_whole, saved_modules, trained_place, trained_tensors, whole_modules
 from peft_jax.hub.safetensors_io import open_checkpoint, save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -67,6 +68,7 @@ def save_peft(
     if not nodes:
         raise ValueError(f"the tree holds no adapter named {name!r}")
     peft_type, kind = _format_of(nodes)
+    experts = {path: nodes.pop(path) for path in list(nodes) if path.rpartition("/")[2] in EXPERTS}
     modules = {m: n for path, w in nodes.items() for m, n in _by_module(path, w).items()}
     embeddings = {m for path, w in nodes.items() if path.endswith("/embedding") for m in _by_module(path, w)}
     tensors = {f"{_PREFIX}{m}.{t}": v for m, n in modules.items() for t, v in kind.write(n, m in embeddings).items()}
@@ -80,15 +82,18 @@ def save_peft(
     config = {
         "peft_type": peft_type,
         "target_modules": _target_modules(params, modules),
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": bool(modules) and all(map(is_conv1d, modules)),
         "inference_mode": True,
         "base_model_name_or_path": base,
         "revision": revision,
         "task_type": task_type,
         **_extras_config(params, peft_type, kind),
-        **kind.describe(modules),
+        **kind.describe(modules | {f"{path} 0": one_expert(path, w) for path, w in experts.items()}),
         **_tokens_config(tokens, peft_type),
     }
+    if experts:
+        tensors |= {_PREFIX + t: value for t, value in expert_tensors(experts).items()}
+        config |= experts_config(experts, config)
     if peft_type == "TRAINABLE_TOKENS":
         config = {k: v for k, v in config.items() if k not in ("bias", "modules_to_save", "fan_in_fan_out")}
     with replacing_folder(folder) as temporary:
@@ -103,7 +108,7 @@ def _collect(params: Any, name: str) -> tuple[dict[str, Any], dict[str, Any], Te
         if isinstance(w, Trainable):
             if w.saved_as == "full":
                 raise ValueError(f"{path} is fully fine-tuned, which an adapter cannot hold; use merge and save")
-            trained.update(_extra_tensors(path, w))
+            trained.update(trained_tensors(path, w))
         stack = stack_of(w)
         for i, node in enumerate(stack):
             if getattr(node, "name", None) == name:
@@ -148,28 +153,15 @@ def _by_module(path: str, node: Any) -> dict[str, Any]:
     return result
 
 
-def _extra_tensors(path: str, w: Trainable) -> Tensors:
-    """Checkpoint name -> array for a place that trains whole."""
-    value = np.asarray(w.value)
-    tensors = {}
-    for tensor in tensors_of(path, stack_size(path, w)):
-        part = value if tensor.layer is None else value[tensor.layer]
-        tensors[tensor.name] = part.T if tensor.transposed else part
-    return tensors
-
-
 def _extras_config(params: Any, peft_type: str, kind: Format) -> dict[str, Any]:
     """The options `bias` and `modules_to_save`."""
     marked = {p: w for p, w in places(params).items() if isinstance(w, Trainable)}
     biases = [p for p in places(params) if p.endswith("/bias")]
     trained = [p for p, w in marked.items() if w.saved_as == "bias"]
-    whole = [(p, w) for p, w in marked.items() if w.saved_as == "module"]
     if trained and peft_type != "LORA":
         raise ValueError(f"{trained[0]} trains, which PEFT's {peft_type} format cannot hold")
-    # Full names: PEFT compares ends of names, and "norm" would end "input_layernorm" too.
-    saved = sorted({n for p, w in whole for n, _ in module_names(p.rpartition("/")[0], stack_size(p, w))})
     bias = "none" if not trained else "all" if len(trained) == len(biases) else "lora_only"
-    return {"modules_to_save": saved or None, **({"bias": bias} if trained else {})}
+    return {"modules_to_save": saved_modules(params) or None, **({"bias": bias} if trained else {})}
 
 
 def _tokens_config(tokens: Mapping[str, Any], peft_type: str) -> dict[str, Any]:
@@ -221,10 +213,14 @@ def _attach_all(params: Any, tensors: Tensors, config: Config, kind: Format, nam
     modules, tokens, shared, extras = _parse(tensors, config, kind, path)
     known = [n for p, w in places(params).items() for n, _ in module_names(p.rpartition("/")[0], stack_size(p, w))]
 
+    whole = whole_modules(extras)
+
     def attach(place: str, w: Any) -> Any:
         if not isinstance(w, Weight) and is_node(w):
             return w
-        w = _attach_extra(place, w, extras)
+        w = trained_place(place, w, extras, whole)
+        if place.rpartition("/")[2] in EXPERTS:
+            return attach_experts(place, w, modules, config, name)
         tied = "lm_head" not in known
         w = _attach_nodes(place, w, modules, config, kind, name, tied)
         return _attach_nodes(place, w, tokens, config, _TOKENS, name, tied)
@@ -361,19 +357,3 @@ def _check_shapes(node: Any, module: str) -> None:
         raise ValueError(f"the adapter's arrays for {module} are {arrays}; the weight is {node.shape}") from error
     if shape != node.shape:
         raise ValueError(f"the adapter's arrays for {module} are {arrays}; the weight is {node.shape}")
-
-
-def _attach_extra(path: str, w: Any, extras: Tensors) -> Any:
-    """A bias or whole module that was trained beside the adapter, in the place of the base's."""
-    tensors = [t for t in tensors_of(path, stack_size(path, w)) if t.name in extras]
-    if not tensors:
-        return w
-    value = np.array(materialize(w))
-    for tensor in tensors:
-        new = extras.pop(tensor.name)
-        new = new.T if tensor.transposed else new
-        target = value if tensor.layer is None else value[tensor.layer]
-        if new.shape != target.shape:
-            raise ValueError(f"{tensor.name} in the adapter has shape {new.shape}, the model's is {target.shape}")
-        target[...] = new.astype(value.dtype)
-    return Trainable(jnp.asarray(value), saved_as="bias" if path.endswith("/bias") else "module")

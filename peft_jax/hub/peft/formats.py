@@ -222,7 +222,7 @@ def _finish_lora(node: Any) -> Any:
 
 _LORA_OPTIONS = (
     "alpha_pattern init_lora_weights loftq_config lora_alpha lora_dropout megatron_core qalora_group_size r rank_pattern "
-    "runtime_config use_rslora use_dora use_qalora ensure_weight_tying trainable_token_indices"
+    "runtime_config use_rslora use_dora use_qalora ensure_weight_tying trainable_token_indices target_parameters"
 )
 
 # ---------------------------------------------------------------------------------------------------------- AdaLoRA
@@ -693,10 +693,9 @@ def _read_ia3(tensors: Tensors, config: Config, module: Module) -> tuple[type[We
 
 
 def _describe_ia3(nodes: Mapping[str, Any]) -> dict[str, Any]:
+    """Full names throughout: PEFT wants the modules whose inputs are scaled to be among the targets by the same name."""
     inputs = sorted(m for m, n in nodes.items() if n.feedforward)
-    last = {m.rpartition(".")[2] for m in inputs}
-    everywhere = all(n.feedforward for m, n in nodes.items() if m.rpartition(".")[2] in last)
-    return {"feedforward_modules": sorted(last) if everywhere else inputs}
+    return {"target_modules": sorted(nodes), "feedforward_modules": inputs}
 
 
 def _options(names: str) -> frozenset[str]:

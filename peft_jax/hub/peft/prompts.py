@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,17 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapters.llama_adapter import AdaptionPrompt
-from peft_jax.adapters.placing import attach, hidden_size, layers_of
-from peft_jax.adapters.prefix import Offset, Prefix, attention_cores
+from peft_jax.adapters.placing import attach, hidden_size, layers_of, token_stack
+from peft_jax.adapters.prefix import Offset, Prefix, attention_cores, offset_stack
 from peft_jax.adapters.prompt import ContextTokens, EncodedTokens, Prompt, TaskTokens, VirtualTokens, place_prompt
+from peft_jax.core.attachment import Attachment
 from peft_jax.core.files import replacing_folder, write_json
 from peft_jax.core.tree import distribute, map_places, places
-from peft_jax.core.weight import Trainable
+from peft_jax.core.weight import Trainable, materialize
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
-from peft_jax.hub.names import stack_size, tensors_of
+from peft_jax.hub.names import module_names, stack_size, tensors_of
 from peft_jax.hub.safetensors_io import save_tensors
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ROOT, PREFIX = "base_model.", "base_model.model."
+_BY_MODULE = ("ADAPTION_PROMPT", "LN_TUNING")  # methods whose other tensors have the longer prefix
 Tensors = dict[str, np.ndarray]
 Config = Mapping[str, Any]
 
@@ -49,8 +52,13 @@ def save_whole(
     task_type: Any,
 ) -> None:
     """Write the adapter `name`, whose nodes are these, as a PEFT folder of the method `kind`."""
-    tensors, config = WHOLE_FORMATS[kind].write(params, nodes, name)
+    modules = {p: n for p, n in nodes.items() if isinstance(n, Trainable) and n.saved_as == "module"}
+    own = {p: n for p, n in nodes.items() if p not in modules}
+    tensors, config = WHOLE_FORMATS[kind].write(params, own, name)
+    whole = {t: value for path, n in modules.items() for t, value in trained_tensors(path, n).items()}
+    tensors |= {(PREFIX if kind in _BY_MODULE else ROOT) + t: value for t, value in whole.items()}
     common = {
+        "modules_to_save": saved_modules(params) or None,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "peft_type": kind,
@@ -58,16 +66,75 @@ def save_whole(
         "task_type": task_type,
     }
     with replacing_folder(folder) as temporary:
-        write_json(temporary / CONFIG, common | config)
+        write_json(temporary / CONFIG, config | common)
         save_tensors(temporary / WEIGHTS, tensors)
 
 
 def load_whole(params: Any, tensors: Tensors, config: Config, name: str, path: Path) -> Any:
     """`params` with the adapter of a PEFT folder. Raises ValueError naming the tensor that is missing or does not fit."""
+    kind = str(config["peft_type"])
+    root = PREFIX if kind in _BY_MODULE else ROOT
+    named = set(config.get("modules_to_save") or ())
+    saved = {
+        t: tensors.pop(t) for t in list(tensors) if (t.startswith(root) and named & set(t.removeprefix(root).split(".")))
+        or t.removeprefix(root).rpartition(".")[0] in named
+    }  # fmt: skip
+    params = put_trained(params, {t.removeprefix(root): value for t, value in saved.items()}, path)
     try:
-        return WHOLE_FORMATS[str(config["peft_type"])].read(params, tensors, config, name)
+        return WHOLE_FORMATS[kind].read(params, tensors, config, name)
     except KeyError as error:
         raise ValueError(f"{path / WEIGHTS} lacks a tensor {error} that its method needs") from error
+
+
+def trained_tensors(path: str, w: Trainable) -> Tensors:
+    """Hugging Face's tensors for a place that trains whole, by name."""
+    value = np.asarray(w.value)
+    return {t.name: t.take(value) for t in tensors_of(path, stack_size(path, w))}
+
+
+def put_trained(params: Any, tensors: Tensors, path: Path) -> Any:
+    """`params` with whole modules (PEFT's `modules_to_save`) from these tensors. Raises ValueError where they do not fit."""
+    left, modules = dict(tensors), whole_modules(tensors)
+    result = map_places(lambda place, w: trained_place(place, w, left, modules), params) if left else params
+    if left:
+        raise ValueError(f"the adapter in {path} has {sorted(left)[0]}, which the model lacks; load it with the adapter's task")
+    return result
+
+
+def saved_modules(params: Any) -> list[str]:
+    """PEFT's `modules_to_save`: the modules that train whole, heads by the name of the whole head, others by their full names
+    (PEFT compares ends of names, and "norm" would end "input_layernorm" too).
+    """
+    known = places(params)
+    marked = {p: w for p, w in known.items() if isinstance(w, Trainable) and w.saved_as == "module"}
+    top = lambda path: path.partition("/")[0]
+    heads = {top(p) for p in marked} - {top(p) for p, w in known.items() if p not in marked and not isinstance(w, Attachment)}
+    names = {
+        n for p, w in marked.items() for n, _ in module_names(p.rpartition("/")[0], stack_size(p, w)) if top(p) not in heads
+    }
+    return sorted(names | heads)
+
+
+def whole_modules(tensors: Iterable[str]) -> set[str]:
+    """The modules of these tensors that are there with their weights: else a bias alone was trained."""
+    return {t.rpartition(".")[0] for t in tensors if t.endswith(".weight")}
+
+
+def trained_place(path: str, w: Any, tensors: Tensors, whole: set[str]) -> Any:
+    """What was trained whole at a place, in the place of the base's; it is taken out of `tensors`."""
+    if not hasattr(w, "shape"):
+        return w
+    mine = [t for t in tensors_of(path, stack_size(path, w)) if t.name in tensors]
+    if not mine:
+        return w
+    value = np.array(materialize(w))
+    for t in mine:
+        new = tensors.pop(t.name)
+        if new.shape != t.stored(value.shape):
+            raise ValueError(f"{t.name} in the adapter has shape {new.shape}, the model's is {t.stored(value.shape)}")
+        value[t.index] = (new.swapaxes(-1, -2) if t.transposed else new).astype(value.dtype)
+    alone = path.endswith("/bias") and mine[0].name.rpartition(".")[0] not in whole
+    return Trainable(jnp.asarray(value), saved_as="bias" if alone else "module")
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts
@@ -94,7 +161,7 @@ def _embeddings(params: Any, tensors: Tensors) -> jnp.ndarray:
 
 
 def _read_prompt(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
-    prompt = _embeddings(params, tensors)
+    prompt = _embeddings(params, tensors)[: config.get("num_virtual_tokens")]  # a decoder's, which PEFT keeps too, is not used
     return place_prompt(params, VirtualTokens(embeddings=prompt, name=name), len(prompt), None)
 
 
@@ -142,22 +209,62 @@ def _read_tasks(params: Any, tensors: Tensors, config: Config, name: str) -> Any
 # ---------------------------------------------------------------------------------------------------------- prefixes
 
 
-def cores_by_layer(params: Any) -> list[str]:
-    """Canonical paths of a decoder's attention cores, in the order of its layers."""
-    return [n for core in attention_cores(params) for n, _ in layers_of(params, core)[1]]
+def prefix_places(params: Any) -> list[tuple[str, int]]:
+    """(canonical path of an attention core, number of the pair of keys and values there) for PEFT's prefixes.
+
+    A decoder's layers have a pair each. In an encoder-decoder of L decoder layers, layer i attends to itself with the pair 2 i,
+    counted round L, and to the encoder with none: PEFT cuts its list of pairs, twice over, in fours, and uses the first two.
+    """
+    cores = [n for core in attention_cores(params) for n, _ in layers_of(params, core)[1]]
+    if token_stack(params)[0] != "encoder-decoder":
+        return [(core, i) for i, core in enumerate(cores)]
+    own = [core for core in cores if core.startswith("decoder/") and "/SelfAttention" in core]
+    return [(core, 2 * i % len(own)) for i, core in enumerate(own)]
 
 
 def _write_prefix(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
-    whole = places(distribute(params))
-    split = split_layers(params, {p: _made(whole[p]) for p, n in nodes.items() if isinstance(n, Prefix)}, name)
-    order = [f"{core}/prefix" for core in cores_by_layer(params)]
-    if missing := [p for p in order if p not in split]:
-        raise ValueError(f"PEFT's prefix tuning has a prefix in every layer, and {missing[0].removesuffix('/prefix')} has none")
-    both = [x for p in order for x in (split[p].keys, split[p].values)]  # [P, K d] each
+    split, order = _split_prefixes(params, nodes, name), prefix_places(params)
+    if missing := [p for p, _ in order if f"{p}/prefix" not in split]:
+        raise ValueError(f"PEFT's prefix tuning has a prefix in every layer, and {missing[0]} has none")
+    pairs = {i: split[f"{core}/prefix"] for core, i in order}
+    pairs = {i: pairs.get(i, pairs[0]) for i in range(len(order))}  # what an encoder-decoder's list has and does not use
+    both = [x for i in sorted(pairs) for x in (pairs[i].keys, pairs[i].values)]  # [P, K d] each
     if any(x is None for x in both):
         raise ValueError("a prefix in Flax's attention layers has no PEFT format")
     tensors = {"prompt_embeddings": np.concatenate(both, axis=-1)}
-    return tensors, {"num_virtual_tokens": both[0].shape[0], "num_layers": len(order), "prefix_projection": False}
+    own = {"num_virtual_tokens": both[0].shape[0], "num_layers": len(pairs), "prefix_projection": False}
+    return tensors, own | _sizes_of(params, both[0].shape[-1])
+
+
+def _split_prefixes(params: Any, nodes: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The prefixes by layer."""
+    whole = places(distribute(params))
+    return split_layers(params, {p: _made(whole[p]) for p, n in nodes.items() if isinstance(n, Prefix)}, name)
+
+
+def _sizes_of(params: Any, features: int) -> dict[str, int]:
+    """What PEFT asks of an encoder-decoder's attention with keys of so many features."""
+    if token_stack(params)[0] != "encoder-decoder":
+        return {}
+    table = next(w for p, w in places(params).items() if p.endswith("relative_attention_bias/embedding"))
+    return {"num_transformer_submodules": 2, "num_attention_heads": table.shape[-1], "token_dim": features}
+
+
+def prefixes_fit(params: Any, nodes: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT's format can hold these prefixes: in an encoder-decoder those of its decoder's attention to itself,
+    equal where PEFT has one pair for two layers.
+    """
+    if token_stack(params)[0] != "encoder-decoder":
+        return True
+    split, order = _split_prefixes(params, nodes, name), prefix_places(params)
+    if set(split) != {f"{core}/prefix" for core, _ in order}:
+        return False
+    first = {i: split[f"{core}/prefix"] for core, i in order}
+    return all(
+        np.array_equal(getattr(split[f"{core}/prefix"], field), getattr(first[i], field))
+        for core, i in order
+        for field in ("keys", "values")
+    )
 
 
 def _made(node: Prefix) -> Prefix:
@@ -170,26 +277,28 @@ def _made(node: Prefix) -> Prefix:
 def _read_prefix(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
     if config.get("prefix_projection") and "prompt_embeddings" not in tensors:
         raise ValueError("the adapter has its prefix as an encoder; save it with PEFT's inference mode")
-    flat, order = tensors["prompt_embeddings"].astype(np.float32), cores_by_layer(params)
-    return place_prefix(params, flat, order, name)
+    return place_prefix(params, tensors["prompt_embeddings"].astype(np.float32), prefix_places(params), name)
 
 
-def place_prefix(params: Any, flat: np.ndarray, order: list[str], name: str, *, offset: bool = True) -> Any:
-    """`params` with a prefix [P, 2 * layers * K d], keys and values of each layer in turn."""
+def place_prefix(params: Any, flat: np.ndarray, order: list[tuple[str, int]], name: str, *, offset: bool = True) -> Any:
+    """`params` with a prefix from `flat` [P, 2 * pairs * K d], keys and values of each pair in turn; `order` says where."""
     from peft_jax.adapters.prefix import kv_features
 
     if not order:
-        raise ValueError("prefix tuning needs a decoder's attention, and this model has none")
-    wanted = 2 * len(order) * kv_features(params)
+        raise ValueError("prefix tuning needs attention of this package's models, and this model has none")
+    count = len(order)
+    wanted = 2 * count * kv_features(params)
     if flat.ndim != 2 or flat.shape[1] != wanted:
         raise ValueError(f"prompt_embeddings has shape {flat.shape}, expected (tokens, {wanted}) for this model")
-    parts = np.split(flat, 2 * len(order), axis=1)
+    parts = np.split(flat, 2 * count, axis=1)
     nodes = {
         f"{core}/prefix": Prefix(keys=parts[2 * i], values=parts[2 * i + 1], length=flat.shape[0], offset=offset, name=name)
-        for i, core in enumerate(order)
+        for core, i in order
     }
-    placed = put_nodes(params, join_layers(params, nodes, name))
-    return placed if not offset else attach(placed, {"model": {f"offset_{name}": Offset(length=flat.shape[0], name=name)}})
+    placed, stack = put_nodes(params, join_layers(params, nodes, name)), offset_stack(params)
+    if not offset or stack is None:
+        return placed
+    return attach(placed, {stack: {f"offset_{name}": Offset(length=flat.shape[0], name=name)}})
 
 
 # --------------------------------------------------------------------------------------------------- adaption prompts
@@ -197,7 +306,7 @@ def place_prefix(params: Any, flat: np.ndarray, order: list[str], name: str, *, 
 
 def _write_adaption(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
     split = split_layers(params, nodes, name)
-    cores = cores_by_layer(params)
+    cores = [core for core, _ in prefix_places(params)]
     has = [f"{core}/adaption" in split for core in cores]
     count = sum(has)
     if has != [i >= len(has) - count for i in range(len(has))]:

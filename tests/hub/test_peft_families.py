@@ -1,0 +1,206 @@
+"""PEFT's folders on GPT-2, BERT, RoBERTa, T5 and Mixtral: LoRA, IA3, prompts and prefixes, exchanged both ways with heads.
+
+PEFT 0.21 refuses prefixes for encoders under transformers 5 ("Model does not support past key values"), so ours for BERT is
+held to attention written out in NumPy.
+"""
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers as tr
+
+import peft_jax
+from tests.models.test_encoders import ENCODERS, T5_SIZES
+from tests.reference import FAMILIES, perturb, random_tokens, relative_error
+
+TOKENS, TARGETS, P = random_tokens(2, 9), random_tokens(2, 5, seed=1), 3
+BASES = {
+    "gpt2": (lambda: tr.GPT2LMHeadModel(FAMILIES["gpt2"]()), "CAUSAL_LM"),
+    "bert": (lambda: tr.BertForSequenceClassification(ENCODERS["bert"](num_labels=3)), "SEQ_CLS"),
+    "bert_tokens": (lambda: tr.BertForTokenClassification(ENCODERS["bert"](num_labels=3)), "TOKEN_CLS"),
+    "roberta": (lambda: tr.RobertaForSequenceClassification(ENCODERS["roberta"](num_labels=3)), "SEQ_CLS"),
+    "t5": (lambda: tr.T5ForConditionalGeneration(tr.T5Config(**dict(T5_SIZES, d_kv=8))), "SEQ_2_SEQ_LM"),
+    "mixtral": (lambda: tr.MixtralForCausalLM(FAMILIES["mixtral_sliding"]()), "CAUSAL_LM"),
+}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# case -> (PEFT's configuration for a task, ours from the start)
+CONFIGS = {
+    "lora": (
+        lambda task, more: peft.LoraConfig(task_type=task, r=4, lora_alpha=6, **more),
+        lambda p, t: peft_jax.lora(p, jax.random.key(0), rank=4, alpha=6, targets=t),
+    ),
+    "ia3": (
+        lambda task, more: peft.IA3Config(task_type=task, **more),
+        lambda p, t: peft_jax.ia3(p, jax.random.key(0), targets=t),
+    ),
+    "prompt": (
+        lambda task, more: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=P),
+        lambda p, t: peft_jax.prompt_tuning(p, jax.random.key(0), num_virtual_tokens=P),
+    ),
+    "prefix": (
+        lambda task, more: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=P),
+        lambda p, t: peft_jax.prefix_tuning(p, jax.random.key(0), num_virtual_tokens=P, targets=t if "/" in str(t) else "*"),
+    ),
+}
+LORA = {
+    "gpt2": ["c_attn", "c_fc", "mlp.c_proj"], "bert": ["query", "value", "output.dense"], "bert_tokens": ["query", "dense"],
+    "roberta": ["query", "value"], "t5": ["q", "v", "wi", "wo"], "mixtral": ["q_proj", "v_proj"],
+}  # fmt: skip
+CASES = [(b, m) for b in BASES for m in CONFIGS if m != "prefix" or b not in ("bert", "bert_tokens", "roberta")]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    loaded = {}
+
+    def get(name):
+        if name not in loaded:
+            folder = tmp_path_factory.mktemp(name)
+            their_base(name).save_pretrained(folder)
+            model, params = peft_jax.load(folder)
+            loaded[name] = params, jax.jit(peft_jax.bind(model)), folder
+        return loaded[name]
+
+    return get
+
+
+def their_base(name):
+    torch.manual_seed(0)
+    model = BASES[name][0]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def their_logits(name, model):
+    more = {"decoder_input_ids": torch.tensor(TARGETS)} if name == "t5" else {}
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(TOKENS), attention_mask=torch.ones(TOKENS.shape, dtype=torch.long), **more).logits
+    return logits[:, -TOKENS.shape[1] :].numpy() if logits.ndim == 3 else logits.numpy()
+
+
+def our_logits(name, run, params):
+    return run(params, TOKENS, *([TARGETS] if name == "t5" else []))
+
+
+def options(name, method):
+    if method == "lora":
+        return {"target_modules": LORA[name]}
+    # PEFT looks for Mixtral's experts under names that transformers 5 no longer has
+    return {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []} if name == "mixtral" else {}
+
+
+def moved(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_exchange(bases, name, method, tmp_path):
+    params, run, _ = bases(name)
+    configure, make = CONFIGS[method]
+    more, task = options(name, method), BASES[name][1]
+    torch.manual_seed(1)
+    theirs = moved(peft.get_peft_model(their_base(name), configure(task, more)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = their_logits(name, theirs)
+    loaded = peft_jax.load_adapter(params, tmp_path / "theirs")
+    assert relative_error(our_logits(name, run, loaded), expected) < 1e-4
+    assert relative_error(our_logits(name, run, params), expected) > 1e-3
+
+    targets = ["decoder/*/SelfAttention/core"] if (name, method) == ("t5", "prefix") else more.get("target_modules", "")
+    ours = perturb(make(params, targets), scale=0.3)
+    if name.startswith(("bert", "roberta")):
+        ours = with_head(ours)
+    peft_jax.save_adapter(tmp_path / "ours", ours, task_type=task)
+    back = peft.PeftModel.from_pretrained(their_base(name), tmp_path / "ours").eval()
+    expected = their_logits(name, back)
+    assert relative_error(our_logits(name, run, ours), expected) < 1e-4
+    again = peft_jax.load_adapter(params, tmp_path / "ours", name="again")
+    assert relative_error(our_logits(name, run, again), expected) < 1e-4
+    peft_jax.save_adapter(tmp_path / "third", again, name="again", task_type=task)
+
+
+def with_head(params):
+    """The tree with its classifier trained too."""
+    from peft_jax.core.tree import map_places
+    from peft_jax.core.weight import Trainable
+
+    head = lambda p, w: Trainable(w + 0.1, saved_as="module") if p.startswith("classifier/") else w
+    return map_places(head, params)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("parameters", [EXPERTS, EXPERTS[1:]], ids=["both", "down"])
+def test_lora_of_experts(bases, parameters, tmp_path):
+    params, run, _ = bases("mixtral")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=parameters)
+    theirs = moved(peft.get_peft_model(their_base("mixtral"), config))
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = peft_jax.load_adapter(params, tmp_path / "theirs")
+    expected = their_logits("mixtral", theirs)
+    assert relative_error(run(loaded, TOKENS), expected) < 1e-4
+    assert relative_error(run(peft_jax.merge(loaded), TOKENS), expected) < 1e-4
+    targets = [f"experts/{p.rpartition('.')[2]}" for p in parameters]
+    ours = perturb(peft_jax.lora(params, jax.random.key(0), rank=2, targets=["q_proj", *targets]), scale=0.3)
+    peft_jax.save_adapter(tmp_path / "ours", ours)
+    back = peft.PeftModel.from_pretrained(their_base("mixtral"), tmp_path / "ours").eval()
+    assert relative_error(run(ours, TOKENS), their_logits("mixtral", back)) < 1e-4
+    assert relative_error(run(peft_jax.load_adapter(params, tmp_path / "ours"), TOKENS), run(ours, TOKENS)) < 1e-5
+
+
+def test_experts_that_do_not_fit_are_refused(bases, tmp_path):
+    params, _, _ = bases("mixtral")
+    dora = peft_jax.dora(params, jax.random.key(0), rank=2, targets="experts/down_proj")
+    with pytest.raises(ValueError, match="of stacked experts PEFT's folders hold LoRA alone"):
+        peft_jax.save_adapter(tmp_path / "dora", dora, format="peft")
+    some = peft_jax.lora(params, jax.random.key(0), rank=2, targets="experts/down_proj", layers=[1])
+    with pytest.raises(ValueError, match="adapts some of the layers"):
+        peft_jax.save_adapter(tmp_path / "some", some)
+    mixed = peft_jax.lora(
+        params, jax.random.key(0), rank=2, targets=["experts/down_proj", "q_proj"], rank_pattern={"q_proj": 3}
+    )
+    with pytest.raises(ValueError, match="PEFT has one rank and alpha"):
+        peft_jax.save_adapter(tmp_path / "mixed", mixed)
+
+
+def test_an_adapter_of_another_task_is_refused(bases, tmp_path):
+    params, _, _ = bases("bert")
+    peft_jax.save_adapter(tmp_path / "a", with_head(peft_jax.prompt_tuning(params, jax.random.key(0))), task_type="SEQ_CLS")
+    with pytest.raises(ValueError, match=r"has classifier\.bias, which the model lacks; load it with the adapter's task"):
+        peft_jax.load_adapter({"bert": params["bert"]}, tmp_path / "a")
+
+
+def test_a_prefix_in_an_encoder_is_seen_by_every_token(bases):
+    """One BERT layer's attention with a prefix, written out in NumPy."""
+    params, _, folder = bases("bert")
+    model, _ = peft_jax.load(folder)
+    ours = perturb(peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=P), scale=0.3)
+    node = ours["bert"]["encoder"]["layer"]["attention"]["self"]["core"]["prefix_default"]
+    q, k, v = (np.random.default_rng(i).standard_normal((2, 9, 4, 8)).astype(np.float32) for i in range(3))
+
+    from peft_jax.models.blocks import AttentionCore
+    from peft_jax.models.encoder import encoder_mask
+
+    core = AttentionCore(8**-0.5)
+    mask = encoder_mask(TOKENS, None, np.arange(9)[None])
+    first = jax.tree.map(lambda a: a[0], node)
+    out = first.around(lambda *a: core.apply({}, *a), q, k, v, mask, False, None)
+    keys, values = (
+        np.concatenate([np.broadcast_to(np.asarray(x).reshape(1, P, 4, 8), (2, P, 4, 8)), y], axis=1)
+        for x, y in ((first.keys, k), (first.values, v))
+    )
+    scores = np.einsum("bthd,bshd->bhts", q, keys) / np.sqrt(8)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), values)
+    assert relative_error(out, expected) < 1e-5
+    logits = jax.jit(peft_jax.bind(model))(ours, TOKENS)
+    assert relative_error(logits, jax.jit(peft_jax.bind(model))(params, TOKENS)) > 1e-3
