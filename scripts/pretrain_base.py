@@ -114,7 +114,7 @@ def make_optimizer(params, steps: int, peak: float) -> optax.GradientTransformat
     schedule = optax.join_schedules([optax.linear_schedule(0, peak, 100), optax.linear_schedule(peak, 0.0, steps - 100)], [100])
     spec = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     numbers = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: spec if "layers" in jax.tree_util.keystr(path) and leaf.ndim == 3 else None, params
+        lambda path, leaf: spec if "layer" in jax.tree_util.keystr(path) and leaf.ndim == 3 else None, params
     )
     return optax.chain(
         optax.clip_by_global_norm(1.0),

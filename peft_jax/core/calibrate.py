@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, find_sites, node, place_nodes
 from peft_jax.core.tree import Targets, combine, layer_paths, map_places, partition, places
-from peft_jax.core.weight import Layout, Trainable, static, to_matrix
+from peft_jax.core.weight import Layout, Trainable, ragged_matmul, static, to_matrix
 
 Statistic = Literal["covariance", "second_moment", "mean", "mean_abs", "max_abs"]
 
@@ -31,6 +31,9 @@ class Probe(Reparametrised):
 
     def product(self, x: jax.Array, base: Product) -> jax.Array:
         return base(_tap(self.statistic, x, self.sink))
+
+    def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        return ragged_matmul(_ragged_tap(self.statistic, x, sizes, self.sink), self.base, sizes)
 
     def materialize(self) -> jax.Array:
         raise ValueError("a weight that its module materialises cannot be calibrated; register a rule or exclude it")
@@ -60,6 +63,35 @@ def _tap_backward(statistic: str, x: jax.Array, grad: jax.Array) -> Any:
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ragged_tap(statistic: str, x: jax.Array, sizes: jax.Array, sink: jax.Array) -> jax.Array:
+    return x
+
+
+def _ragged_forward(statistic: str, x: jax.Array, sizes: jax.Array, sink: jax.Array) -> Any:
+    return x, (x, sizes)
+
+
+def _ragged_backward(statistic: str, saved: Any, grad: jax.Array) -> Any:
+    """The statistic of each group's rows."""
+    (x, sizes), E = saved, saved[1].shape[0]
+    rows = x.astype(jnp.float32)
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right")  # rows beyond the groups are of none
+    if statistic == "covariance":  # what the gradient of a product with each group's weight is
+        _, back = jax.vjp(lambda w: jax.lax.ragged_dot(rows, w, sizes), jnp.zeros((E, x.shape[-1], x.shape[-1])))
+        inside = (group < E)[:, None]
+        value = back(jnp.where(inside, rows, 0.0))[0]
+    elif statistic == "max_abs":
+        value = jnp.maximum(jax.ops.segment_max(jnp.abs(rows), group, E), 0.0)
+    else:
+        of = {"second_moment": jnp.square, "mean": lambda r: r, "mean_abs": jnp.abs}[statistic]
+        value = jax.ops.segment_sum(of(rows), group, E)
+    return jnp.zeros_like(x), None, value
+
+
+_ragged_tap.defvjp(_ragged_forward, _ragged_backward)
+
+
 def calibrate(
     apply: Callable[..., Any],
     params: Any,
@@ -73,7 +105,7 @@ def calibrate(
     """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]), x^2 ("second_moment", [*lead, in]), x
     ("mean") or |x| ("mean_abs"), or the largest |x| ("max_abs"), float32.
 
-    `batches` hold `tokens` [B, T] and what else the model's call takes (`positions`, `segment_ids`); every token counts,
+    Of stacked experts each has the tokens that it gets, over the number of all tokens. `batches` hold `tokens` [B, T] and what else the model's call takes (`positions`, `segment_ids`); every token counts,
     so give rows without padding. Raises ValueError where there is no batch, or a target matches nothing.
     """
 

@@ -158,6 +158,7 @@ def fetch(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over expert, data and fsdp, tokens over sequence."""
-    return NamedSharding(mesh, P(ROWS, "sequence"))
+def batch_sharding(mesh: Mesh, array: Any) -> NamedSharding:
+    """Rows over expert, data and fsdp, tokens over sequence where they divide."""
+    tokens = "sequence" if array.ndim > 1 and array.shape[1] % mesh.shape["sequence"] == 0 else None
+    return NamedSharding(mesh, P(ROWS, *([] if array.ndim < 2 else [tokens])))

@@ -1,10 +1,25 @@
-"""Data: records from files and datasets, templates, packing, batches whose position can be resumed."""
+"""Data: records from files and datasets, templates, packing, labels, batches whose position can be resumed."""
 
 from peft_jax.data.batches import batch_at, evaluation_batches
-from peft_jax.data.encode import Example, Rows, encode, fit, pack
+from peft_jax.data.encode import Example, Rows, encode, fingerprint, fit, pack
+from peft_jax.data.labelled import (
+    LabelledRows,
+    MaskedRows,
+    PairRows,
+    Question,
+    SourceRows,
+    encode_classification,
+    encode_masked,
+    encode_pairs,
+    encode_questions,
+    encode_sources,
+    encode_tagging,
+    label_names,
+)
 from peft_jax.data.records import MalformedRecordError, Record, read_records
 
 __all__ = [
-    "Example", "MalformedRecordError", "Record", "Rows", "batch_at", "encode", "evaluation_batches", "fit", "pack",
-    "read_records",
+    "Example", "LabelledRows", "MalformedRecordError", "MaskedRows", "PairRows", "Question", "Record", "Rows", "SourceRows",
+    "batch_at", "encode", "encode_classification", "encode_masked", "encode_pairs", "encode_questions", "encode_sources",
+    "encode_tagging", "evaluation_batches", "fingerprint", "fit", "label_names", "pack", "read_records",
 ]  # fmt: skip

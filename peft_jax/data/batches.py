@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 
-from peft_jax.data.encode import Rows
-
 Batch = dict[str, np.ndarray]
-FIELDS = Rows._fields
 
 
-def batch_at(rows: Rows, index: int, batch_size: int, *, seed: int) -> Batch:
-    """The `index`-th training batch: fields [batch_size, T], rows in an order that changes with each epoch.
+def batch_at(rows: Any, index: int, batch_size: int, *, seed: int) -> Batch:
+    """The `index`-th training batch: fields [batch_size, ...], rows in an order that changes with each epoch.
 
+    `rows` is a NamedTuple of arrays [N, ...], `tokens` among them.
     The last, incomplete batch of an epoch is filled from the next one's order, so shapes are static and no row is lost.
     """
     count = len(rows.tokens)
     first = index * batch_size
     chosen = [_order(count, (first + i) // count, seed)[(first + i) % count] for i in range(batch_size)]
-    return {name: array[chosen] for name, array in zip(FIELDS, rows, strict=True)}
+    return {name: array[chosen] for name, array in rows._asdict().items()}
 
 
 @functools.lru_cache(maxsize=4)
@@ -29,12 +28,12 @@ def _order(count: int, epoch: int, seed: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def evaluation_batches(rows: Rows, batch_size: int) -> list[Batch]:
+def evaluation_batches(rows: Any, batch_size: int) -> list[Batch]:
     """All rows in order, the last batch padded with rows that weigh nothing."""
     count = len(rows.tokens)
     batches = []
     for start in range(0, count, batch_size):
-        part = {name: array[start : start + batch_size] for name, array in zip(FIELDS, rows, strict=True)}
+        part = {name: array[start : start + batch_size] for name, array in rows._asdict().items()}
         short = batch_size - len(part["tokens"])
-        batches.append({name: np.pad(array, ((0, short), (0, 0))) for name, array in part.items()})
+        batches.append({name: np.pad(array, [(0, short)] + [(0, 0)] * (array.ndim - 1)) for name, array in part.items()})
     return batches

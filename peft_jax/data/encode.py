@@ -36,12 +36,13 @@ class Rows(NamedTuple):
     positions: np.ndarray
     segment_ids: np.ndarray
 
-    def fingerprint(self) -> str:
-        """A short hash of the rows, by which a checkpoint knows its data."""
-        digest = hashlib.sha256()
-        for array in self:
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()[:16]
+
+def fingerprint(rows: Any) -> str:
+    """A short hash of rows (a NamedTuple of arrays), by which a checkpoint knows its data."""
+    digest = hashlib.sha256()
+    for array in rows:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def encode(records: Iterable[Record], tokenizer: Any, kind: Kind, *, on_error: str = "skip") -> Iterator[Example]:

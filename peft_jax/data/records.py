@@ -1,6 +1,8 @@
 """Records from files and hub datasets, each with its origin, so that a malformed one can be named.
 
-A record is a dict with `text`, or `prompt` and `completion`, or `messages` (chat). Which of them is decided by `kind`.
+What a record holds is decided by `kind`: `text`; `prompt` and `completion`; `messages` (chat); `text`, `label` and perhaps
+`text_pair` (classification); `tokens` and `tags` (tagging); `question`, `context` and `answers` (question_answering, as in
+SQuAD); `anchor` and `positive` (pairs).
 """
 
 from __future__ import annotations
@@ -16,8 +18,17 @@ from typing import IO, Any, Literal, NamedTuple
 from peft_jax.data import builtin
 
 logger = logging.getLogger("peft_jax")
-Kind = Literal["text", "completion", "chat"]
-FIELDS: dict[str, tuple[str, ...]] = {"text": ("text",), "completion": ("prompt", "completion"), "chat": ("messages",)}
+Kind = Literal["text", "completion", "chat", "classification", "tagging", "question_answering", "pairs"]
+FIELDS: dict[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "completion": ("prompt", "completion"),
+    "chat": ("messages",),
+    "classification": ("text", "label"),
+    "tagging": ("tokens", "tags"),
+    "question_answering": ("question", "context", "answers"),
+    "pairs": ("anchor", "positive"),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {"classification": ("text_pair",)}
 
 
 class Record(NamedTuple):
@@ -48,8 +59,10 @@ def read_records(
     into the kind's fields. A malformed record is logged with file and line and passed over, or ends the run with
     MalformedRecordError if `on_error` is "stop". Raises ValueError where nothing usable is left.
     """
+    optional = OPTIONAL.get(kind, ())
     names = {field: (columns or {}).get(field, field) for field in FIELDS[kind]}
-    if unknown := set(columns or {}) - set(names):
+    names |= {field: columns[field] for field in optional if columns and field in columns}
+    if unknown := set(columns or {}) - {*names, *optional}:
         raise ValueError(f"columns names {sorted(unknown)[0]!r}; a {kind} record has {', '.join(names)}")
     records: list[Record] = []
     bad = 0
@@ -82,19 +95,60 @@ def _check(raw: Record | MalformedRecordError, names: Mapping[str, str], kind: K
             have = ", ".join(map(str, raw.value))
             raise MalformedRecordError(f"{raw.origin}: no field {name!r} (fields here: {have})")
         value[field] = raw.value[name]
-    if kind == "chat":
-        _check_messages(value["messages"], raw.origin)
-    elif wrong := [n for n, v in value.items() if not isinstance(v, str)]:
-        raise MalformedRecordError(f"{raw.origin}: {names[wrong[0]]!r} is no text")
+    for field in OPTIONAL.get(kind, ()):
+        if field not in names and raw.value.get(field) is not None:
+            value[field] = raw.value[field]
+    _CHECKS.get(kind, _check_texts)(value, names, raw.origin)
     return Record(value, raw.origin)
 
 
-def _check_messages(messages: Any, origin: str) -> None:
+def _check_texts(value: Mapping[str, Any], names: Mapping[str, str], origin: str) -> None:
+    if wrong := [n for n, v in value.items() if not isinstance(v, str)]:
+        raise MalformedRecordError(f"{origin}: {names.get(wrong[0], wrong[0])!r} is no text")
+
+
+def _check_labelled(value: Mapping[str, Any], names: Mapping[str, str], origin: str) -> None:
+    _check_texts({n: v for n, v in value.items() if n != "label"}, names, origin)
+    if isinstance(value["label"], bool) or not isinstance(value["label"], str | int | float):
+        raise MalformedRecordError(f"{origin}: {names['label']!r} is neither a name nor a number")
+
+
+def _check_tags(value: Mapping[str, Any], names: Mapping[str, str], origin: str) -> None:
+    tokens, tags = value["tokens"], value["tags"]
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
+        raise MalformedRecordError(f"{origin}: {names['tokens']!r} is no list of words")
+    if not isinstance(tags, list) or not all(isinstance(t, str | int) for t in tags):
+        raise MalformedRecordError(f"{origin}: {names['tags']!r} is no list of tags")
+    if len(tokens) != len(tags):
+        raise MalformedRecordError(f"{origin}: {len(tokens)} tokens and {len(tags)} tags")
+
+
+def _check_question(value: Mapping[str, Any], names: Mapping[str, str], origin: str) -> None:
+    _check_texts({n: v for n, v in value.items() if n != "answers"}, names, origin)
+    answers = value["answers"]
+    good = isinstance(answers, Mapping) and len(answers.get("text", ())) == len(answers.get("answer_start", ())) > 0
+    if not good:
+        raise MalformedRecordError(f"{origin}: {names['answers']!r} should hold text and answer_start, one of each at least")
+    for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+        if value["context"][start : start + len(text)] != text:
+            raise MalformedRecordError(f"{origin}: the context does not hold {text!r} at {start}")
+
+
+def _check_messages(value: Mapping[str, Any], names: Mapping[str, str], origin: str) -> None:
+    messages = value["messages"]
     good = isinstance(messages, list) and messages
     if not good or not all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and m.get("role") for m in messages):
         raise MalformedRecordError(f"{origin}: messages must be a list of objects with role and content")
     if not any(m["role"] == "assistant" for m in messages):
         raise MalformedRecordError(f"{origin}: no assistant turn to learn from")
+
+
+_CHECKS: dict[str, Callable[[Mapping[str, Any], Mapping[str, str], str], None]] = {
+    "chat": _check_messages,
+    "classification": _check_labelled,
+    "tagging": _check_tags,
+    "question_answering": _check_question,
+}
 
 
 def _raw(path: str, kind: Kind, split: str, delimiter: str | None) -> Iterator[Record | MalformedRecordError]:
@@ -200,10 +254,43 @@ def _hub(name: str, split: str) -> Iterator[Record]:
         yield Record(dict(value), f"{name}[{split}]:{i}")
 
 
+_CONLLU = ("form", "lemma", "upos", "xpos", "feats", "head", "deprel")
+
+
+def _conllu(file: Path) -> Iterator[Record | MalformedRecordError]:
+    """Sentences of a treebank: `tokens` (the words' forms), `lemma`, `upos`, `xpos`, `feats`, `head`, `deprel`, a value a word,
+    and what its comments say (`sent_id`, `text`). Multiword tokens and empty nodes are passed over.
+    """
+    with _open(file) as lines:
+        words: list[list[str]] = []
+        comments: dict[str, str] = {}
+        bad: MalformedRecordError | None = None
+        start = 1
+        for number, line in enumerate([*lines, "\n"], 1):
+            line = line.rstrip("\n")
+            if line.startswith("#"):
+                name, _, value = line[1:].partition("=")
+                comments[name.strip()] = value.strip()
+            elif line.strip():
+                parts = line.split("\t")
+                if len(parts) != 10:
+                    bad = bad or MalformedRecordError(f"{file}:{number}: {len(parts)} columns, CoNLL-U has 10")
+                elif parts[0].isdigit():
+                    words.append(parts[1:8])
+            else:
+                if bad is not None:
+                    yield bad
+                elif words:
+                    columns = dict(zip(_CONLLU, map(list, zip(*words, strict=True)), strict=True))
+                    yield Record({"tokens": columns.pop("form"), **columns, **comments}, f"{file}:{start}")
+                words, comments, bad, start = [], {}, None, number + 1
+
+
 _READERS: dict[str, Callable[[Path], Iterator[Record | MalformedRecordError]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
     ".txt": _text,
     ".parquet": _parquet,
+    ".conllu": _conllu,
 }

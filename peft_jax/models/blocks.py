@@ -199,6 +199,13 @@ def run_layers(layers: Any, x: jax.Array, shared: Any, own: dict[str, Any]) -> j
     return x
 
 
+def mean_of(hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """The mean [B, D] of hidden states [B, T, D] over the tokens that are no padding."""
+    seen = jnp.ones(hidden.shape[:2]) if segment_ids is None else segment_ids > 0
+    seen = seen.astype(jnp.float32)[..., None]
+    return ((hidden * seen).sum(1) / jnp.maximum(seen.sum(1), 1.0)).astype(hidden.dtype)
+
+
 def abstract_params(model: nn.Module) -> Any:
     """Shapes and dtypes of a model's parameters, nothing allocated."""
     return jax.eval_shape(lambda: fresh_params(model))

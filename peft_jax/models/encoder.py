@@ -61,6 +61,7 @@ class Encoder(Layers, nn.Module):
 
     prefix: ClassVar[str] = ""  # the module that holds everything but the head
     heads: ClassVar[tuple[str, ...]] = ("classifier", "qa_outputs", "pooler")
+    typed: ClassVar[bool] = True  # the call takes `token_type_ids`
     first_pooled: ClassVar[bool] = True  # a sequence's vector is its first token's
 
     @property

@@ -19,6 +19,7 @@ from peft_jax.models.blocks import (
     Residual,
     join_heads,
     layer_stack,
+    mean_of,
     run_layers,
     split_heads,
 )
@@ -196,10 +197,3 @@ class ModernBert(Encoder):
         if self.task == "sequence_classification":
             hidden = hidden[:, 0] if c.classifier_pooling == "cls" else mean_of(hidden, segment_ids)
         return self.classifier(self.drop(self.head(hidden), c.classifier_dropout))
-
-
-def mean_of(hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """The mean [B, D] of hidden states [B, T, D] over the tokens that are no padding."""
-    seen = jnp.ones(hidden.shape[:2]) if segment_ids is None else segment_ids > 0
-    seen = seen.astype(jnp.float32)[..., None]
-    return ((hidden * seen).sum(1) / jnp.maximum(seen.sum(1), 1.0)).astype(hidden.dtype)

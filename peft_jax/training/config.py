@@ -21,11 +21,17 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from peft_jax.core.tree import nearest
+from peft_jax.data.records import Kind
 from peft_jax.methods import ENDS_OTHERWISE, METHODS
+from peft_jax.models.blocks import Task
 from peft_jax.pruning.distribution import check_distribution, check_pattern, check_sparsity
 from peft_jax.pruning.prune import check_score
 from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.rounding import check_rounding
+
+Metric = Literal[
+    "perplexity", "exact_match", "bleu", "rouge", "accuracy", "f1", "matthews", "pearson", "spearman", "seqeval", "retrieval",
+]  # fmt: skip
 
 
 @typing.dataclass_transform(frozen_default=True)
@@ -50,6 +56,7 @@ class ModelConfig:
     path: str = option("builtin:base", "Hugging Face folder or repository id, or builtin:base (the embedded model)")
     revision: str | None = option(None, "repository revision")
     dtype: str | None = option(None, "float32, bfloat16 or float16; by default float32 on the CPU, the checkpoint's elsewhere")
+    task: Task | None = option(None, "what the model is for, as sequence_classification; by default as its checkpoint says")
     adapter: str | None = option(None, "PEFT adapter folder or repository to start from")
     scan_layers: bool = option(True, "stack and scan the layers, so that compile time does not grow with depth")
     remat: Literal["none", "full", "dots"] = option(
@@ -105,10 +112,15 @@ class DataConfig:
     train: SourceConfig = option(SourceConfig(), "what to learn from")
     validation: SourceConfig | None = option(SourceConfig(split="validation"), "what to evaluate on during training")
     test: SourceConfig | None = option(None, "what to evaluate on at the end (by default the validation data)")
-    kind: Literal["text", "completion", "chat"] = option("text", "text, prompt and completion, or chat messages")
+    kind: Kind | None = option(None, "what a record is, as classification; by default what the model's task takes")
     columns: dict[str, str] = option({}, "names of the record's fields in the source, as {prompt: question}")
     delimiter: str | None = option(None, "what separates the fields on each line of a .txt file")
+    labels: list[str] = option([], "names of the classes; by default those of the training data")
     sequence_length: int = option(256, "tokens in a row")
+    target_length: int | None = option(None, "tokens of an encoder-decoder's target; by default as many as in a row")
+    stride: int | None = option(None, "tokens by which the rows of a long context overlap; by default a quarter of a row")
+    mask_share: float = option(0.15, "share of the tokens that a masked language model has to guess")
+    temperature: float = option(0.05, "of the similarities of pairs")
     packing: bool = option(True, "several examples in a row, kept apart by segment ids")
     too_long: Literal["skip", "truncate", "stop"] = option("skip", "what to do with a completion or chat that does not fit")
     on_error: Literal["skip", "stop"] = option("skip", "what to do with a malformed record")
@@ -148,6 +160,7 @@ class TrainConfig:
     keep_best: bool = option(True, "end with the weights of the best evaluation")
     nan_limit: int = option(10, "stop after this many steps in a row whose gradient is not finite")
     loss_chunk: int | None = option(None, "tokens whose logits are computed at once; 0 for all, by default as memory asks")
+    router_loss: float | None = option(None, "weight of a mixture's load-balancing loss; by default as its checkpoint says")
     tensorboard: bool = option(True, "also write TensorBoard event files")
 
 
@@ -165,8 +178,8 @@ class GenerateConfig:
 
 @configuration
 class EvaluateConfig:
-    metrics: list[Literal["perplexity", "exact_match", "bleu", "rouge"]] = option(
-        ["perplexity"], "what to measure; all but perplexity generate completions of the prompts"
+    metrics: list[Metric] = option(
+        [], "what to measure, by default what is usual for the task; exact_match, bleu and rouge generate completions"
     )
     limit: int = option(200, "records to generate for")
     max_tokens: int = option(64, "tokens to generate for a record")
@@ -185,7 +198,7 @@ class RunConfig:
     train: TrainConfig = option(TrainConfig(), "the training loop")
     evaluate: EvaluateConfig = option(EvaluateConfig(), "evaluation")
     generate: GenerateConfig = option(GenerateConfig(), "generation")
-    mesh: dict[str, int] = option({}, "sizes of the axes data, fsdp, sequence, tensor; one may be -1; empty: data over all")
+    mesh: dict[str, int] = option({}, "sizes of expert, data, fsdp, sequence and tensor; one may be -1; empty: data over all")
     resume: bool = option(True, "continue from the newest checkpoint in `output`")
 
 

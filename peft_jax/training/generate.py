@@ -63,7 +63,7 @@ def generate(
     Raises ValueError for an empty prompt or list, text without a tokenizer, or impossible sampling options.
     """
     apply = apply_or_model if not isinstance(apply_or_model, (nn.Module, nnx.Module)) else _bound(apply_or_model)
-    ids, as_text = _encode(prompts, tokenizer, stop)
+    ids, as_text = _encode(prompts, tokenizer, stop, keep_end=_encodes(apply.model))
     if max_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"need max_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1; got {max_tokens}, {temperature}, "
@@ -76,7 +76,7 @@ def generate(
     if eos_token_id is None and tokenizer is not None:
         eos_token_id = tokenizer.eos_token_id
     eos = -1 if eos_token_id is None else eos_token_id
-    run = _cached_rows if hasattr(apply.model, "empty_cache") else _plain_rows
+    run = _cached_rows if hasattr(apply.model, "empty_cache") or _encodes(apply.model) else _plain_rows
     sampling = None
     if temperature > 0:
         sampling = _Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
@@ -99,7 +99,12 @@ def _bound(model: Any) -> Any:
     return bind(model)
 
 
-def _encode(prompts: Any, tokenizer: Any, stop: Sequence[str]) -> tuple[list[list[int]], bool]:
+def _encodes(model: Any) -> bool:
+    """Whether the model is an encoder-decoder, whose cache begins with what it makes of the prompt."""
+    return hasattr(model, "start")
+
+
+def _encode(prompts: Any, tokenizer: Any, stop: Sequence[str], *, keep_end: bool) -> tuple[list[list[int]], bool]:
     prompts = list(prompts)
     if not prompts:
         raise ValueError("there are no prompts")
@@ -109,7 +114,8 @@ def _encode(prompts: Any, tokenizer: Any, stop: Sequence[str]) -> tuple[list[lis
     ids = prompts
     if as_text:
         ids = [tokenizer(p, verbose=False)["input_ids"] for p in prompts]
-        ids = [x[:-1] if len(x) > 1 and x[-1] == tokenizer.eos_token_id else x for x in ids]
+        ends = lambda x: not keep_end and len(x) > 1 and x[-1] == tokenizer.eos_token_id
+        ids = [x[:-1] if ends(x) else x for x in ids]
     ids = [[int(t) for t in row] for row in ids]
     if empty := [i for i, row in enumerate(ids) if not row]:
         raise ValueError(f"prompt {empty[0]} is empty; begin with the start token")
@@ -185,10 +191,14 @@ def _programs(apply: Any) -> tuple[Any, Any]:
 
 def _prefill(apply, params, tokens, positions, segments, keys, eos, sampling, *, slots: int, cache_dtype: Any) -> _State:
     B, T = tokens.shape
-    cache = apply.model.empty_cache(
-        B, cache_slots(params) + T + slots, *([] if cache_dtype is None else [jnp.dtype(cache_dtype)])
-    )
-    logits, cache = apply(params, tokens, positions=positions, segment_ids=segments, cache=cache)
+    more = [] if cache_dtype is None else [jnp.dtype(cache_dtype)]
+    if _encodes(apply.model):
+        cache = apply(params, tokens, segments, slots, *more, method="start")
+        tokens, positions = jnp.full((B, 1), apply.model.config.start_token, jnp.int32), jnp.zeros((B, 1), jnp.int32)
+        logits, cache = apply(params, tokens, positions=positions, cache=cache, method="decode")
+    else:
+        cache = apply.model.empty_cache(B, cache_slots(params) + T + slots, *more)
+        logits, cache = apply(params, tokens, positions=positions, segment_ids=segments, cache=cache)
     first = sample(logits[:, -1], sampling, jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys))
     out = jnp.full((B, slots), eos, jnp.int32).at[:, 0].set(first)
     return _State(out, jnp.int32(1), first, positions[:, -1] + 1, first == eos, cache, keys)
@@ -204,7 +214,8 @@ def _decode(apply, params, state: _State, done, eos, sampling) -> _State:
         return (s.count < end) & ~s.done.all()
 
     def one(s: _State) -> _State:
-        logits, cache = apply(params, s.last[:, None], positions=s.position[:, None], cache=s.cache)
+        method = {"method": "decode"} if _encodes(apply.model) else {}
+        logits, cache = apply(params, s.last[:, None], positions=s.position[:, None], cache=s.cache, **method)
         keys = jax.vmap(jax.random.fold_in, (0, None))(s.keys, s.count)
         token = jnp.where(s.done, eos, sample(logits[:, -1], sampling, keys))
         tokens = jax.lax.dynamic_update_slice_in_dim(s.tokens, token[:, None], s.count, axis=1)

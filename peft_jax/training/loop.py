@@ -23,7 +23,7 @@ from rich.console import Console
 from peft_jax.core.bind import bind
 from peft_jax.core.sharding import LOGICAL_RULES, ROWS, batch_sharding, shardings
 from peft_jax.core.tree import combine, count, partition, trainable_mask
-from peft_jax.data import Rows, batch_at, evaluation_batches
+from peft_jax.data import batch_at, evaluation_batches
 from peft_jax.training.checkpoint import Checkpoints
 from peft_jax.training.config import TrainConfig
 from peft_jax.training.objective import Objective, next_token
@@ -48,13 +48,13 @@ class Result(NamedTuple):
 def train(
     model: Any,
     params: Any,
-    rows: Rows,
+    rows: Any,
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
     *,
     steps: int,
     mesh: Mesh | None = None,
-    validation: Rows | None = None,
+    validation: Any = None,
     objective: Objective | None = None,
     folder: Path | None = None,
     resume: bool = False,
@@ -63,6 +63,7 @@ def train(
 ) -> Result:
     """Train what trains in `params` for `steps` optimizer steps and return the whole tree.
 
+    `rows` and `validation` are NamedTuples of arrays [N, ...] with `tokens` among them, as `objective` wants them.
     With a `mesh` the tree must already be placed on it (see `shard`), and batches are split over data, fsdp and sequence.
     With a `folder` it writes metrics and checkpoints there; `resume` continues from the newest one. `objective` is the
     next token's cross-entropy unless given. Raises ValueError where nothing trains or the batch does not divide over the
@@ -115,8 +116,8 @@ class _Run:
     config: TrainConfig
     steps: int
     mesh: Mesh | None
-    rows: Rows
-    validation: Rows | None
+    rows: Any
+    validation: Any
     frozen: Any
     step: Callable[..., Any]
     evaluate: Callable[..., Any]
@@ -161,7 +162,7 @@ class _Run:
 
     def advance(self, state: TrainState, number: int) -> tuple[TrainState, int]:
         """One step, with a log line where one is due."""
-        batch = _on_devices(batch_at(self.rows, number, self.config.batch_size, seed=self.config.seed), self.mesh)
+        batch = on_devices(batch_at(self.rows, number, self.config.batch_size, seed=self.config.seed), self.mesh)
         state, metrics = self.step(state, self.frozen, batch)
         number += 1
         self.tokens += self.rows.tokens.shape[1] * self.config.batch_size
@@ -206,13 +207,13 @@ class _Run:
 
 
 def run_evaluation(
-    evaluate: Callable[..., Any], trainable: Any, frozen: Any, rows: Rows, batch_size: int, mesh: Mesh | None
+    evaluate: Callable[..., Any], trainable: Any, frozen: Any, rows: Any, batch_size: int, mesh: Mesh | None
 ) -> dict[str, float]:
     """Metrics over all rows, averaged by weight, with the perplexity exp(loss)."""
     sums: dict[str, float] = {}
     total = 0.0
     for batch in evaluation_batches(rows, batch_size):
-        metrics = {k: float(v) for k, v in evaluate(trainable, frozen, _on_devices(batch, mesh)).items()}
+        metrics = {k: float(v) for k, v in evaluate(trainable, frozen, on_devices(batch, mesh)).items()}
         weight = metrics.pop("weight")
         total += weight
         for name, value in metrics.items():
@@ -260,13 +261,12 @@ def _opt_shardings(opt_state: Any, trainable: Any, where: Any, replicated: Named
     return jax.tree.map(lambda x: where if same(x) and not hasattr(x, "shape") else replicated, opt_state, is_leaf=same)
 
 
-def _on_devices(batch: dict[str, np.ndarray], mesh: Mesh | None) -> Any:
+def on_devices(batch: dict[str, np.ndarray], mesh: Mesh | None) -> Any:
     """The batch as arrays; on a mesh, each process puts its own part of it on its devices."""
     if mesh is None:
         return batch
-    sharding = batch_sharding(mesh)
     return {
-        name: jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
+        name: jax.make_array_from_callback(array.shape, batch_sharding(mesh, array), lambda index, array=array: array[index])
         for name, array in batch.items()
     }
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +24,17 @@ from peft_jax.core.calibrate import calibrate, gradients
 from peft_jax.core.files import write_json
 from peft_jax.core.reparametrised import MATRIX
 from peft_jax.core.sharding import fetch, make_mesh, shard
-from peft_jax.core.tree import combine, count, is_target, map_places, merge, partition, places, select
-from peft_jax.core.weight import Weight, materialize
-from peft_jax.data import Record, Rows, encode, fit, pack, read_records
+from peft_jax.core.tree import combine, count, is_node, is_target, map_places, merge, partition, places, select
+from peft_jax.core.weight import Trainable, Weight, materialize
+from peft_jax.data import Record, read_records
+from peft_jax.data import fingerprint as fingerprint_of
 from peft_jax.data.batches import batch_at
 from peft_jax.hub import load, load_adapter, load_tokenizer, local_folder, save, save_adapter
+from peft_jax.hub.checkpoint import read_config
 from peft_jax.low_rank.init import STATISTICS
 from peft_jax.low_rank.loftq import loftq
+from peft_jax.models.blocks import Task
+from peft_jax.models.families import task_of
 from peft_jax.models.layers import stack_layers, unstack_layers
 from peft_jax.pruning.masked import mask_updates
 from peft_jax.pruning.prune import sparsity_of
@@ -53,11 +57,15 @@ from peft_jax.training.config import (
 from peft_jax.training.evaluate import generated_metrics, perplexity
 from peft_jax.training.generate import generate
 from peft_jax.training.loop import Result, check_batch, initial_state, train
-from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import make_optimizer
 from peft_jax.training.prune import Report, shrunk, sparsified
+from peft_jax.training.tasks import TASKS, Subject, classify, kind_of, usual_metrics, wanted_labels
 
 ADAPTER, MODEL, BASE = "adapter", "model", "base"
+TASK_TYPES = {  # PEFT's names
+    "causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS", "question_answering": "QUESTION_ANS", "feature_extraction": "FEATURE_EXTRACTION",
+}  # fmt: skip
 
 
 class Setup(NamedTuple):
@@ -88,8 +96,12 @@ def set_up(config: RunConfig) -> Setup:
     format = check_quantize(q)
     calibrated = format is not None and bool(needed_statistics(q.rounding, format))
     whole = format is None or calibrated or _prunes(config)  # else weights are quantized as they are read
+    labels = _labels(config, folder)
     model, params = load(
         folder,
+        task=c.task,
+        labels=labels,
+        seed=config.train.seed,
         dtype=_dtype(c.dtype),
         mesh=mesh,
         scan_layers=c.scan_layers,
@@ -108,6 +120,24 @@ def set_up(config: RunConfig) -> Setup:
             if not isinstance(places(params)[path], Quantized):
                 raise ConfigError(f"quantize.targets name some of the layers stacked at {path}; set model.scan_layers=false")
     return setup._replace(params=load_adapter(setup.params, c.adapter)) if c.adapter else setup
+
+
+def _labels(config: RunConfig, folder: Path) -> Sequence[str] | int | None:
+    """The classes that the head is to have: the configured ones, or the training data's where the checkpoint's are others."""
+    if config.data.labels:
+        return config.data.labels
+    hf_config = read_config(folder)
+    task = task_of(hf_config, config.model.task)
+    if TASKS[task].labels is None:
+        return None
+    own = task_of(hf_config) == task
+    known = list(getattr(hf_config, "id2label", {}).values()) if own else None
+    return wanted_labels(task, read_source(config, config.data.train, task), known)
+
+
+def subject_of(config: RunConfig, setup: Setup) -> Subject:
+    """The model as tasks see it."""
+    return Subject(setup.model, setup.tokenizer, config.data, config.train.batch_size, setup.mesh)
 
 
 def _prunes(config: RunConfig) -> bool:
@@ -135,7 +165,7 @@ def _masked(config: RunConfig, setup: Setup, batches: list[dict[str, Any]]) -> S
 
 def _calibration(config: RunConfig, setup: Setup, count: int) -> list[dict[str, Any]]:
     """The first batches of the training rows."""
-    rows = make_rows(config, config.data.train, setup.tokenizer)
+    rows = make_rows(config, config.data.train, setup)
     return [batch_at(rows, i, config.train.batch_size, seed=config.train.seed) for i in range(count)]
 
 
@@ -187,23 +217,25 @@ def _dtype(name: str | None) -> Any:
     return name if name is None else jnp.dtype(name)
 
 
-def read_source(config: RunConfig, source: SourceConfig) -> list[Record]:
-    """The records of one source."""
-    d = config.data
+def read_source(config: RunConfig, source: SourceConfig, task: Task) -> list[Record]:
+    """The records of one source. Raises ConfigError for a kind that the task does not take."""
+    d, kinds = config.data, TASKS[task].kinds
+    kind = d.kind or kinds[0]
+    if kind not in kinds:
+        raise ConfigError(f"option 'data.kind': a {task} model learns from {' or '.join(kinds)} records, not {kind}")
     return read_records(
-        source.path, kind=d.kind, split=source.split, columns=d.columns, delimiter=d.delimiter, on_error=d.on_error,
+        source.path, kind=kind, split=source.split, columns=d.columns, delimiter=d.delimiter, on_error=d.on_error,
         limit=source.limit,
     )  # fmt: skip
 
 
-def make_rows(config: RunConfig, source: SourceConfig, tokenizer: Any) -> Rows:
-    """Packed rows of one source."""
-    d = config.data
-    examples = encode(read_source(config, source), tokenizer, d.kind, on_error=d.on_error)
-    return pack(fit(examples, d.sequence_length, d.kind, d.too_long), d.sequence_length, packing=d.packing)
+def make_rows(config: RunConfig, source: SourceConfig, setup: Setup) -> Any:
+    """The rows of one source, as the model's task has them."""
+    task = setup.model.task
+    return TASKS[task].rows(subject_of(config, setup), read_source(config, source, task))
 
 
-def add_method(config: RunConfig, setup: Setup, rows: Rows | None = None) -> Any:
+def add_method(config: RunConfig, setup: Setup, rows: Any = None) -> Any:
     """The tree with the configured method in it, placed on the mesh.
 
     Starts that need statistics take them from the training rows, which are made where they are not given.
@@ -217,34 +249,43 @@ def add_method(config: RunConfig, setup: Setup, rows: Rows | None = None) -> Any
         }
         function = loftq
     elif statistic := STATISTICS.get(options.get("init", "")):
-        rows = rows or make_rows(config, config.data.train, setup.tokenizer)
+        rows = make_rows(config, config.data.train, setup) if rows is None else rows
         options["statistics"] = _statistics(config, setup, rows, statistic, options)
     params = function(setup.params, jax.random.key(config.train.seed), **options)
+    params = map_places(functools.partial(_head_trains, setup.model), params)
     params = mask_updates(params) if config.prune.mask_updates else params
     return params if setup.mesh is None else shard(params, setup.mesh)
 
 
-def _statistics(config: RunConfig, setup: Setup, rows: Rows, statistic: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def _head_trains(model: Any, path: str, w: Any) -> Any:
+    """A place of a head that is not the language model's own trains whole, beside whatever method."""
+    head = model.task not in ("causal_lm", "masked_lm", "seq2seq_lm") and set(path.split("/")) & set(model.heads)
+    return Trainable(w, saved_as="module") if head and not is_node(w) else w
+
+
+def _statistics(config: RunConfig, setup: Setup, rows: Any, statistic: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Covariances or gradients over 8 batches of the training rows."""
     batches = [batch_at(rows, i, config.train.batch_size, seed=config.train.seed) for i in range(8)]
     apply, where = bind(setup.model), {k: options[k] for k in ("targets", "exclude") if k in options}
     if statistic == "covariance":
         return calibrate(apply, setup.params, batches, **where)
-    return gradients(lambda params, batch: next_token(apply, params, batch, None)[0], setup.params, batches, **where)
+    objective = TASKS[setup.model.task].objective(config, subject_of(config, setup))
+    return gradients(lambda params, batch: objective(apply, params, batch, None)[0], setup.params, batches, **where)
 
 
-def train_steps(config: RunConfig, rows: Rows) -> int:
+def train_steps(config: RunConfig, rows: Any) -> int:
     """The number of optimizer steps."""
     if config.train.steps is not None:
         return config.train.steps
     return max(1, round(config.train.epochs * len(rows.tokens) / config.train.batch_size))
 
 
-def identity(config: RunConfig, setup: Setup, rows: Rows) -> dict[str, Any]:
+def identity(config: RunConfig, setup: Setup, rows: Any) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that continues it."""
     return {
         "base": {"path": config.model.path, "revision": config.model.revision, "hash": fingerprint(setup.folder)},
-        "data": rows.fingerprint(),
+        "task": setup.model.task,
+        "data": fingerprint_of(rows),
         "method": json.loads(json.dumps(config.method)),
         "prune": to_dict(config)["prune"],
         "quantize": to_dict(config)["quantize"],
@@ -265,9 +306,9 @@ def run_training(config: RunConfig, console: Console | None = None) -> Result:
             shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
     setup = set_up(config)
     check_batch(config.train, config.data.sequence_length, setup.mesh)
-    rows = make_rows(config, config.data.train, setup.tokenizer)
-    validation = make_rows(config, config.data.validation, setup.tokenizer) if config.data.validation else None
-    test = make_rows(config, config.data.test, setup.tokenizer) if config.data.test else validation
+    rows = make_rows(config, config.data.train, setup)
+    validation = make_rows(config, config.data.validation, setup) if config.data.validation else None
+    test = make_rows(config, config.data.test, setup) if config.data.test else validation
     params = add_method(config, setup, rows)
     trained, total = count(params)
     steps = train_steps(config, rows)
@@ -291,6 +332,7 @@ def run_training(config: RunConfig, console: Console | None = None) -> Result:
         steps=steps,
         mesh=setup.mesh,
         validation=validation,
+        objective=TASKS[setup.model.task].objective(config, subject_of(config, setup)),
         folder=out,
         resume=config.resume,
         identity=identity(config, setup, rows),
@@ -314,22 +356,33 @@ def run_training(config: RunConfig, console: Console | None = None) -> Result:
     return result
 
 
-def _measure(config: RunConfig, setup: Setup, params: Any, rows: Rows | None) -> dict[str, float]:
+def _measure(config: RunConfig, setup: Setup, params: Any, rows: Any) -> dict[str, float]:
+    """The loss and the wanted metrics on the held-out data. Raises ConfigError for a metric that the task does not have."""
+    held, task = config.data.test or config.data.validation, TASKS[setup.model.task]
+    if held is None or rows is None:
+        return {}
+    e, subject, language = config.evaluate, subject_of(config, setup), "perplexity" in task.metrics
+    names = [*(e.metrics or usual_metrics(subject))]
+    there = (*task.metrics, *task.others)
+    if unknown := [n for n in names if n not in there]:
+        raise ConfigError(f"evaluate.metrics: a {setup.model.task} model has no {unknown[0]!r}; it has {', '.join(there)}")
     metrics: dict[str, float] = {}
-    if rows is not None and "perplexity" in config.evaluate.metrics:
-        metrics = perplexity(setup.model, params, rows, batch_size=config.train.batch_size, mesh=setup.mesh)
-    wanted = [m for m in config.evaluate.metrics if m != "perplexity"]
-    held = config.data.test or config.data.validation
-    if wanted and held:
-        if config.data.kind == "text":
-            raise ConfigError(f"evaluate.metrics {wanted[0]!r} needs data of kind completion or chat")
-        records = read_source(config, held)
-        e = config.evaluate
-        metrics |= generated_metrics(
-            setup.model, params, records, setup.tokenizer, wanted, limit=e.limit, max_tokens=e.max_tokens,
-            batch_size=e.batch_size,
-        )  # fmt: skip
-    return metrics
+    if not language or "perplexity" in names:
+        objective = task.objective(config, subject)
+        metrics = perplexity(
+            setup.model, params, rows, batch_size=config.train.batch_size, mesh=setup.mesh, objective=objective
+        )
+    wanted = [n for n in names if n != "perplexity"]
+    if not wanted:
+        return metrics
+    records = read_source(config, held, setup.model.task)
+    if task.scores is not None:
+        return {"loss": metrics["loss"], **task.scores(subject, params, records, wanted)}
+    if kind_of(subject) == "text":
+        raise ConfigError(f"evaluate.metrics {wanted[0]!r} needs data of kind completion or chat")
+    return metrics | generated_metrics(
+        setup.model, params, records, setup.tokenizer, wanted, limit=e.limit, max_tokens=e.max_tokens, batch_size=e.batch_size
+    )
 
 
 def run_evaluation(config: RunConfig) -> dict[str, float]:
@@ -339,7 +392,7 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
     if held is None:
         raise ConfigError("evaluate needs data.validation or data.test")
     check_batch(config.train, config.data.sequence_length, setup.mesh)
-    return _measure(config, setup, setup.params, make_rows(config, held, setup.tokenizer))
+    return _measure(config, setup, setup.params, make_rows(config, held, setup))
 
 
 def run_generation(config: RunConfig) -> list[str]:
@@ -357,7 +410,7 @@ def run_quantization(config: RunConfig, console: Console | None = None) -> Path:
     say = functools.partial((console or Console()).print, highlight=False, markup=False, soft_wrap=True)
     held = config.data.test or config.data.validation
     plain = set_up(dataclasses.replace(config, quantize=QuantizeConfig()))
-    rows = make_rows(config, held, plain.tokenizer) if held else None
+    rows = make_rows(config, held, plain) if held else None
     say(f"before: {_shown(_measure(config, plain, plain.params, rows))}")
     del plain
     setup = set_up(config)
@@ -382,7 +435,7 @@ def run_pruning(config: RunConfig, console: Console | None = None) -> Path:
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     held, out = config.data.test or config.data.validation, Path(config.output)
     plain = set_up(dataclasses.replace(config, prune=PruneConfig(), quantize=QuantizeConfig()))
-    rows = make_rows(config, held, plain.tokenizer) if held else None
+    rows = make_rows(config, held, plain) if held else None
     numbers: dict[str, Any] = {
         "before": _measure(config, plain, plain.params, rows),
         "parameters_before": count(plain.params)[1],
@@ -412,9 +465,13 @@ def run_pruning(config: RunConfig, console: Console | None = None) -> Path:
 
 
 def _samples(config: RunConfig, setup: Setup, params: Any) -> list[str]:
-    g = config.generate
+    g, task = config.generate, setup.model.task
     if not g.prompts:
         return []
+    if task == "sequence_classification":
+        return [f" -> {label}" for label in classify(subject_of(config, setup), params, g.prompts)]
+    if task not in ("causal_lm", "seq2seq_lm"):
+        raise ConfigError(f"generate.prompts are of no use to a {task} model")
     return generate(
         setup.model, params, g.prompts, tokenizer=setup.tokenizer, max_tokens=g.max_tokens, temperature=g.temperature,
         top_k=g.top_k, top_p=g.top_p, stop=g.stop, seed=g.seed, cache_dtype=g.cache,
@@ -448,7 +505,8 @@ def export(config: RunConfig, setup: Setup, params: Any, out: Path, *, merged: b
     if _prunes(config):  # the adapter is one of the pruned model
         base, revision = str(out / BASE), None
         save(out / BASE, setup.model, setup.params, tokenizer=setup.tokenizer)
-    save_adapter(out / ADAPTER, params, name=options.get("adapter", "default"), base=base, revision=revision)
+    kind = TASK_TYPES.get(setup.model.task)
+    save_adapter(out / ADAPTER, params, name=options.get("adapter", "default"), base=base, revision=revision, task_type=kind)
     return out / ADAPTER
 
 
@@ -466,7 +524,7 @@ def run_export(config: RunConfig, *, merged: bool) -> Path:
     if chosen is None:
         raise ConfigError(f"there is no checkpoint in {out}; run `peft-jax train` first")
     setup = set_up(config)
-    rows = make_rows(config, config.data.train, setup.tokenizer)
+    rows = make_rows(config, config.data.train, setup)
     params = add_method(config, setup, rows)
     optimizer = make_optimizer(config.optimizer, train_steps(config, rows), config.method)
     state = initial_state(params, optimizer, config.train.seed, setup.mesh)

@@ -122,7 +122,7 @@ def test_what_cannot_be_trained_is_refused(setup):
     with pytest.raises(ValueError, match=r"nothing trains"):
         fit((model, peft_jax.freeze(params), rows), 1)
     mesh = make_mesh({"data": 8})
-    with pytest.raises(ValueError, match=r"a micro-batch of 4 rows .* does not divide over data x fsdp = 8"):
+    with pytest.raises(ValueError, match=r"a micro-batch of 4 rows .* does not divide over expert x data x fsdp = 8"):
         fit((model, shard(params, mesh), rows), 1, config=TrainConfig(batch_size=4), mesh=mesh)
     mesh = make_mesh({"sequence": 8})
     with pytest.raises(ValueError, match=r"sequence_length=12 does not divide over sequence=8"):
@@ -134,7 +134,7 @@ def test_what_cannot_be_trained_is_refused(setup):
     [
         ({"data": 3}, "does not divide the 8 devices"),
         ({"data": -1, "tensor": 3}, "does not divide the 8 devices"),
-        ({"rows": 8}, "unknown mesh axis 'rows'; the axes are data, fsdp, sequence, tensor"),
+        ({"rows": 8}, "unknown mesh axis 'rows'; the axes are expert, data, fsdp, sequence, tensor"),
         ({"data": -1, "fsdp": -1}, "at most one of them -1"),
         ({"data": 0}, "must be positive"),
     ],

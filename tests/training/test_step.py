@@ -11,7 +11,7 @@ import pytest
 import peft_jax
 from peft_jax.core.sharding import LOGICAL_RULES, make_mesh, shard
 from peft_jax.data import batch_at
-from peft_jax.training.loop import _on_devices, initial_state
+from peft_jax.training.loop import initial_state, on_devices
 from peft_jax.training.objective import next_token
 from peft_jax.training.step import init_state, make_evaluation, make_step
 from tests.reference import relative_error
@@ -31,7 +31,7 @@ def run(model, params, rows, steps, *, mesh=None, accumulate=1, batch_size=8, ob
     step = jax.jit(make_step(objective, peft_jax.bind(model), optimizer, accumulate=accumulate), donate_argnums=0)
     losses = []
     for i in range(steps):
-        state, metrics = step(state, frozen, _on_devices(batch_at(rows, i, batch_size, seed=0), mesh))
+        state, metrics = step(state, frozen, on_devices(batch_at(rows, i, batch_size, seed=0), mesh))
         losses.append(float(metrics["loss"]))
     return np.asarray(losses), state, metrics
 
@@ -150,7 +150,7 @@ def _compiled(model, params, rows, mesh=None):
     params = params if mesh is None else shard(params, mesh)
     state, frozen = initial_state(params, optimizer, 0, mesh), peft_jax.partition(params)[1]
     step = jax.jit(make_step(next_token, peft_jax.bind(model), optimizer), donate_argnums=0)
-    return step.lower(state, frozen, _on_devices(batch_at(rows, 0, 8, seed=0), mesh)).compile()
+    return step.lower(state, frozen, on_devices(batch_at(rows, 0, 8, seed=0), mesh)).compile()
 
 
 MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"sequence": 2, "fsdp": 4}]

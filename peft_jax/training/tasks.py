@@ -1,0 +1,280 @@
+"""What each task of a model makes of records, which objective it has, and how its predictions are measured.
+
+A task is a line of `TASKS`; the loop, the step and the commands know none of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from peft_jax.core.bind import bind
+from peft_jax.core.sharding import fetch
+from peft_jax.data import (
+    Record,
+    encode,
+    encode_classification,
+    encode_masked,
+    encode_pairs,
+    encode_questions,
+    encode_sources,
+    encode_tagging,
+    evaluation_batches,
+    fit,
+    label_names,
+    pack,
+)
+from peft_jax.models.blocks import Task
+from peft_jax.training.config import DataConfig, RunConfig
+from peft_jax.training.loop import on_devices
+from peft_jax.training.metrics import OF_ANSWERS, OF_LABELS, OF_NUMBERS, seqeval
+from peft_jax.training.objective import (
+    Objective,
+    answer_span,
+    contrast,
+    embed_texts,
+    labels_of,
+    masked_token,
+    next_token,
+    squared_error,
+    target_token,
+)
+
+Model = Any
+Scores = Callable[["Subject", Any, Sequence[Record], Sequence[str]], dict[str, float]]
+
+
+class Subject(NamedTuple):
+    """A model with what it takes to use it: its tokenizer, the data's options, the batch size and the mesh."""
+
+    model: Model
+    tokenizer: Any
+    data: DataConfig
+    batch_size: int
+    mesh: Mesh | None
+
+
+class TaskSpec(NamedTuple):
+    """A task: the kinds of records (the usual one first), the rows made of them, the objective, the metrics beyond the loss
+    (those measured unless others are asked for first) and how they are computed, and the field of records with labels.
+    """
+
+    kinds: tuple[str, ...]
+    rows: Callable[[Subject, Sequence[Record]], Any]
+    objective: Callable[[RunConfig, Subject], Objective]
+    metrics: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    scores: Scores | None = None
+    labels: str | None = None
+
+
+def names_of_labels(model: Model) -> list[str] | None:
+    """The names of a model's classes; None of a model that regresses."""
+    hf = json.loads(model.config.hf_config)
+    if model.config.num_labels == 1:
+        return None
+    names = hf.get("id2label") or {}
+    return [names.get(str(i), f"LABEL_{i}") for i in range(model.config.num_labels)]
+
+
+def wanted_labels(task: Task, records: Sequence[Record], known: Sequence[str] | None) -> Sequence[str] | int | None:
+    """The classes that a head needs for these records: None where the checkpoint's own, `known`, cover them."""
+    field = TASKS[task].labels
+    if field is None:
+        return None
+    found = label_names(records, field)
+    if found is None:
+        return 1
+    return None if known is not None and set(found) <= set(known) else found
+
+
+def usual_metrics(s: Subject) -> tuple[str, ...]:
+    """What is measured where nothing else is asked for."""
+    task = TASKS[s.model.task]
+    return tuple(OF_NUMBERS) if task.labels == "label" and names_of_labels(s.model) is None else task.metrics
+
+
+def predict(subject: Subject, params: Any, rows: Any) -> np.ndarray:
+    """A head's logits for all rows, float32 [N, ...]."""
+    apply = bind(subject.model)
+
+    @jax.jit
+    def run(params: Any, batch: Any) -> jax.Array:
+        inputs = {n: batch[n] for n in ("segment_ids", "token_type_ids") if n in batch}
+        return apply(params, batch["tokens"], **_taken(subject.model, inputs))
+
+    parts = [fetch(run(params, on_devices(b, subject.mesh))) for b in evaluation_batches(rows, subject.batch_size)]
+    return np.concatenate(parts)[: len(rows.tokens)]
+
+
+def _taken(model: Model, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs that a model's call has: decoders know no types."""
+    return inputs if getattr(model, "typed", False) else {n: x for n, x in inputs.items() if n != "token_type_ids"}
+
+
+# --------------------------------------------------------------------------------------------------------- language models
+
+
+def _token_rows(s: Subject, records: Sequence[Record]) -> Any:
+    d, kind = s.data, kind_of(s)
+    examples = encode(records, s.tokenizer, kind, on_error=d.on_error)
+    return pack(fit(examples, d.sequence_length, kind, d.too_long), d.sequence_length, packing=d.packing)
+
+
+def kind_of(s: Subject) -> Any:
+    """The kind of records that the data holds."""
+    return s.data.kind or TASKS[s.model.task].kinds[0]
+
+
+def _next_token(config: RunConfig, s: Subject) -> Objective:
+    return functools.partial(next_token, chunk=config.train.loss_chunk, router_loss=config.train.router_loss)
+
+
+def _masked(config: RunConfig, s: Subject) -> Objective:
+    return functools.partial(
+        masked_token, mask_token=s.tokenizer.mask_token_id, vocab_size=s.model.config.vocab_size, share=s.data.mask_share,
+        chunk=config.train.loss_chunk,
+    )  # fmt: skip
+
+
+def _source_rows(s: Subject, records: Sequence[Record]) -> Any:
+    d = s.data
+    return encode_sources(records, s.tokenizer, d.sequence_length, s.model.config.start_token, d.target_length)
+
+
+# ------------------------------------------------------------------------------------------------------------------ labels
+
+
+def _classified_rows(s: Subject, records: Sequence[Record]) -> Any:
+    return _without_types(s, encode_classification(records, s.tokenizer, s.data.sequence_length, names_of_labels(s.model)))
+
+
+def _tagged_rows(s: Subject, records: Sequence[Record]) -> Any:
+    labels = names_of_labels(s.model) or []
+    return _without_types(s, encode_tagging(records, s.tokenizer, s.data.sequence_length, labels))
+
+
+class _Untyped(NamedTuple):
+    """`LabelledRows` for a model without types."""
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+
+
+def _without_types(s: Subject, rows: Any) -> Any:
+    if getattr(s.model, "typed", False):
+        return rows
+    return _Untyped(rows.tokens, rows.segment_ids, rows.labels, rows.weights)
+
+
+def _label_objective(config: RunConfig, s: Subject) -> Objective:
+    return squared_error if names_of_labels(s.model) is None else labels_of
+
+
+def _label_scores(s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
+    rows = _classified_rows(s, records)
+    logits = predict(s, params, rows)
+    regressed = names_of_labels(s.model) is None
+    known: dict[str, Any] = OF_NUMBERS if regressed else OF_LABELS
+    if wrong := [n for n in names if n not in known]:
+        what = "numbers" if regressed else "labels"
+        raise ValueError(f"the metric {wrong[0]} is none of {what}; there are {', '.join(known)}")
+    predicted = logits[:, 0] if regressed else logits.argmax(-1)
+    return {n: known[n](predicted.tolist(), rows.labels.tolist()) for n in names}
+
+
+def classify(s: Subject, params: Any, texts: Sequence[str]) -> list[str]:
+    """The label of each text, or the number that the model gives it."""
+    names = names_of_labels(s.model)
+    rows = _classified_rows(s, [Record({"text": t, "label": "0" if names is None else names[0]}, t) for t in texts])
+    return [f"{row[0]:.4g}" if names is None else names[int(row.argmax())] for row in predict(s, params, rows)]
+
+
+def _tag_scores(s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
+    rows, labels = _tagged_rows(s, records), np.asarray(names_of_labels(s.model))
+    predicted, counts = predict(s, params, rows).argmax(-1), rows.weights > 0
+    flat = predicted[counts].tolist(), rows.labels[counts].tolist()
+    result = {n: OF_LABELS[n](*flat) for n in names if n in OF_LABELS}
+    if "seqeval" in names:
+        by_row = [[labels[row[seen]].tolist() for row, seen in zip(x, counts, strict=True)] for x in (predicted, rows.labels)]
+        result["seqeval"] = seqeval(*by_row)
+    return result
+
+
+def answers(s: Subject, params: Any, records: Sequence[Record], longest: int = 30) -> list[str]:
+    """The best answer to each question: the span of at most `longest` tokens with the highest scores of its ends."""
+    rows, origins = encode_questions(records, s.tokenizer, s.data.sequence_length, s.data.stride)
+    logits = predict(s, params, _without_types(s, rows))
+    best: dict[int, tuple[float, str]] = {}
+    span = np.triu(np.ones((rows.tokens.shape[1],) * 2, bool)) & ~np.triu(np.ones((rows.tokens.shape[1],) * 2, bool), longest)
+    for q in origins:
+        inside = q.offsets[:, 0] >= 0
+        scores = logits[q.row, :, 0][:, None] + logits[q.row, :, 1][None]
+        scores = np.where(span & inside[:, None] & inside[None], scores, -np.inf)
+        first, last = np.unravel_index(int(scores.argmax()), scores.shape)
+        text = records[q.record].value["context"][q.offsets[first, 0] : q.offsets[last, 1]]
+        if scores[first, last] > best.get(q.record, (-np.inf, ""))[0]:
+            best[q.record] = (float(scores[first, last]), text)
+    return [best.get(i, (0.0, ""))[1] for i in range(len(records))]
+
+
+def _answer_scores(s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
+    found = answers(s, params, records)
+    gold = [r.value["answers"]["text"] for r in records]
+    return {n: float(np.mean([OF_ANSWERS[n](a, g) for a, g in zip(found, gold, strict=True)])) for n in names}
+
+
+def _question_rows(s: Subject, records: Sequence[Record]) -> Any:
+    return _without_types(s, encode_questions(records, s.tokenizer, s.data.sequence_length, s.data.stride)[0])
+
+
+def _retrieved(s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
+    """How often a text's own pair is the nearest of all."""
+    rows, apply = encode_pairs(records, s.tokenizer, s.data.sequence_length), bind(s.model)
+    run = jax.jit(lambda params, tokens, seen: embed_texts(apply, params, tokens, seen))
+    sides = []
+    for tokens, seen in ((rows.tokens, rows.segment_ids), (rows.other_tokens, rows.other_segment_ids)):
+        parts = [
+            run(params, tokens[i : i + s.batch_size], seen[i : i + s.batch_size]) for i in range(0, len(tokens), s.batch_size)
+        ]
+        sides.append(np.concatenate(list(map(np.asarray, parts))))
+    nearest = (sides[0] @ sides[1].T).argmax(-1)
+    return {"retrieval": float(np.mean(nearest == np.arange(len(nearest))))}
+
+
+_LANGUAGE = ("perplexity",)
+TASKS: dict[str, TaskSpec] = {
+    "causal_lm": TaskSpec(
+        ("text", "completion", "chat"), _token_rows, _next_token, _LANGUAGE, ("exact_match", "bleu", "rouge"),
+    ),
+    "masked_lm": TaskSpec(
+        ("text",), lambda s, records: encode_masked(records, s.tokenizer, s.data.sequence_length), _masked, _LANGUAGE,
+    ),
+    "seq2seq_lm": TaskSpec(
+        ("completion",), _source_rows, lambda config, s: functools.partial(target_token, chunk=config.train.loss_chunk),
+        _LANGUAGE, ("exact_match", "bleu", "rouge"),
+    ),
+    "sequence_classification": TaskSpec(
+        ("classification",), _classified_rows, _label_objective, ("accuracy", "f1"), ("matthews", *OF_NUMBERS), _label_scores,
+        "label",
+    ),
+    "token_classification": TaskSpec(
+        ("tagging",), _tagged_rows, lambda config, s: labels_of, ("accuracy", "f1"), ("matthews", "seqeval"), _tag_scores,
+        "tags",
+    ),
+    "question_answering": TaskSpec(
+        ("question_answering",), _question_rows, lambda config, s: answer_span, ("exact_match", "f1"), (), _answer_scores,
+    ),
+    "feature_extraction": TaskSpec(
+        ("pairs",), lambda s, records: encode_pairs(records, s.tokenizer, s.data.sequence_length),
+        lambda config, s: functools.partial(contrast, temperature=s.data.temperature), ("retrieval",), (), _retrieved,
+    ),
+}  # fmt: skip

@@ -1,0 +1,197 @@
+"""Mixtures of experts: dropless routing against a dense reference, expert parallelism, the router's loss, techniques."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+import peft_jax
+from peft_jax.core.calibrate import calibrate
+from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.weight import ragged_matmul
+from peft_jax.models.moe import load_balancing_loss, mixture
+from peft_jax.training.objective import next_token
+from tests.reference import family_checkpoint, perturb, relative_error
+
+N, D, F, E, K = 24, 16, 12, 4, 2
+MOES = ["mixtral_sliding", "qwen2_moe"]
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    ids = np.stack([rng.permutation(E)[:K] for _ in range(N)]).astype(np.int32)
+    return draw(N, D), ids, np.abs(draw(N, K)), draw(E, D, 2 * F), draw(E, F, D)
+
+
+def dense(x, ids, weights, gate_up, down):
+    """Every expert for every token, in float64, and then the chosen ones."""
+    x, weights, gate_up, down = (np.asarray(a, np.float64) for a in (x, weights, gate_up, down))
+    hidden = np.einsum("nd,edf->enf", x, gate_up)
+    gate, up = np.split(hidden, 2, axis=-1)
+    each = np.einsum("enf,efd->end", gate / (1 + np.exp(-gate)) * up, down)
+    return sum(weights[:, j, None] * each[ids[:, j], np.arange(len(x))] for j in range(ids.shape[1]))
+
+
+def test_dropless_routing_equals_a_dense_reference(arrays):
+    out = jax.jit(functools.partial(mixture, activation="silu"))(*arrays)
+    assert relative_error(out, dense(*arrays)) < 1e-5
+
+
+def test_all_tokens_at_one_expert_are_kept(arrays):
+    x, _, weights, gate_up, down = arrays
+    ids = np.full((N, 1), 2, np.int32)
+    out = jax.jit(functools.partial(mixture, activation="silu"))(x, ids, weights[:, :1], gate_up, down)
+    assert relative_error(out, dense(x, ids, weights[:, :1], gate_up, down)) < 1e-5
+
+
+def test_gradients_equal_those_of_the_dense_reference(arrays):
+    x, ids, weights, gate_up, down = arrays
+
+    def every(x, weights, gate_up, down):
+        gate, up = jnp.split(jnp.einsum("nd,edf->enf", x, gate_up), 2, axis=-1)
+        each = jnp.einsum("enf,efd->end", jax.nn.silu(gate) * up, down)
+        return sum(weights[:, j, None] * each[ids[:, j], jnp.arange(N)] for j in range(K))
+
+    loss = lambda f: jax.jit(jax.grad(lambda *a: (f(*a) ** 2).sum(), argnums=(0, 1, 2, 3)))(x, weights, gate_up, down)
+    ours = loss(lambda x, w, a, b: mixture(x, ids, w, a, b, activation="silu"))
+    for a, b in zip(ours, loss(every), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("moe")
+
+
+def loaded(name, root, **options):
+    folder, tokens, logits = family_checkpoint(name, root)
+    return *peft_jax.load(folder, **options), tokens, logits
+
+
+@pytest.mark.parametrize("axes", [{"expert": 4, "tensor": 2}, {"expert": 2, "data": 2, "fsdp": 2}], ids=str)
+@pytest.mark.parametrize("name", MOES)
+def test_expert_parallelism_on_eight_devices_equals_one(name, axes, root):
+    model, params, tokens, logits = loaded(name, root)
+    rows = np.tile(tokens, (4, 1))
+    adapted = perturb(peft_jax.lora(params, jax.random.key(0), rank=2, targets="all-linear"))
+    for tree in (params, adapted):
+        expected = jax.jit(peft_jax.bind(model))(tree, rows)
+        mesh = make_mesh(axes)
+        placed = shard(tree, mesh)
+        with jax.set_mesh(mesh):
+            spread = jax.device_put(rows, jax.NamedSharding(mesh, jax.P(("expert", "data", "fsdp"))))
+            out = np.asarray(jax.jit(peft_jax.bind(model))(placed, spread))
+            single = np.asarray(jax.jit(peft_jax.bind(model))(placed, rows[:1]))  # too few rows to split
+        assert relative_error(out, expected) < 1e-5
+        assert relative_error(single, expected[:1]) < 1e-5
+    held = placed["model"]["layers"]["mlp"]["experts"]["down_proj"]
+    assert held.a.sharding.spec[1] == held.base.sharding.spec[1] == "expert"
+    assert relative_error(jax.jit(peft_jax.bind(model))(params, tokens), logits) < 1e-4
+
+
+def test_gradients_under_expert_parallelism_equal_those_of_one_device(root):
+    model, params, tokens, _ = loaded("mixtral_sliding", root)
+    rows, apply = np.tile(tokens, (4, 1)), peft_jax.bind(model)
+    trainable, frozen = peft_jax.partition(perturb(peft_jax.lora(params, jax.random.key(0), rank=2, targets="experts/*")))
+    gradient = lambda t, f, x: jax.grad(lambda t: (apply(peft_jax.combine(t, f), x) ** 2).mean())(t)
+    expected = jax.jit(gradient)(trainable, frozen, rows)
+    mesh = make_mesh({"expert": 4, "data": 2})
+    placed = shard(peft_jax.combine(trainable, frozen), mesh)
+    with jax.set_mesh(mesh):
+        out = jax.jit(gradient)(*peft_jax.partition(placed), rows)
+    for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_routers_loss_matches_pytorch(padded, root):
+    model, params, tokens, _ = loaded("mixtral_sliding", root)
+    segments = np.ones_like(tokens)
+    segments[1, 15:] = 0 if padded else 1
+    apply = peft_jax.bind(model)
+    _, state = apply(params, tokens, segment_ids=segments if padded else None, method="hidden", mutable=["router"])
+    import transformers
+
+    theirs = transformers.MixtralForCausalLM.from_pretrained(root / "mixtral_sliding")
+    with torch.no_grad():
+        mask = torch.tensor(segments) if padded else None
+        out = theirs(torch.tensor(tokens), attention_mask=mask, output_router_logits=True)
+    expected = load_balancing_loss_func(out.router_logits, 4, 2, mask)
+    assert abs(float(load_balancing_loss(state["router"])) - float(expected)) < 1e-4 * float(expected)
+
+
+def test_training_adds_the_routers_loss_where_it_is_asked_for(root):
+    model, params, tokens, _ = loaded("mixtral_sliding", root)
+    batch = {"tokens": tokens, "targets": tokens, "weights": np.ones(tokens.shape, np.float32)}
+    apply, rng = peft_jax.bind(model), jax.random.key(0)
+    plain, _ = next_token(apply, params, batch, rng)
+    more, metrics = next_token(apply, params, batch, rng, router_loss=0.5)
+    assert abs(float(more - plain - 0.5 * metrics["router"])) < 1e-5
+    assert float(next_token(apply, params, batch, None, router_loss=0.5)[0]) == pytest.approx(float(plain), abs=1e-5)
+    gradient = jax.grad(lambda p: next_token(apply, p, batch, rng, router_loss=10.0)[0])(params)
+    without = jax.grad(lambda p: next_token(apply, p, batch, rng)[0])(params)
+    gate = lambda tree: tree["model"]["layers"]["mlp"]["gate"]["weight"]
+    assert relative_error(gate(gradient), gate(without)) > 1e-2
+
+
+def test_lora_of_experts_forms_no_dense_update(arrays):
+    x, ids, _, gate_up, _ = arrays
+    params = {"experts": {"gate_up_proj": jnp.asarray(gate_up)}}
+    params = perturb(peft_jax.lora(params, jax.random.key(0), rank=2, targets="all-linear"))
+    w, sizes = params["experts"]["gate_up_proj"], np.asarray([5, 0, 9, 10], np.int32)
+    expected = ragged_matmul(x, w.materialize(), sizes)
+    assert relative_error(ragged_matmul(x, w, sizes), expected) < 1e-5
+    text = jax.jit(ragged_matmul).lower(x, w, sizes).as_text()
+    assert f"tensor<{E}x{D}x2xf32>, tensor<{E}x2x{2 * F}xf32>" not in text.replace("  ", " ")
+    assert ids.shape == (N, K)
+
+
+@pytest.mark.parametrize("name", MOES)
+def test_experts_are_quantized_pruned_and_calibrated(name, root):
+    model, params, tokens, _ = loaded(name, root)
+    apply = jax.jit(peft_jax.bind(model, strict=True))
+    exact = apply(params, tokens)
+    quantized = peft_jax.quantize(params, peft_jax.Int(bits=8, block_size=8), targets="all-linear")
+    experts = lambda tree: tree["model"]["layers"]["mlp"]["experts"]
+    assert isinstance(experts(quantized)["gate_up_proj"], peft_jax.Quantized)
+    assert relative_error(apply(quantized, tokens), exact) < 0.2
+    assert relative_error(apply(quantized, tokens), apply(peft_jax.dequantize(quantized), tokens)) < 1e-5
+    pruned = peft_jax.prune(params, 0.5, targets="experts/*")
+    assert relative_error(apply(pruned, tokens), apply(peft_jax.merge(pruned), tokens)) < 1e-5
+    qlora = perturb(peft_jax.lora(quantized, jax.random.key(0), rank=2, targets="experts/*"))
+    assert relative_error(apply(qlora, tokens), apply(peft_jax.merge(qlora), tokens)) < 2e-5
+
+
+def test_statistics_of_experts_are_those_of_the_tokens_they_get(root):
+    model, params, tokens, _ = loaded("mixtral_sliding", root, scan_layers=False)
+    batches = [{"tokens": tokens}]
+    place = "model/layers_0/mlp/experts/gate_up_proj"
+    apply = peft_jax.bind(model)
+    found = {s: calibrate(apply, params, batches, statistic=s, targets=place)[place] for s in ("covariance", "second_moment")}
+    seen = {}
+
+    def spy(call, args, kwargs, context):
+        if type(context.module).__name__ == "Experts" and context.method_name == "__call__":
+            seen.setdefault("/".join(context.module.path), tuple(np.asarray(a) for a in args))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(spy):
+        model.apply({"params": params}, tokens)
+    x, ids, _ = seen["model/layers_0/mlp/experts"]
+    rows, ids = x.reshape(-1, x.shape[-1]), ids.reshape(-1, ids.shape[-1])
+    expected = np.stack([rows[(ids == e).any(-1)].T @ rows[(ids == e).any(-1)] for e in range(4)]) / tokens.size
+    assert relative_error(found["covariance"], expected) < 1e-5
+    assert relative_error(found["second_moment"], np.einsum("eii->ei", expected)) < 1e-5
+    scores = peft_jax.prune(
+        params, 0.5, score="wanda", targets=place, statistics={"second_moment": {place: found["second_moment"]}}
+    )
+    assert float((scores["model"]["layers_0"]["mlp"]["experts"]["gate_up_proj"].materialize() == 0).mean()) == pytest.approx(
+        0.5
+    )
