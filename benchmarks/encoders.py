@@ -1,4 +1,4 @@
-"""Adapters against full fine-tuning on a small encoder: part-of-speech tagging and genres (UD English EWT), intents (BANKING77).
+"""Adapters against full fine-tuning on a small encoder: parts of speech and genres (UD English EWT), intents (BANKING77).
 
     python scripts/pretrain_encoder.py --data ../shared/data --out runs/encoder
     python benchmarks/encoders.py --encoder runs/encoder --data ../shared/data --out benchmarks/results/encoders_cpu.md
@@ -148,8 +148,8 @@ def table(found: dict[str, dict[str, dict[str, Any]]], args: argparse.Namespace)
         times = " / ".join(f"{r['seconds'] * 1e3:.0f}" for r in one)
         lines.append(f"| {method} | {one[-1]['trained']:,} | {' | '.join(cells)} | {times} |")
     text = (
-        f"Test accuracy, {args.seeds} seeds, {args.steps} steps of 1,024 tokens, AdamW, cosine schedule, on an encoder of 4 layers\n"
-        "and 192 features trained on novels and plays. Rates were chosen among three on development data with seed 0.\n"
+        f"Test accuracy, {args.seeds} seeds, {args.steps} steps of 1,024 tokens, AdamW, cosine schedule, on an encoder of 4\n"
+        "layers and 192 features trained on novels and plays. Rates were chosen among three on development data with seed 0.\n"
     )
     return heading("Adapters on a small encoder") + f"\n{text}\n" + "\n".join(lines) + "\n"
 

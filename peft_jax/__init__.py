@@ -49,6 +49,7 @@ from peft_jax.low_rank.waveft import waveft
 from peft_jax.models.layers import stack_layers, unstack_layers
 from peft_jax.pruning.blocks import prune_in_turn
 from peft_jax.pruning.distribution import allocate_sparsity
+from peft_jax.pruning.experts import expert_importance, prune_experts
 from peft_jax.pruning.masked import Masked, mask_from_zeros, mask_updates
 from peft_jax.pruning.pattern import NM, Block
 from peft_jax.pruning.prune import compress, densify, prune, sparsity_of
@@ -112,6 +113,7 @@ __all__ = [
     "dora",
     "drop_adapters",
     "einsum",
+    "expert_importance",
     "factorize",
     "fourierft",
     "freeze",
@@ -152,6 +154,7 @@ __all__ = [
     "prefix_tuning",
     "prompt_tuning",
     "prune",
+    "prune_experts",
     "prune_in_turn",
     "prune_structured",
     "prune_vocabulary",

@@ -105,7 +105,8 @@ def calibrate(
     """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]), x^2 ("second_moment", [*lead, in]), x
     ("mean") or |x| ("mean_abs"), or the largest |x| ("max_abs"), float32.
 
-    Of stacked experts each has the tokens that it gets, over the number of all tokens. `batches` hold `tokens` [B, T] and what else the model's call takes (`positions`, `segment_ids`); every token counts,
+    Of stacked experts each has the tokens that it gets, over the number of all tokens. `batches` hold `tokens` [B, T] and what
+    else the model's call takes (`positions`, `segment_ids`); every token counts,
     so give rows without padding. Raises ValueError where there is no batch, or a target matches nothing.
     """
 

@@ -33,6 +33,8 @@ def importance(
     """
     if score not in ("activation", "fluctuation", "magnitude"):
         raise ValueError(f"unknown importance {score!r}; there are activation, fluctuation and magnitude")
+    if model.config.num_experts:
+        raise ValueError("importance is that of models with one feed-forward; prune_experts makes a mixture smaller")
     model, params = stacked(model, params)
     kernel = lambda part, name: params["model"]["layers"][part][name]["kernel"].astype(jnp.float32)
     if score == "magnitude":

@@ -49,10 +49,13 @@ def shrink(
     (no supported family's config can say that), a special token that would go, a size that `transformers` refuses for the
     family, and for trees that do not hold arrays.
     """
+    check_decoder(model)
     c, looped = model.config, not model.scan_layers
     for path, w in places(params).items():
         if is_node(w):
             raise ValueError(f"{path} is a {type(w).__name__}; merge or densify before shrink")
+    if c.num_experts and (units is not None or channels is not None):
+        raise ValueError("units and channels of a mixture of experts are not cut; prune_experts takes whole experts away")
     L = c.num_layers
     kept = {
         "layers": _numbers("layers", layers, L),
@@ -72,6 +75,15 @@ def shrink(
 
     small = map_places(place, stacked(model, params)[1])
     return model.clone(config=config), unstack_layers(small) if looped else small
+
+
+def check_decoder(model: Any) -> None:
+    """Raise ValueError for a model whose parts are not known here."""
+    if not isinstance(model, Decoder):
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise ValueError(
+            f"a {kind} model is not cut down here: structured pruning is for this package's decoders (Llama's kin)"
+        )
 
 
 def _numbers(name: str, given: Any, n: int) -> np.ndarray:
@@ -128,6 +140,8 @@ def _rules(c: DecoderConfig, kept: Mapping[str, np.ndarray]) -> Callable[[str], 
 
     def of(path: str) -> list[tuple[int, np.ndarray]]:
         *_, module, leaf = path.split("/")
+        if c.num_experts and "/mlp/" in path:
+            return []
         if module in _INTO:
             return [(-1, inner[module]), *([(-2, channels)] if leaf == "kernel" else [])]
         if module in _OUT_OF:
@@ -179,13 +193,14 @@ def _smaller_config(c: DecoderConfig, kept: Mapping[str, np.ndarray]) -> Decoder
                 raise ValueError(f"tokens leave out {i}, the model's {name}")
         hf[name] = [new.get(i, i) for i in ids] if isinstance(ids, list) else new.get(ids, ids)
     try:
-        return _config_of(hf)
+        return config_of(hf)
     except Exception as error:  # validators of transformers raise errors of several kinds
         text = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"transformers has no {c.model_type} model of {sizes}: {text}") from error
 
 
-def _config_of(hf: Mapping[str, Any]) -> DecoderConfig:
+def config_of(hf: Mapping[str, Any]) -> DecoderConfig:
+    """The config of a decoder from the Hugging Face one as plain data."""
     from transformers import AutoConfig
 
     return decoder_config(AutoConfig.for_model(hf["model_type"], **{k: v for k, v in hf.items() if k != "model_type"}))
@@ -222,6 +237,7 @@ def prune_structured(
     heads gave on average to a bias (FLAP, An et al. 2023, arXiv:2312.11983), which a llama config can hold; others are
     refused. Raises ValueError for numbers that are not there, and as `shrink` does.
     """
+    check_decoder(model)
     c = model.config
     batches = list(batches)
     found = importance(model, params, batches, score=score)
@@ -275,7 +291,7 @@ def _compensated(model: Decoder, params: Any, batches: Any, kept: Mapping[str, A
         modules = layers[part].items()
         layers[part] = {n: with_bias(f"model/layers/{part}/{n}", m) if n.endswith("_proj") else m for n, m in modules}
     tree = {**tree, "model": {**tree["model"], "layers": layers}}
-    config = _config_of(json.loads(c.hf_config) | {"attention_bias": True, "mlp_bias": True})
+    config = config_of(json.loads(c.hf_config) | {"attention_bias": True, "mlp_bias": True})
     model = model.clone(config=config, scan_layers=not looped)
     return model, unstack_layers(tree) if looped else tree
 

@@ -87,7 +87,7 @@ class PruneConfig:
     targets: str | list[str] = option("all-linear", "what to prune")
     exclude: list[str] = option([], "what to leave dense")
     mask_updates: bool = option(True, "mask adapters over pruned weights too, so that the merged model keeps its zeros")
-    keep: dict[Literal["layers", "heads", "kv_heads", "units", "channels"], int] = option(
+    keep: dict[Literal["layers", "heads", "kv_heads", "units", "channels", "experts"], int] = option(
         {}, "make the model smaller: how many of its layers, heads, ... stay, as {layers: 12, units: 2048}"
     )
     keep_parameters: float | None = option(None, "make the model smaller: the share of its parameters that stays")

@@ -16,6 +16,7 @@ from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import gradients, output_errors
 from peft_jax.core.tree import layer_paths
 from peft_jax.pruning.blocks import prune_in_turn
+from peft_jax.pruning.experts import prune_experts
 from peft_jax.pruning.prune import densify, prune, sparsity_of
 from peft_jax.pruning.scores import NEEDS, of_gradients
 from peft_jax.pruning.sensitivity import sensitivity
@@ -30,6 +31,8 @@ Curves = Mapping[str, Mapping[float, float]]
 def shrunk(config: PruneConfig, model: Any, params: Any, batches: Batches) -> tuple[Any, Any]:
     """(model, params) made smaller as the section says; as they are where it says nothing."""
     sizes = dict(config.keep)
+    if (experts := sizes.pop("experts", None)) is not None:
+        model, params = prune_experts(model, params, batches, experts)
     if config.keep_parameters is not None:
         sizes |= sizes_for(model, config.keep_parameters, config.by)
     if not sizes:

@@ -60,7 +60,7 @@ def test_gradients_equal_those_of_the_dense_reference(arrays):
         return sum(weights[:, j, None] * each[ids[:, j], jnp.arange(N)] for j in range(K))
 
     loss = lambda f: jax.jit(jax.grad(lambda *a: (f(*a) ** 2).sum(), argnums=(0, 1, 2, 3)))(x, weights, gate_up, down)
-    ours = loss(lambda x, w, a, b: mixture(x, ids, w, a, b, activation="silu"))
+    ours = loss(lambda x, w, a, b: mixture(x, jnp.asarray(ids), w, a, b, activation="silu"))
     for a, b in zip(ours, loss(every), strict=True):
         assert relative_error(a, b) < 1e-5
 
@@ -99,7 +99,7 @@ def test_expert_parallelism_on_eight_devices_equals_one(name, axes, root):
 def test_gradients_under_expert_parallelism_equal_those_of_one_device(root):
     model, params, tokens, _ = loaded("mixtral_sliding", root)
     rows, apply = np.tile(tokens, (4, 1)), peft_jax.bind(model)
-    trainable, frozen = peft_jax.partition(perturb(peft_jax.lora(params, jax.random.key(0), rank=2, targets="experts/*")))
+    trainable, frozen = peft_jax.partition(perturb(peft_jax.lora(params, jax.random.key(0), rank=2, targets="experts")))
     gradient = lambda t, f, x: jax.grad(lambda t: (apply(peft_jax.combine(t, f), x) ** 2).mean())(t)
     expected = jax.jit(gradient)(trainable, frozen, rows)
     mesh = make_mesh({"expert": 4, "data": 2})
@@ -163,9 +163,9 @@ def test_experts_are_quantized_pruned_and_calibrated(name, root):
     assert isinstance(experts(quantized)["gate_up_proj"], peft_jax.Quantized)
     assert relative_error(apply(quantized, tokens), exact) < 0.2
     assert relative_error(apply(quantized, tokens), apply(peft_jax.dequantize(quantized), tokens)) < 1e-5
-    pruned = peft_jax.prune(params, 0.5, targets="experts/*")
+    pruned = peft_jax.prune(params, 0.5, targets="experts")
     assert relative_error(apply(pruned, tokens), apply(peft_jax.merge(pruned), tokens)) < 1e-5
-    qlora = perturb(peft_jax.lora(quantized, jax.random.key(0), rank=2, targets="experts/*"))
+    qlora = perturb(peft_jax.lora(quantized, jax.random.key(0), rank=2, targets="experts"))
     assert relative_error(apply(qlora, tokens), apply(peft_jax.merge(qlora), tokens)) < 2e-5
 
 
@@ -189,9 +189,50 @@ def test_statistics_of_experts_are_those_of_the_tokens_they_get(root):
     expected = np.stack([rows[(ids == e).any(-1)].T @ rows[(ids == e).any(-1)] for e in range(4)]) / tokens.size
     assert relative_error(found["covariance"], expected) < 1e-5
     assert relative_error(found["second_moment"], np.einsum("eii->ei", expected)) < 1e-5
-    scores = peft_jax.prune(
-        params, 0.5, score="wanda", targets=place, statistics={"second_moment": {place: found["second_moment"]}}
-    )
-    assert float((scores["model"]["layers_0"]["mlp"]["experts"]["gate_up_proj"].materialize() == 0).mean()) == pytest.approx(
-        0.5
-    )
+    known = {"second_moment": {place: found["second_moment"]}}
+    pruned = peft_jax.prune(params, 0.5, score="wanda", targets=place, statistics=known)
+    zeros = peft_jax.places(pruned)[place].materialize() == 0
+    assert float(zeros.mean()) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", MOES)
+def test_experts_are_taken_away_and_the_rest_load_in_pytorch(name, root, tmp_path):
+    import transformers
+
+    from tests.reference import torch_logits
+
+    model, params, tokens, _ = loaded(name, root)
+    scores = peft_jax.expert_importance(model, params, [{"tokens": tokens}])
+    np.testing.assert_allclose(np.asarray(scores).sum(-1), 1.0, rtol=1e-5)
+    chosen = peft_jax.expert_importance(model, params, [{"tokens": tokens}], score="frequency")
+    np.testing.assert_allclose(np.asarray(chosen).sum(-1), 2.0, rtol=1e-5)
+    smaller, fewer = peft_jax.prune_experts(model, params, [{"tokens": tokens}], 3)
+    assert smaller.config.num_experts == 3
+    best = np.sort(np.argsort(-np.asarray(scores), axis=-1)[:, :3], axis=-1)
+    experts = lambda tree: tree["model"]["layers"]["mlp"]["experts"]["down_proj"]
+    np.testing.assert_array_equal(experts(fewer)[1], experts(params)[1][best[1]])
+    peft_jax.save(tmp_path, smaller, fewer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert relative_error(jax.jit(peft_jax.bind(smaller))(fewer, tokens), torch_logits(theirs, tokens)) < 1e-4
+    one, single = peft_jax.prune_experts(model, params, [{"tokens": tokens}], 1)
+    assert one.config.experts_per_token == 1
+    assert np.isfinite(np.asarray(peft_jax.bind(one)(single, tokens))).all()
+    cut, short = peft_jax.shrink(model, params, layers=[0, 2])
+    assert jax.jit(peft_jax.bind(cut))(short, tokens).shape == (*tokens.shape, cut.config.vocab_size)
+
+
+def test_what_experts_cannot_be_pruned_is_refused(root):
+    dense, weights, tokens, _ = loaded("llama2", root)
+    with pytest.raises(ValueError, match="this llama model has no experts in every layer"):
+        peft_jax.prune_experts(dense, weights, [{"tokens": tokens}], 2)
+    model, params, tokens, _ = loaded("mixtral_sliding", root)
+    with pytest.raises(ValueError, match="experts must leave between 1 and 4, got 5"):
+        peft_jax.prune_experts(model, params, [{"tokens": tokens}], 5)
+    with pytest.raises(ValueError, match="unknown score of experts 'luck'"):
+        peft_jax.expert_importance(model, params, [], score="luck")
+    with pytest.raises(ValueError, match="there is no batch"):
+        peft_jax.prune_experts(model, params, [], 2)
+    with pytest.raises(ValueError, match="units and channels of a mixture of experts are not cut"):
+        peft_jax.shrink(model, params, channels=range(16))
+    with pytest.raises(ValueError, match="prune_experts makes a mixture smaller"):
+        peft_jax.prune_structured(model, params, [{"tokens": tokens}], units=8)
