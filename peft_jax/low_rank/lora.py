@@ -79,6 +79,8 @@ class LoRA(Additive):
         return y + change if self.gate is None else jnp.where(self.gate > 0, y + change, y)
 
     def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        if type(self).product is not LoRA.product or type(self).update is not LoRA.update:  # more than a sum (DoRA)
+            return super().ragged_matmul(x, sizes)
         a, b = self.factors(x.dtype)
         scale = self.scale if self.gate is None else self.scale * (self.gate > 0)
         key = None if self.key is None else self.key[0]
