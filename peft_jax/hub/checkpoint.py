@@ -388,7 +388,7 @@ def _quantization_config(method: str, write: Any, known: Mapping[str, Any]) -> d
             plain += names if path.endswith("/kernel") else []
             continue
         if not path.endswith("/kernel"):
-            raise ValueError(f"{path}: {method} folders hold quantized Dense layers alone; dequantize it first")
+            raise ValueError(f"{path}: {method} folders hold no quantized embeddings and experts; dequantize it first")
         try:
             write(w if layers[0][1] is None else jax.tree.map(lambda a: a[0], w))
         except ValueError as error:

@@ -127,7 +127,7 @@ class Embeddings(Block):
         if getattr(c, "absolute_positions", True):
             x = x + self.position_embeddings(positions + c.position_offset)
         if c.type_vocab_size:
-            types = jnp.zeros((1, 1), jnp.int32) if token_type_ids is None else token_type_ids
+            types = jnp.zeros((1, 1), jnp.int32) if token_type_ids is None or c.type_vocab_size == 1 else token_type_ids
             x = x + self.token_type_embeddings(types)
         return self.drop(self.LayerNorm(x))
 

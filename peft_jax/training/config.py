@@ -121,7 +121,7 @@ class DataConfig:
     stride: int | None = option(None, "tokens by which the rows of a long context overlap; by default a quarter of a row")
     mask_share: float = option(0.15, "share of the tokens that a masked language model has to guess")
     temperature: float = option(0.05, "of the similarities of pairs")
-    packing: bool = option(True, "several examples in a row, kept apart by segment ids")
+    packing: bool = option(True, "several examples in a row, kept apart by segment ids (of a causal language model)")
     too_long: Literal["skip", "truncate", "stop"] = option("skip", "what to do with a completion or chat that does not fit")
     on_error: Literal["skip", "stop"] = option("skip", "what to do with a malformed record")
 

@@ -37,8 +37,9 @@ def next_token(
     whole batch (0: all at once; None: chunks where they would exceed 256 MB in float32). In training (with an `rng`) a mixture
     of experts adds `router_loss` times its load-balancing loss, by default as its checkpoint says; the metric is `router`.
     """
-    share = getattr(getattr(getattr(apply, "model", None), "config", None), "router_loss", 0.0)
-    share = share if router_loss is None or not hasattr(apply.model.config, "router_loss") else router_loss  # type: ignore[attr-defined]
+    config = getattr(getattr(apply, "model", None), "config", None)
+    own = getattr(config, "router_loss", 0.0)
+    share = (own if router_loss is None else router_loss) if getattr(config, "num_experts", 0) else 0.0
     weights = batch["weights"].astype(jnp.float32)
     if share and rng is not None:
         hidden, state = apply(params, batch["tokens"], rng=rng, method="hidden", mutable=["router"], **_inputs(batch))

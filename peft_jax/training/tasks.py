@@ -31,7 +31,7 @@ from peft_jax.data import (
     pack,
 )
 from peft_jax.models.blocks import Task
-from peft_jax.training.config import DataConfig, RunConfig
+from peft_jax.training.config import ConfigError, DataConfig, RunConfig
 from peft_jax.training.loop import on_devices
 from peft_jax.training.metrics import OF_ANSWERS, OF_LABELS, OF_NUMBERS, seqeval
 from peft_jax.training.objective import (
@@ -133,6 +133,8 @@ def kind_of(s: Subject) -> Any:
 
 
 def _next_token(config: RunConfig, s: Subject) -> Objective:
+    if config.train.router_loss and not getattr(s.model.config, "num_experts", 0):
+        raise ConfigError(f"option 'train.router_loss': a {s.model.config.model_type} model has no experts to balance")
     return functools.partial(next_token, chunk=config.train.loss_chunk, router_loss=config.train.router_loss)
 
 

@@ -17,6 +17,7 @@ from tests.reference import FAMILIES, perturb, random_tokens, relative_error
 
 TOKENS, TARGETS, P = random_tokens(2, 9), random_tokens(2, 5, seed=1), 3
 BASES = {
+    "bert_trunk": (lambda: tr.BertModel(ENCODERS["bert"](), add_pooling_layer=False), "FEATURE_EXTRACTION"),
     "gpt2": (lambda: tr.GPT2LMHeadModel(FAMILIES["gpt2"]()), "CAUSAL_LM"),
     "bert": (lambda: tr.BertForSequenceClassification(ENCODERS["bert"](num_labels=3)), "SEQ_CLS"),
     "bert_tokens": (lambda: tr.BertForTokenClassification(ENCODERS["bert"](num_labels=3)), "TOKEN_CLS"),
@@ -46,9 +47,10 @@ CONFIGS = {
 }
 LORA = {
     "gpt2": ["c_attn", "c_fc", "mlp.c_proj"], "bert": ["query", "value", "output.dense"], "bert_tokens": ["query", "dense"],
+    "bert_trunk": ["query", "output.dense"],
     "roberta": ["query", "value"], "t5": ["q", "v", "wi", "wo"], "mixtral": ["q_proj", "v_proj"],
 }  # fmt: skip
-CASES = [(b, m) for b in BASES for m in CONFIGS if m != "prefix" or b not in ("bert", "bert_tokens", "roberta")]
+CASES = [(b, m) for b in BASES for m in CONFIGS if m != "prefix" or b not in ("bert", "bert_tokens", "bert_trunk", "roberta")]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,8 @@ def their_base(name):
 def their_logits(name, model):
     more = {"decoder_input_ids": torch.tensor(TARGETS)} if name == "t5" else {}
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor(TOKENS), attention_mask=torch.ones(TOKENS.shape, dtype=torch.long), **more).logits
+        out = model(input_ids=torch.tensor(TOKENS), attention_mask=torch.ones(TOKENS.shape, dtype=torch.long), **more)
+    logits = out.logits if "logits" in out else out.last_hidden_state
     return logits[:, -TOKENS.shape[1] :].numpy() if logits.ndim == 3 else logits.numpy()
 
 
@@ -117,7 +120,7 @@ def test_exchange(bases, name, method, tmp_path):
 
     targets = ["decoder/*/SelfAttention/core"] if (name, method) == ("t5", "prefix") else more.get("target_modules", "")
     ours = perturb(make(params, targets), scale=0.3)
-    if name.startswith(("bert", "roberta")):
+    if name in ("bert", "bert_tokens", "roberta"):
         ours = with_head(ours)
     peft_jax.save_adapter(tmp_path / "ours", ours, task_type=task)
     back = peft.PeftModel.from_pretrained(their_base(name), tmp_path / "ours").eval()

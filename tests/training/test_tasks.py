@@ -510,7 +510,7 @@ def test_an_encoder_decoder_trains_and_generates(tokenizer, tmp_path):
         ),
         ({"evaluate.metrics": ["bleu"]}, "a sequence_classification model has no 'bleu'; it has accuracy, f1"),
         ({"evaluate.metrics": ["pearson"]}, "the metric pearson is none of labels; there are accuracy, f1, matthews"),
-        ({"data.labels": ["no"]}, "label 'yes' is none of no"),
+        ({"data.labels": ["no", "maybe"]}, "label 'yes' is none of no, maybe"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message, encoder, tmp_path):

@@ -29,6 +29,7 @@ from peft_jax.hub.peft.experts import attach_experts, expert_tensors, experts_co
 from peft_jax.hub.peft.formats import COMMON, FORMATS, Config, Format, Module, Tensors
 from peft_jax.hub.peft.prompts import WHOLE_FORMATS, load_whole, saved_modules, trained_place, trained_tensors, whole_modules
 from peft_jax.hub.safetensors_io import open_checkpoint, save_tensors
+from peft_jax.models.families import FAMILIES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT, _PREFIX = "base_model.", "base_model.model."
@@ -69,15 +70,18 @@ def save_peft(
         raise ValueError(f"the tree holds no adapter named {name!r}")
     peft_type, kind = _format_of(nodes)
     experts = {path: nodes.pop(path) for path in list(nodes) if path.rpartition("/")[2] in EXPERTS}
-    modules = {m: n for path, w in nodes.items() for m, n in _by_module(path, w).items()}
-    embeddings = {m for path, w in nodes.items() if path.endswith("/embedding") for m in _by_module(path, w)}
+    # Of a model without a head, the trunk is all that there is in PEFT.
+    bare = f"{trunk_of(params)}." if task_type == "FEATURE_EXTRACTION" else ""
+    own = lambda name: name.removeprefix(bare)
+    modules = {own(m): n for path, w in nodes.items() for m, n in _by_module(path, w).items()}
+    embeddings = {own(m) for path, w in nodes.items() if path.endswith("/embedding") for m in _by_module(path, w)}
     tensors = {f"{_PREFIX}{m}.{t}": v for m, n in modules.items() for t, v in kind.write(n, m in embeddings).items()}
     tensors |= {f"{_ROOT}{t}": take(params[f"shared_{_group(nodes)}"]) for t, take in kind.shared.items()}
     for path, w in tokens.items():
         for module, node in _by_module(path, w).items():
-            tensors |= {f"{_PREFIX}{module}.token_adapter.{t}": v for t, v in _TOKENS.write(node, True).items()}
+            tensors |= {f"{_PREFIX}{own(module)}.token_adapter.{t}": v for t, v in _TOKENS.write(node, True).items()}
     for tensor, value in trained.items():  # an adapted module keeps what is its own in `base_layer`
-        module, _, leaf = tensor.rpartition(".")
+        module, _, leaf = own(tensor).rpartition(".")
         tensors[f"{_PREFIX}{module}.{'base_layer.' if module in modules else ''}{leaf}"] = value
     config = {
         "peft_type": peft_type,
@@ -92,13 +96,18 @@ def save_peft(
         **_tokens_config(tokens, peft_type),
     }
     if experts:
-        tensors |= {_PREFIX + t: value for t, value in expert_tensors(experts).items()}
+        tensors |= {_PREFIX + own(t): value for t, value in expert_tensors(experts).items()}
         config |= experts_config(experts, config)
     if peft_type == "TRAINABLE_TOKENS":
         config = {k: v for k, v in config.items() if k not in ("bias", "modules_to_save", "fan_in_fan_out")}
     with replacing_folder(folder) as temporary:
         write_json(temporary / CONFIG, config)
         save_tensors(temporary / WEIGHTS, tensors)
+
+
+def trunk_of(params: Any) -> str | None:
+    """The module of a tree that holds everything but its head; None where the tree itself does."""
+    return next((f.prefix for f in FAMILIES.values() if f.prefix in params), None)
 
 
 def _collect(params: Any, name: str) -> tuple[dict[str, Any], dict[str, Any], Tensors]:
@@ -196,6 +205,13 @@ def load_peft(params: Any, path: Path, *, name: str) -> Any:
         raise ValueError(f"{path} holds adapter_model.bin (pickle, which is not read); convert it to {WEIGHTS}")
     with open_checkpoint(path, WEIGHTS, WEIGHTS + ".index.json") as checkpoint:
         tensors = {n: checkpoint.read(n) for n in checkpoint.names}
+    trunk = trunk_of(params)
+    if (
+        config.get("task_type") == "FEATURE_EXTRACTION"
+        and trunk
+        and not any(n.startswith(f"{_PREFIX}{trunk}.") for n in tensors)
+    ):
+        tensors = {n.replace(_PREFIX, f"{_PREFIX}{trunk}.", 1): value for n, value in tensors.items()}
     if kind is None:
         return load_whole(params, tensors, config, name, path)
     return attach_peft(params, tensors, config, name, path)
