@@ -172,7 +172,7 @@ def main() -> None:
             found[name][method] = bench(args, problem, method, say)
             say(f"  {method}: {found[name][method]}")
             jax.clear_caches()
-    publish(table(found, args), args.out)
+        publish(table(found, args), args.out)  # what has been found so far
 
 
 if __name__ == "__main__":

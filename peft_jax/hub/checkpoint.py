@@ -169,7 +169,7 @@ class _Renamed:
     def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
         prefix, names = family.prefix + ".", checkpoint.names
         bare = bool(family.prefix) and not any(n.startswith(prefix) for n in names)
-        self.absent, self.trunk = re.compile(family.absent), prefix
+        self.absent = re.compile(family.absent)
         self._checkpoint, self._own = checkpoint, {}
         for name in names:
             module, _, leaf = name.rpartition(".")

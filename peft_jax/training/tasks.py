@@ -107,15 +107,10 @@ def predict(subject: Subject, params: Any, rows: Any) -> np.ndarray:
     @jax.jit
     def run(params: Any, batch: Any) -> jax.Array:
         inputs = {n: batch[n] for n in ("segment_ids", "token_type_ids") if n in batch}
-        return apply(params, batch["tokens"], **_taken(subject.model, inputs))
+        return apply(params, batch["tokens"], **inputs)
 
     parts = [fetch(run(params, on_devices(b, subject.mesh))) for b in evaluation_batches(rows, subject.batch_size)]
     return np.concatenate(parts)[: len(rows.tokens)]
-
-
-def _taken(model: Model, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that a model's call has: decoders know no types."""
-    return inputs if getattr(model, "typed", False) else {n: x for n, x in inputs.items() if n != "token_type_ids"}
 
 
 # --------------------------------------------------------------------------------------------------------- language models
