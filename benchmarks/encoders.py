@@ -27,7 +27,7 @@ import peft_jax
 from peft_jax.core.tree import is_node, map_places
 from peft_jax.data import Record, batch_at, label_names, read_records
 from peft_jax.training.config import DataConfig
-from peft_jax.training.objective import labels_of
+from peft_jax.training.objective import LABELS, cross_entropy
 from peft_jax.training.step import init_state, make_step
 from peft_jax.training.tasks import TASKS, Subject
 
@@ -86,7 +86,9 @@ class Bench:
         self.rows, self.problem, self.method, self.spec = spec.rows(self.subject, problem.train), problem, method, spec
         schedule = optax.inject_hyperparams(lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate)))
         self.optimizer, self.steps = schedule(rate=0.0), args.steps
-        self.step = jax.jit(make_step(labels_of, peft_jax.bind(self.model), self.optimizer), donate_argnums=0)
+        self.step = jax.jit(
+            make_step(functools.partial(cross_entropy, LABELS), peft_jax.bind(self.model), self.optimizer), donate_argnums=0
+        )
 
     def start(self, seed: int) -> Any:
         """The tree before training: the method's, and a fresh head that trains."""

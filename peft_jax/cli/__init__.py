@@ -47,7 +47,8 @@ def main() -> None:
 @_command
 def train(config: str | None, overrides: tuple[str, ...]) -> None:
     """Fine-tune: evaluate, train, evaluate again, sample and export."""
-    from peft_jax.training.run import run_training, start_distributed
+    from peft_jax.training.run import run_training
+    from peft_jax.training.setup import start_distributed
 
     parsed = _config(config, overrides)
     start_distributed()
@@ -57,7 +58,8 @@ def train(config: str | None, overrides: tuple[str, ...]) -> None:
 @_command
 def evaluate(config: str | None, overrides: tuple[str, ...]) -> None:
     """Measure the model (with model.adapter, if given) on the held-out data."""
-    from peft_jax.training.run import run_evaluation, start_distributed
+    from peft_jax.training.run import run_evaluation
+    from peft_jax.training.setup import start_distributed
 
     parsed = _config(config, overrides)
     start_distributed()
@@ -93,6 +95,14 @@ def prune(config: str | None, overrides: tuple[str, ...]) -> None:
     run_pruning(_config(config, overrides))
 
 
+@_command
+def teach(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Write what a teacher predicts of the training data, or completes, for students to learn from: see `distill`, `teach`."""
+    from peft_jax.training.teach import run_teaching
+
+    run_teaching(_config(config, overrides))
+
+
 def export(config: str | None, overrides: tuple[str, ...], merged: bool) -> None:
     """Write the newest checkpoint of a run as a PEFT adapter, or merged into a Hugging Face model folder."""
     from peft_jax.training.run import run_export
@@ -107,7 +117,8 @@ _command(click.option("--merged", is_flag=True, help="write the whole model with
 def inspect(config: str | None, overrides: tuple[str, ...]) -> None:
     """Print the tree with the method in it: path, kind, shape, dtype, bytes and what trains."""
     from peft_jax.cli.inspect import tree_table
-    from peft_jax.training.run import add_method, set_up
+    from peft_jax.training.run import add_method
+    from peft_jax.training.setup import set_up
 
     parsed = _config(config, overrides)
     setup = set_up(parsed)

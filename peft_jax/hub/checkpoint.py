@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.files import read_json, replacing_folder, write_json
-from peft_jax.core.sharding import RULES, Rules, node_shardings, shard_place
-from peft_jax.core.tree import map_places, path_str, places, resolve
+from peft_jax.core.sharding import RULES, Rules, node_shardings, shard, shard_place
+from peft_jax.core.tree import map_places, nearest, path_str, places, resolve
 from peft_jax.core.weight import Trainable, Weight
 from peft_jax.hub.names import Tensor, expert_tensors, module_names, stack_size, tensors_of
 from peft_jax.hub.quantized import QuantizedReader, quantization_config, writer
@@ -114,15 +114,8 @@ def load(
         checkpoint, architecture = _Renamed(opened, family), family.config(hf_config)
         if family.own_head and "lm_head.weight" in checkpoint.names:
             architecture = dataclasses.replace(architecture, tie_embeddings=False)
-        model: Any = family.module(
-            architecture,
-            task=task_of(hf_config, task),
-            dtype=dtype,
-            param_dtype=dtype,
-            scan_layers=scan_layers,
-            remat=remat,
-            attention_implementation=attention_implementation,
-        )
+        options = {"scan_layers": scan_layers, "remat": remat, "attention_implementation": attention_implementation}
+        model: Any = family.module(architecture, task=task_of(hf_config, task), dtype=dtype, param_dtype=dtype, **options)
         reader = QuantizedReader(checkpoint, getattr(hf_config, "quantization_config", None))
         abstract = _with_factors(abstract_params(model), checkpoint)
         quantized = {p: names for p, w in places(abstract).items() if (names := _quantized_tensors(reader, p, w))}
@@ -148,6 +141,43 @@ def load(
             return read(path, leaf, placed)
 
         return model, map_places(place, abstract)
+
+
+def load_fresh(
+    folder_or_repo: str | os.PathLike[str],
+    *,
+    config: Mapping[str, Any] | None = None,
+    task: Task | None = None,
+    labels: Sequence[str] | int | None = None,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+    revision: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """(model, params) of a folder's `config.json`, its values replaced by those of `config`, with parameters drawn from `seed`.
+
+    The folder needs no weights. `options` are those of `load`: scan_layers, remat, attention_implementation. Raises
+    ValueError for a value that the family's config does not have, and as `load` does.
+    """
+    hf_config = _labelled(read_config(local_folder(folder_or_repo, revision)), labels)
+    known = hf_config.to_dict()
+    for name in config or {}:
+        if name not in known:
+            raise ValueError(f"a {hf_config.model_type} config has no {name!r}.{nearest(name, known)}")
+    changed = {**known, **(config or {})}
+    if isinstance(kinds := changed.get("layer_types"), list) and "layer_types" not in (config or {}):
+        count = changed.get("num_hidden_layers", len(kinds))
+        changed["layer_types"] = None if count > len(kinds) else kinds[:count]
+    hf_config = type(hf_config)(**{k: v for k, v in changed.items() if k != "model_type"})
+    family = family_of(hf_config.model_type)
+    dtype = _default_dtype(hf_config) if dtype is None else jnp.dtype(dtype)
+    model: Any = family.module(
+        family.config(hf_config), task=task_of(hf_config, task), dtype=dtype, param_dtype=dtype, **options
+    )
+    params = jax.jit(lambda: fresh_params(model, seed))()
+    return model, params if mesh is None else shard(params, mesh, rules)
 
 
 def _labelled(hf_config: Any, labels: Sequence[str] | int | None) -> Any:

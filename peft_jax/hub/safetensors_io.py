@@ -37,7 +37,7 @@ class Checkpoint:
         """The tensor, or the part of it that `index` (one slice an axis) cuts out; only that part is read."""
         part = self._slice(name)
         if part.get_dtype() in _FLOAT8:  # unknown to the library's NumPy side
-            whole = _mapped(self._files[name], name, _FLOAT8[part.get_dtype()])
+            whole = mapped(self._files[name], name, _FLOAT8[part.get_dtype()])
             return np.array(whole[index] if index else whole)
         return part[index] if index else part[:] if part.get_shape() else self._handles[self._files[name]].get_tensor(name)
 
@@ -75,13 +75,15 @@ def open_checkpoint(folder: Path, single: str = SINGLE, index: str = INDEX) -> I
         yield Checkpoint(files, handles)
 
 
-def _mapped(path: Path, name: str, dtype: Any) -> np.ndarray:
-    """A tensor of a file that has been opened (and so checked), through its header, without reading the rest."""
+def mapped(path: Path, name: str, dtype: Any) -> np.ndarray:
+    """A tensor of a file that has been opened (and so checked), through its header, without reading the rest; mapped."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(length))[name]
     start = 8 + length + entry["data_offsets"][0]
-    return np.memmap(path, np.uint8, "r", start, tuple(entry["shape"])).view(dtype)
+    shape = tuple(entry["shape"])
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.memmap(path, np.uint8, "r", start, (size,)).view(dtype).reshape(shape)
 
 
 def _open(path: Path) -> Any:

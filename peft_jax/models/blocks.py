@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.capture import CAPTURED
 from peft_jax.models.attention import Mask, attention
 
 Task = Literal[
@@ -187,7 +188,7 @@ def layer_stack(block: type[nn.Module], length: int, *args: Any, scan: bool, rem
         return [made(*args) for _ in range(length)]
     axes = (*[nn.broadcast] * broadcast, 0)
     rngs = {"params": True, "dropout": True}
-    return nn.scan(made, variable_axes={"params": 0}, split_rngs=rngs, in_axes=axes, length=length)(*args)
+    return nn.scan(made, variable_axes={"params": 0, CAPTURED: 0}, split_rngs=rngs, in_axes=axes, length=length)(*args)
 
 
 def run_layers(layers: Any, x: jax.Array, shared: Any, own: dict[str, Any]) -> jax.Array:

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.capture import CAPTURED
 from peft_jax.models.attention import Mask, empty_cache, make_mask, read_cache, write_cache
 from peft_jax.models.blocks import ACTIVATIONS, REMAT_POLICIES, AttentionCore, Residual, RMSNorm, Task
 from peft_jax.models.config import DecoderConfig
@@ -185,7 +186,7 @@ class DecoderStack(nn.Module):
                 )
             self.layers = nn.scan(
                 block,
-                variable_axes={"params": 0, "router": 0},
+                variable_axes={"params": 0, "router": 0, CAPTURED: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0, 0),
                 length=c.num_layers,

@@ -22,6 +22,8 @@ from pydantic.dataclasses import dataclass
 
 from peft_jax.core.tree import nearest
 from peft_jax.data.records import Kind
+from peft_jax.distillation.divergence import Divergence, make_divergence
+from peft_jax.distillation.match import uld
 from peft_jax.methods import ENDS_OTHERWISE, METHODS
 from peft_jax.models.blocks import Task
 from peft_jax.pruning.distribution import check_distribution, check_pattern, check_sparsity
@@ -58,6 +60,8 @@ class ModelConfig:
     dtype: str | None = option(None, "float32, bfloat16 or float16; by default float32 on the CPU, the checkpoint's elsewhere")
     task: Task | None = option(None, "what the model is for, as sequence_classification; by default as its checkpoint says")
     adapter: str | None = option(None, "PEFT adapter folder or repository to start from")
+    fresh: bool = option(False, "start from random parameters, not from the checkpoint's")
+    config: dict[str, Any] = option({}, "of a fresh model: values in place of config.json's, as {num_hidden_layers: 4}")
     scan_layers: bool = option(True, "stack and scan the layers, so that compile time does not grow with depth")
     remat: Literal["none", "full", "dots"] = option(
         "none", "rematerialisation: keep all, only layer inputs, or weight products"
@@ -92,7 +96,9 @@ class PruneConfig:
     )
     keep_parameters: float | None = option(None, "make the model smaller: the share of its parameters that stays")
     by: Literal["layers", "width"] = option("width", "what keep_parameters takes away: layers, or heads and units")
-    importance: Literal["activation", "fluctuation", "magnitude"] = option("activation", "which layers, heads, ... stay")
+    importance: Literal["activation", "fluctuation", "magnitude", "spaced"] = option(
+        "activation", "which layers, heads, ... stay; spaced: layers at even distances, of any family"
+    )
     compensate: bool = option(False, "put the mean of what is taken away into biases (llama)")
     calibration_batches: int = option(8, "batches of the training data that scores and importance look at")
     sensitivity: list[float] = option(
@@ -165,6 +171,71 @@ class TrainConfig:
 
 
 @configuration
+class TeacherConfig:
+    path: str = option("self", "Hugging Face folder or repository id, or self: the model without what trains in it")
+    revision: str | None = option(None, "repository revision")
+    adapter: str | None = option(None, "PEFT adapter folder or repository over it")
+    dtype: str | None = option(None, "float32, bfloat16 or float16; by default as model.dtype")
+    quantize: QuantizeConfig = option(QuantizeConfig(), "quantization of the teacher")
+    weight: float = option(1.0, "its weight among several")
+
+
+@configuration
+class FeatureConfig:
+    weight: float = option(1.0, "weight of this loss")
+    layers: list[tuple[int, int]] | None = option(
+        None, "pairs of the student's and the teacher's layers, numbered from 1 (0: embeddings); by default spread evenly"
+    )
+    options: dict[str, Any] = option({}, "relation_heads of minilmv2")
+
+
+@configuration
+class OnPolicyConfig:
+    share: float = option(1.0, "share of the batches that the student writes itself")
+    max_tokens: int = option(64, "tokens that it writes")
+    temperature: float = option(1.0, "of its sampling; 0 for greedy")
+    top_k: int = option(0, "sample among the k most likely; 0 for all")
+    top_p: float = option(1.0, "sample among the most likely that hold this much probability")
+    prompt_tokens: int = option(1, "least number of a row's tokens that stay as prompt; completions keep their prompts")
+    minillm: bool = option(False, "MiniLLM's policy gradient of the reverse divergence")
+    teacher_share: float = option(0.0, "share of the teacher in what is sampled (MiniLLM: 0.2)")
+
+
+@configuration
+class DistillConfig:
+    teachers: list[TeacherConfig] = option([], "whom to learn from; empty, without a cache: nobody")
+    cache: str | None = option(None, "folder of what a teacher predicted, written by `peft-jax teach`, instead of teachers")
+    divergence: str = option(
+        "forward_kl",
+        "forward_kl, reverse_kl, jensen_shannon, skewed_forward_kl, skewed_reverse_kl, total_variation; uld (other tokenizers)",
+    )
+    divergence_options: dict[str, float] = option({}, "beta of jensen_shannon, alpha of the skewed ones")
+    temperature: float = option(1.0, "of both models' predictions; the loss is scaled by its square")
+    weight: float = option(1.0, "weight of the divergence")
+    data_weight: float = option(0.0, "weight of the data's own loss")
+    top_k: int = option(0, "compare the teacher's k most likely tokens, and all others together; 0: every token")
+    features: dict[Literal["cosine", "squared", "attention", "minilm", "minilmv2"], FeatureConfig] = option(
+        {}, "losses on hidden states, as {cosine: {weight: 1.0}}"
+    )
+    on_policy: OnPolicyConfig | None = option(None, "learn from texts that the student writes")
+    alignment: Literal["span", "position"] = option("span", "how tokens of different tokenizers are compared")
+    context: str = option("", "text that the teacher alone reads before each record: distilled into the weights")
+
+
+@configuration
+class TeachConfig:
+    what: Literal["predictions", "texts"] = option(
+        "predictions", "log-probabilities of the data, or completions of its prompts"
+    )
+    k: int = option(64, "tokens kept at each place; all others are kept together")
+    dtype: Literal["float16", "float32"] = option("float16", "precision of the log-probabilities")
+    shard_rows: int = option(256, "rows in a shard")
+    url: str | None = option(None, "an OpenAI-compatible endpoint as the teacher, as http://localhost:8000/v1")
+    model: str | None = option(None, "the endpoint's name of the model")
+    key_variable: str = option("OPENAI_API_KEY", "environment variable with the endpoint's key, if it needs one")
+
+
+@configuration
 class GenerateConfig:
     prompts: list[str] = option([], "prompts to continue, before and after training")
     max_tokens: int = option(64, "tokens to generate")
@@ -196,6 +267,8 @@ class RunConfig:
     data: DataConfig = option(DataConfig(), "the data")
     optimizer: OptimizerConfig = option(OptimizerConfig(), "the optimizer")
     train: TrainConfig = option(TrainConfig(), "the training loop")
+    distill: DistillConfig = option(DistillConfig(), "learning from teachers")
+    teach: TeachConfig = option(TeachConfig(), "what `peft-jax teach` writes")
     evaluate: EvaluateConfig = option(EvaluateConfig(), "evaluation")
     generate: GenerateConfig = option(GenerateConfig(), "generation")
     mesh: dict[str, int] = option({}, "sizes of expert, data, fsdp, sequence and tensor; one may be -1; empty: data over all")
@@ -280,10 +353,15 @@ def _sentence(error: ValidationError) -> str:
 
 
 def _section(section: Any, name: str) -> Any:
-    kind = typing.get_type_hints(section).get(name) if dataclasses.is_dataclass(section) else None
+    kind = typing.get_type_hints(section).get(name) if dataclasses.is_dataclass(section) else _element(section)
     if isinstance(kind, types.UnionType):
         kind = next((k for k in typing.get_args(kind) if k is not type(None)), None)
     return kind
+
+
+def _element(kind: Any) -> Any:
+    """What a list or the values of a mapping are; None for anything else."""
+    return typing.get_args(kind)[-1] if typing.get_origin(kind) in (list, dict) else None
 
 
 def _check(config: RunConfig) -> None:
@@ -316,6 +394,46 @@ def _check(config: RunConfig) -> None:
         )
     check_quantize(config.quantize)
     check_prune(config.prune)
+    check_distill(config)
+
+
+def check_distill(config: RunConfig) -> Divergence | None:
+    """The divergence that students learn by. Raises ConfigError for what cannot be distilled so."""
+    d, p = config.distill, config.distill.on_policy
+    if config.model.config and not config.model.fresh:
+        raise ConfigError("model.config is that of a fresh model: set model.fresh=true, or prune.keep for a smaller one")
+    for teacher in d.teachers:
+        check_quantize(teacher.quantize)
+    positive = {"distill.temperature": d.temperature, "teach.k": config.teach.k, "teach.shard_rows": config.teach.shard_rows}
+    positive |= {f"distill.teachers.{i}.weight": t.weight for i, t in enumerate(d.teachers)}
+    positive |= {} if p is None else {"distill.on_policy.max_tokens": p.max_tokens, "distill.on_policy.top_p": p.top_p}
+    if wrong := [name for name, value in positive.items() if value <= 0]:
+        raise ConfigError(f"option {wrong[0]!r} must be above 0, got {positive[wrong[0]]}")
+    if d.cache is not None and (d.teachers or p or d.features or d.context):
+        raise ConfigError("distill.cache holds one teacher's predictions: it takes no teachers, features, context or on_policy")
+    _check_on_policy(config)
+    if d.divergence == "uld":
+        return uld
+    try:
+        return make_divergence(d.divergence, **d.divergence_options)
+    except ValueError as error:
+        raise ConfigError(f"option 'distill': {error}") from error
+
+
+def _check_on_policy(config: RunConfig) -> None:
+    p = config.distill.on_policy
+    if p is None:
+        return
+    if not config.distill.teachers:
+        raise ConfigError("distill.on_policy needs distill.teachers, who judge what the student writes")
+    if config.data.packing:
+        raise ConfigError("distill.on_policy continues one prompt a row: set data.packing=false")
+    if not (0.0 <= p.share <= 1.0 and 0.0 <= p.teacher_share < 1.0):
+        raise ConfigError("distill.on_policy.share must lie in [0, 1] and its teacher_share in [0, 1)")
+    if p.minillm and (p.share < 1.0 or p.temperature != 1.0 or p.top_k or p.top_p < 1.0):
+        raise ConfigError("distill.on_policy.minillm samples every batch as it is: share, temperature and top_p 1, top_k 0")
+    if len(config.distill.teachers) > 1 and (p.minillm or p.teacher_share):
+        raise ConfigError("distill.on_policy with minillm or teacher_share takes one teacher")
 
 
 def check_prune(config: PruneConfig) -> None:
@@ -383,8 +501,12 @@ def describe() -> list[tuple[str, str, str]]:
             name = prefix + field.name
             if dataclasses.is_dataclass(value):
                 walk(value, name + ".")
-            else:
-                rows.append((name, _shown(value), field.metadata.get("help", "")))
+                continue
+            rows.append((name, _shown(value), field.metadata.get("help", "")))
+            kind = _section(type(section), field.name)
+            inner: Any = _element(kind) or kind
+            if dataclasses.is_dataclass(inner):
+                walk(typing.cast(type, inner)(), f"{name}." + {list: "N.", dict: "NAME."}.get(typing.get_origin(kind), ""))
 
     walk(RunConfig(), "")
     for method in METHODS:

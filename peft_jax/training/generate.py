@@ -207,8 +207,12 @@ def _prefill(apply, params, tokens, positions, segments, keys, eos, sampling, *,
 def _decode(apply, params, state: _State, done, eos, sampling) -> _State:
     """Up to a chunk of further tokens (to the next multiple of it); rows that are `done` get no more."""
     state = state._replace(done=state.done | done)
-    slots = state.tokens.shape[1]
-    end = jnp.minimum((state.count // _CHUNK + 1) * _CHUNK, slots)
+    end = jnp.minimum((state.count // _CHUNK + 1) * _CHUNK, state.tokens.shape[1])
+    return _decode_until(apply, params, state, eos, sampling, end)
+
+
+def _decode_until(apply, params, state: _State, eos, sampling, end) -> _State:
+    """Further tokens, until there are `end` of them or all rows have ended."""
 
     def more(s: _State) -> jax.Array:
         return (s.count < end) & ~s.done.all()
@@ -222,6 +226,30 @@ def _decode(apply, params, state: _State, done, eos, sampling) -> _State:
         return _State(tokens, s.count + 1, token, s.position + 1, s.done | (token == eos), cache, s.keys)
 
     return jax.lax.while_loop(more, one, state)
+
+
+def continuations(
+    apply: Any,
+    params: Any,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    key: jax.Array,
+    *,
+    max_tokens: int,
+    eos: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> jax.Array:
+    """`max_tokens` sampled tokens [B, max_tokens] for prompts [B, T] that are padded on the left (segment 0), `eos` after a
+    row's end. To be traced inside a jitted function; temperature 0 is greedy. `eos` of -1 ends no row.
+    """
+    positions = jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0).astype(jnp.int32)
+    sampling = _Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)) if temperature > 0 else None
+    keys = jax.random.split(key, tokens.shape[0])
+    seen = (segment_ids > 0).astype(jnp.int32)
+    state = _prefill(apply, params, tokens, positions, seen, keys, eos, sampling, slots=max_tokens, cache_dtype=None)
+    return _decode_until(apply, params, state, eos, sampling, max_tokens).tokens
 
 
 # Without a cache: prompts are padded on the right and the whole buffer runs for each token.

@@ -56,6 +56,7 @@ def train(
     mesh: Mesh | None = None,
     validation: Any = None,
     objective: Objective | None = None,
+    evaluation: Objective | None = None,
     folder: Path | None = None,
     resume: bool = False,
     identity: dict[str, Any] | None = None,
@@ -66,8 +67,9 @@ def train(
     `rows` and `validation` are NamedTuples of arrays [N, ...] with `tokens` among them, as `objective` wants them.
     With a `mesh` the tree must already be placed on it (see `shard`), and batches are split over data, fsdp and sequence.
     With a `folder` it writes metrics and checkpoints there; `resume` continues from the newest one. `objective` is the
-    next token's cross-entropy unless given. Raises ValueError where nothing trains or the batch does not divide over the
-    mesh, and TrainingDivergedError after `config.nan_limit` bad gradients in a row.
+    next token's cross-entropy unless given; `validation` is measured by `evaluation`, by default the same. Raises ValueError
+    where nothing trains or the batch does not divide over the mesh, and TrainingDivergedError after `config.nan_limit` bad
+    gradients in a row.
     """
     check_batch(config, rows.tokens.shape[1], mesh)
     objective = objective or functools.partial(next_token, chunk=config.loss_chunk)
@@ -80,7 +82,7 @@ def train(
         validation=validation,
         frozen=partition(params)[1],
         step=jax.jit(make_step(objective, apply, optimizer, accumulate=config.accumulate), donate_argnums=0),
-        evaluate=jax.jit(make_evaluation(objective, apply)),
+        evaluate=jax.jit(make_evaluation(evaluation or objective, apply)),
         console=console or Console(),
         folder=folder,
         identity=identity or {},

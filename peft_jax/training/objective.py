@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,104 @@ Objective = Callable[[Apply, Any, dict[str, jax.Array], Any], tuple[jax.Array, d
 _CHUNK_BYTES = 256 * 2**20  # logits larger than this are computed in chunks unless told otherwise
 
 
+class Reading(NamedTuple):
+    """How a task reads a batch, for a loss over distributions.
+
+    `view(batch, rng)` is the batch as the model gets it, with targets [B, T] and weights [B, T]; `states(apply, params, batch,
+    rng)` are [B, T, D], and `head(apply, params, batch)` is a function from such states to logits [B, T, V].
+    """
+
+    view: Callable[[dict[str, jax.Array], Any], dict[str, jax.Array]]
+    states: Callable[[Apply, Any, dict[str, jax.Array], Any], jax.Array]
+    head: Callable[[Apply, Any, dict[str, jax.Array]], Callable[[jax.Array], jax.Array]]
+
+
+def cross_entropy(reading: Reading, apply: Apply, params: Any, batch: Any, rng: Any, *, chunk: int | None = None) -> Any:
+    """Mean cross-entropy of what `reading` makes of a batch, in nats, weighted; see `over_positions` for `chunk`."""
+    batch = reading.view(batch, rng)
+    states = reading.states(apply, params, batch, rng)
+    return _cross_entropy(reading.head(apply, params, batch), states, batch["targets"], batch["weights"], chunk)
+
+
+def _cross_entropy(head: Any, states: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int | None) -> Any:
+    of = lambda states, targets: nll_and_hits(head(states), targets)
+    loss, hits = over_positions(of, (states, targets), logits_width(head, states), chunk)
+    weights = weights.astype(jnp.float32)
+    total = jnp.maximum(weights.sum(), 1e-9)
+    return (loss * weights).sum() / total, {"weight": weights.sum(), "accuracy": (hits * weights).sum() / total}
+
+
+def nll_and_hits(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(negative log-likelihood, whether nothing is likelier) of `targets` [...], given logits [..., V]."""
+    logits = logits.astype(jnp.float32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return loss, jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] >= logits.max(-1)  # cheaper than argmax
+
+
+def logits_width(head: Callable[[jax.Array], jax.Array], states: jax.Array) -> int:
+    """The number of logits that `head` gives for each of states [B, T, D]."""
+    return jax.eval_shape(head, states[:, :1]).shape[-1]
+
+
+def over_positions(of: Callable[..., Any], arrays: Any, width: int, chunk: int | None) -> Any:
+    """`of(*arrays)`, a tree of arrays [B, T], of trees of arrays [B, T, ...], for `chunk` tokens at a time and computed again
+    in the backward pass, so that `width` logits a token are never stored for the whole batch.
+
+    0: all at once; None: chunks where float32 logits would exceed 256 MB.
+    """
+    B, T = jax.tree.leaves(arrays)[0].shape[:2]
+    own = 0 if B * T * width * 4 <= _CHUNK_BYTES else max(1, _CHUNK_BYTES // (4 * width * B)) * B
+    tokens = own if chunk is None else chunk
+    steps = 1 if tokens <= 0 else -(-T // max(1, tokens // B))
+    if steps <= 1:
+        return of(*arrays)
+    # Chunks are runs of positions over all rows, so that rows stay sharded as they are.
+    size = -(-T // steps)
+    pad = steps * size - T
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, steps, size, *x.shape[2:]), 1, 0)
+
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, steps * size, *x.shape[3:])[:, :T]
+    body = jax.checkpoint(lambda carry, part: (carry, of(*part)))
+    return jax.tree.map(join, jax.lax.scan(body, None, jax.tree.map(split, arrays))[1])
+
+
+# ------------------------------------------------------------------------------------------------------------------ tokens
+
+
+def _inputs(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a model's call takes beside tokens."""
+    return {name: batch[name] for name in ("positions", "segment_ids", "token_type_ids", "adapter_ids") if name in batch}
+
+
+def _unembeds(apply: Apply) -> bool:
+    return hasattr(getattr(apply, "model", None), "unembed")
+
+
+def _hidden(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any, **more: Any) -> Any:
+    tokens = [batch[name] for name in ("tokens", "decoder_tokens") if name in batch]
+    method = {"method": "hidden"} if _unembeds(apply) else {}
+    return apply(params, *tokens, rng=rng, **method, **_inputs(batch), **more)
+
+
+def token_states(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> jax.Array:
+    """Hidden states before the head, at `batch["at"]` [B, T] where it has that; logits of a model without `unembed`."""
+    hidden = _hidden(apply, params, batch, rng)
+    return jnp.take_along_axis(hidden, batch["at"][..., None], axis=1) if "at" in batch else hidden
+
+
+def token_head(apply: Apply, params: Any, batch: dict[str, jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """The model's own head."""
+    if not _unembeds(apply):
+        return lambda logits: logits
+    return functools.partial(apply, params, rng=None, method="unembed", adapter_ids=batch.get("adapter_ids"))
+
+
+TOKENS = Reading(lambda batch, rng: batch, token_states, token_head)
+
+
 def next_token(
     apply: Apply,
     params: Any,
@@ -33,54 +131,27 @@ def next_token(
 ) -> Any:
     """Mean cross-entropy of the next token, in nats, weighted by `batch["weights"]` [B, T].
 
-    Where the model has `hidden` and `unembed`, logits are computed for `chunk` tokens at a time and never stored for the
-    whole batch (0: all at once; None: chunks where they would exceed 256 MB in float32). In training (with an `rng`) a mixture
-    of experts adds `router_loss` times its load-balancing loss, by default as its checkpoint says; the metric is `router`.
+    Where the model has `hidden` and `unembed`, logits are computed for `chunk` tokens at a time (see `over_positions`). In
+    training (with an `rng`) a mixture of experts adds `router_loss` times its load-balancing loss, by default as its checkpoint
+    says; the metric is `router`.
     """
     config = getattr(getattr(apply, "model", None), "config", None)
     own = getattr(config, "router_loss", 0.0)
     share = (own if router_loss is None else router_loss) if getattr(config, "num_experts", 0) else 0.0
-    weights = batch["weights"].astype(jnp.float32)
-    if share and rng is not None:
-        hidden, state = apply(params, batch["tokens"], rng=rng, method="hidden", mutable=["router"], **_inputs(batch))
-        loss, metrics = _tokens_loss(apply, params, batch, hidden, weights, chunk)
-        router = load_balancing_loss(state["router"])
-        return loss + share * router, {**metrics, "router": router}
-    if hasattr(getattr(apply, "model", None), "unembed"):
-        hidden = apply(params, batch["tokens"], rng=rng, method="hidden", **_inputs(batch))
-        return _tokens_loss(apply, params, batch, hidden, weights, chunk)
-    logits = apply(params, batch["tokens"], rng=rng, **_inputs(batch))
-    total = jnp.maximum(weights.sum(), 1e-9)
-    loss, hits = _cross_entropy(logits.astype(jnp.float32), batch["targets"], weights)
-    return loss / total, {"weight": weights.sum(), "accuracy": hits / total}
+    if not share or rng is None:
+        return cross_entropy(TOKENS, apply, params, batch, rng, chunk=chunk)
+    hidden, state = _hidden(apply, params, batch, rng, mutable=["router"])
+    head = token_head(apply, params, batch)
+    loss, metrics = _cross_entropy(head, hidden, batch["targets"], batch["weights"], chunk)
+    router = load_balancing_loss(state["router"])
+    return loss + share * router, {**metrics, "router": router}
 
 
-def _inputs(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What a model's call takes beside tokens."""
-    return {name: batch[name] for name in ("positions", "segment_ids", "token_type_ids", "adapter_ids") if name in batch}
-
-
-def _tokens_loss(apply: Apply, params: Any, batch: Any, hidden: jax.Array, weights: jax.Array, chunk: int | None) -> Any:
-    """Mean cross-entropy of `batch["targets"]` given hidden states, logits in chunks."""
-    total = jnp.maximum(weights.sum(), 1e-9)
-    head = functools.partial(apply, params, rng=None, method="unembed", adapter_ids=batch.get("adapter_ids"))
-    loss, hits = _chunked(head, hidden, batch["targets"], weights, chunk)
-    return loss / total, {"weight": weights.sum(), "accuracy": hits / total}
-
-
-def masked_token(
-    apply: Apply,
-    params: Any,
-    batch: dict[str, jax.Array],
-    rng: Any,
-    *,
-    mask_token: int,
-    vocab_size: int,
-    share: float = 0.15,
-    chunk: int | None = None,
-) -> Any:
-    """Mean cross-entropy of masked tokens, in nats (Devlin et al. 2018, section 3.1): of a `share` of each row's tokens,
-    four in five become the mask, one in ten another token, and one in ten stays. Logits are computed for these alone.
+def masked_tokens(
+    batch: dict[str, jax.Array], rng: Any, *, mask_token: int, vocab_size: int, share: float = 0.15
+) -> dict[str, jax.Array]:
+    """The batch with a `share` of each row's tokens to be guessed (Devlin et al. 2018, section 3.1): four in five become the
+    mask, one in ten another token, and one in ten stays. `at` [B, n] says which, with their targets and weights [B, n].
 
     Each call draws anew; without an `rng`, in evaluation, always the same.
     """
@@ -96,29 +167,41 @@ def masked_token(
     other = jnp.where(what < 0.9, jax.random.randint(draws[2], at.shape, 0, vocab_size, tokens.dtype), targets)
     new = jnp.where(weights > 0, jnp.where(what < 0.8, mask_token, other), targets)
     seen = jax.vmap(lambda row, i, x: row.at[i].set(x))(tokens, at, new)
-    hidden = apply(params, seen, rng=rng, method="hidden", **_inputs(batch))
-    hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
-    return _tokens_loss(apply, params, {**batch, "targets": targets}, hidden, weights, chunk)
+    return {**batch, "tokens": seen, "at": at, "targets": targets, "weights": weights}
 
 
-def target_token(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any, *, chunk: int | None = None) -> Any:
-    """Mean cross-entropy of an encoder-decoder's next target token, in nats."""
-    weights = batch["weights"].astype(jnp.float32)
-    hidden = apply(params, batch["tokens"], batch["decoder_tokens"], rng=rng, method="hidden", **_inputs(batch))
-    return _tokens_loss(apply, params, batch, hidden, weights, chunk)
+def masked_reading(**options: Any) -> Reading:
+    """A masked language model's, with the options of `masked_tokens`."""
+    return Reading(functools.partial(masked_tokens, **options), token_states, token_head)
 
 
-def labels_of(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> Any:
-    """Mean cross-entropy of labels [B] or [B, T], in nats, given logits of a head with as many axes and one of classes more."""
+# ------------------------------------------------------------------------------------------------------------------ labels
+
+
+def _logits(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> jax.Array:
+    """A head's logits as states [B, T, C], of one position where there is one label a row."""
     logits = apply(params, batch["tokens"], rng=rng, **_inputs(batch))
-    return _labels_loss(logits, batch["labels"], batch["weights"])
+    return logits[:, None] if logits.ndim == 2 else logits
 
 
-def _labels_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> Any:
-    weights = weights.astype(jnp.float32)
-    total = jnp.maximum(weights.sum(), 1e-9)
-    loss, hits = _cross_entropy(logits.astype(jnp.float32), labels, weights)
-    return loss / total, {"weight": weights.sum(), "accuracy": hits / total}
+def _labelled(batch: dict[str, jax.Array], rng: Any) -> dict[str, jax.Array]:
+    column = lambda x: x[:, None] if x.ndim == 1 else x
+    return {**batch, "targets": column(batch["labels"]), "weights": column(batch["weights"])}
+
+
+def _ends(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> jax.Array:
+    """Scores of each token as an answer's first and as its last, [B, 2, T]; padding has no part."""
+    logits = apply(params, batch["tokens"], rng=rng, **_inputs(batch)).astype(jnp.float32)
+    return jnp.where(batch["segment_ids"][..., None] > 0, logits, -1e9).swapaxes(1, 2)
+
+
+def _answered(batch: dict[str, jax.Array], rng: Any) -> dict[str, jax.Array]:
+    weights = jnp.broadcast_to(0.5 * batch["weights"][:, None], batch["labels"].shape)  # its two ends weigh as one
+    return {**batch, "targets": batch["labels"], "weights": weights}
+
+
+LABELS = Reading(_labelled, _logits, lambda apply, params, batch: lambda logits: logits)
+ANSWERS = Reading(_answered, _ends, LABELS.head)
 
 
 def squared_error(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> Any:
@@ -127,15 +210,6 @@ def squared_error(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: A
     values = apply(params, batch["tokens"], rng=rng, **_inputs(batch))[:, 0]
     error = jnp.square(values - batch["labels"]) * weights
     return error.sum() / jnp.maximum(weights.sum(), 1e-9), {"weight": weights.sum()}
-
-
-def answer_span(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> Any:
-    """Mean cross-entropy of an answer's first and last token, labels [B, 2], given logits [B, T, 2]; padding has no part."""
-    logits = apply(params, batch["tokens"], rng=rng, **_inputs(batch)).astype(jnp.float32)
-    logits = jnp.where(batch["segment_ids"][..., None] > 0, logits, -1e9)
-    weights = jnp.broadcast_to(batch["weights"][:, None], batch["labels"].shape)
-    loss, metrics = _labels_loss(logits.swapaxes(1, 2), batch["labels"], weights)
-    return loss, {**metrics, "weight": batch["weights"].sum()}
 
 
 def contrast(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any, *, temperature: float = 0.05) -> Any:
@@ -149,7 +223,8 @@ def contrast(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any, *
     scores = jnp.matmul(first, second.T, preferred_element_type=jnp.float32) / temperature
     scores = jnp.where(weights[:, None] * weights[None] > 0, scores, -1e9)  # rows that pad a batch are no one's pair
     own = jnp.arange(len(weights))
-    (loss, metrics), (other, _) = (_labels_loss(s, own, weights) for s in (scores, scores.T))
+    both = (_cross_entropy(lambda x: x, s[:, None], own[:, None], weights[:, None], 0) for s in (scores, scores.T))
+    (loss, metrics), (other, _) = both
     return (loss + other) / 2, metrics
 
 
@@ -158,36 +233,3 @@ def embed_texts(apply: Apply, params: Any, tokens: jax.Array, segment_ids: jax.A
     hidden = apply(params, tokens, segment_ids=segment_ids, rng=rng, method="hidden").astype(jnp.float32)
     mean = mean_of(hidden, segment_ids)
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-9)
-
-
-def _cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(summed loss, summed hits)."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    likely = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] >= logits.max(-1)  # cheaper than argmax
-    return (loss * weights).sum(), (likely * weights).sum()
-
-
-def _chunked(head: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int | None) -> Any:
-    B, T = targets.shape
-    vocabulary = jax.eval_shape(head, hidden[:, :1]).shape[-1]
-    if chunk is None:
-        chunk = 0 if B * T * vocabulary * 4 <= _CHUNK_BYTES else max(1, _CHUNK_BYTES // (4 * vocabulary * B)) * B
-    steps = 1 if chunk <= 0 else -(-T // max(1, chunk // B))
-    if steps <= 1:
-        return _cross_entropy(head(hidden), targets, weights)
-    # Chunks are runs of positions over all rows, so that rows stay sharded as they are.
-    width = -(-T // steps)
-    pad = steps * width - T
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, steps, width, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def body(carry: Any, part: Any) -> Any:
-        h, t, w = part
-        loss, hits = _cross_entropy(head(h), t, w)
-        return (carry[0] + loss, carry[1] + hits), None
-
-    zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(body, (zero, zero), (split(hidden), split(targets), split(weights)))[0]

@@ -15,13 +15,14 @@ from rich.table import Table
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import gradients, output_errors
 from peft_jax.core.tree import layer_paths
+from peft_jax.distillation.students import take_layers
 from peft_jax.pruning.blocks import prune_in_turn
 from peft_jax.pruning.experts import prune_experts
 from peft_jax.pruning.prune import densify, prune, sparsity_of
 from peft_jax.pruning.scores import NEEDS, of_gradients
 from peft_jax.pruning.sensitivity import sensitivity
 from peft_jax.pruning.structured import prune_structured, sizes_for
-from peft_jax.training.config import PruneConfig
+from peft_jax.training.config import ConfigError, PruneConfig
 from peft_jax.training.objective import next_token
 
 Batches = list[dict[str, np.ndarray]]
@@ -31,6 +32,10 @@ Curves = Mapping[str, Mapping[float, float]]
 def shrunk(config: PruneConfig, model: Any, params: Any, batches: Batches) -> tuple[Any, Any]:
     """(model, params) made smaller as the section says; as they are where it says nothing."""
     sizes = dict(config.keep)
+    if config.importance == "spaced":
+        if config.keep_parameters is not None or set(sizes) != {"layers"}:
+            raise ConfigError("prune.importance=spaced takes layers alone, as prune.keep={layers: 6}")
+        return take_layers(model, params, sizes["layers"])
     if (experts := sizes.pop("experts", None)) is not None:
         model, params = prune_experts(model, params, batches, experts)
     if config.keep_parameters is not None:

@@ -35,15 +35,17 @@ from peft_jax.training.config import ConfigError, DataConfig, RunConfig
 from peft_jax.training.loop import on_devices
 from peft_jax.training.metrics import OF_ANSWERS, OF_LABELS, OF_NUMBERS, seqeval
 from peft_jax.training.objective import (
+    ANSWERS,
+    LABELS,
+    TOKENS,
     Objective,
-    answer_span,
+    Reading,
     contrast,
+    cross_entropy,
     embed_texts,
-    labels_of,
-    masked_token,
+    masked_reading,
     next_token,
     squared_error,
-    target_token,
 )
 
 Model = Any
@@ -61,17 +63,29 @@ class Subject(NamedTuple):
 
 
 class TaskSpec(NamedTuple):
-    """A task: the kinds of records (the usual one first), the rows made of them, the objective, the metrics beyond the loss
-    (those measured unless others are asked for first) and how they are computed, and the field of records with labels.
+    """A task: the kinds of records (the usual one first), the rows made of them, how the loss reads a batch (None where it is
+    not over distributions), the metrics beyond the loss (those measured unless others are asked for first) and how they are
+    computed, the field of records with labels, and the objective where it is more than the reading's cross-entropy.
     """
 
     kinds: tuple[str, ...]
     rows: Callable[[Subject, Sequence[Record]], Any]
-    objective: Callable[[RunConfig, Subject], Objective]
+    reading: Callable[[Subject], Reading | None]
     metrics: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     scores: Scores | None = None
     labels: str | None = None
+    objective: Callable[[RunConfig, Subject], Objective | None] = lambda config, subject: None
+
+
+def objective_of(config: RunConfig, subject: Subject) -> Objective:
+    """What training minimises."""
+    task = TASKS[subject.model.task]
+    if (own := task.objective(config, subject)) is not None:
+        return own
+    reading = task.reading(subject)
+    assert reading is not None  # a task has one of the two
+    return functools.partial(cross_entropy, reading, chunk=config.train.loss_chunk)
 
 
 def names_of_labels(model: Model) -> list[str] | None:
@@ -133,11 +147,8 @@ def _next_token(config: RunConfig, s: Subject) -> Objective:
     return functools.partial(next_token, chunk=config.train.loss_chunk, router_loss=config.train.router_loss)
 
 
-def _masked(config: RunConfig, s: Subject) -> Objective:
-    return functools.partial(
-        masked_token, mask_token=s.tokenizer.mask_token_id, vocab_size=s.model.config.vocab_size, share=s.data.mask_share,
-        chunk=config.train.loss_chunk,
-    )  # fmt: skip
+def _masked(s: Subject) -> Reading:
+    return masked_reading(mask_token=s.tokenizer.mask_token_id, vocab_size=s.model.config.vocab_size, share=s.data.mask_share)
 
 
 def _source_rows(s: Subject, records: Sequence[Record]) -> Any:
@@ -172,8 +183,8 @@ def _without_types(s: Subject, rows: Any) -> Any:
     return _Untyped(rows.tokens, rows.segment_ids, rows.labels, rows.weights)
 
 
-def _label_objective(config: RunConfig, s: Subject) -> Objective:
-    return squared_error if names_of_labels(s.model) is None else labels_of
+def _label_reading(s: Subject) -> Reading | None:
+    return None if names_of_labels(s.model) is None else LABELS
 
 
 def _label_scores(s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
@@ -250,28 +261,28 @@ def _retrieved(s: Subject, params: Any, records: Sequence[Record], names: Sequen
 _LANGUAGE = ("perplexity",)
 TASKS: dict[str, TaskSpec] = {
     "causal_lm": TaskSpec(
-        ("text", "completion", "chat"), _token_rows, _next_token, _LANGUAGE, ("exact_match", "bleu", "rouge"),
+        ("text", "completion", "chat"), _token_rows, lambda s: TOKENS, _LANGUAGE, ("exact_match", "bleu", "rouge"),
+        objective=_next_token,
     ),
     "masked_lm": TaskSpec(
         ("text",), lambda s, records: encode_masked(records, s.tokenizer, s.data.sequence_length), _masked, _LANGUAGE,
     ),
     "seq2seq_lm": TaskSpec(
-        ("completion",), _source_rows, lambda config, s: functools.partial(target_token, chunk=config.train.loss_chunk),
-        _LANGUAGE, ("exact_match", "bleu", "rouge"),
+        ("completion",), _source_rows, lambda s: TOKENS, _LANGUAGE, ("exact_match", "bleu", "rouge"),
     ),
     "sequence_classification": TaskSpec(
-        ("classification",), _classified_rows, _label_objective, ("accuracy", "f1"), ("matthews", *OF_NUMBERS), _label_scores,
-        "label",
+        ("classification",), _classified_rows, _label_reading, ("accuracy", "f1"), ("matthews", *OF_NUMBERS), _label_scores,
+        "label", lambda config, s: squared_error if names_of_labels(s.model) is None else None,
     ),
     "token_classification": TaskSpec(
-        ("tagging",), _tagged_rows, lambda config, s: labels_of, ("accuracy", "f1"), ("matthews", "seqeval"), _tag_scores,
-        "tags",
+        ("tagging",), _tagged_rows, lambda s: LABELS, ("accuracy", "f1"), ("matthews", "seqeval"), _tag_scores, "tags",
     ),
     "question_answering": TaskSpec(
-        ("question_answering",), _question_rows, lambda config, s: answer_span, ("exact_match", "f1"), (), _answer_scores,
+        ("question_answering",), _question_rows, lambda s: ANSWERS, ("exact_match", "f1"), (), _answer_scores,
     ),
     "feature_extraction": TaskSpec(
-        ("pairs",), lambda s, records: encode_pairs(records, s.tokenizer, s.data.sequence_length),
-        lambda config, s: functools.partial(contrast, temperature=s.data.temperature), ("retrieval",), (), _retrieved,
+        ("pairs",), lambda s, records: encode_pairs(records, s.tokenizer, s.data.sequence_length), lambda s: None,
+        ("retrieval",), (), _retrieved,
+        objective=lambda config, s: functools.partial(contrast, temperature=s.data.temperature),
     ),
 }  # fmt: skip

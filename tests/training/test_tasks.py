@@ -27,13 +27,14 @@ from peft_jax.data import (
 from peft_jax.training import metrics
 from peft_jax.training.config import ConfigError, DataConfig, parse_config
 from peft_jax.training.objective import (
-    answer_span,
+    ANSWERS,
+    LABELS,
+    TOKENS,
     contrast,
+    cross_entropy,
     embed_texts,
-    labels_of,
-    masked_token,
+    masked_reading,
     squared_error,
-    target_token,
 )
 from peft_jax.training.run import run_evaluation, run_generation, run_training
 from peft_jax.training.tasks import TASKS, Subject, answers, predict
@@ -234,8 +235,8 @@ def test_losses_of_labels_tags_and_answers_match_pytorch(tokenizer, tmp_path):
     }
     for task, made in rows.items():
         model, params = loaded("bert", task, tmp_path / task)
-        objective = answer_span if task == "question_answering" else labels_of
-        loss, seen = jax.jit(functools.partial(objective, peft_jax.bind(model)))(params, made._asdict(), None)
+        reading = ANSWERS if task == "question_answering" else LABELS
+        loss, seen = jax.jit(functools.partial(cross_entropy, reading, peft_jax.bind(model)))(params, made._asdict(), None)
         labels = (
             {"labels": np.where(made.weights > 0, made.labels, -100)}
             if task != "question_answering"
@@ -279,18 +280,18 @@ def test_masking_hits_the_wanted_share_and_spares_the_rest(tokenizer, tmp_path):
         return jnp.zeros((*tokens.shape, 4))
 
     apply.model = Spy.model
-    options = {"mask_token": 4, "vocab_size": VOCAB, "share": 0.2}
-    loss, found = masked_token(apply, None, rows._asdict(), jax.random.key(0), **options)
+    objective = functools.partial(cross_entropy, masked_reading(mask_token=4, vocab_size=VOCAB, share=0.2))
+    loss, found = objective(apply, None, rows._asdict(), jax.random.key(0))
     assert float(loss) == pytest.approx(np.log(VOCAB), rel=1e-5)
     changed = seen[0] != rows.tokens
     assert not changed[rows.weights == 0].any()
     full = rows.weights.sum(-1) == 30
     assert float(found["weight"]) == pytest.approx(0.2 * rows.weights.sum(), abs=len(rows.tokens))
     assert 0.5 < (seen[0][full] == 4).sum() / (0.2 * 30 * full.sum()) <= 1.0
-    masked_token(apply, None, rows._asdict(), jax.random.key(1), **options)
+    objective(apply, None, rows._asdict(), jax.random.key(1))
     assert (seen[0] != seen[1]).any()
     for _ in range(2):
-        masked_token(apply, None, rows._asdict(), None, **options)
+        objective(apply, None, rows._asdict(), None)
     np.testing.assert_array_equal(seen[2], seen[3])
 
 
@@ -332,7 +333,7 @@ def test_the_loss_of_targets_matches_pytorch(tokenizer, tmp_path):
     made = encode_sources(
         records({"prompt": "a film", "completion": "good"}, {"prompt": "bad", "completion": "it was no"}), tokenizer, 8, 0, 5
     )
-    loss, _ = target_token(peft_jax.bind(model), params, made._asdict(), None)
+    loss, _ = cross_entropy(TOKENS, peft_jax.bind(model), params, made._asdict(), None)
     with torch.no_grad():
         out = reference(
             input_ids=torch.tensor(made.tokens),

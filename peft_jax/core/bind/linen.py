@@ -11,6 +11,7 @@ import jax
 
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.bind.rules import Rule, attend, bias_of, einsum_layer, embed, find_rule, linear, say_fallback
+from peft_jax.core.capture import CAPTURED, RECORDER, Recorder
 from peft_jax.core.tree import prepare
 from peft_jax.core.weight import Weight, materialize
 
@@ -36,8 +37,15 @@ def bind_linen(model: nn.Module, *, strict: bool = False) -> Callable[..., Any]:
     ) -> Any:
         variables = {"params": prepare(params, rng, adapter_ids)}
         rngs = {} if rng is None else {"dropout": rng}
+        recorder = RECORDER.get()
         with nn.intercept_methods(functools.partial(_intercept, strict, said)):
-            return model.apply(variables, *args, rngs=rngs, method=method, **kwargs)
+            if recorder is None:
+                return model.apply(variables, *args, rngs=rngs, method=method, **kwargs)
+            own = kwargs.pop("mutable", [])
+            out, state = model.apply(variables, *args, rngs=rngs, method=method, mutable=[*own, CAPTURED], **kwargs)
+        state = dict(state)
+        _collect(recorder, state.pop(CAPTURED, {}), "")
+        return (out, state) if own else out
 
     apply.model = model  # type: ignore[attr-defined]
     return apply
@@ -60,7 +68,20 @@ def _intercept(strict: bool, said: set[str], call: Callable[..., Any], args: Any
     for name in sorted(own, reverse=True):
         if isinstance(own[name], Attachment) and own[name].method == method:
             run = functools.partial(own[name].around, run)
-    return run(*args, **kwargs)
+    out = run(*args, **kwargs)
+    if method == "__call__" and (recorder := RECORDER.get()) is not None:
+        for name, value in recorder.of("/".join(module.path), args, out).items():
+            module.sow(CAPTURED, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+    return out
+
+
+def _collect(recorder: Recorder, tree: Mapping[str, Any], path: str) -> None:
+    """Hand what modules sowed to the recorder, with the numbers of their layers."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            _collect(recorder, value, f"{path}/{name}" if path else name)
+        else:
+            recorder.put(name, path, value)
 
 
 def _setup(module: nn.Module, own: Mapping[str, Any], call: Callable[[], Any]) -> Any:

@@ -25,6 +25,7 @@ from peft_jax.core.bind.rules import (
     linear,
     say_fallback,
 )
+from peft_jax.core.capture import RECORDER, Recorder
 from peft_jax.core.tree import is_node, prepare
 from peft_jax.core.weight import Weight, materialize
 
@@ -53,8 +54,11 @@ def bind_nnx(model: nnx.Module, *, strict: bool = False) -> Callable[..., Any]:
         merged = nnx.merge(graph, state, rest, copy=True)
         for path, module in list(nnx.iter_modules(merged)):
             own = _own(params, path)
+            recorder = RECORDER.get()
             if any(is_node(w) for w in own.values()):
                 _substitute(module, own, "/".join(map(str, path)), strict, said)
+            if recorder is not None and recorder.wants("/".join(map(str, path))):
+                _record(module, "/".join(map(str, path)), recorder)
             for name, value in own.items():
                 if not isinstance(value, (Mapping, Attachment)) and isinstance(getattr(module, name, None), nnx.Param):
                     getattr(module, name).set_raw_value(value)
@@ -62,6 +66,19 @@ def bind_nnx(model: nnx.Module, *, strict: bool = False) -> Callable[..., Any]:
 
     apply.model = model  # type: ignore[attr-defined]
     return apply
+
+
+def _record(module: nnx.Module, path: str, recorder: Recorder) -> None:
+    """Give `module` a subclass whose calls are recorded."""
+    original = type(module)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = original.__call__(self, *args, **kwargs)  # type: ignore[operator]
+        for name, value in recorder.of(path, args, out).items():
+            recorder.put(name, path, value)
+        return out
+
+    module.__class__ = type(original.__name__, (original,), {"__call__": call})
 
 
 def _own(params: Any, path: tuple[Any, ...]) -> Mapping[str, Any]:

@@ -1,0 +1,1 @@
+"""Knowledge distillation: what a student learns from a teacher's predictions, hidden states and texts."""

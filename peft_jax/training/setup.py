@@ -1,0 +1,204 @@
+"""From a RunConfig to a model that is ready to train: loaded, pruned, quantized, placed, and the rows of its data."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from peft_jax.core.bind import bind
+from peft_jax.core.reparametrised import MATRIX
+from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.tree import is_target, places, select
+from peft_jax.data import Record, read_records
+from peft_jax.data.batches import batch_at
+from peft_jax.hub import load, load_adapter, load_tokenizer, local_folder
+from peft_jax.hub.checkpoint import load_fresh, read_config
+from peft_jax.models.blocks import Task
+from peft_jax.models.families import task_of
+from peft_jax.models.layers import stack_layers, unstack_layers
+from peft_jax.quantization.blocks import quantize_in_turn
+from peft_jax.quantization.formats import Format
+from peft_jax.quantization.quantize import EMBEDDING, quantize, quantize_weight
+from peft_jax.quantization.quantized import Quantized
+from peft_jax.quantization.rounding import needed_statistics
+from peft_jax.training.config import (
+    ConfigError,
+    PruneConfig,
+    QuantizeConfig,
+    RunConfig,
+    SourceConfig,
+    check_quantize,
+)
+from peft_jax.training.prune import shrunk, sparsified
+from peft_jax.training.tasks import TASKS, Subject, wanted_labels
+
+
+class Setup(NamedTuple):
+    """A loaded model with its tokenizer and, where the configuration asks for one, its mesh."""
+
+    model: Any
+    params: Any
+    tokenizer: Any
+    mesh: Mesh | None
+    folder: Path
+
+
+def start_distributed() -> None:
+    """Join the other hosts where a launcher (TPU pod, SLURM, JAX_COORDINATOR_ADDRESS) started several."""
+    several = os.environ.get("JAX_COORDINATOR_ADDRESS") or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+    if not (several or pod) or jax.distributed.is_initialized():
+        return
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    jax.distributed.initialize(**{k: int(os.environ[v]) for k, v in names.items() if v in os.environ})
+
+
+def set_up(config: RunConfig) -> Setup:
+    """Load the model (and the adapter to start from), placed on the mesh that the configuration describes."""
+    mesh = make_mesh(config.mesh) if config.mesh or jax.device_count() > 1 else None
+    c, q = config.model, QuantizeConfig() if is_loftq(config) else config.quantize
+    folder = local_folder(c.path, c.revision)
+    format = check_quantize(q)
+    calibrated = format is not None and bool(needed_statistics(q.rounding, format))
+    whole = format is None or calibrated or prunes(config)  # else weights are quantized as they are read
+    options: dict[str, Any] = {
+        "task": c.task, "labels": _labels(config, folder), "seed": config.train.seed, "dtype": _dtype(c.dtype), "mesh": mesh,
+        "scan_layers": c.scan_layers, "remat": c.remat, "attention_implementation": c.attention,
+    }  # fmt: skip
+    if c.fresh:
+        whole = True
+        model, params = load_fresh(folder, config=c.config, **options)
+    else:
+        each = None if whole else functools.partial(_quantize_read, config, format)
+        model, params = load(folder, each=each, **options)
+    setup = Setup(model, params, load_tokenizer(folder), mesh, folder)
+    if prunes(config):
+        batches = calibration_batches(config, setup, config.prune.calibration_batches)
+        setup = masked(config, made_smaller(config, setup, batches), batches)
+    if format is not None and whole:
+        setup = setup._replace(params=quantized_tree(config, setup, format))
+    elif format is not None:
+        for path in select(params, q.targets, q.exclude):  # raises for a target that matches nothing
+            if not isinstance(places(params)[path], Quantized):
+                raise ConfigError(f"quantize.targets name some of the layers stacked at {path}; set model.scan_layers=false")
+    return setup._replace(params=load_adapter(setup.params, c.adapter)) if c.adapter else setup
+
+
+def _labels(config: RunConfig, folder: Path) -> Sequence[str] | int | None:
+    """The classes that the head is to have: the configured ones, or the training data's where the checkpoint's are others."""
+    if config.data.labels:
+        return config.data.labels
+    hf_config = read_config(folder)
+    task = task_of(hf_config, config.model.task)
+    if TASKS[task].labels is None:
+        return None
+    own = task_of(hf_config) == task
+    known = list(getattr(hf_config, "id2label", {}).values()) if own else None
+    return wanted_labels(task, read_source(config, config.data.train, task), known)
+
+
+def subject_of(config: RunConfig, setup: Setup) -> Subject:
+    """The model as tasks see it."""
+    return Subject(setup.model, setup.tokenizer, config.data, config.train.batch_size, setup.mesh)
+
+
+def prunes(config: RunConfig) -> bool:
+    return masks(config.prune) or bool(config.prune.keep) or config.prune.keep_parameters is not None
+
+
+def masks(p: PruneConfig) -> bool:
+    return p.sparsity is not None or p.pattern is not None
+
+
+def made_smaller(config: RunConfig, setup: Setup, batches: list[dict[str, Any]]) -> Setup:
+    """The model made smaller, where the configuration asks for it."""
+    model, params = shrunk(config.prune, setup.model, setup.params, batches)
+    return setup._replace(model=model, params=params if setup.mesh is None else shard(params, setup.mesh))
+
+
+def masked(config: RunConfig, setup: Setup, batches: list[dict[str, Any]]) -> Setup:
+    """The tree masked, where the configuration asks for it."""
+    if not masks(config.prune):
+        return setup
+    mask = lambda looped, tree: sparsified(config.prune, looped, tree, batches, config.train.seed)
+    params = _layer_by_layer(setup.model, setup.params, mask)
+    return setup._replace(params=params if setup.mesh is None else shard(params, setup.mesh))
+
+
+def calibration_batches(config: RunConfig, setup: Setup, count: int) -> list[dict[str, Any]]:
+    """The first batches of the training rows."""
+    rows = make_rows(config, config.data.train, setup)
+    return [batch_at(rows, i, config.train.batch_size, seed=config.train.seed) for i in range(count)]
+
+
+def _layer_by_layer(model: Any, params: Any, change: Callable[[Any, Any], Any]) -> Any:
+    """`change(model, params)` of the model with its layers looped; the tree is stacked again where it was."""
+    if not model.scan_layers:
+        return change(model, params)
+    return stack_layers(change(model.clone(scan_layers=False), unstack_layers(params)))
+
+
+def is_loftq(config: RunConfig) -> bool:
+    """Whether LoRA's start quantizes the base itself."""
+    if config.method.get("name", "lora") != "lora" or config.method.get("init") != "loftq":
+        return False
+    format = check_quantize(config.quantize)
+    if format is None or needed_statistics(config.quantize.rounding, format):
+        raise ConfigError("method.init=loftq needs quantize.format, and a quantize.rounding that takes no data")
+    return True
+
+
+def _quantize_read(config: RunConfig, format: Format, path: str, w: jax.Array) -> Any:
+    """An array of the checkpoint as soon as it is read, quantized where the configuration says so."""
+    q = config.quantize
+    if not is_target(path, w, q.targets, q.exclude):
+        return w
+    in_axes, out_axes = EMBEDDING if path.endswith("/embedding") else MATRIX
+    return quantize_weight(
+        path, w, format, rounding=q.rounding, seed=config.train.seed, in_axes=in_axes, out_axes=out_axes, **q.rounding_options
+    )
+
+
+def quantized_tree(config: RunConfig, setup: Setup, format: Format) -> Any:
+    """The tree quantized, with statistics of the training rows where the rounding needs them."""
+    q = config.quantize
+    where: dict[str, Any] = {"targets": q.targets, "exclude": q.exclude}
+    options = {"seed": config.train.seed, "rounding": q.rounding, **where, **q.rounding_options}
+    if needed_statistics(q.rounding, format):
+        batches = calibration_batches(config, setup, q.calibration_batches)
+        change = lambda looped, tree: quantize_in_turn(bind(looped), tree, batches, format, **options)
+        params = _layer_by_layer(setup.model, setup.params, change)
+    else:
+        params = quantize(setup.params, format, **options)
+    return params if setup.mesh is None else shard(params, setup.mesh)
+
+
+def _dtype(name: str | None) -> Any:
+    if name not in (None, "float32", "bfloat16", "float16"):
+        raise ConfigError(f"option 'model.dtype': {name!r} is none of float32, bfloat16, float16")
+    return name if name is None else jnp.dtype(name)
+
+
+def read_source(config: RunConfig, source: SourceConfig, task: Task) -> list[Record]:
+    """The records of one source. Raises ConfigError for a kind that the task does not take."""
+    d, kinds = config.data, TASKS[task].kinds
+    kind = d.kind or kinds[0]
+    if kind not in kinds:
+        raise ConfigError(f"option 'data.kind': a {task} model learns from {' or '.join(kinds)} records, not {kind}")
+    return read_records(
+        source.path, kind=kind, split=source.split, columns=d.columns, delimiter=d.delimiter, on_error=d.on_error,
+        limit=source.limit,
+    )  # fmt: skip
+
+
+def make_rows(config: RunConfig, source: SourceConfig, setup: Setup) -> Any:
+    """The rows of one source, as the model's task has them."""
+    task = setup.model.task
+    return TASKS[task].rows(subject_of(config, setup), read_source(config, source, task))
