@@ -118,9 +118,9 @@ def encode_twofold(
         prompt = record.value.get("prompt", "")
         text = prompt + record.value["completion"] if "completion" in record.value else record.value["text"]
         ours, ends = _tokens(student, text, length + 1)
-        theirs, other_ends = _tokens(teacher, context + text, wide + 1)
+        theirs, other_ends = _tokens(teacher, text, wide + 1, context)
         learnt = ends[:-1] >= len(prompt)
-        at, teacher_at = _pairs(ends[:-1], other_ends[:-1] - len(context), len(prompt), alignment)
+        at, teacher_at = _pairs(ends[:-1], other_ends[:-1], len(prompt), alignment)
         if len(at):
             rows.append((ours, theirs, learnt, at, teacher_at))
     if not rows:
@@ -131,17 +131,23 @@ def encode_twofold(
     return _filled(rows, length, wide)
 
 
-def _tokens(tokenizer: Any, text: str, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """(token ids, how many characters have been read with each; special tokens stand before the text or after it)."""
+def _tokens(tokenizer: Any, text: str, most: int, context: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """(token ids, how many characters of the text have been read with each, -1 before the end of a context). Special tokens
+    stand before the text, or after it. The context's tokens are its own, so that the text's are those of the text alone.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets, which comparing tokenizers needs")
-    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not context, verbose=False)
     ids, ends = list(encoded["input_ids"]), [b for _, b in encoded["offset_mapping"]]
     special = set(tokenizer.all_special_ids)
     before = next((i for i, token in enumerate(ids) if token not in special), len(ids))
     ends = [0] * before + [end or len(text) for end in ends[before:]]
     if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids, ends = [*ids, tokenizer.eos_token_id], [*ends, len(text)]
+    if context:
+        before_it = tokenizer(context, verbose=False)["input_ids"]
+        before_it = before_it[:-1] if len(before_it) > 1 and before_it[-1] == tokenizer.eos_token_id else before_it
+        ids, ends = [*before_it, *ids], [*[-1] * (len(before_it) - 1), 0, *ends]
     return np.asarray(ids[:most], np.int32), np.asarray(ends[:most], np.int64)
 
 
@@ -151,10 +157,13 @@ def _pairs(ends: np.ndarray, others: np.ndarray, start: int, alignment: Alignmen
         ours, theirs = np.flatnonzero(ends >= start), np.flatnonzero(others >= start)
         n = min(len(ours), len(theirs))
         return ours[:n], theirs[:n]
-    last = lambda x: {int(end): i for i, end in enumerate(x) if end >= start}
-    ours, theirs = last(ends), last(others)
-    common = sorted(ours.keys() & theirs.keys())
-    return np.asarray([ours[e] for e in common], int), np.asarray([theirs[e] for e in common], int)
+    pairs = []
+    for end in np.intersect1d(ends[ends >= start], others[others >= start]):
+        mine, other = np.flatnonzero(ends == end), np.flatnonzero(others == end)
+        whole = len(mine) == len(other)  # as the bytes of one character
+        pairs += list(zip(mine, other, strict=True)) if whole else [(mine[-1], other[-1])]
+    at = np.asarray(pairs, int).reshape(-1, 2)
+    return at[:, 0], at[:, 1]
 
 
 def _filled(rows: Any, length: int, wide: int) -> TwofoldRows:

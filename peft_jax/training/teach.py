@@ -124,16 +124,7 @@ def lesson(config: RunConfig, setup: Setup, params: Any, rows: Any) -> Lesson:
             raise ConfigError(f"distill.on_policy is for causal language models, and this one is a {task}")
         end = setup.tokenizer.eos_token_id
         policy = OnPolicy(**dataclasses.asdict(d.on_policy), eos=-1 if end is None else end)  # type: ignore[call-overload]
-    made = distillation(
-        reading,
-        teachers,
-        divergence=divergence,
-        features=terms,
-        keep=d.top_k,
-        vocabulary=vocabulary,
-        on_policy=policy,
-        **options,
-    )
+    made = distillation(reading, teachers, features=terms, keep=d.top_k, vocabulary=vocabulary, on_policy=policy, **options)
     said["teachers"] = [SELF if t is None else fingerprint_of_model(t.folder) for t in loaded]
     return Lesson(tree, made, rows, said)
 
