@@ -34,7 +34,7 @@ from peft_jax.training.tasks import TASKS, Subject
 # method -> (how it changes the tree, learning rates to choose from)
 METHODS: dict[str, tuple[Callable[[Any, jax.Array], Any], tuple[float, ...]]] = {
     "full": (lambda p, k: peft_jax.full(p), (3e-4, 1e-3, 3e-3)),
-    "lora": (lambda p, k: peft_jax.lora(p, k, rank=8, alpha=16, targets=["Wqkv", "Wo", "Wi"]), (2e-3, 5e-3, 1e-2)),
+    "lora": (lambda p, k: peft_jax.lora(p, k, rank=8, alpha=16, targets=["Wqkv", "Wo", "Wi"]), (5e-4, 2e-3, 5e-3)),
     "pfeiffer": (lambda p, k: peft_jax.bottleneck(p, k, placement="pfeiffer", size=24), (2e-3, 5e-3, 1e-2)),
     "houlsby": (lambda p, k: peft_jax.bottleneck(p, k, placement="houlsby", size=12), (2e-3, 5e-3, 1e-2)),
     "bitfit": (lambda p, k: peft_jax.bitfit(p), (3e-3, 1e-2, 3e-2)),
