@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -138,7 +139,7 @@ def table(found: dict[str, dict[str, dict[str, Any]]], args: argparse.Namespace)
     names = list(found)
     lines = ["| method | trained in the trunk | " + " | ".join(f"{n}, % (mean ± sd)" for n in names) + " | ms a step |"]
     lines.append("|---" * (len(names) + 3) + "|")
-    for method in found[names[0]]:
+    for method in METHODS:
         if any(method not in found[n] for n in names):
             continue
         cells = []
@@ -163,16 +164,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", nargs="*", choices=METHODS, help="these methods alone")
+    parser.add_argument("--found", help="a JSON file of results, from which an interrupted run goes on")
     parser.add_argument("--out", help="a Markdown file for the table")
     args = parser.parse_args()
     say = functools.partial(print, flush=True)
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    kept = Path(args.found) if args.found else None
+    found: dict[str, dict[str, dict[str, Any]]] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
     for name, problem in problems(Path(args.data)).items():
-        found[name] = {}
         say(f"{name}: {len(problem.train):,} training records")
         for method in args.only or METHODS:
+            if method in found.setdefault(name, {}):
+                continue
             found[name][method] = bench(args, problem, method, say)
             say(f"  {method}: {found[name][method]}")
+            if kept:
+                kept.write_text(json.dumps(found))
             jax.clear_caches()
         publish(table(found, args), args.out)  # what has been found so far
 

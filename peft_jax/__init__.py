@@ -18,9 +18,11 @@ from peft_jax.core.attachment import Attachment
 from peft_jax.core.bank import bank, bank_adapter, clear_adapter, run_parallel, set_adapter
 from peft_jax.core.bind import MissingRuleError, bind, layout_of, nnx_params, register_rule
 from peft_jax.core.calibrate import calibrate, gradients, output_errors
+from peft_jax.core.capture import capture, input_of, output_of
 from peft_jax.core.sharding import make_mesh, shard, shardings
 from peft_jax.core.tree import combine, count, freeze, full, merge, partition, places, select, unmerge
 from peft_jax.core.weight import Trainable, Weight, einsum, materialize, matmul, take
+from peft_jax.distillation.students import take_layers
 from peft_jax.hub import load, load_adapter, load_tokenizer, save, save_adapter
 from peft_jax.low_rank.adalora import adalora
 from peft_jax.low_rank.algebra import combine_adapters, resize, subtract_adapters, to_lora
@@ -100,6 +102,7 @@ __all__ = [
     "bottleneck",
     "c3a",
     "calibrate",
+    "capture",
     "clear_adapter",
     "combine",
     "combine_adapters",
@@ -125,6 +128,7 @@ __all__ = [
     "hira",
     "hra",
     "ia3",
+    "input_of",
     "invertible",
     "keep_layers",
     "layout_of",
@@ -148,6 +152,7 @@ __all__ = [
     "nnx_params",
     "oft",
     "output_errors",
+    "output_of",
     "p_tuning",
     "partition",
     "places",
@@ -187,6 +192,7 @@ __all__ = [
     "stack_layers",
     "subtract_adapters",
     "take",
+    "take_layers",
     "to_lora",
     "trainable_tokens",
     "unipelt",

@@ -41,6 +41,10 @@ class Factorized(Matrix):
     def train(self) -> Factorized:
         return self.replace(frozen=False)
 
+    def merge(self) -> Factorized:
+        """Factors still: there is nothing to fold in, and they are what makes the model small."""
+        return self.replace(frozen=True)
+
     @property
     def rank(self) -> int:
         return self.u.shape[-1]

@@ -107,6 +107,16 @@ class PruneConfig:
 
 
 @configuration
+class FactorizeConfig:
+    keep: float | None = option(None, "make weights products of low rank: the share of the targets' parameters that stays")
+    error: float | None = option(None, "or the largest relative error of a weight")
+    activations: bool = option(True, "best for outputs on the training data (SVD-LLM), not for the weights themselves")
+    targets: str | list[str] = option("all-linear", "what to factorize")
+    exclude: list[str] = option([], "what to leave whole")
+    calibration_batches: int = option(8, "batches of the training data that activations are taken from")
+
+
+@configuration
 class SourceConfig:
     path: str = option("builtin:python-docs", "builtin:NAME, a .jsonl/.json/.csv/.parquet/.txt file, or a hub dataset id")
     split: str = option("train", "split of a built-in or hub dataset")
@@ -262,6 +272,7 @@ class RunConfig:
     output: str = option("runs/default", "folder for checkpoints, metrics and the exported adapter")
     model: ModelConfig = option(ModelConfig(), "the model")
     prune: PruneConfig = option(PruneConfig(), "pruning of the base, before anything else")
+    factorize: FactorizeConfig = option(FactorizeConfig(), "low-rank factorization of the base, after pruning")
     quantize: QuantizeConfig = option(QuantizeConfig(), "quantization of the base: with LoRA over it, QLoRA")
     method: dict[str, Any] = option({"name": "lora"}, "the method's name and its options")
     data: DataConfig = option(DataConfig(), "the data")
@@ -394,6 +405,10 @@ def _check(config: RunConfig) -> None:
         )
     check_quantize(config.quantize)
     check_prune(config.prune)
+    if config.factorize.keep is not None and config.factorize.error is not None:
+        raise ConfigError("factorize.keep and factorize.error both set the ranks: give one of them")
+    if config.quantize.format and (config.factorize.keep is not None or config.factorize.error is not None):
+        raise ConfigError("factorize and quantize.format cannot both store a weight: choose one")
     check_distill(config)
 
 

@@ -51,6 +51,7 @@ from peft_jax.training.prune import Report
 from peft_jax.training.setup import (
     Setup,
     calibration_batches,
+    factorizes,
     is_loftq,
     made_smaller,
     make_rows,
@@ -129,6 +130,7 @@ def identity(config: RunConfig, setup: Setup, rows: Any, taught: Lesson | None =
         "method": json.loads(json.dumps(config.method)),
         "prune": to_dict(config)["prune"],
         "quantize": to_dict(config)["quantize"],
+        **({"factorize": to_dict(config)["factorize"]} if factorizes(config) else {}),
         "batch_size": config.train.batch_size,
         "seed": config.train.seed,
         **({} if taught is None else taught.identity),
@@ -348,7 +350,7 @@ def export(config: RunConfig, setup: Setup, params: Any, out: Path, *, merged: b
         return out / MODEL
     options = check_method(config.method)[1]
     base, revision = config.model.path, config.model.revision
-    if prunes(config):  # the adapter is one of the pruned model
+    if prunes(config) or factorizes(config):  # the adapter is one of the smaller model
         base, revision = str(out / BASE), None
         save(out / BASE, setup.model, setup.params, tokenizer=setup.tokenizer)
     kind = TASK_TYPES.get(setup.model.task)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from peft_jax.core.bind import bind
+from peft_jax.core.calibrate import calibrate
 from peft_jax.core.reparametrised import MATRIX
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.core.tree import is_target, places, select
@@ -20,6 +21,7 @@ from peft_jax.data import Record, read_records
 from peft_jax.data.batches import batch_at
 from peft_jax.hub import load, load_adapter, load_tokenizer, local_folder
 from peft_jax.hub.checkpoint import load_fresh, read_config
+from peft_jax.low_rank.svd import factorize
 from peft_jax.models.blocks import Task
 from peft_jax.models.families import task_of
 from peft_jax.models.layers import stack_layers, unstack_layers
@@ -67,7 +69,7 @@ def set_up(config: RunConfig) -> Setup:
     folder = local_folder(c.path, c.revision)
     format = check_quantize(q)
     calibrated = format is not None and bool(needed_statistics(q.rounding, format))
-    whole = format is None or calibrated or prunes(config)  # else weights are quantized as they are read
+    whole = format is None or calibrated or prunes(config) or factorizes(config)  # else weights are quantized as they are read
     options: dict[str, Any] = {
         "task": c.task, "labels": _labels(config, folder), "seed": config.train.seed, "dtype": _dtype(c.dtype), "mesh": mesh,
         "scan_layers": c.scan_layers, "remat": c.remat, "attention_implementation": c.attention,
@@ -82,6 +84,8 @@ def set_up(config: RunConfig) -> Setup:
     if prunes(config):
         batches = calibration_batches(config, setup, config.prune.calibration_batches)
         setup = masked(config, made_smaller(config, setup, batches), batches)
+    if factorizes(config):
+        setup = setup._replace(params=_factorized(config, setup))
     if format is not None and whole:
         setup = setup._replace(params=quantized_tree(config, setup, format))
     elif format is not None:
@@ -111,6 +115,23 @@ def subject_of(config: RunConfig, setup: Setup) -> Subject:
 
 def prunes(config: RunConfig) -> bool:
     return masks(config.prune) or bool(config.prune.keep) or config.prune.keep_parameters is not None
+
+
+def factorizes(config: RunConfig) -> bool:
+    """Whether the configuration factorizes the base."""
+    return config.factorize.keep is not None or config.factorize.error is not None
+
+
+def _factorized(config: RunConfig, setup: Setup) -> Any:
+    """The tree with the weights that are to be products of low rank as these."""
+    f = config.factorize
+    where: dict[str, Any] = {"targets": f.targets, "exclude": f.exclude}
+    found = None
+    if f.activations:
+        batches = calibration_batches(config, setup, f.calibration_batches)
+        found = calibrate(bind(setup.model), setup.params, batches, **where)
+    params, _ = factorize(setup.params, keep=f.keep, error=f.error, statistics=found, **where)
+    return params if setup.mesh is None else shard(params, setup.mesh)
 
 
 def masks(p: PruneConfig) -> bool:

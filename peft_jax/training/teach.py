@@ -31,6 +31,7 @@ from peft_jax.training.checkpoint import fingerprint as fingerprint_of_model
 from peft_jax.training.config import (
     ConfigError,
     DistillConfig,
+    FactorizeConfig,
     ModelConfig,
     PruneConfig,
     RunConfig,
@@ -85,7 +86,8 @@ def teacher_setup(config: RunConfig, teacher: TeacherConfig, student: Any = None
         task=None if student is None else student.task, scan_layers=config.model.scan_layers, attention=config.model.attention,
     )  # fmt: skip
     data = dataclasses.replace(config.data, labels=labels)
-    return set_up(dataclasses.replace(config, model=model, quantize=teacher.quantize, prune=PruneConfig(), data=data))
+    plain = dataclasses.replace(config, prune=PruneConfig(), factorize=FactorizeConfig(), distill=DistillConfig())
+    return set_up(dataclasses.replace(plain, model=model, quantize=teacher.quantize, data=data))
 
 
 def lesson(config: RunConfig, setup: Setup, params: Any, rows: Any) -> Lesson:

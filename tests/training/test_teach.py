@@ -4,6 +4,7 @@ import http.server
 import json
 import threading
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -52,7 +53,6 @@ def teacher(tiny_folder, tmp_path_factory):
     """The tiny model moved: a folder with the same tokenizer."""
     folder = tmp_path_factory.mktemp("teacher")
     model, params = peft_jax.load(tiny_folder)
-    import jax
 
     rng = np.random.default_rng(0)
     moved = jax.tree.map(lambda w: w + 0.1 * rng.normal(size=w.shape).astype(w.dtype), params)
@@ -114,6 +114,31 @@ def test_stored_predictions_of_all_tokens_are_the_teacher_itself(tiny_folder, te
     warmer = configuration(tiny_folder, texts, tmp_path / "x", distill={**cache, "temperature": 2.0})
     with pytest.raises(ValueError, match=r"was written with another temperature: 1\.0, and here it is 2\.0"):
         run_training(warmer)
+
+
+def test_a_factorized_student_and_a_resumed_cache(tiny_folder, teacher, texts, tmp_path):
+    """Factors train and are written; stopped and continued with stored predictions, the run is the same bit for bit."""
+    run_teaching(configuration(tiny_folder, texts, tmp_path / "cache", distill={"teachers": [{"path": str(teacher)}]}))
+
+    def run(name, steps):
+        config = configuration(
+            tiny_folder, texts, tmp_path / name, factorize={"keep": 0.5}, method={"name": "full"},
+            distill={"cache": str(tmp_path / "cache")}, train={"steps": steps, "keep_best": False},
+            optimizer={"schedule": "constant", "learning_rate": 0.003},
+        )  # fmt: skip
+        return run_training(config)
+
+    whole = run("a", 4)
+    run("b", 2)
+    resumed = run("b", 4)
+
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    found = divergences(tmp_path / "a")
+    assert found[-1] < found[0]
+    assert divergences(tmp_path / "b") == found
+    kernel = peft_jax.load(tmp_path / "b" / "model")[1]["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert isinstance(kernel, peft_jax.Factorized)
 
 
 def test_the_base_with_a_context_teaches_its_adapter(tiny_folder, texts, tmp_path):
