@@ -56,6 +56,7 @@ class Bench:
         calibration = [{"tokens": jnp.asarray(train[16 * i : 16 * (i + 1)])} for i in range(4)]
         self.student, self.pruned = peft_jax.prune_structured(self.teacher, self.theirs, calibration, **SIZES)
         self.prompts = self.held[:256, :32]
+        self.programs: dict[Any, Any] = {}
 
     def run(self, start: Any, objective: Any, steps: int, rate: float, seed: int, *, teach: bool) -> Any:
         """The student's tree after `steps` steps from the tree `start`."""
@@ -65,7 +66,9 @@ class Bench:
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
         trainable, frozen = peft_jax.partition(tree)
         state = init_state(trainable, optimizer, seed)
-        step = jax.jit(make_step(objective, peft_jax.bind(self.student), optimizer), donate_argnums=0)
+        step = self.programs.setdefault(  # compiled once for all seeds
+            (objective, steps, rate), jax.jit(make_step(objective, peft_jax.bind(self.student), optimizer), donate_argnums=0)
+        )
         for i in range(steps):
             state, _ = step(state, frozen, batch_at(self.rows, i, ROWS, seed=seed))
         tree = peft_jax.combine(state.trainable, frozen)
@@ -80,8 +83,7 @@ class Bench:
         """
         apply, judge = peft_jax.bind(self.student), peft_jax.bind(self.teacher)
 
-        @functools.partial(jax.jit, static_argnames="temperature")
-        def measure(params: Any, theirs: Any, prompts: jax.Array, key: Any, temperature: float) -> Any:
+        def of(params: Any, theirs: Any, prompts: jax.Array, key: Any, temperature: float) -> Any:
             ones = jnp.ones(prompts.shape, jnp.int32)
             new = continuations(apply, params, prompts, ones, key, max_tokens=64, eos=-1, temperature=temperature)
             whole = jnp.concatenate([prompts, new], axis=1)
@@ -89,6 +91,7 @@ class Bench:
             nll = -jnp.take_along_axis(p, new[..., None], -1).mean()
             return nll, reverse_kl(q, p).mean()
 
+        measure = self.programs.setdefault("own texts", jax.jit(of, static_argnames="temperature"))
         sampled = measure(params, self.theirs, self.prompts, jax.random.key(seed), temperature=1.0)
         greedy = measure(params, self.theirs, self.prompts, jax.random.key(seed), temperature=0.0)
         return {"sampled": float(sampled[0]), "divergence": float(sampled[1]), "greedy": float(greedy[0])}
@@ -98,7 +101,14 @@ def table(args: argparse.Namespace) -> str:
     b = Bench(Path(args.data))
     teachers = [Teacher(peft_jax.bind(b.teacher))]
     taught = distillation(TOKENS, teachers, divergence=forward_kl)
-    mixed = distillation(TOKENS, teachers, divergence=forward_kl, weight=0.5, data_weight=0.5)
+    policy = OnPolicy(max_tokens=64, prompt_tokens=32)
+    further = {
+        f"then {divergence} on {where}": distillation(TOKENS, teachers, divergence=make_divergence(divergence), on_policy=spec)
+        for divergence in ("forward_kl", "reverse_kl")
+        for where, spec in {"the data": None, "its own texts": policy}.items()
+    }
+    minillm = policy._replace(minillm=True, teacher_share=0.2)
+    further["then minillm"] = distillation(TOKENS, teachers, divergence=reverse_kl, on_policy=minillm)
     found: dict[str, list[dict[str, float]]] = {}
 
     def note(name: str, params: Any, seed: int) -> Any:
@@ -112,19 +122,11 @@ def table(args: argparse.Namespace) -> str:
         run = functools.partial(b.run, steps=args.steps, seed=seed)
         note("data alone, from scratch", run(fresh, next_token, rate=args.fresh_rate, teach=False), seed)
         note("distilled, from scratch", run(fresh, taught, rate=args.fresh_rate, teach=True), seed)
-        note("distilled and data, from scratch", run(fresh, mixed, rate=args.fresh_rate, teach=True), seed)
         note("data alone, pruned", run(b.pruned, next_token, rate=args.rate, teach=False), seed)
         best = note("distilled, pruned", run(b.pruned, taught, rate=args.rate, teach=True), seed)
-        jax.clear_caches()
         more = functools.partial(b.run, best, steps=args.more, rate=args.rate / 4, seed=seed + 100, teach=True)
-        policy = OnPolicy(max_tokens=64, prompt_tokens=32)
-        for divergence in ("forward_kl", "reverse_kl"):
-            for where, spec in {"on the data": None, "on its own texts": policy}.items():
-                objective = distillation(TOKENS, teachers, divergence=make_divergence(divergence), on_policy=spec)
-                note(f"then {divergence} {where}", more(objective), seed)
-        minillm = policy._replace(minillm=True, teacher_share=0.2)
-        note("then minillm", more(distillation(TOKENS, teachers, divergence=reverse_kl, on_policy=minillm)), seed)
-        jax.clear_caches()
+        for name, objective in further.items():
+            note(name, more(objective), seed)
         publish(_text(b, found, args), args.out)  # what has been found so far
     return _text(b, found, args)
 
@@ -149,7 +151,7 @@ def _text(b: Bench, found: dict[str, list[dict[str, float]]], args: argparse.Nam
         f"Teacher: the embedded base, {sizes[1]:,} parameters, held-out perplexity {teacher:.2f}. Student: {sizes[0]:,} "
         f"parameters\n({sizes[0] / sizes[1]:.1%}), pruned from it (perplexity {b.perplexity(b.pruned):.0f} "
         f"before any step), or of the same shape\nfrom random parameters. {args.steps} steps of {ROWS} x {LENGTH} tokens, "
-        f'AdamW, cosine schedule, {seeds} seeds (mean ± standard\ndeviation). "then" continues the distilled and pruned student for '
+        f'AdamW, cosine schedule, {seeds} seeds (mean ± standard\ndeviation). "then" continues the distilled, pruned student for '
         f"{args.more} steps. Texts are 64 tokens after 256 held-out\nprompts of 32: what the teacher thinks of samples "
         "(temperature 1), how far the student is from it on them, and what it\nthinks of greedy texts.\n"
     )
@@ -232,8 +234,8 @@ def main() -> None:
     parser.add_argument("what", choices=("table", "cost"))
     parser.add_argument("--data", default="../shared/data", help="folder with gutenberg/ and tinyshakespeare/")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--more", type=int, default=60, help="steps after distillation")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--more", type=int, default=40, help="steps after distillation")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of the pruned student")
     parser.add_argument("--fresh-rate", type=float, default=4e-3, help="and of the one from scratch")
     parser.add_argument("--out", help="a Markdown file for the tables")
