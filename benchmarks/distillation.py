@@ -151,7 +151,7 @@ def _text(b: Bench, found: dict[str, list[dict[str, float]]], args: argparse.Nam
         f"Teacher: the embedded base, {sizes[1]:,} parameters, held-out perplexity {teacher:.2f}. Student: {sizes[0]:,} "
         f"parameters\n({sizes[0] / sizes[1]:.1%}), pruned from it (perplexity {b.perplexity(b.pruned):.0f} "
         f"before any step), or of the same shape\nfrom random parameters. {args.steps} steps of {ROWS} x {LENGTH} tokens, "
-        f'AdamW, cosine schedule, {seeds} seeds (mean ± standard\ndeviation). "then" continues the distilled, pruned student for '
+        f'AdamW, cosine schedule, {seeds} seeds (mean ± deviation).\n"then" continues the distilled, pruned student for '
         f"{args.more} steps. Texts are 64 tokens after 256 held-out\nprompts of 32: what the teacher thinks of samples "
         "(temperature 1), how far the student is from it on them, and what it\nthinks of greedy texts.\n"
     )

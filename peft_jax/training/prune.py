@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,10 @@ from peft_jax.pruning.scores import NEEDS, of_gradients
 from peft_jax.pruning.sensitivity import sensitivity
 from peft_jax.pruning.structured import prune_structured, sizes_for
 from peft_jax.training.config import ConfigError, PruneConfig
-from peft_jax.training.objective import next_token
+from peft_jax.training.objective import Objective
 
 Batches = list[dict[str, np.ndarray]]
+Loss = Callable[[Any, Any], jax.Array]
 Curves = Mapping[str, Mapping[float, float]]
 
 
@@ -45,12 +45,14 @@ def shrunk(config: PruneConfig, model: Any, params: Any, batches: Batches) -> tu
     return prune_structured(model, params, batches, score=config.importance, compensate=config.compensate, **sizes)
 
 
-def sparsified(config: PruneConfig, model: Any, params: Any, batches: Batches, seed: int) -> Any:
-    """`params`, with looped layers, masked as the section says."""
+def sparsified(config: PruneConfig, model: Any, params: Any, batches: Batches, seed: int, objective: Objective) -> Any:
+    """`params`, with looped layers, masked as the section says; scores of gradients are those of `objective`."""
     options = dict(_options(config, seed), **config.score_options)
     options |= {"distribution": config.distribution, "distribution_options": config.distribution_options}
     if of_gradients(config.score):
-        return prune(params, config.sparsity, statistics=_gradients(config, model, params, batches), **options)
+        return prune(
+            params, config.sparsity, statistics=_gradients(config, _loss_of(objective, model), params, batches), **options
+        )
     return prune_in_turn(bind(model), params, batches, config.sparsity, **options)
 
 
@@ -64,14 +66,15 @@ def _options(config: PruneConfig, seed: int) -> dict[str, Any]:
     }
 
 
-def _loss(model: Any, params: Any, batch: Any) -> jax.Array:
-    return next_token(bind(model), params, batch, jax.random.key(0))[0]
+def _loss_of(objective: Objective, model: Any) -> Loss:
+    apply = bind(model)
+    return lambda params, batch: objective(apply, params, batch, None)[0]
 
 
-def _gradients(config: PruneConfig, model: Any, params: Any, batches: Batches) -> dict[str, Any]:
+def _gradients(config: PruneConfig, loss: Loss, params: Any, batches: Batches) -> dict[str, Any]:
     return {
         name: gradients(
-            functools.partial(_loss, model), params, batches, targets=config.targets, exclude=config.exclude,
+            loss, params, batches, targets=config.targets, exclude=config.exclude,
             square=name == "squared_gradient",
         )
         for name in NEEDS[config.score]
@@ -81,8 +84,10 @@ def _gradients(config: PruneConfig, model: Any, params: Any, batches: Batches) -
 class Report:
     """What pruning did to each layer: sparsity and output error of each weight, and how sensitive each layer is."""
 
-    def __init__(self, config: PruneConfig, model: Any, before: Any, after: Any, batches: Batches, seed: int) -> None:
-        """`model` with looped layers, its trees before and after. Sensitivity is of the one before."""
+    def __init__(
+        self, config: PruneConfig, model: Any, before: Any, after: Any, batches: Batches, seed: int, objective: Objective
+    ) -> None:
+        """`model` with looped layers, its trees before and after. Sensitivity is of the one before, in `objective`."""
         where: dict[str, Any] = {"targets": config.targets, "exclude": config.exclude}
         errors = output_errors(bind(model), before, after, batches, **where)
         shares = sparsity_of(after, **where)
@@ -90,8 +95,8 @@ class Report:
         self.curves: Curves = {}
         if config.sensitivity and config.pattern is None:
             options = {**_options(config, seed), **config.score_options}
-            of = _gradients(config, model, before, batches) if of_gradients(config.score) else None
-            loss = functools.partial(_loss, model)
+            loss = _loss_of(objective, model)
+            of = _gradients(config, loss, before, batches) if of_gradients(config.score) else None
             self.curves = sensitivity(bind(model), loss, densify(before), batches, config.sensitivity, statistics=of, **options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -296,7 +296,9 @@ def run_pruning(config: RunConfig, console: Console | None = None) -> Path:
     if masks(config.prune):
         looped = lambda tree: unstack_layers(tree) if small.model.scan_layers else tree
         model = small.model.clone(scan_layers=False)
-        report = Report(config.prune, model, looped(small.params), looped(setup.params), batches, config.train.seed)
+        objective = objective_of(config, subject_of(config, small))
+        trees = looped(small.params), looped(setup.params)
+        report = Report(config.prune, model, *trees, batches, config.train.seed, objective)
         report.show(console)
         numbers |= report.to_dict()
         say(f"picture: {report.plot(out / 'pruning.png') or 'none, for want of matplotlib: pip install peft-jax[plots]'}")

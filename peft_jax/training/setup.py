@@ -39,7 +39,7 @@ from peft_jax.training.config import (
     check_quantize,
 )
 from peft_jax.training.prune import shrunk, sparsified
-from peft_jax.training.tasks import TASKS, Subject, wanted_labels
+from peft_jax.training.tasks import TASKS, Subject, objective_of, wanted_labels
 
 
 class Setup(NamedTuple):
@@ -148,7 +148,8 @@ def masked(config: RunConfig, setup: Setup, batches: list[dict[str, Any]]) -> Se
     """The tree masked, where the configuration asks for it."""
     if not masks(config.prune):
         return setup
-    mask = lambda looped, tree: sparsified(config.prune, looped, tree, batches, config.train.seed)
+    objective = objective_of(config, subject_of(config, setup))
+    mask = lambda looped, tree: sparsified(config.prune, looped, tree, batches, config.train.seed, objective)
     params = _layer_by_layer(setup.model, setup.params, mask)
     return setup._replace(params=params if setup.mesh is None else shard(params, setup.mesh))
 

@@ -107,7 +107,7 @@ def test_looped_loading_equals_unstacking(tmp_path):
     assert all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", [n for n in ENCODERS if n != "deberta_v2"])  # whose convolution sees neighbours
 def test_packed_segments_are_apart(name, tmp_path):
     torch_encoder(name, "feature_extraction").save_pretrained(tmp_path)
     model, params = peft_jax.load(tmp_path)
@@ -116,7 +116,7 @@ def test_packed_segments_are_apart(name, tmp_path):
     if "deberta" in name:  # distances count within the row
         packed, first = np.concatenate([tokens[:1], tokens[1:]], 1), run(params, tokens[:1])
         out = run(params, packed, segment_ids=np.asarray([[1] * 9 + [2] * 9], np.int32))
-        assert name == "deberta_v2" or relative_error(out[:, :9], first) < 1e-5
+        assert relative_error(out[:, :9], first) < 1e-5
         return
     packed = np.concatenate([tokens[:1], tokens[1:]], axis=1)
     segments = np.asarray([[1] * 9 + [2] * 9], np.int32)
