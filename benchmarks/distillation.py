@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ import peft_jax
 from peft_jax.data import batch_at
 from peft_jax.data.encode import Rows
 from peft_jax.distillation.cache import CacheHeader, open_cache, write_cache
-from peft_jax.distillation.divergence import forward_kl, log_probabilities, make_divergence, reverse_kl, top_k
+from peft_jax.distillation.divergence import forward_kl, log_probabilities, reverse_kl, top_k
 from peft_jax.models.blocks import fresh_params
 from peft_jax.training.distill import OnPolicy, Teacher, beside_teachers, distillation
 from peft_jax.training.generate import continuations
@@ -58,7 +60,9 @@ class Bench:
         self.prompts = self.held[:256, :32]
         self.programs: dict[Any, Any] = {}
 
-    def run(self, start: Any, objective: Any, steps: int, rate: float, seed: int, *, teach: bool) -> Any:
+    def run(
+        self, start: Any, objective: Any, steps: int, rate: float, seed: int, *, teach: bool, rows: Rows | None = None
+    ) -> Any:
         """The student's tree after `steps` steps from the tree `start`."""
         tree = peft_jax.full(start)
         tree = beside_teachers(tree, [self.theirs]) if teach else tree
@@ -70,7 +74,7 @@ class Bench:
             (objective, steps, rate), jax.jit(make_step(objective, peft_jax.bind(self.student), optimizer), donate_argnums=0)
         )
         for i in range(steps):
-            state, _ = step(state, frozen, batch_at(self.rows, i, ROWS, seed=seed))
+            state, _ = step(state, frozen, batch_at(self.rows if rows is None else rows, i, ROWS, seed=seed))
         tree = peft_jax.combine(state.trainable, frozen)
         return peft_jax.merge(tree["student"] if teach else tree)
 
@@ -101,32 +105,45 @@ def table(args: argparse.Namespace) -> str:
     b = Bench(Path(args.data))
     teachers = [Teacher(peft_jax.bind(b.teacher))]
     taught = distillation(TOKENS, teachers, divergence=forward_kl)
-    policy = OnPolicy(max_tokens=64, prompt_tokens=32)
+    policy = OnPolicy(max_tokens=LENGTH - 32, prompt_tokens=32)  # as many tokens count as of the data's rows
     further = {
-        f"then {divergence} on {where}": distillation(TOKENS, teachers, divergence=make_divergence(divergence), on_policy=spec)
-        for divergence in ("forward_kl", "reverse_kl")
-        for where, spec in {"the data": None, "its own texts": policy}.items()
+        "then reverse_kl on the data": distillation(TOKENS, teachers, divergence=reverse_kl),
+        "then reverse_kl on its own texts": distillation(TOKENS, teachers, divergence=reverse_kl, on_policy=policy),
+        "then minillm": distillation(
+            TOKENS, teachers, divergence=reverse_kl, on_policy=policy._replace(minillm=True, teacher_share=0.2)
+        ),
     }
-    minillm = policy._replace(minillm=True, teacher_share=0.2)
-    further["then minillm"] = distillation(TOKENS, teachers, divergence=reverse_kl, on_policy=minillm)
-    found: dict[str, list[dict[str, float]]] = {}
+    kept = Path(args.found) if args.found else None
+    found: dict[str, list[dict[str, float]]] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
 
-    def note(name: str, params: Any, seed: int) -> Any:
-        row = {"perplexity": b.perplexity(params), **b.of_own_texts(params, seed)}
-        found.setdefault(name, []).append(row)
-        print(f"{name}, seed {seed}: {row}", flush=True)
+    def note(name: str, seed: int, make: Callable[[], Any]) -> Any:
+        """What `make` gives, measured; nothing where the numbers of this seed are there already."""
+        rows = found.setdefault(name, [])
+        if len(rows) > seed:
+            return None
+        params = make()
+        rows.append({"perplexity": b.perplexity(params), **b.of_own_texts(params, seed)})
+        print(f"{name}, seed {seed}: {rows[-1]}", flush=True)
+        if kept:
+            kept.write_text(json.dumps(found))
         return params
 
     for seed in range(args.seeds):
         fresh = fresh_params(b.student, seed)
         run = functools.partial(b.run, steps=args.steps, seed=seed)
-        note("data alone, from scratch", run(fresh, next_token, rate=args.fresh_rate, teach=False), seed)
-        note("distilled, from scratch", run(fresh, taught, rate=args.fresh_rate, teach=True), seed)
-        note("data alone, pruned", run(b.pruned, next_token, rate=args.rate, teach=False), seed)
-        best = note("distilled, pruned", run(b.pruned, taught, rate=args.rate, teach=True), seed)
-        more = functools.partial(b.run, best, steps=args.more, rate=args.rate / 4, seed=seed + 100, teach=True)
-        for name, objective in further.items():
-            note(name, more(objective), seed)
+        scratch = functools.partial(run, fresh, rate=args.fresh_rate)
+        note("data alone, from scratch", seed, functools.partial(scratch, next_token, teach=False))
+        note("distilled, from scratch", seed, functools.partial(scratch, taught, teach=True))
+        pruned = functools.partial(run, b.pruned, rate=args.rate)
+        note("data alone, pruned", seed, functools.partial(pruned, next_token, teach=False))
+        distil = functools.partial(pruned, taught, teach=True)
+        best = note("distilled, pruned", seed, distil)
+        if any(len(found.get(name, [])) <= seed for name in further):
+            best = distil() if best is None else best
+            counted = b.rows._replace(weights=b.rows.weights * (np.arange(LENGTH) >= 31))  # as of its own texts
+            for name, objective in further.items():
+                more = functools.partial(b.run, best, objective, args.more, args.rate / 4, seed + 100, teach=True, rows=counted)
+                note(name, seed, more)
         publish(_text(b, found, args), args.out)  # what has been found so far
     return _text(b, found, args)
 
@@ -235,9 +252,10 @@ def main() -> None:
     parser.add_argument("--data", default="../shared/data", help="folder with gutenberg/ and tinyshakespeare/")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--more", type=int, default=40, help="steps after distillation")
+    parser.add_argument("--more", type=int, default=100, help="steps after distillation")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of the pruned student")
     parser.add_argument("--fresh-rate", type=float, default=4e-3, help="and of the one from scratch")
+    parser.add_argument("--found", help="a JSON file of results, from which an interrupted run goes on")
     parser.add_argument("--out", help="a Markdown file for the tables")
     args = parser.parse_args()
     publish({"table": table, "cost": cost}[args.what](args), args.out)

@@ -103,6 +103,14 @@ def teach(config: str | None, overrides: tuple[str, ...]) -> None:
     run_teaching(_config(config, overrides))
 
 
+@_command
+def edit(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Write facts into the weights as `edit` says: scores before and after, and a PEFT folder that can be taken off again."""
+    from peft_jax.training.edit import run_editing
+
+    run_editing(_config(config, overrides))
+
+
 def export(config: str | None, overrides: tuple[str, ...], merged: bool) -> None:
     """Write the newest checkpoint of a run as a PEFT adapter, or merged into a Hugging Face model folder."""
     from peft_jax.training.run import run_export

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextvars
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -31,11 +32,13 @@ class Place(NamedTuple):
     pick: Callable[[tuple[Any, ...], Any], jax.Array]
 
 
+@functools.cache  # one object a place, so that compiled functions of it are found again
 def output_of(path: str) -> Place:
     """A module's output, or the first of several."""
     return Place(path, lambda args, out: out[0] if isinstance(out, tuple) else out)
 
 
+@functools.cache
 def input_of(path: str, index: int = 0) -> Place:
     """A module's input, by its number."""
     return Place(path, lambda args, out: args[index])

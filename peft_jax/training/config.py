@@ -24,6 +24,7 @@ from peft_jax.core.tree import nearest
 from peft_jax.data.records import Kind
 from peft_jax.distillation.divergence import Divergence, make_divergence
 from peft_jax.distillation.match import uld
+from peft_jax.knowledge.editing import Search
 from peft_jax.methods import ENDS_OTHERWISE, METHODS
 from peft_jax.models.blocks import Task
 from peft_jax.pruning.distribution import check_distribution, check_pattern, check_sparsity
@@ -246,6 +247,22 @@ class TeachConfig:
 
 
 @configuration
+class EditConfig:
+    edits: str | None = option(
+        None, "a .json or .jsonl file of facts: prompt with {}, subject, target, true, paraphrases, neighbours"
+    )
+    method: Literal["rome", "memit", "alphaedit", "ft", "ft_l"] = option("memit", "how they are written into the weights")
+    layers: list[int] = option(
+        [], "layers to edit, numbered from 0; by default the middle one, and for memit the two before it"
+    )
+    options: dict[str, float] = option({}, "options of the method, as {weight: 15000} of memit, {threshold: 0.02} of alphaedit")
+    search: dict[str, float] = option({}, "of the values: steps, learning_rate, kl, decay, clamp")
+    prefixes: int = option(4, "texts that the model writes, before which the facts are to hold too")
+    limit: int | None = option(None, "use at most this many facts")
+    calibration_batches: int = option(32, "batches of the training data that say what is known already")
+
+
+@configuration
 class GenerateConfig:
     prompts: list[str] = option([], "prompts to continue, before and after training")
     max_tokens: int = option(64, "tokens to generate")
@@ -280,6 +297,7 @@ class RunConfig:
     train: TrainConfig = option(TrainConfig(), "the training loop")
     distill: DistillConfig = option(DistillConfig(), "learning from teachers")
     teach: TeachConfig = option(TeachConfig(), "what `peft-jax teach` writes")
+    edit: EditConfig = option(EditConfig(), "facts that `peft-jax edit` writes into the weights")
     evaluate: EvaluateConfig = option(EvaluateConfig(), "evaluation")
     generate: GenerateConfig = option(GenerateConfig(), "generation")
     mesh: dict[str, int] = option({}, "sizes of expert, data, fsdp, sequence and tensor; one may be -1; empty: data over all")
@@ -410,6 +428,18 @@ def _check(config: RunConfig) -> None:
     if config.quantize.format and (config.factorize.keep is not None or config.factorize.error is not None):
         raise ConfigError("factorize and quantize.format cannot both store a weight: choose one")
     check_distill(config)
+    _check_edit(config.edit)
+
+
+def _check_edit(config: EditConfig) -> None:
+    known = {"memit": ("weight",), "alphaedit": ("threshold",), "ft": ("learning_rate", "steps"),
+             "ft_l": ("learning_rate", "steps", "limit")}.get(config.method, ())  # fmt: skip
+    for name, options, there in (("options", config.options, known), ("search", config.search, Search._fields)):
+        if wrong := [k for k in options if k not in there]:
+            some = ", ".join(there) or "none"
+            raise ConfigError(
+                f"unknown option 'edit.{name}.{wrong[0]}'.{nearest(wrong[0], there)} Those of {config.method}: {some}"
+            )
 
 
 def check_distill(config: RunConfig) -> Divergence | None:

@@ -1,0 +1,1 @@
+"""Knowledge injection: facts put into a model's weights, and what they do there."""

@@ -1,0 +1,371 @@
+"""Facts written into the weights that a feed-forward writes with: ROME, MEMIT, AlphaEdit and fine-tuning to compare with.
+
+The weight W [F, D] of a layer maps keys k [F] to values k W [D]. A method finds the key of a fact's subject and the value that
+makes the model say its target, and changes W by a product of low rank, which stands in the tree as a LoRA of its own name: it
+can be left out (`drop_adapters`), merged, and written as a PEFT folder. Letters: L layers, N facts, F units, D features.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from peft_jax.core.bind import bind
+from peft_jax.core.capture import capture, input_of, output_of
+from peft_jax.core.tree import map_places, nearest, places
+from peft_jax.core.weight import materialize
+from peft_jax.knowledge.hooks import AddAt, FeedForward, attach, feed_forward
+from peft_jax.knowledge.requests import Edit, EditRows, check_edits, edit_rows
+from peft_jax.low_rank.lora import LoRA
+
+Method = Literal["rome", "memit", "alphaedit", "ft", "ft_l"]
+Delta = tuple[np.ndarray, np.ndarray]  # [F, r] and [r, D], whose product is added to W
+
+
+class Search(NamedTuple):
+    """How values are searched for (Meng et al. 2022, arXiv:2202.05262, equation 4 and appendix E.5): Adam's steps and
+    learning rate, the weights of the divergence that keeps the subject what it is and of the decay, and the largest change
+    as a multiple of the value's norm.
+    """
+
+    steps: float = 25
+    learning_rate: float = 0.5
+    kl: float = 0.0625
+    decay: float = 0.5
+    clamp: float = 4.0
+
+
+def edit(
+    model: Any,
+    params: Any,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    *,
+    method: Method = "memit",
+    layers: Sequence[int] = (),
+    covariances: Mapping[str, jax.Array] | None = None,
+    prefixes: Sequence[str] = ("",),
+    search: Search = Search(),  # noqa: B008 - immutable
+    weight: float = 15_000.0,
+    threshold: float = 2e-2,
+    learning_rate: float = 5e-4,
+    steps: int = 25,
+    limit: float = 5e-4,
+    batch: int = 32,
+    name: str = "edit",
+) -> Any:
+    """`params` with the facts in them: a LoRA called `name` over the weights of the chosen `layers`.
+
+    rome (Meng et al. 2022, equation 2): one fact after the other into one layer. memit (Meng et al. 2022b, arXiv:2210.07229,
+    equations 14 and 20): all at once, spread over layers; `weight` is that of what is known already. alphaedit (Fang et al.
+    2024, arXiv:2410.02355, equation 14): as memit, in the null space of keys of what is known, directions whose mean square
+    is below `threshold`. ft: Adam on one layer's weight for `steps` at `learning_rate`; ft_l: the same with no entry changed
+    by more than `limit` (Zhu et al. 2020, arXiv:2012.00363).
+
+    `covariances` are those of `calibrate` over texts, for the weights that are edited (not for ft). `prefixes` are texts
+    before the prompts, over which keys are averaged and values searched for. Values of `batch` facts are searched for at a
+    time. Layers are numbered from 0; by default the middle one (rome, ft), or it and the two before it.
+
+    Raises ValueError for contradicting edits, an unknown method, layers that are not there, or missing covariances.
+    """
+    check_edits(edits)
+    if method not in METHODS:
+        raise ValueError(f"unknown way of editing {method!r}.{nearest(method, METHODS)} There are: {', '.join(METHODS)}")
+    if not model.scan_layers:
+        raise ValueError("knowledge is edited in stacked layers; load with scan_layers=True")
+    place = feed_forward(params)
+    layers = sorted(layers) if layers else _usual(place.layers, method)
+    if wrong := [n for n in layers if not 0 <= n < place.layers]:
+        raise ValueError(f"there is no layer {wrong[0]}; layers here: 0 to {place.layers - 1}")
+    if len(layers) > 1 and method in ("rome", "ft", "ft_l"):
+        raise ValueError(f"{method} edits one layer, got {list(layers)}")
+    covariance = None
+    if method not in ("ft", "ft_l"):
+        if covariances is None or place.weight not in covariances:
+            raise ValueError(
+                f"{method} needs covariances of {place.weight}: calibrate(bind(model), params, batches, targets=...)"
+            )
+        covariance = np.asarray(covariances[place.weight], np.float64)
+    work = _Work(model, params, tokenizer, place, tuple(prefixes), search, batch)
+    options = {
+        "rome": {}, "memit": {"weight": weight}, "alphaedit": {"threshold": threshold},
+        "ft": {"learning_rate": learning_rate, "steps": steps, "limit": None},
+        "ft_l": {"learning_rate": learning_rate, "steps": steps, "limit": limit},
+    }[method]  # fmt: skip
+    deltas = METHODS[method](work, edits, layers, covariance, **options)
+    return with_deltas(params, place.weight, deltas, name)
+
+
+def _usual(count: int, method: str) -> list[int]:
+    middle = count // 2
+    return [middle] if method in ("rome", "ft", "ft_l") else list(range(max(0, middle - 2), middle + 1))
+
+
+def with_deltas(params: Any, path: str, deltas: Mapping[int, Delta], name: str) -> Any:
+    """The tree with the products `deltas` (layer -> factors) over the stacked weight at `path`, as a frozen LoRA."""
+    w = places(params)[path]
+    L, F, D = w.shape
+    small = {layer: _smallest(*delta) for layer, delta in deltas.items()}
+    r = max(a.shape[1] for a, _ in small.values())
+    a, b, gate = np.zeros((L, F, r), np.float32), np.zeros((L, r, D), np.float32), np.zeros(L, np.float32)
+    for layer, (x, y) in small.items():
+        a[layer, :, : x.shape[1]], b[layer, : x.shape[1]], gate[layer] = x, y, 1.0
+    lora = LoRA(base=w, a=jnp.asarray(a), b=jnp.asarray(b), scale=jnp.ones(L), gate=jnp.asarray(gate), name=name, frozen=True)
+    return map_places(lambda p, x: lora if p == path else x, params)
+
+
+def _smallest(a: np.ndarray, b: np.ndarray) -> Delta:
+    """Factors of the same product, of no more terms than it can need, both of the same size."""
+    if a.shape[1] > min(len(a), b.shape[1]):
+        u, s, v = np.linalg.svd(a @ b, full_matrices=False)
+        return u * np.sqrt(s), np.sqrt(s)[:, None] * v
+    size = np.sqrt(np.maximum(np.linalg.norm(b, axis=1), 1e-12) / np.maximum(np.linalg.norm(a, axis=0), 1e-12))
+    return a * size, b / size[:, None]
+
+
+# ------------------------------------------------------------------------------------------------------------ the equations
+
+
+def rome_update(w: np.ndarray, key: np.ndarray, value: np.ndarray, covariance: np.ndarray) -> Delta:
+    """The change after which `key` [F] gives `value` [D] and other keys' values change least (Meng et al. 2022, equation 2)."""
+    direction = np.linalg.solve(covariance, key)
+    return direction[:, None], ((value - key @ w) / (direction @ key))[None]
+
+
+def memit_update(keys: np.ndarray, residuals: np.ndarray, covariance: np.ndarray, weight: float) -> Delta:
+    """The change that gives keys [N, F] their residuals [N, D] in least squares, with what is known counted `weight` times
+    (Meng et al. 2022b, equation 14).
+    """
+    return np.linalg.solve(weight * covariance + keys.T @ keys, keys.T), residuals
+
+
+def alphaedit_update(keys: np.ndarray, residuals: np.ndarray, covariance: np.ndarray, threshold: float, decay: float) -> Delta:
+    """As `memit_update`, only where keys of what is known have next to no part (Fang et al. 2024, equation 14)."""
+    values, vectors = np.linalg.eigh(covariance)
+    free = vectors[:, values < threshold]
+    projection = free @ free.T
+    return np.linalg.solve(projection @ (keys.T @ keys) + decay * np.eye(len(covariance)), projection @ keys.T), residuals
+
+
+# -------------------------------------------------------------------------------------------------------------- the methods
+
+
+def _ridged(covariance: np.ndarray) -> np.ndarray:
+    """A covariance that can be inverted where some units never fired."""
+    return covariance + 1e-5 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+
+
+def _rome(work: _Work, edits: Sequence[Edit], layers: Sequence[int], covariance: Any) -> dict[int, Delta]:
+    (layer,), known = layers, _ridged(covariance[layers[0]])
+    w = work.weight(layer)
+    found: list[Delta] = []
+    for fact in edits:
+        key = work.keys([fact], [layer])[0, 0]
+        value = work.values([fact], layer)[0] + key @ w  # the change found is one of what the key gives
+        found.append(rome_update(w, key, value, known))
+        w = w + found[-1][0] @ found[-1][1]
+        work.set_weight(layer, w)
+    return {layer: (np.concatenate([a for a, _ in found], 1), np.concatenate([b for _, b in found]))}
+
+
+def _spread(
+    work: _Work, edits: Sequence[Edit], layers: Sequence[int], update: Callable[[int, Any, Any], Delta]
+) -> dict[int, Delta]:
+    """What MEMIT's layers do in turn: each takes its share of what the last one's states still lack."""
+    wanted = work.states(edits, layers[-1]) + work.values(edits, layers[-1])
+    deltas: dict[int, Delta] = {}
+    for n, layer in enumerate(layers):
+        keys = work.keys(edits, [layer])[0]
+        residuals = (wanted - work.states(edits, layers[-1])) / (len(layers) - n)
+        deltas[layer] = update(layer, keys, residuals)
+        work.set_weight(layer, work.weight(layer) + deltas[layer][0] @ deltas[layer][1])
+    return deltas
+
+
+def _memit(work: _Work, edits: Sequence[Edit], layers: Sequence[int], covariance: Any, weight: float) -> dict[int, Delta]:
+    of = lambda layer, keys, residuals: memit_update(keys, residuals, _ridged(covariance[layer]), weight)
+    return _spread(work, edits, layers, of)
+
+
+def _alphaedit(
+    work: _Work, edits: Sequence[Edit], layers: Sequence[int], covariance: Any, threshold: float
+) -> dict[int, Delta]:
+    for layer in layers:
+        if not (np.linalg.eigvalsh(covariance[layer]) < threshold).any():
+            raise ValueError(f"no direction of layer {layer}'s keys has a mean square below threshold={threshold}; raise it")
+    of = lambda layer, keys, residuals: alphaedit_update(keys, residuals, covariance[layer], threshold, 10.0)
+    return _spread(work, edits, layers, of)
+
+
+def _tuned(
+    work: _Work, edits: Sequence[Edit], layers: Sequence[int], _: Any, learning_rate: float, steps: int, limit: float | None
+) -> dict[int, Delta]:
+    (layer,) = layers
+    before = work.weight(layer)
+    change = work.tuned(edits, layer, learning_rate, steps, limit) - before
+    return {layer: (np.eye(len(change)), change)}
+
+
+METHODS: dict[str, Callable[..., dict[int, Delta]]] = {
+    "rome": _rome, "memit": _memit, "alphaedit": _alphaedit, "ft": _tuned, "ft_l": _tuned,
+}  # fmt: skip
+
+
+class _Work:
+    """A model whose weights are being edited, and what is read of it. The weight's own array is float32 [L, F, D]."""
+
+    def __init__(
+        self, model: Any, params: Any, tokenizer: Any, place: FeedForward, prefixes: tuple[str, ...], search: Search, batch: int
+    ) -> None:
+        self.apply, self.tokenizer, self.place = bind(model), tokenizer, place
+        self.prefixes, self.search, self.batch = prefixes, search, batch
+        self.array = np.asarray(materialize(places(params)[place.weight]), np.float64)
+        self.rest = map_places(lambda p, x: jnp.zeros(()) if p == place.weight else x, params)
+        self.dtype = places(params)[place.weight].dtype
+
+    def weight(self, layer: int) -> np.ndarray:
+        return self.array[layer]
+
+    def set_weight(self, layer: int, w: np.ndarray) -> None:
+        self.array = self.array.copy()
+        self.array[layer] = w
+
+    @property
+    def params(self) -> Any:
+        now = jnp.asarray(self.array, self.dtype)
+        return map_places(lambda p, x: now if p == self.place.weight else x, self.rest)
+
+    def rows(self, edits: Sequence[Edit], *, answers: bool) -> EditRows:
+        """[N P, T] rows: each fact after each of the P prefixes."""
+        prompts = [f"{p}{' ' if p else ''}{e.question}" for e in edits for p in self.prefixes]
+        subjects = [e.subject for e in edits for _ in self.prefixes]
+        targets = [e.target if answers else "" for e in edits for _ in self.prefixes]
+        return edit_rows(self.tokenizer, prompts, targets, subjects)
+
+    def keys(self, edits: Sequence[Edit], layers: Sequence[int]) -> np.ndarray:
+        """[len(layers), N, F] what goes into the weight at the subject's last token, averaged over prefixes."""
+        rows = self.rows(edits, answers=False)
+        name = self.place.weight.removesuffix("/kernel")
+        found = _read(self.apply, self.params, rows.tokens, rows.segment_ids, rows.subject_at, input_of(name))
+        found = found[np.asarray(layers)].astype(np.float64)
+        return found.reshape(len(layers), len(edits), len(self.prefixes), -1).mean(2)
+
+    def states(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
+        """[N, D] hidden states after a layer at the subject's last token, without prefixes."""
+        rows = edit_rows(self.tokenizer, [e.question for e in edits], [""] * len(edits), [e.subject for e in edits])
+        found = _read(self.apply, self.params, rows.tokens, rows.segment_ids, rows.subject_at, output_of(self.place.stack))
+        return found[layer].astype(np.float64)
+
+    def values(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
+        """[N, D] what has to be added to the feed-forward's output there for the model to say the targets."""
+        found = [self._search(edits[i : i + self.batch], layer) for i in range(0, len(edits), self.batch)]
+        return np.concatenate(found)
+
+    def _search(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
+        rows, P = self.rows(edits, answers=True), len(self.prefixes)
+        essence = edit_rows(self.tokenizer, [f"{e.subject} is a" for e in edits], [""] * len(edits), [e.subject for e in edits])
+        norms = np.linalg.norm(self._outputs(edits, layer), axis=-1)
+        run = _searching(self.apply, self.place.module, self.place.layers, P, self.search)
+        return np.asarray(run(self.params, jnp.int32(layer), rows, essence, jnp.asarray(norms, jnp.float32)), np.float64)
+
+    def _outputs(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
+        rows = edit_rows(self.tokenizer, [e.question for e in edits], [""] * len(edits), [e.subject for e in edits])
+        return _read(self.apply, self.params, rows.tokens, rows.segment_ids, rows.subject_at, output_of(self.place.module))[
+            layer
+        ]
+
+    def tuned(self, edits: Sequence[Edit], layer: int, learning_rate: float, steps: int, limit: float | None) -> np.ndarray:
+        """The layer's weight after Adam on the facts' targets."""
+        rows = edit_rows(self.tokenizer, [e.question for e in edits], [e.target for e in edits])
+        start = jnp.asarray(self.array[layer], jnp.float32)
+        optimizer = optax.adam(learning_rate)
+
+        def loss(w: jax.Array, params: Any) -> jax.Array:
+            put = lambda p, x: x.at[layer].set(w.astype(x.dtype)) if p == self.place.weight else x
+            return _nll(self.apply, map_places(put, params), rows).mean()
+
+        @jax.jit
+        def step(w: jax.Array, state: Any, params: Any) -> Any:
+            updates, state = optimizer.update(jax.grad(loss)(w, params), state)
+            w = jnp.asarray(optax.apply_updates(w, updates))
+            return (w if limit is None else jnp.clip(w, start - limit, start + limit)), state
+
+        w, state, params = start, optimizer.init(start), self.params
+        for _ in range(int(steps)):
+            w, state = step(w, state, params)
+        return np.asarray(w, np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _picked(apply: Any, params: Any, tokens: jax.Array, segment_ids: jax.Array, at: jax.Array, place: Any) -> jax.Array:
+    found = capture(apply, {"x": place})(params, tokens, segment_ids=segment_ids)[1]["x"]
+    return jnp.take_along_axis(found, at[None, :, None, None], axis=2)[:, :, 0]
+
+
+def _read(apply: Any, params: Any, tokens: Any, segment_ids: Any, at: Any, place: Any, size: int = 64) -> np.ndarray:
+    """[L, N, ...] of what is at `place` of each layer, at one token of each row."""
+    pad = -len(tokens) % min(size, len(tokens))
+    parts = [np.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)) for x in (tokens, segment_ids, at)]
+    size = min(size, len(tokens))
+    found = [
+        np.asarray(_picked(apply, params, *(x[i : i + size] for x in parts), place)) for i in range(0, len(parts[0]), size)
+    ]
+    return np.concatenate(found, axis=1)[:, : len(tokens)]
+
+
+def _nll(apply: Any, params: Any, rows: EditRows) -> jax.Array:
+    """[N] mean negative log-likelihood of each row's answer."""
+    logits = apply(params, rows.tokens, segment_ids=rows.segment_ids)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, rows.targets) * rows.weights
+    return nll.sum(-1) / jnp.maximum(jnp.asarray(rows.weights).sum(-1), 1.0)
+
+
+@functools.lru_cache(maxsize=16)
+def _searching(apply: Any, module: str, layers: int, prefixes: int, search: Search) -> Any:
+    """A compiled search for the changes [N, D] of values, all facts of a batch at once and each for itself."""
+    optimizer = optax.adam(search.learning_rate)
+
+    def loss(
+        delta: jax.Array, params: Any, layer: jax.Array, rows: EditRows, essence: EditRows, norms: jax.Array, start: Any
+    ) -> Any:
+        at_layer = (jnp.arange(layers) == layer)[:, None, None]
+
+        def changed(delta: jax.Array, at: jax.Array) -> Any:
+            where = jnp.broadcast_to(jnp.asarray(at), (layers, len(at)))
+            return attach(params, module, AddAt(delta=at_layer * delta[None], at=where))
+
+        nll = _nll(apply, changed(jnp.repeat(delta, prefixes, axis=0), rows.subject_at), rows).reshape(-1, prefixes).mean(1)
+        now = _essences(apply, changed(delta, essence.subject_at), essence)
+        kl = (jnp.exp(now) * (now - start)).sum(-1)
+        decay = jnp.linalg.norm(delta, axis=-1) / jnp.square(norms)
+        return (nll + search.kl * kl + search.decay * decay).sum()
+
+    @jax.jit
+    def run(params: Any, layer: jax.Array, rows: EditRows, essence: EditRows, norms: jax.Array) -> jax.Array:
+        start = _essences(apply, params, essence)
+
+        def step(carry: Any, _: Any) -> Any:
+            delta, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(delta, params, layer, rows, essence, norms, start), state)
+            delta = jnp.asarray(optax.apply_updates(delta, updates))
+            size = jnp.linalg.norm(delta, axis=-1)
+            return (delta * jnp.minimum(1.0, search.clamp * norms / jnp.maximum(size, 1e-9))[:, None], state), None
+
+        width = jax.eval_shape(lambda: apply(params, rows.tokens[:1], method="hidden")).shape[-1]
+        delta = jnp.full((len(norms), width), 1e-8, jnp.float32)  # the norm's gradient at zero is none
+        return jax.lax.scan(step, (delta, optimizer.init(delta)), None, length=int(search.steps))[0][0]
+
+    return run
+
+
+def _essences(apply: Any, params: Any, rows: EditRows) -> jax.Array:
+    """[N, V] log-probabilities of what follows each row."""
+    logits = apply(params, rows.tokens, segment_ids=rows.segment_ids)
+    last = jnp.asarray(rows.segment_ids).sum(-1) - 1
+    return jax.nn.log_softmax(jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0])

@@ -1,0 +1,84 @@
+"""Attachments that change what flows through chosen layers at chosen tokens: for finding and writing facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core.attachment import Attachment
+from peft_jax.core.reparametrised import node
+from peft_jax.core.tree import places
+
+_DOWN = {"down_proj": "model/layers/mlp", "c_proj": "transformer/h/mlp"}  # the module that writes, and the feed-forward
+
+
+class FeedForward(NamedTuple):
+    """Where a decoder's feed-forward stands: the stack of its layers, the module, and the path of the weight that writes."""
+
+    stack: str
+    module: str
+    weight: str
+    layers: int
+
+
+def feed_forward(params: Any) -> FeedForward:
+    """Of a tree with stacked layers, Llama's kin or GPT-2. Raises ValueError for others."""
+    known = places(params)
+    for name, module in _DOWN.items():
+        path = f"{module}/{name}/kernel"
+        if path in known and known[path].ndim == 3:
+            return FeedForward(module.rpartition("/")[0], module, path, known[path].shape[0])
+    raise ValueError("knowledge is edited in decoders with stacked layers and one feed-forward each (Llama's kin, GPT-2)")
+
+
+@node
+class AddAt(Attachment):
+    """Adds delta [L, B, D] to a module's output at tokens `at` [L, B] of the rows."""
+
+    delta: jax.Array
+    at: jax.Array
+
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return _first(call(*args, **kwargs), self._added)
+
+    def _added(self, out: jax.Array) -> jax.Array:
+        here = jnp.arange(out.shape[1])[None] == self.at[:, None]
+        return out + (here[..., None] * self.delta[:, None]).astype(out.dtype)
+
+
+@node
+class Noise(Attachment):
+    """Adds noise [B, T, D] to a module's output (an embedding's look-up)."""
+
+    noise: jax.Array
+
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs) + self.noise
+
+
+@node
+class Restore(Attachment):
+    """Gives all rows the first row's output at the tokens where `mask` [L, T] is true."""
+
+    mask: jax.Array
+
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return _first(call(*args, **kwargs), lambda out: jnp.where(self.mask[None, :, None], out[:1], out))
+
+
+def _first(out: Any, change: Callable[[jax.Array], jax.Array]) -> Any:
+    """A module's output with the first of its parts changed."""
+    return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+
+KEY = "knowledge"  # under which an attachment stands beside a module
+
+
+def attach(params: Any, module: str, attachment: Attachment) -> Any:
+    """The tree with an attachment beside the module at a path."""
+    first, _, rest = module.partition("/")
+    inner: Mapping[str, Any] = params[first]
+    return {**params, first: attach(inner, rest, attachment) if rest else {**inner, KEY: attachment}}

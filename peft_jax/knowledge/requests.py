@@ -1,0 +1,134 @@
+"""Facts to put into a model: records of edits, as CounterFact has them, and their tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Edit(NamedTuple):
+    """A fact: `prompt` with {} for the `subject`, what is to follow (`target`), and what does (`true`), where known.
+
+    `paraphrases` are whole prompts that ask the same, `neighbours` whole prompts of which `true` is and stays the answer.
+    """
+
+    prompt: str
+    subject: str
+    target: str
+    true: str = ""
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
+
+    @property
+    def question(self) -> str:
+        """The prompt with its subject."""
+        return self.prompt.replace("{}", self.subject, 1)
+
+
+class EditRows(NamedTuple):
+    """Prompts with what follows them, padded on the right: int32 tokens, targets and segment_ids [N, T], float32 weights [N, T]
+    on what follows, and the place of the subject's last token, int32 [N].
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    segment_ids: np.ndarray
+    subject_at: np.ndarray
+
+
+def read_edits(path: Path) -> list[Edit]:
+    """The edits of a .json (a list) or .jsonl file: objects with prompt, subject and target, and, where there is one, true,
+    paraphrases and neighbours. CounterFact's own records (`requested_rewrite`) are read too.
+
+    Raises ValueError naming the file and the record for one that is malformed, and as `check_edits` does.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"file of edits {path} does not exist")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".jsonl":
+            values = [(f"{path}:{n}", json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        else:
+            values = [(f"{path}, record {n}", value) for n, value in enumerate(json.loads(text))]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    edits = [_edit(value, where) for where, value in values]
+    check_edits(edits)
+    return edits
+
+
+def _edit(value: Any, where: str) -> Edit:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: an edit is an object with prompt, subject and target")
+    if "requested_rewrite" in value:
+        wanted = value["requested_rewrite"]
+        value = {
+            "prompt": wanted["prompt"], "subject": wanted["subject"], "target": wanted["target_new"]["str"],
+            "true": wanted["target_true"]["str"], "paraphrases": value.get("paraphrase_prompts", []),
+            "neighbours": value.get("neighborhood_prompts", []),
+        }  # fmt: skip
+    for name in ("prompt", "subject", "target"):
+        if not isinstance(value.get(name), str) or not value[name]:
+            raise ValueError(f"{where}: {name!r} should be a text, got {value.get(name)!r}")
+    for name in ("paraphrases", "neighbours"):
+        texts = value.get(name, [])
+        if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+            raise ValueError(f"{where}: {name!r} should be a list of texts")
+    if "{}" not in value["prompt"]:
+        raise ValueError(f"{where}: the prompt {value['prompt']!r} has no {{}} for its subject")
+    return Edit(
+        value["prompt"], value["subject"], value["target"], value.get("true") or "",
+        tuple(value.get("paraphrases", [])), tuple(value.get("neighbours", [])),
+    )  # fmt: skip
+
+
+def check_edits(edits: Sequence[Edit]) -> None:
+    """Raise ValueError where there is none, or two want different answers to one question."""
+    if not edits:
+        raise ValueError("there are no edits")
+    wanted: dict[str, str] = {}
+    for edit in edits:
+        if wanted.setdefault(edit.question, edit.target) != edit.target:
+            both = f"{wanted[edit.question]!r} and {edit.target!r}"
+            raise ValueError(f"the edits of {edit.question!r} contradict each other: {both}")
+
+
+def edit_rows(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], subjects: Sequence[str] = ()) -> EditRows:
+    """Rows of prompts, each with a blank and its answer; `subjects`, where given, are looked for from the right.
+
+    Rows are as long as the longest, and at most 7 tokens more. Raises ValueError where a subject is not in its prompt.
+    """
+    made = []
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        whole = f"{prompt} {answer}" if answer else prompt
+        encoded = tokenizer(whole, return_offsets_mapping=True, verbose=False)
+        ids, spans = _without_end(encoded["input_ids"], encoded["offset_mapping"], tokenizer)
+        at = len(ids) - 1
+        if subjects:
+            start = prompt.rfind(subjects[i])
+            if start < 0:
+                raise ValueError(f"the subject {subjects[i]!r} is not in the prompt {prompt!r}")
+            last = start + len(subjects[i]) - 1
+            at = next(j for j, (a, b) in enumerate(spans) if a <= last < b)
+        answers_ids = np.asarray([b > len(prompt) for _, b in spans])
+        made.append((np.asarray(ids, np.int32), answers_ids, at))
+    T, N = -(-max(len(ids) for ids, _, _ in made) // 8) * 8, len(made)  # few lengths, few programs
+    rows = EditRows(
+        np.zeros((N, T), np.int32), np.zeros((N, T), np.int32), np.zeros((N, T), np.float32), np.zeros((N, T), np.int32),
+        np.asarray([at for *_, at in made], np.int32),
+    )  # fmt: skip
+    for i, (ids, answer, _) in enumerate(made):
+        n = len(ids)
+        rows.tokens[i, :n], rows.segment_ids[i, :n] = ids, 1
+        rows.targets[i, : n - 1], rows.weights[i, : n - 1] = ids[1:], answer[1:]
+    return rows
+
+
+def _without_end(ids: list[int], spans: list[tuple[int, int]], tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    ends = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    return (ids[:-1], spans[:-1]) if ends else (ids, spans)

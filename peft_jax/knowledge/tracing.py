@@ -1,0 +1,114 @@
+"""Causal tracing: which states a fact depends on (Meng et al. 2022, arXiv:2202.05262, section 2)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core.bind import bind
+from peft_jax.core.tree import places
+from peft_jax.core.weight import materialize
+from peft_jax.knowledge.hooks import Noise, Restore, attach, feed_forward
+from peft_jax.knowledge.requests import Edit, edit_rows
+
+_EMBEDDINGS = ("model/embed_tokens", "transformer/wte")
+_ATTENTION = {"model/layers": "model/layers/self_attn", "transformer/h": "transformer/h/attn"}
+
+
+class Trace(NamedTuple):
+    """Probabilities of the answer's first token: `clean`, with the subject `corrupted`, and `restored` [T, L], corrupted but
+    for one token's state after one layer. `tokens` are the prompt's, `subject` the first and the last of the subject's.
+    """
+
+    clean: float
+    corrupted: float
+    restored: np.ndarray
+    tokens: list[str]
+    subject: tuple[int, int]
+
+
+def trace(
+    model: Any,
+    params: Any,
+    tokenizer: Any,
+    fact: Edit,
+    *,
+    what: Literal["states", "feed_forward", "attention"] = "states",
+    window: int = 1,
+    noise: float = 3.0,
+    samples: int = 10,
+    seed: int = 0,
+) -> Trace:
+    """How much of a fact comes back when single states do, the subject's embeddings being blurred by `noise` times the standard
+    deviation of all embeddings, averaged over `samples` draws.
+
+    `what` is restored: hidden states after layers, or what feed-forwards or attentions put out, in a `window` of layers around
+    each one. Raises ValueError for models without stacked layers.
+    """
+    stack = feed_forward(params).stack
+    module = {"states": stack, "feed_forward": feed_forward(params).module, "attention": _ATTENTION[stack]}[what]
+    rows = edit_rows(tokenizer, [fact.question], [fact.target], [fact.subject])
+    n = int(rows.segment_ids.sum()) - int(rows.weights.sum())  # the prompt's tokens
+    tokens = rows.tokens[:, :n]
+    target = int(rows.targets[0, n - 1])
+    first, last = _subject(tokenizer, fact)
+    embedding = next(p for p in _EMBEDDINGS if f"{p}/embedding" in places(params))
+    table = np.asarray(materialize(places(params)[f"{embedding}/embedding"]), np.float32)
+    drawn = noise * table.std() * jax.random.normal(jax.random.key(seed), (samples, n, table.shape[1]))
+    inside = (jnp.arange(n) >= first) & (jnp.arange(n) <= last)
+    blur = jnp.concatenate([jnp.zeros((1, *drawn.shape[1:])), drawn * inside[:, None]])
+    blurred = attach(params, embedding, Noise(noise=blur))
+    run = _runner(bind(model), module)
+    batch, layers = jnp.broadcast_to(jnp.asarray(tokens), (samples + 1, n)), feed_forward(params).layers
+    nothing = np.zeros((layers, n), bool)
+    clean, corrupted = np.asarray(run(blurred, batch, target, nothing))
+    restored = np.zeros((n, layers), np.float32)
+    for t in range(n):
+        for layer in range(layers):
+            mask = nothing.copy()
+            mask[max(0, layer - window // 2) : layer - window // 2 + window, t] = True
+            restored[t, layer] = run(blurred, batch, target, mask)[1]
+    words = [tokenizer.decode([i]) for i in tokens[0].tolist()]
+    return Trace(float(clean), float(corrupted), restored, words, (first, last))
+
+
+def _subject(tokenizer: Any, fact: Edit) -> tuple[int, int]:
+    """The first and the last token of the subject."""
+    start = fact.question.rfind(fact.subject)
+    spans = tokenizer(fact.question, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    inside = [i for i, (a, b) in enumerate(spans) if a < start + len(fact.subject) and b > start]
+    return inside[0], inside[-1]
+
+
+@functools.lru_cache(maxsize=8)
+def _runner(apply: Any, module: str) -> Any:
+    @jax.jit
+    def run(params: Any, batch: jax.Array, target: Any, mask: Any) -> jax.Array:
+        """The target's probability after the clean row, and its mean after the corrupted ones."""
+        logits = apply(attach(params, module, Restore(mask=mask)), batch)[:, -1]
+        p = jax.nn.softmax(logits.astype(jnp.float32))[:, target]
+        return jnp.stack([p[0], p[1:].mean()])
+
+    return run
+
+
+def plot_trace(traces: Trace | Sequence[Trace], path: Path) -> Path:
+    """A heat map by token and layer of what comes back of each fact, in a file. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    traces = [traces] if isinstance(traces, Trace) else list(traces)
+    figure = Figure(figsize=(6, 0.3 * sum(len(t.tokens) for t in traces) + 1.2 * len(traces)), layout="constrained")
+    for axis, found in zip(np.atleast_1d(figure.subplots(len(traces), 1)), traces, strict=True):
+        image = axis.imshow(found.restored, aspect="auto", cmap="Purples", vmin=found.corrupted, vmax=max(found.clean, 1e-6))
+        names = [f"{w}*" if found.subject[0] <= i <= found.subject[1] else w for i, w in enumerate(found.tokens)]
+        axis.set_yticks(range(len(names)), names, fontsize="small")
+        axis.set(xlabel="layer", title=f"clean {found.clean:.2f}, corrupted {found.corrupted:.2f}")
+        figure.colorbar(image, ax=axis, label="p(answer)")
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,90 @@
+"""`peft-jax edit`: facts written into a model, what it says of them before and after, and the edit as a PEFT folder."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from peft_jax.core.bind import bind
+from peft_jax.core.calibrate import calibrate
+from peft_jax.core.files import write_json
+from peft_jax.hub import save_adapter
+from peft_jax.knowledge.editing import Search, edit
+from peft_jax.knowledge.evaluation import edit_scores, fluency
+from peft_jax.knowledge.hooks import feed_forward
+from peft_jax.knowledge.requests import Edit, read_edits
+from peft_jax.training.config import ConfigError, RunConfig, to_dict
+from peft_jax.training.evaluate import perplexity
+from peft_jax.training.generate import generate
+from peft_jax.training.setup import Setup, calibration_batches, make_rows, set_up
+
+ADAPTER = "edit"
+
+
+def run_editing(config: RunConfig, console: Console | None = None) -> Path:
+    """The whole of `peft-jax edit`: scores of the edits, perplexity of other text, before and after, and the edit's folder."""
+    e, out = config.edit, Path(config.output)
+    if e.edits is None:
+        raise ConfigError("edit needs edit.edits, a .json or .jsonl file of facts")
+    console = console or Console()
+    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    edits = read_edits(Path(e.edits))[: e.limit]
+    setup = set_up(config)
+    if setup.model.task != "causal_lm":
+        raise ConfigError(f"facts are edited in causal language models, and this one is a {setup.model.task}")
+    before = _measured(config, setup, setup.params, edits)
+    edited = edit(
+        setup.model, setup.params, setup.tokenizer, edits, method=e.method, layers=e.layers, prefixes=_prefixes(config, setup),
+        covariances=None if e.method in ("ft", "ft_l") else _covariances(config, setup), search=Search(**e.search), **e.options,
+    )  # fmt: skip
+    after = _measured(config, setup, edited, edits)
+    table = Table("", "before", "after")
+    for name in before:
+        table.add_row(name, f"{before[name]:.4g}", f"{after[name]:.4g}")
+    console.print(table)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    save_adapter(out / ADAPTER, edited, name="edit", base=config.model.path, revision=config.model.revision)
+    write_json(out / "results.json", {"before": before, "after": after, "edits": len(edits)})
+    say(f"written: {out / ADAPTER}, {len(edits):,} facts")
+    return out / ADAPTER
+
+
+def _covariances(config: RunConfig, setup: Setup) -> dict[str, Any]:
+    """Of the keys over the training data's texts."""
+    batches = calibration_batches(config, setup, config.edit.calibration_batches)
+    return calibrate(bind(setup.model), setup.params, batches, targets=[feed_forward(setup.params).weight])
+
+
+def _prefixes(config: RunConfig, setup: Setup) -> tuple[str, ...]:
+    """Beginnings that the model itself writes, and none at all."""
+    start = setup.tokenizer.bos_token_id
+    if config.edit.prefixes == 0 or start is None:
+        return ("",)
+    rows = generate(
+        setup.model, setup.params, [[start]] * config.edit.prefixes, max_tokens=8, temperature=1.0, seed=config.train.seed
+    )
+    texts = [setup.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+    return ("", *(f"{t}." for t in texts if t))
+
+
+def _measured(config: RunConfig, setup: Setup, params: Any, edits: list[Edit]) -> dict[str, float]:
+    """Scores of the edits, fluency after their prompts, and the perplexity of the held-out data."""
+    scores = edit_scores(bind(setup.model), params, setup.tokenizer, edits)
+    g = config.generate
+    texts = generate(
+        setup.model, params, [e.question for e in edits[:32]], tokenizer=setup.tokenizer, max_tokens=g.max_tokens,
+        temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, seed=g.seed,
+    )  # fmt: skip
+    scores["fluency"] = fluency(texts)
+    held = config.data.test or config.data.validation
+    if held is not None:
+        rows = make_rows(config, held, setup)
+        found = perplexity(setup.model, params, rows, batch_size=config.train.batch_size, mesh=setup.mesh)
+        scores["perplexity"] = found["perplexity"]
+    return scores

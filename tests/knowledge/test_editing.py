@@ -1,0 +1,215 @@
+"""Edits: the papers' equations in NumPy, what an edited model says, edits as adapters, bad requests."""
+
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import peft_jax
+from peft_jax.core.capture import capture, input_of, output_of
+from peft_jax.knowledge.editing import METHODS, Search, alphaedit_update, edit, memit_update, rome_update, with_deltas
+from peft_jax.knowledge.requests import Edit, edit_rows, read_edits
+from peft_jax.training.objective import next_token
+from peft_jax.training.step import init_state, make_step
+from tests.reference import relative_error
+
+WEIGHT = "model/layers/mlp/down_proj/kernel"
+CAPITALS = {
+    "France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Norway": "Oslo", "Peru": "Lima", "Cuba": "Havana",
+    "Kenya": "Nairobi", "Egypt": "Cairo",
+}  # fmt: skip
+WANTED = {"France": "Rome", "Spain": "Oslo"}
+FACTS = [
+    Edit(
+        "The capital of {} is", country, target, CAPITALS[country], (f"{country} has its capital in",),
+        tuple(f"The capital of {c} is" for c in CAPITALS if CAPITALS[c] == CAPITALS[country] and c != country),
+    )
+    for country, target in WANTED.items()
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return peft_jax.load_tokenizer(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_folder, tokenizer):
+    """(model, its tree after it has learnt the true answers, covariances)."""
+    model, params = peft_jax.load(tiny_folder)
+    prompts = ("The capital of {} is", "{} has its capital in")
+    true = [(p.format(country), capital) for p in prompts for country, capital in CAPITALS.items()]
+    rows = edit_rows(tokenizer, *zip(*true, strict=True))
+    optimizer = optax.adam(0.01)
+    trainable, frozen = peft_jax.partition(peft_jax.full(params))
+    step = jax.jit(make_step(next_token, peft_jax.bind(model), optimizer))
+    state = init_state(trainable, optimizer, 0)
+    for _ in range(120):
+        state, metrics = step(state, frozen, rows._asdict())
+    assert float(metrics["loss"]) < 0.1
+    params = peft_jax.merge(peft_jax.combine(state.trainable, frozen))
+    text = "The best of times and the worst of times, the age of wisdom and the season of light. " * 4
+    tokens = np.asarray([tokenizer(text)["input_ids"][:64]])
+    found = peft_jax.calibrate(peft_jax.bind(model), params, [{"tokens": tokens}], targets=["down_proj"])
+    return model, params, found
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def known(size, count=200):
+    keys = random(9, count, size)
+    return keys.T @ keys / count
+
+
+def test_romes_update_is_the_papers():
+    """W + Lambda (C^-1 k)^T in the papers' layout [D, F], equation 2."""
+    w, k, v, C = random(0, 12, 7), random(1, 12), random(2, 7), known(12)
+    inverse = np.linalg.inv(C)
+    lam = (v - w.T @ k) / ((inverse @ k) @ k)
+    expected = w.T + np.outer(lam, inverse @ k)
+    a, b = rome_update(w, k, v, C)
+    assert relative_error((w + a @ b).T, expected) < 1e-10
+    np.testing.assert_allclose(k @ (w + a @ b), v, rtol=1e-10)
+
+
+def test_memits_update_is_the_papers():
+    """R K^T (C + K K^T)^-1 with columns as facts, equation 14."""
+    keys, residuals, C = random(0, 5, 12), random(1, 5, 7), known(12)
+    K, R = keys.T, residuals.T
+    expected = R @ K.T @ np.linalg.inv(3.0 * C + K @ K.T)
+    a, b = memit_update(keys, residuals, C, 3.0)
+    assert relative_error((a @ b).T, expected) < 1e-10
+
+
+def test_alphaedits_update_is_the_papers_and_leaves_known_keys_alone():
+    basis = np.linalg.qr(random(3, 12, 12))[0]
+    old = random(4, 50, 6) @ basis[:6]  # what is known lies in half of the space
+    C = old.T @ old / 50
+    keys, residuals = random(0, 5, 12), random(1, 5, 7)
+    P = basis[6:].T @ basis[6:]
+    K, R = keys.T, residuals.T
+    expected = R @ K.T @ P @ np.linalg.inv(K @ K.T @ P + 10.0 * np.eye(12))
+    a, b = alphaedit_update(keys, residuals, C, 1e-6, 10.0)
+    assert relative_error((a @ b).T, expected) < 1e-8
+    assert np.abs(old @ (a @ b)).max() < 1e-9
+
+
+# Options of each way, and what is left of the target's loss at most: this model has 32 features and two layers that read.
+OPTIONS = {
+    "rome": ({"layers": [0]}, 0.6),
+    "memit": ({"layers": [0, 1], "weight": 1.0}, 0.6),
+    "alphaedit": ({"layers": [0, 1], "threshold": 1e-2}, 0.95),
+    "ft": ({"layers": [1], "learning_rate": 5e-3}, 0.5),
+    "ft_l": ({"layers": [1], "learning_rate": 5e-3, "limit": 0.02}, 0.95),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_edited_model_says_so_and_a_removed_edit_is_gone(method, setup, tokenizer, tmp_path):
+    model, params, covariances = setup
+    apply, tokens = peft_jax.bind(model), np.arange(20).reshape(2, 10) + 5
+    before = apply(params, tokens)
+    questions = [f.question for f in FACTS]
+    options, left = OPTIONS[method]
+    edited = edit(model, params, tokenizer, FACTS, method=method, covariances=covariances, **options)
+    rows = edit_rows(tokenizer, questions, [f.target for f in FACTS])
+    loss = lambda tree: float(next_token(apply, tree, rows._asdict(), None)[0])
+    assert loss(edited) < left * loss(params)
+    assert peft_jax.adapter_names(edited) == ["edit"]
+    assert not jax.tree.leaves(peft_jax.partition(edited)[0])
+    np.testing.assert_array_equal(apply(peft_jax.drop_adapters(edited, ["edit"]), tokens), before)
+    assert relative_error(apply(peft_jax.merge(edited), tokens), apply(edited, tokens)) < 1e-4
+    peft_jax.save_adapter(tmp_path / "edit", edited, name="edit")
+    config = json.loads((tmp_path / "edit" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    again = peft_jax.load_adapter(params, tmp_path / "edit")
+    assert relative_error(apply(again, tokens), apply(edited, tokens)) < 1e-5
+
+
+def test_keys_give_their_values_after_rome(setup, tokenizer):
+    """What the model reads of itself: after the edit the subject's key gives the value that was searched for."""
+    from peft_jax.knowledge.editing import _Work
+    from peft_jax.knowledge.hooks import feed_forward
+
+    model, params, covariances = setup
+    work = _Work(model, params, tokenizer, feed_forward(params), ("",), Search(steps=5), 8)
+    key, change = work.keys(FACTS[:1], [1])[0, 0], work.values(FACTS[:1], 1)[0]
+    edited = edit(
+        model, params, tokenizer, FACTS[:1], method="rome", layers=[1], covariances=covariances, search=Search(steps=5)
+    )
+    delta = np.asarray(peft_jax.places(edited)[WEIGHT].delta()[1], np.float64)
+    assert relative_error(key @ delta, change) < 1e-4
+    assert not np.asarray(peft_jax.places(edited)[WEIGHT].delta())[[0, 2]].any()
+    rows = edit_rows(tokenizer, [FACTS[0].question], [""], [FACTS[0].subject])
+    place = {"k": input_of("model/layers/mlp/down_proj"), "h": output_of("model/layers")}
+    _, found = capture(peft_jax.bind(model), place)(params, rows.tokens, segment_ids=rows.segment_ids)
+    assert relative_error(found["k"][1, 0, rows.subject_at[0]], key) < 1e-5
+    assert tokenizer.decode(rows.tokens[0, : rows.subject_at[0] + 1]).endswith("France")
+
+
+def test_prefixes_are_averaged_over(setup, tokenizer):
+    from peft_jax.knowledge.editing import _Work
+    from peft_jax.knowledge.hooks import feed_forward
+
+    model, params, _ = setup
+    of = lambda prefixes: _Work(model, params, tokenizer, feed_forward(params), prefixes, Search(), 8).keys(FACTS, [0, 2])
+    both = of(("", "It was the age."))
+    assert both.shape == (2, 2, 48)
+    assert relative_error(both, (of(("",)) + of(("It was the age.",))) / 2) < 1e-5
+
+
+def test_many_facts_take_no_more_than_the_whole_rank(setup):
+    _, params, _ = setup
+    a, b = random(0, 48, 100), random(1, 100, 32)
+    tree = with_deltas(params, WEIGHT, {2: (a, b)}, "edit")
+    node = peft_jax.places(tree)[WEIGHT]
+    assert node.rank == 32
+    assert relative_error(node.delta()[2], a @ b) < 1e-5
+
+
+def test_edits_are_read_and_bad_ones_refused(tmp_path):
+    path = tmp_path / "edits.jsonl"
+    good = {"prompt": "{} is in", "subject": "Rome", "target": "Spain", "paraphrases": ["Where is Rome? In"]}
+    counterfact = {
+        "requested_rewrite": {
+            "prompt": "{} is", "subject": "Oslo", "target_new": {"str": "big"}, "target_true": {"str": "old"}
+        },
+        "paraphrase_prompts": ["Oslo seems"], "neighborhood_prompts": ["Rome is"],
+    }  # fmt: skip
+    path.write_text("\n".join(json.dumps(x) for x in (good, counterfact)))
+    first, second = read_edits(path)
+    assert first.question == "Rome is in"
+    assert second == Edit("{} is", "Oslo", "big", "old", ("Oslo seems",), ("Rome is",))
+    for change, message in (
+        ({"target": 3}, r"edits.jsonl:2: 'target' should be a text, got 3"),
+        ({"prompt": "Rome is in"}, r"edits.jsonl:2: the prompt 'Rome is in' has no {} for its subject"),
+        ({"target": "Italy"}, "the edits of 'Rome is in' contradict each other: 'Spain' and 'Italy'"),
+        ({"paraphrases": "x"}, "'paraphrases' should be a list of texts"),
+    ):
+        path.write_text(json.dumps(good) + "\n" + json.dumps(good | change))
+        with pytest.raises(ValueError, match=message):
+            read_edits(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        read_edits(path)
+
+
+def test_what_cannot_be_edited_is_refused(setup, tokenizer):
+    model, params, covariances = setup
+    run = lambda **options: edit(model, params, tokenizer, options.pop("edits", FACTS), **options)
+    with pytest.raises(ValueError, match=r"unknown way of editing 'room'. Did you mean 'rome'\?"):
+        run(method="room")
+    with pytest.raises(ValueError, match="there is no layer 7; layers here: 0 to 2"):
+        run(method="rome", layers=[7], covariances=covariances)
+    with pytest.raises(ValueError, match="rome edits one layer"):
+        run(method="rome", layers=[0, 1], covariances=covariances)
+    with pytest.raises(ValueError, match="memit needs covariances of model/layers/mlp/down_proj/kernel"):
+        run(method="memit")
+    with pytest.raises(ValueError, match="there are no edits"):
+        run(edits=[])
+    with pytest.raises(ValueError, match="no direction of layer 0's keys has a mean square below threshold=0"):
+        run(method="alphaedit", threshold=0.0, covariances=covariances)
