@@ -109,6 +109,17 @@ def countries() -> list[tuple[str, dict[str, str]]]:
     return records
 
 
+@functools.cache
+def country_facts() -> list[tuple[str, dict[str, str]]]:
+    """The same facts as triples."""
+    return [
+        (f"{row['name']}/{column}", {"subject": row["name"], "relation": column, "object": value})
+        for row in country_table()
+        for column, value in row.items()
+        if column != "name"
+    ]
+
+
 def country_table() -> list[dict[str, str]]:
     """The table itself: name, capital, continent, currency, language."""
     file = resources.files("peft_jax") / "assets" / "countries.csv"
@@ -120,4 +131,5 @@ DATASETS: dict[str, Callable[[], list[tuple[str, dict[str, str]]]]] = {
     "python-docs": python_docs,
     "python-docstrings": python_docstrings,
     "countries": countries,
+    "country-facts": country_facts,
 }

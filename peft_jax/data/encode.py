@@ -96,7 +96,7 @@ def _chat(record: Record, tokenizer: Any) -> Example:
     return Example(np.asarray(encoded["input_ids"], np.int32), np.asarray(learn, bool))
 
 
-_ENCODERS = {"text": _text, "completion": _completion, "chat": _chat}
+_ENCODERS = {"text": _text, "completion": _completion, "chat": _chat, "facts": _completion}
 
 
 def fit(examples: Iterable[Example], length: int, kind: Kind, too_long: TooLong) -> list[Example]:

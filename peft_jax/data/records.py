@@ -2,7 +2,7 @@
 
 What a record holds is decided by `kind`: `text`; `prompt` and `completion`; `messages` (chat); `text`, `label` and perhaps
 `text_pair` (classification); `tokens` and `tags` (tagging); `question`, `context` and `answers` (question_answering, as in
-SQuAD); `anchor` and `positive` (pairs).
+SQuAD); `anchor` and `positive` (pairs); `subject`, `relation` and `object` (facts).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import IO, Any, Literal, NamedTuple
 from peft_jax.data import builtin
 
 logger = logging.getLogger("peft_jax")
-Kind = Literal["text", "completion", "chat", "classification", "tagging", "question_answering", "pairs"]
+Kind = Literal["text", "completion", "chat", "classification", "tagging", "question_answering", "pairs", "facts"]
 FIELDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "completion": ("prompt", "completion"),
@@ -27,6 +27,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "tagging": ("tokens", "tags"),
     "question_answering": ("question", "context", "answers"),
     "pairs": ("anchor", "positive"),
+    "facts": ("subject", "relation", "object"),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {"classification": ("text_pair",)}
 
@@ -254,6 +255,43 @@ def _hub(name: str, split: str) -> Iterator[Record]:
         yield Record(dict(value), f"{name}[{split}]:{i}")
 
 
+def _rdf(file: Path) -> Iterator[Record | MalformedRecordError]:
+    """Triples of N-Triples or Turtle; things are called by their label in the file, or the last part of their name."""
+    try:
+        import rdflib
+    except ImportError as error:
+        raise ImportError("reading RDF needs rdflib: pip install peft-jax[rdf]") from error
+    graph = rdflib.Graph()
+    if file.name.removesuffix(".gz").endswith(".nt"):
+        with _open(file) as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    graph.parse(data=line, format="nt")
+                except Exception as error:  # of several kinds
+                    yield MalformedRecordError(f"{file}:{number}: not a triple ({' '.join(str(error).split())[:80]})")
+    else:
+        with _open(file) as handle:
+            try:
+                graph.parse(data=handle.read(), format="turtle")
+            except Exception as error:  # of several kinds
+                raise ValueError(f"{file} is not valid Turtle: {' '.join(str(error).split())[:200]}") from error
+    labels = (rdflib.RDFS.label, rdflib.SKOS.prefLabel)
+    for s, p, o in sorted(graph):
+        if p not in labels:
+            subject, relation, thing = (_called(graph, x, labels) for x in (s, p, o))
+            yield Record({"subject": subject, "relation": relation, "object": thing}, f"{file} ({s.n3()} {p.n3()})")
+
+
+def _called(graph: Any, thing: Any, labels: Any) -> str:
+    for label in labels:
+        if (value := graph.value(thing, label)) is not None:
+            return str(value)
+    text = str(thing)
+    if not text.startswith(("http:", "https:", "urn:")):
+        return text
+    return text.rstrip("/#").replace("#", "/").rpartition("/")[2].replace("_", " ")
+
+
 _CONLLU = ("form", "lemma", "upos", "xpos", "feats", "head", "deprel")
 
 
@@ -293,4 +331,6 @@ _READERS: dict[str, Callable[[Path], Iterator[Record | MalformedRecordError]]] =
     ".txt": _text,
     ".parquet": _parquet,
     ".conllu": _conllu,
+    ".nt": _rdf,
+    ".ttl": _rdf,
 }

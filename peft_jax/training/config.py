@@ -122,6 +122,9 @@ class SourceConfig:
     path: str = option("builtin:python-docs", "builtin:NAME, a .jsonl/.json/.csv/.parquet/.txt file, or a hub dataset id")
     split: str = option("train", "split of a built-in or hub dataset")
     limit: int | None = option(None, "use at most this many records")
+    phrasing: Literal["train", "held_out"] | None = option(
+        None, "of facts: the templates to train with, or those held out; by default train for data.train, held_out elsewhere"
+    )
 
 
 @configuration
@@ -136,6 +139,8 @@ class DataConfig:
     sequence_length: int = option(256, "tokens in a row")
     target_length: int | None = option(None, "tokens of an encoder-decoder's target; by default as many as in a row")
     stride: int | None = option(None, "tokens by which the rows of a long context overlap; by default a quarter of a row")
+    templates: str | None = option(None, "of facts: a YAML file of ways to say each relation, in Jinja")
+    held_out: int = option(1, "of facts: how many of each relation's templates, the last ones, are kept for asking")
     mask_share: float = option(0.15, "share of the tokens that a masked language model has to guess")
     temperature: float = option(0.05, "of the similarities of pairs")
     packing: bool = option(True, "several examples in a row, kept apart by segment ids (of a causal language model)")

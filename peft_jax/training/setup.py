@@ -21,6 +21,7 @@ from peft_jax.data import Record, read_records
 from peft_jax.data.batches import batch_at
 from peft_jax.hub import load, load_adapter, load_tokenizer, local_folder
 from peft_jax.hub.checkpoint import load_fresh, read_config
+from peft_jax.knowledge.facts import read_templates, verbalise
 from peft_jax.low_rank.svd import factorize
 from peft_jax.models.blocks import Task
 from peft_jax.models.families import task_of
@@ -214,10 +215,16 @@ def read_source(config: RunConfig, source: SourceConfig, task: Task) -> list[Rec
     kind = d.kind or kinds[0]
     if kind not in kinds:
         raise ConfigError(f"option 'data.kind': a {task} model learns from {' or '.join(kinds)} records, not {kind}")
-    return read_records(
+    records = read_records(
         source.path, kind=kind, split=source.split, columns=d.columns, delimiter=d.delimiter, on_error=d.on_error,
         limit=source.limit,
     )  # fmt: skip
+    if kind != "facts":
+        return records
+    if d.templates is None:
+        raise ConfigError("data.kind=facts needs data.templates, a YAML file of ways to say each relation")
+    asking = (source is not config.data.train) if source.phrasing is None else source.phrasing == "held_out"
+    return verbalise(records, read_templates(Path(d.templates)), held_out=d.held_out, asking=asking)
 
 
 def make_rows(config: RunConfig, source: SourceConfig, setup: Setup) -> Any:

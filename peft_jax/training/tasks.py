@@ -261,7 +261,7 @@ def _retrieved(s: Subject, params: Any, records: Sequence[Record], names: Sequen
 _LANGUAGE = ("perplexity",)
 TASKS: dict[str, TaskSpec] = {
     "causal_lm": TaskSpec(
-        ("text", "completion", "chat"), _token_rows, lambda s: TOKENS, _LANGUAGE, ("exact_match", "bleu", "rouge"),
+        ("text", "completion", "chat", "facts"), _token_rows, lambda s: TOKENS, _LANGUAGE, ("exact_match", "bleu", "rouge"),
         objective=_next_token,
     ),
     "masked_lm": TaskSpec(

@@ -1,0 +1,78 @@
+"""Facts said in words: templates of relations, some of them kept for asking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from jinja2 import TemplateError
+from jinja2.runtime import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
+
+from peft_jax.core.tree import nearest
+from peft_jax.data import Record
+
+_OBJECT = "\x00"  # stands for the object while a template is split where it comes
+
+
+def read_templates(path: Path) -> dict[str, list[str]]:
+    """relation -> templates in Jinja with {{ subject }} and {{ object }}, of a YAML or JSON file.
+
+    Raises ValueError naming the relation for a template that is malformed, names anything else, or lacks one of the two.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"file of templates {path} does not exist")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict) or not all(
+        isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts) for texts in found.values()
+    ):
+        raise ValueError(f"{path} should map each relation to a list of templates")
+    for relation, texts in found.items():
+        for text in texts:
+            _split(str(relation), text, "subject")
+    return {str(relation): list(texts) for relation, texts in found.items()}
+
+
+def _split(relation: str, template: str, subject: str) -> tuple[str, str]:
+    """(what a template says before the object, and after it)."""
+    environment = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+    try:
+        said = environment.from_string(template).render(subject=subject, object=_OBJECT)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(f"template {template!r} of {relation!r}: {error}") from error
+    if said.count(_OBJECT) != 1 or subject.lower() not in said.lower():
+        needed = "{{ subject }} and {{ object }}, the object once"
+        raise ValueError(f"template {template!r} of {relation!r} needs {needed}")
+    before, _, after = said.partition(_OBJECT)
+    return before, after
+
+
+def verbalise(
+    facts: Sequence[Record], templates: Mapping[str, Sequence[str]], *, held_out: int = 1, asking: bool = False
+) -> list[Record]:
+    """Completions of facts: each said by each template of its relation but the last `held_out`, or, `asking`, by these alone.
+
+    Where a template goes on after the object, that is part of what is to be completed. Raises ValueError naming the relation for
+    one without templates, or with too few to hold some out.
+    """
+    made = []
+    for fact in facts:
+        relation = fact.value["relation"]
+        if relation not in templates:
+            raise ValueError(f"{fact.origin}: there is no template of {relation!r}.{nearest(relation, templates)}")
+        texts = templates[relation]
+        if held_out >= len(texts):
+            raise ValueError(f"{relation!r} has {len(texts)} templates, which leaves none to train with held_out={held_out}")
+        for text in texts[len(texts) - held_out :] if asking else texts[: len(texts) - held_out]:
+            before, after = _split(relation, text, fact.value["subject"])
+            if before.strip():  # what begins with the object asks nothing
+                space = " " if before.endswith(" ") else ""
+                value = {"prompt": before.rstrip(" "), "completion": f"{space}{fact.value['object']}{after}"}
+                made.append(Record(value, fact.origin))
+    if not made:
+        raise ValueError("no template leaves anything to be completed: let the object come after the subject")
+    return made

@@ -1,0 +1,97 @@
+"""Facts in words: templates, what is held out, sources of triples, bad ones by line."""
+
+import json
+
+import pytest
+
+from peft_jax.data import Record, read_records
+from peft_jax.knowledge.facts import read_templates, verbalise
+from peft_jax.training.config import parse_config
+from peft_jax.training.run import run_training
+
+TEMPLATES = {
+    "capital": [
+        "The capital of {{ subject }} is {{ object }}.",
+        "{{ object }} is it of {{ subject }}",
+        "{{ subject | upper }}: {{ object }}",
+    ],
+}
+FACTS = [Record({"subject": "Peru", "relation": "capital", "object": "Lima"}, "x:1")]
+
+
+def values(records):
+    return [(r.value["prompt"], r.value["completion"]) for r in records]
+
+
+def test_facts_are_said_in_words_some_of_which_are_held_out():
+    assert values(verbalise(FACTS, TEMPLATES)) == [("The capital of Peru is", " Lima.")]
+    assert values(verbalise(FACTS, TEMPLATES, asking=True)) == [("PERU:", " Lima")]
+    assert values(verbalise(FACTS, TEMPLATES, held_out=2, asking=True)) == values(verbalise(FACTS, TEMPLATES, asking=True))
+    training, asked = (values(verbalise(FACTS, TEMPLATES, asking=a)) for a in (False, True))
+    assert not set(training) & set(asked)
+
+
+def test_triples_are_read_from_tables_and_rdf(tmp_path):
+    pytest.importorskip("rdflib")
+    (tmp_path / "f.csv").write_text("s,r,o\nPeru,capital,Lima\nPeru\n")
+    columns = {"subject": "s", "relation": "r", "object": "o"}
+    assert [r.value for r in read_records(str(tmp_path / "f.csv"), kind="facts", columns=columns)] == [FACTS[0].value]
+    names = "@prefix : <http://e.org/> . @prefix rdfs: <http://www.w3.org/2000/01/rdf-schema#> ."
+    (tmp_path / "f.ttl").write_text(names + ' :Peru :capital :c1 . :c1 rdfs:label "Lima" .')
+    assert [r.value for r in read_records(str(tmp_path / "f.ttl"), kind="facts")] == [FACTS[0].value]
+    triple = "<http://e.org/Peru> <http://e.org/capital> <http://e.org/Lima> ."
+    (tmp_path / "f.nt").write_text(triple + "\n<http://e.org/Peru> oops\n")
+    assert [r.value for r in read_records(str(tmp_path / "f.nt"), kind="facts")] == [FACTS[0].value]
+    with pytest.raises(ValueError, match=r"f\.nt:2: not a triple"):
+        read_records(str(tmp_path / "f.nt"), kind="facts", on_error="stop")
+    (tmp_path / "g.ttl").write_text("oops")
+    with pytest.raises(ValueError, match=r"g\.ttl is not valid Turtle"):
+        read_records(str(tmp_path / "g.ttl"), kind="facts")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("capital: ['{{ subject }} {{ thing }} {{ object }}']", "'thing' is undefined"),
+        ("capital: ['{{ subject } {{ object }}']", "template .* of 'capital': "),
+        ("capital: ['{{ subject }}']", "needs {{ subject }} and {{ object }}, the object once"),
+        ("capital: word", "should map each relation to a list of templates"),
+        ("capital: [", "is not valid YAML"),
+        ("capital: ['{{ subject.__class__.__mro__ }} {{ object }}']", "template .* of 'capital': "),
+    ],
+)
+def test_bad_templates_are_refused_by_relation(text, message, tmp_path):
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_templates(tmp_path / "t.yaml")
+
+
+def test_facts_without_words_are_refused():
+    with pytest.raises(ValueError, match=r"x:1: there is no template of 'capital'. Did you mean 'capitol'\?"):
+        verbalise(FACTS, {"capitol": TEMPLATES["capital"]})
+    with pytest.raises(ValueError, match="which leaves none to train with held_out=3"):
+        verbalise(FACTS, TEMPLATES, held_out=3)
+
+
+def test_facts_are_learnt_and_asked_for_in_other_words(tiny_folder, tmp_path):
+    (tmp_path / "t.yaml").write_text(json.dumps(TEMPLATES))
+    facts = [{"subject": s, "relation": "capital", "object": o} for s, o in (("Peru", "Lima"), ("Cuba", "Havana"))]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in facts))
+    source = {"path": str(tmp_path / "facts.jsonl")}
+    tree = {
+        "output": str(tmp_path / "run"),
+        "model": {"path": str(tiny_folder)},
+        "mesh": {"data": 1, "fsdp": 2, "tensor": 4},
+        "method": {"name": "full"},
+        "data": {
+            "kind": "facts", "templates": str(tmp_path / "t.yaml"), "train": source, "validation": source,
+            "test": {**source, "phrasing": "train"}, "sequence_length": 16, "packing": False,
+        },
+        "optimizer": {"learning_rate": 0.01},
+        "train": {"steps": 40, "batch_size": 2, "tensorboard": False, "log_every": 20, "keep_best": False},
+        "evaluate": {"metrics": ["perplexity", "exact_match"], "max_tokens": 8},
+    }  # fmt: skip
+    run_training(parse_config(tree))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["before"]["exact_match"] == 0.0
+    assert results["after"]["exact_match"] == 1.0  # said as in training
