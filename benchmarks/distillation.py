@@ -109,9 +109,6 @@ def table(args: argparse.Namespace) -> str:
     further = {
         "then reverse_kl on the data": distillation(TOKENS, teachers, divergence=reverse_kl),
         "then reverse_kl on its own texts": distillation(TOKENS, teachers, divergence=reverse_kl, on_policy=policy),
-        "then minillm": distillation(
-            TOKENS, teachers, divergence=reverse_kl, on_policy=policy._replace(minillm=True, teacher_share=0.2)
-        ),
     }
     kept = Path(args.found) if args.found else None
     found: dict[str, list[dict[str, float]]] = json.loads(kept.read_text()) if kept and kept.is_file() else {}

@@ -56,8 +56,8 @@ def verbalise(
 ) -> list[Record]:
     """Completions of facts: each said by each template of its relation but the last `held_out`, or, `asking`, by these alone.
 
-    Where a template goes on after the object, that is part of what is to be completed. Raises ValueError naming the relation for
-    one without templates, or with too few to hold some out.
+    Where a template goes on after the object, that is part of what is to be completed. Raises ValueError naming the relation
+    for one without templates, or with too few to hold some out.
     """
     made = []
     for fact in facts:
