@@ -60,6 +60,7 @@ def train(
     folder: Path | None = None,
     resume: bool = False,
     identity: dict[str, Any] | None = None,
+    flops_per_token: float | None = None,
     console: Console | None = None,
 ) -> Result:
     """Train what trains in `params` for `steps` optimizer steps and return the whole tree.
@@ -67,9 +68,10 @@ def train(
     `rows` and `validation` are NamedTuples of arrays [N, ...] with `tokens` among them, as `objective` wants them.
     With a `mesh` the tree must already be placed on it (see `shard`), and batches are split over data, fsdp and sequence.
     With a `folder` it writes metrics and checkpoints there; `resume` continues from the newest one. `objective` is the
-    next token's cross-entropy unless given; `validation` is measured by `evaluation`, by default the same. Raises ValueError
-    where nothing trains or the batch does not divide over the mesh, and TrainingDivergedError after `config.nan_limit` bad
-    gradients in a row.
+    next token's cross-entropy unless given; `validation` is measured by `evaluation`, by default the same. Reports count
+    `flops_per_token`, by default those of a forward and a backward pass through all of `params`. Raises ValueError where
+    nothing trains or the batch does not divide over the mesh, and TrainingDivergedError after `config.nan_limit` bad gradients
+    in a row.
     """
     check_batch(config, rows.tokens.shape[1], mesh)
     objective = objective or functools.partial(next_token, chunk=config.loss_chunk)
@@ -92,7 +94,9 @@ def train(
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
             stack.enter_context(nn.logical_axis_rules(LOGICAL_RULES))
-        state = run.open(stack, state, resume=resume, counts=count(params))
+        trained, total = count(params)
+        flops = step_flops_per_token(total, trained) if flops_per_token is None else flops_per_token
+        state = run.open(stack, state, resume=resume, flops_per_token=flops)
         number = int(state.step)
         while number < steps and not stop():
             state, number = run.advance(state, number)
@@ -136,7 +140,7 @@ class _Run:
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False)
 
-    def open(self, stack: contextlib.ExitStack, state: TrainState, *, resume: bool, counts: tuple[int, int]) -> TrainState:
+    def open(self, stack: contextlib.ExitStack, state: TrainState, *, resume: bool, flops_per_token: float) -> TrainState:
         """Open checkpoints and reports under the folder, and continue from the newest checkpoint if asked to."""
         self.since = time.monotonic()
         if self.folder is None:
@@ -150,12 +154,11 @@ class _Run:
             state, position = self.checkpoints.restore(state)
             self.evaluations = {int(k): v for k, v in position["evaluations"].items()}
             self.say(f"resumed from step {int(state.step)}")
-        trained, total = counts
         self.reporter = Reporter(
             self.folder,
             steps=self.steps,
             start=int(state.step),
-            flops_per_token=step_flops_per_token(total, trained),
+            flops_per_token=flops_per_token,
             tensorboard=self.config.tensorboard,
             console=self.console,
         )

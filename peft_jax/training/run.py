@@ -48,6 +48,7 @@ from peft_jax.training.generate import generate
 from peft_jax.training.loop import Result, check_batch, initial_state, train
 from peft_jax.training.optimizer import make_optimizer
 from peft_jax.training.prune import Report
+from peft_jax.training.report import step_flops_per_token
 from peft_jax.training.setup import (
     Setup,
     calibration_batches,
@@ -64,7 +65,7 @@ from peft_jax.training.setup import (
     subject_of,
 )
 from peft_jax.training.tasks import TASKS, classify, kind_of, objective_of, usual_metrics
-from peft_jax.training.teach import Lesson, distills, lesson
+from peft_jax.training.teach import SELF, Lesson, distills, lesson
 
 ADAPTER, MODEL, BASE = "adapter", "model", "base"
 TASK_TYPES = {  # PEFT's names
@@ -182,6 +183,7 @@ def run_training(config: RunConfig, console: Console | None = None) -> Result:
         folder=out,
         resume=config.resume,
         identity=identity(config, setup, rows, taught),
+        flops_per_token=None if taught is None else _flops_with_teachers(config, params, taught.params),
         console=console,
     )
     if taught is not None:
@@ -202,6 +204,13 @@ def run_training(config: RunConfig, console: Console | None = None) -> Result:
         })  # fmt: skip
     say(f"written: {exported}")
     return result
+
+
+def _flops_with_teachers(config: RunConfig, student: Any, tree: Any) -> float:
+    """Of a student's step, and of a forward pass through each teacher, for one token."""
+    trained, total = count(student)
+    judged = count(tree["teachers"])[1] + total * sum(t.path == SELF for t in config.distill.teachers)
+    return step_flops_per_token(total, trained) + 2.0 * judged
 
 
 def _measure(config: RunConfig, setup: Setup, params: Any, rows: Any) -> dict[str, float]:
