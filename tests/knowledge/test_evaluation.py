@@ -1,7 +1,9 @@
 """Scores of edits against their definitions, fluency, causal tracing."""
 
+import functools
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,12 +20,18 @@ def setup(tiny_folder):
     return model, params, peft_jax.load_tokenizer(tiny_folder)
 
 
+@functools.cache
+def _forward(model):
+    return jax.jit(peft_jax.bind(model))
+
+
 def log_prob(model, params, tokenizer, prompt, answer):
     """Mean log-probability of the answer's tokens, one text at a time."""
     n, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(f"{prompt} {answer}")["input_ids"]
     ends = ids[-1] == tokenizer.eos_token_id
     ids, n = ids[: len(ids) - ends], n - (tokenizer(prompt)["input_ids"][-1] == tokenizer.eos_token_id)
-    logits = np.asarray(peft_jax.bind(model)(params, np.asarray([ids]))[0], np.float64)
+    padded = np.asarray([ids + [0] * (24 - len(ids))])  # a causal model does not see what comes after
+    logits = np.asarray(_forward(model)(params, padded)[0], np.float64)[: len(ids)]
     log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return np.mean([log[t - 1, ids[t]] for t in range(n, len(ids))])
 
