@@ -147,25 +147,24 @@ def table(args: argparse.Namespace) -> str:
 
 def _text(b: Bench, found: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> str:
     sizes = [peft_jax.count(p)[1] for p in (b.pruned, b.theirs)]
-    seeds = len(next(iter(found.values())))
     heads = {
         "perplexity": "held-out perplexity", "sampled": "teacher's nats, sampled", "divergence": "KL from teacher, sampled",
         "greedy": "teacher's nats, greedy",
     }  # fmt: skip
-    lines = ["| student | " + " | ".join(heads.values()) + " |", "|---" * (1 + len(heads)) + "|"]
+    lines = ["| student | seeds | " + " | ".join(heads.values()) + " |", "|---" * (2 + len(heads)) + "|"]
     for name, rows in found.items():
         cells = []
         for n in heads:
             values, digits = [r[n] for r in rows], 2 if n == "perplexity" else 3
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
     teacher = perplexity_of(b.teacher, b.theirs, b.held)
     text = (
         f"Teacher: the embedded base, {sizes[1]:,} parameters, held-out perplexity {teacher:.2f}. Student: {sizes[0]:,} "
         f"parameters\n({sizes[0] / sizes[1]:.1%}), pruned from it (perplexity {b.perplexity(b.pruned):.0f} "
         f"before any step), or of the same shape\nfrom random parameters. {args.steps} steps of {ROWS} x {LENGTH} tokens, "
-        f'AdamW, cosine schedule, {seeds} seeds (mean ± deviation).\n"then" continues the distilled, pruned student for '
+        f'AdamW, cosine schedule (mean ± deviation).\n"then" continues the distilled, pruned student for '
         f"{args.more} steps. Texts are 64 tokens after 256 held-out\nprompts of 32: what the teacher thinks of samples "
         "(temperature 1), how far the student is from it on them, and what it\nthinks of greedy texts.\n"
     )
