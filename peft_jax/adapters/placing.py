@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from peft_jax.core.attachment import Attachment, module_at
+from peft_jax.core.attachment import Attachment, attach, module_at
 from peft_jax.core.reparametrised import MATRIX, per_layer
 from peft_jax.core.tree import VECTORS, Targets, by_pattern, layer_paths, matches, nearest, places
 from peft_jax.core.weight import Axes, Layout, matrix_shape
@@ -177,25 +177,6 @@ def _features(params: Any, path: str, layout: Layout | None, width: int | None) 
         return matrix_shape(kernel.shape, *(layout or {}).get(f"{path}/kernel", MATRIX))[1:]
     width = width or hidden_size(params)
     return width, width
-
-
-def attach(params: Any, nodes: Mapping[str, Mapping[str, Any]]) -> Any:
-    """`params` with `nodes[module path][key]` beside the parameters of the module at each path.
-
-    Raises ValueError where a module has an attachment of that key already.
-    """
-
-    def put(tree: Any, parts: list[str], path: str, new: Mapping[str, Any]) -> Any:
-        if parts:
-            return {**tree, parts[0]: put(tree.get(parts[0], {}), parts[1:], path, new)}
-        if clash := set(tree) & set(new):
-            kind, _, name = sorted(clash)[0].partition("_")
-            raise ValueError(f"{path or 'the top'} has {kind} {name!r} already; give this one another name with adapter=")
-        return {**tree, **new}
-
-    for path, new in nodes.items():
-        params = put(params, [p for p in path.split("/") if p], path, new)
-    return params
 
 
 def place_attachments(

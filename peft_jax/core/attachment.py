@@ -38,6 +38,25 @@ def module_at(params: Any, path: str) -> Any:
     return params
 
 
+def attach(params: Any, nodes: Mapping[str, Mapping[str, Any]]) -> Any:
+    """`params` with `nodes[module path][key]` beside the parameters of the module at each path.
+
+    Raises ValueError where a module has an attachment of that key already.
+    """
+
+    def put(tree: Any, parts: list[str], path: str, new: Mapping[str, Any]) -> Any:
+        if parts:
+            return {**tree, parts[0]: put(tree.get(parts[0], {}), parts[1:], path, new)}
+        if clash := set(tree) & set(new):
+            kind, _, name = sorted(clash)[0].partition("_")
+            raise ValueError(f"{path or 'the top'} has {kind} {name!r} already; give this one another name with adapter=")
+        return {**tree, **new}
+
+    for path, new in nodes.items():
+        params = put(params, [p for p in path.split("/") if p], path, new)
+    return params
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shared(Attachment):

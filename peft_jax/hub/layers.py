@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.adapters.placing import attach, layers_of, module_paths
-from peft_jax.core.attachment import Attachment
+from peft_jax.adapters.placing import layers_of, module_paths
+from peft_jax.core.attachment import Attachment, attach
 from peft_jax.core.tree import map_places, nearest, places
 
 

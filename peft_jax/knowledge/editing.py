@@ -16,11 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from peft_jax.core.attachment import attach
 from peft_jax.core.bind import bind
 from peft_jax.core.capture import capture, input_of, output_of
 from peft_jax.core.tree import map_places, nearest, places
 from peft_jax.core.weight import materialize
-from peft_jax.knowledge.hooks import AddAt, FeedForward, attach, feed_forward
+from peft_jax.data import evaluation_batches
+from peft_jax.knowledge.evaluation import answer_nll
+from peft_jax.knowledge.hooks import KEY, AddAt, FeedForward, feed_forward
 from peft_jax.knowledge.requests import Edit, EditRows, check_edits, edit_rows
 from peft_jax.low_rank.lora import LoRA
 
@@ -80,31 +83,24 @@ def edit(
     if not model.scan_layers:
         raise ValueError("knowledge is edited in stacked layers; load with scan_layers=True")
     place = feed_forward(params)
-    layers = sorted(layers) if layers else _usual(place.layers, method)
+    way = METHODS[method]
+    middle = place.layers // 2
+    layers = sorted(layers) or list(range(max(0, middle - 2) if way.several else middle, middle + 1))
     if wrong := [n for n in layers if not 0 <= n < place.layers]:
         raise ValueError(f"there is no layer {wrong[0]}; layers here: 0 to {place.layers - 1}")
-    if len(layers) > 1 and method in ("rome", "ft", "ft_l"):
+    if len(layers) > 1 and not way.several:
         raise ValueError(f"{method} edits one layer, got {list(layers)}")
     covariance = None
-    if method not in ("ft", "ft_l"):
+    if way.reads_covariances:
         if covariances is None or place.weight not in covariances:
             raise ValueError(
                 f"{method} needs covariances of {place.weight}: calibrate(bind(model), params, batches, targets=...)"
             )
         covariance = np.asarray(covariances[place.weight], np.float64)
     work = _Work(model, params, tokenizer, place, tuple(prefixes), search, batch)
-    options = {
-        "rome": {}, "memit": {"weight": weight}, "alphaedit": {"threshold": threshold},
-        "ft": {"learning_rate": learning_rate, "steps": steps, "limit": None},
-        "ft_l": {"learning_rate": learning_rate, "steps": steps, "limit": limit},
-    }[method]  # fmt: skip
-    deltas = METHODS[method](work, edits, layers, covariance, **options)
+    given = {"weight": weight, "threshold": threshold, "learning_rate": learning_rate, "steps": steps, "limit": limit}
+    deltas = way.run(work, edits, layers, covariance, **{n: given[n] for n in way.options})
     return with_deltas(params, place.weight, deltas, name)
-
-
-def _usual(count: int, method: str) -> list[int]:
-    middle = count // 2
-    return [middle] if method in ("rome", "ft", "ft_l") else list(range(max(0, middle - 2), middle + 1))
 
 
 def with_deltas(params: Any, path: str, deltas: Mapping[int, Delta], name: str) -> Any:
@@ -204,7 +200,13 @@ def _alphaedit(
 
 
 def _tuned(
-    work: _Work, edits: Sequence[Edit], layers: Sequence[int], _: Any, learning_rate: float, steps: int, limit: float | None
+    work: _Work,
+    edits: Sequence[Edit],
+    layers: Sequence[int],
+    _: Any,
+    learning_rate: float,
+    steps: int,
+    limit: float | None = None,
 ) -> dict[int, Delta]:
     (layer,) = layers
     before = work.weight(layer)
@@ -212,9 +214,24 @@ def _tuned(
     return {layer: (np.eye(len(change)), change)}
 
 
-METHODS: dict[str, Callable[..., dict[int, Delta]]] = {
-    "rome": _rome, "memit": _memit, "alphaedit": _alphaedit, "ft": _tuned, "ft_l": _tuned,
-}  # fmt: skip
+class Way(NamedTuple):
+    """A way of editing: what finds its changes, the options of `edit` that are its own, whether it edits several layers, and
+    whether it reads covariances.
+    """
+
+    run: Callable[..., dict[int, Delta]]
+    options: tuple[str, ...] = ()
+    several: bool = False
+    reads_covariances: bool = True
+
+
+METHODS: dict[str, Way] = {
+    "rome": Way(_rome),
+    "memit": Way(_memit, ("weight",), several=True),
+    "alphaedit": Way(_alphaedit, ("threshold",), several=True),
+    "ft": Way(_tuned, ("learning_rate", "steps"), reads_covariances=False),
+    "ft_l": Way(_tuned, ("learning_rate", "steps", "limit"), reads_covariances=False),
+}
 
 
 class _Work:
@@ -252,15 +269,13 @@ class _Work:
         """[len(layers), N, F] what goes into the weight at the subject's last token, averaged over prefixes."""
         rows = self.rows(edits, answers=False)
         name = self.place.weight.removesuffix("/kernel")
-        found = _read(self.apply, self.params, rows.tokens, rows.segment_ids, rows.subject_at, input_of(name))
+        found = _read(self.apply, self.params, rows, input_of(name))
         found = found[np.asarray(layers)].astype(np.float64)
         return found.reshape(len(layers), len(edits), len(self.prefixes), -1).mean(2)
 
     def states(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
         """[N, D] hidden states after a layer at the subject's last token, without prefixes."""
-        rows = edit_rows(self.tokenizer, [e.question for e in edits], [""] * len(edits), [e.subject for e in edits])
-        found = _read(self.apply, self.params, rows.tokens, rows.segment_ids, rows.subject_at, output_of(self.place.stack))
-        return found[layer].astype(np.float64)
+        return self._outputs(edits, layer, self.place.stack)
 
     def values(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
         """[N, D] what has to be added to the feed-forward's output there for the model to say the targets."""
@@ -270,15 +285,14 @@ class _Work:
     def _search(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
         rows, P = self.rows(edits, answers=True), len(self.prefixes)
         essence = edit_rows(self.tokenizer, [f"{e.subject} is a" for e in edits], [""] * len(edits), [e.subject for e in edits])
-        norms = np.linalg.norm(self._outputs(edits, layer), axis=-1)
+        norms = np.linalg.norm(self._outputs(edits, layer, self.place.module), axis=-1)
         run = _searching(self.apply, self.place.module, self.place.layers, P, self.search)
         return np.asarray(run(self.params, jnp.int32(layer), rows, essence, jnp.asarray(norms, jnp.float32)), np.float64)
 
-    def _outputs(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
+    def _outputs(self, edits: Sequence[Edit], layer: int, module: str) -> np.ndarray:
+        """[N, D] what a layer's module puts out at the subject's last token, without prefixes."""
         rows = edit_rows(self.tokenizer, [e.question for e in edits], [""] * len(edits), [e.subject for e in edits])
-        return _read(self.apply, self.params, rows.tokens, rows.segment_ids, rows.subject_at, output_of(self.place.module))[
-            layer
-        ]
+        return _read(self.apply, self.params, rows, output_of(module))[layer].astype(np.float64)
 
     def tuned(self, edits: Sequence[Edit], layer: int, learning_rate: float, steps: int, limit: float | None) -> np.ndarray:
         """The layer's weight after Adam on the facts' targets."""
@@ -288,7 +302,7 @@ class _Work:
 
         def loss(w: jax.Array, params: Any) -> jax.Array:
             put = lambda p, x: x.at[layer].set(w.astype(x.dtype)) if p == self.place.weight else x
-            return _nll(self.apply, map_places(put, params), rows).mean()
+            return answer_nll(self.apply, map_places(put, params), rows).mean()
 
         @jax.jit
         def step(w: jax.Array, state: Any, params: Any) -> Any:
@@ -308,22 +322,11 @@ def _picked(apply: Any, params: Any, tokens: jax.Array, segment_ids: jax.Array, 
     return jnp.take_along_axis(found, at[None, :, None, None], axis=2)[:, :, 0]
 
 
-def _read(apply: Any, params: Any, tokens: Any, segment_ids: Any, at: Any, place: Any, size: int = 64) -> np.ndarray:
-    """[L, N, ...] of what is at `place` of each layer, at one token of each row."""
-    pad = -len(tokens) % min(size, len(tokens))
-    parts = [np.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)) for x in (tokens, segment_ids, at)]
-    size = min(size, len(tokens))
-    found = [
-        np.asarray(_picked(apply, params, *(x[i : i + size] for x in parts), place)) for i in range(0, len(parts[0]), size)
-    ]
-    return np.concatenate(found, axis=1)[:, : len(tokens)]
-
-
-def _nll(apply: Any, params: Any, rows: EditRows) -> jax.Array:
-    """[N] mean negative log-likelihood of each row's answer."""
-    logits = apply(params, rows.tokens, segment_ids=rows.segment_ids)
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, rows.targets) * rows.weights
-    return nll.sum(-1) / jnp.maximum(jnp.asarray(rows.weights).sum(-1), 1.0)
+def _read(apply: Any, params: Any, rows: EditRows, place: Any, size: int = 64) -> np.ndarray:
+    """[L, N, ...] of what is at `place` of each layer, at each row's subject."""
+    of = lambda b: np.asarray(_picked(apply, params, b["tokens"], b["segment_ids"], b["subject_at"], place))
+    found = [of(batch) for batch in evaluation_batches(rows, min(size, len(rows.tokens)))]
+    return np.concatenate(found, axis=1)[:, : len(rows.tokens)]
 
 
 @functools.lru_cache(maxsize=16)
@@ -338,9 +341,11 @@ def _searching(apply: Any, module: str, layers: int, prefixes: int, search: Sear
 
         def changed(delta: jax.Array, at: jax.Array) -> Any:
             where = jnp.broadcast_to(jnp.asarray(at), (layers, len(at)))
-            return attach(params, module, AddAt(delta=at_layer * delta[None], at=where))
+            return attach(params, {module: {KEY: AddAt(delta=at_layer * delta[None], at=where)}})
 
-        nll = _nll(apply, changed(jnp.repeat(delta, prefixes, axis=0), rows.subject_at), rows).reshape(-1, prefixes).mean(1)
+        nll = (
+            answer_nll(apply, changed(jnp.repeat(delta, prefixes, axis=0), rows.subject_at), rows).reshape(-1, prefixes).mean(1)
+        )
         now = _essences(apply, changed(delta, essence.subject_at), essence)
         kl = (jnp.exp(now) * (now - start)).sum(-1)
         decay = jnp.linalg.norm(delta, axis=-1) / jnp.square(norms)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from peft_jax.data import evaluation_batches
 from peft_jax.knowledge.requests import Edit, EditRows, edit_rows
 
 
@@ -21,21 +22,18 @@ def answer_log_probs(
 ) -> np.ndarray:
     """[N] mean log-probability of each answer's tokens after its prompt, in nats."""
     rows = edit_rows(tokenizer, prompts, answers)
-    size = min(batch, len(prompts))
-    pad = -len(prompts) % size
-    parts = [np.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)) for x in rows]
-    found = [
-        np.asarray(_log_probs(apply, params, EditRows(*(x[i : i + size] for x in parts))))
-        for i in range(0, len(parts[0]), size)
-    ]
-    return np.concatenate(found)[: len(prompts)]
+    parts = evaluation_batches(rows, min(batch, len(prompts)))
+    return -np.concatenate([np.asarray(_answer_nll(apply, params, EditRows(**part))) for part in parts])[: len(prompts)]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _log_probs(apply: Any, params: Any, rows: EditRows) -> jax.Array:
+def answer_nll(apply: Callable[..., Any], params: Any, rows: EditRows) -> jax.Array:
+    """[N] mean negative log-likelihood of each row's answer, in nats."""
     logits = apply(params, rows.tokens, segment_ids=rows.segment_ids).astype(jnp.float32)
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, rows.targets) * rows.weights
-    return -nll.sum(-1) / jnp.maximum(rows.weights.sum(-1), 1.0)
+    return nll.sum(-1) / jnp.maximum(jnp.asarray(rows.weights).sum(-1), 1.0)
+
+
+_answer_nll = jax.jit(answer_nll, static_argnums=0)
 
 
 def edit_scores(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.runtime import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 
@@ -37,11 +38,15 @@ def read_templates(path: Path) -> dict[str, list[str]]:
     return {str(relation): list(texts) for relation, texts in found.items()}
 
 
+@functools.cache
+def _compiled(template: str) -> Template:
+    return SandboxedEnvironment(undefined=StrictUndefined, autoescape=False).from_string(template)
+
+
 def _split(relation: str, template: str, subject: str) -> tuple[str, str]:
     """(what a template says before the object, and after it)."""
-    environment = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
     try:
-        said = environment.from_string(template).render(subject=subject, object=_OBJECT)
+        said = _compiled(template).render(subject=subject, object=_OBJECT)
     except (TemplateError, TypeError, ValueError) as error:
         raise ValueError(f"template {template!r} of {relation!r}: {error}") from error
     if said.count(_OBJECT) != 1 or subject.lower() not in said.lower():

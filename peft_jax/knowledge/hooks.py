@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -75,10 +75,3 @@ def _first(out: Any, change: Callable[[jax.Array], jax.Array]) -> Any:
 
 
 KEY = "knowledge"  # under which an attachment stands beside a module
-
-
-def attach(params: Any, module: str, attachment: Attachment) -> Any:
-    """The tree with an attachment beside the module at a path."""
-    first, _, rest = module.partition("/")
-    inner: Mapping[str, Any] = params[first]
-    return {**params, first: attach(inner, rest, attachment) if rest else {**inner, KEY: attachment}}

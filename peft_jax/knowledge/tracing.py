@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.attachment import attach
 from peft_jax.core.bind import bind
 from peft_jax.core.tree import places
 from peft_jax.core.weight import materialize
-from peft_jax.knowledge.hooks import Noise, Restore, attach, feed_forward
+from peft_jax.knowledge.hooks import KEY, Noise, Restore, feed_forward
 from peft_jax.knowledge.requests import Edit, edit_rows
 
 _EMBEDDINGS = ("model/embed_tokens", "transformer/wte")
@@ -63,7 +64,7 @@ def trace(
     drawn = noise * table.std() * jax.random.normal(jax.random.key(seed), (samples, n, table.shape[1]))
     inside = (jnp.arange(n) >= first) & (jnp.arange(n) <= last)
     blur = jnp.concatenate([jnp.zeros((1, *drawn.shape[1:])), drawn * inside[:, None]])
-    blurred = attach(params, embedding, Noise(noise=blur))
+    blurred = attach(params, {embedding: {KEY: Noise(noise=blur)}})
     run = _runner(bind(model), module)
     batch, layers = jnp.broadcast_to(jnp.asarray(tokens), (samples + 1, n)), feed_forward(params).layers
     nothing = np.zeros((layers, n), bool)
@@ -91,7 +92,7 @@ def _runner(apply: Any, module: str) -> Any:
     @jax.jit
     def run(params: Any, batch: jax.Array, target: Any, mask: Any) -> jax.Array:
         """The target's probability after the clean row, and its mean after the corrupted ones."""
-        logits = apply(attach(params, module, Restore(mask=mask)), batch)[:, -1]
+        logits = apply(attach(params, {module: {KEY: Restore(mask=mask)}}), batch)[:, -1]
         p = jax.nn.softmax(logits.astype(jnp.float32))[:, target]
         return jnp.stack([p[0], p[1:].mean()])
 

@@ -24,6 +24,7 @@ from peft_jax.core.tree import nearest
 from peft_jax.data.records import Kind
 from peft_jax.distillation.divergence import Divergence, make_divergence
 from peft_jax.distillation.match import uld
+from peft_jax.knowledge.editing import METHODS as EDITING
 from peft_jax.knowledge.editing import Search
 from peft_jax.methods import ENDS_OTHERWISE, METHODS
 from peft_jax.models.blocks import Task
@@ -437,8 +438,7 @@ def _check(config: RunConfig) -> None:
 
 
 def _check_edit(config: EditConfig) -> None:
-    known = {"memit": ("weight",), "alphaedit": ("threshold",), "ft": ("learning_rate", "steps"),
-             "ft_l": ("learning_rate", "steps", "limit")}.get(config.method, ())  # fmt: skip
+    known = EDITING[config.method].options
     for name, options, there in (("options", config.options, known), ("search", config.search, Search._fields)):
         if wrong := [k for k in options if k not in there]:
             some = ", ".join(there) or "none"

@@ -247,17 +247,17 @@ def _compare(
     stored = {n: batch[n] for n in ("teacher_ids", "teacher_log_probs") if n in batch}
     both = [t.states for t in taught]
     width = logits_width(head, states) * (1 + len(taught))
-    of_data = lambda s, targets: dict(zip(("nll", "hits"), nll_and_hits(head(s), targets), strict=True))
+    scored = lambda logits, targets: dict(zip(("nll", "hits"), nll_and_hits(logits, targets), strict=True))
 
     def of(s: jax.Array, targets: jax.Array, theirs: list[Any], stored: dict[str, jax.Array]) -> dict[str, jax.Array]:
         logits = head(s)
-        made = dict(zip(("nll", "hits"), nll_and_hits(logits, targets), strict=True))
-        return made | _divergences(spec, logits, targets, teachers, taught, theirs, stored)
+        return scored(logits, targets) | _divergences(spec, logits, targets, teachers, taught, theirs, stored)
 
     if "teacher_at" not in batch:
         return over_positions(of, (states, batch["targets"], both, stored), width, chunk)
     pick = lambda x, at: jnp.take_along_axis(x, at[..., None], axis=1)
     ours, theirs = pick(states, batch["compared_at"]), [pick(x, batch["teacher_at"]) for x in both]
+    of_data = lambda s, targets: scored(head(s), targets)
     compared = lambda s, theirs: _divergences(spec, head(s), None, teachers, taught, theirs, {})
     return over_positions(of_data, (states, batch["targets"]), width, chunk) | over_positions(
         compared, (ours, theirs), width, chunk

@@ -14,7 +14,7 @@ from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate
 from peft_jax.core.files import write_json
 from peft_jax.hub import save_adapter
-from peft_jax.knowledge.editing import Search, edit
+from peft_jax.knowledge.editing import METHODS, Search, edit
 from peft_jax.knowledge.evaluation import edit_scores, fluency
 from peft_jax.knowledge.hooks import feed_forward
 from peft_jax.knowledge.requests import Edit, read_edits
@@ -40,7 +40,8 @@ def run_editing(config: RunConfig, console: Console | None = None) -> Path:
     before = _measured(config, setup, setup.params, edits)
     edited = edit(
         setup.model, setup.params, setup.tokenizer, edits, method=e.method, layers=e.layers, prefixes=_prefixes(config, setup),
-        covariances=None if e.method in ("ft", "ft_l") else _covariances(config, setup), search=Search(**e.search), **e.options,
+        covariances=_covariances(config, setup) if METHODS[e.method].reads_covariances else None,
+        search=Search(**e.search), **e.options,
     )  # fmt: skip
     after = _measured(config, setup, edited, edits)
     table = Table("", "before", "after")

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -122,7 +123,7 @@ def lesson(config: RunConfig, setup: Setup, params: Any, rows: Any) -> Lesson:
         tree["projections"] = shard(tree["projections"], setup.mesh)
     policy = None
     if d.on_policy is not None:
-        if task != "causal_lm" or rows is None:
+        if task != "causal_lm":
             raise ConfigError(f"distill.on_policy is for causal language models, and this one is a {task}")
         end = setup.tokenizer.eos_token_id
         policy = OnPolicy(**dataclasses.asdict(d.on_policy), eos=-1 if end is None else end)  # type: ignore[call-overload]
@@ -214,10 +215,8 @@ def run_teaching(config: RunConfig, console: Console | None = None) -> Path:
     if setup is None and header.temperature != 1.0:
         raise ConfigError("an endpoint tells its predictions at temperature 1; set distill.temperature=1")
     read = _asked(config, rows, header.k) if setup is None else _predicted(config, setup, rows, header)
-    done: list[int] = []
     with Console(quiet=console is not None and console.quiet).status("teaching") as status:
-        show = lambda n: (done.append(n), status.update(f"{n:,} of {header.rows:,} rows"))
-        found = write_cache(out, header, read, show)
+        found = write_cache(out, header, read, lambda n: status.update(f"{n:,} of {header.rows:,} rows"))
     size = sum(f.stat().st_size for f in out.glob("shard-*.safetensors"))
     say(
         f"written: {out}, {header.shards} shards ({found} were there), {size:,} bytes, {header.bytes_per_token} a token "
@@ -255,8 +254,6 @@ def _name(config: RunConfig, setup: Setup) -> str:
 def _rows_to_teach(config: RunConfig, setup: Setup | None, tokenizer: Any) -> Rows:
     if setup is not None:
         return make_rows(config, config.data.train, setup)
-    from types import SimpleNamespace
-
     stand_in: Any = SimpleNamespace(task="causal_lm")  # the endpoint's model is not here; its rows need but the tokenizer
     return make_rows(config, config.data.train, Setup(stand_in, None, tokenizer, None, Path()))
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapters.llama_adapter import AdaptionPrompt
-from peft_jax.adapters.placing import attach, hidden_size, layers_of, token_stack
+from peft_jax.adapters.placing import hidden_size, layers_of, token_stack
 from peft_jax.adapters.prefix import Offset, Prefix, attention_cores, offset_stack
 from peft_jax.adapters.prompt import ContextTokens, EncodedTokens, Prompt, TaskTokens, VirtualTokens, place_prompt
-from peft_jax.core.attachment import Attachment
+from peft_jax.core.attachment import Attachment, attach
 from peft_jax.core.files import replacing_folder, write_json
 from peft_jax.core.tree import distribute, map_places, places
 from peft_jax.core.weight import Trainable, materialize
