@@ -142,6 +142,13 @@ def sample(logits: jax.Array, sampling: _Sampling | None, keys: jax.Array) -> ja
     if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32) / sampling.temperature
+    whole = (sampling.top_k == 0) & (sampling.top_p >= 1)  # nothing to leave out, so nothing to sort
+    logits = jax.lax.cond(whole, lambda x: x, functools.partial(_likeliest, sampling), logits)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _likeliest(sampling: _Sampling, logits: jax.Array) -> jax.Array:
+    """The logits [B, V] with -inf where a token is not among the `top_k` and not in the `top_p`."""
     ordered = jnp.sort(logits, axis=-1)[:, ::-1]
     V = logits.shape[-1]
     kth = jnp.take(ordered, jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V) - 1, axis=-1)
@@ -149,8 +156,7 @@ def sample(logits: jax.Array, sampling: _Sampling | None, keys: jax.Array) -> ja
     probabilities = jax.nn.softmax(ordered, axis=-1)
     kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p  # the first is always kept
     lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    logits = jnp.where(logits >= lowest, logits, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
 def _round_up(n: int, step: int) -> int:
@@ -172,14 +178,14 @@ def _cached_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped, ca
     state = prefill(params, tokens, positions, segments, keys, eos, sampling, slots=chunks * _CHUNK, cache_dtype=cache_dtype)
     done = np.zeros(len(ids), bool)
     for _ in range(chunks):
-        state = decode(params, state, done, eos, sampling)
+        state = decode(params, state, done, eos, sampling, max_tokens)
         count = int(state.count)
         done = fetch(state.done)
         if stopped is not None:
             done = done | stopped(fetch(state.tokens)[:, :count])
         if done.all():
             break
-    return fetch(state.tokens)[:, : min(count, max_tokens)]
+    return fetch(state.tokens)[:, :count]
 
 
 @functools.lru_cache(maxsize=16)
@@ -204,10 +210,10 @@ def _prefill(apply, params, tokens, positions, segments, keys, eos, sampling, *,
     return _State(out, jnp.int32(1), first, positions[:, -1] + 1, first == eos, cache, keys)
 
 
-def _decode(apply, params, state: _State, done, eos, sampling) -> _State:
-    """Up to a chunk of further tokens (to the next multiple of it); rows that are `done` get no more."""
+def _decode(apply, params, state: _State, done, eos, sampling, most) -> _State:
+    """Up to a chunk of further tokens (to the next multiple of it, and to `most`); rows that are `done` get no more."""
     state = state._replace(done=state.done | done)
-    end = jnp.minimum((state.count // _CHUNK + 1) * _CHUNK, state.tokens.shape[1])
+    end = jnp.minimum((state.count // _CHUNK + 1) * _CHUNK, most)
     return _decode_until(apply, params, state, eos, sampling, end)
 
 
