@@ -140,7 +140,7 @@ def test_lora_wins_most_of_what_full_fine_tuning_wins_on_shakespeare(stories, sh
     assert share >= 0.8
 
 
-@pytest.mark.parametrize("name", ["e2e_nlg", "gsm8k"])
+@pytest.mark.parametrize("name", [pytest.param("e2e_nlg", marks=pytest.mark.slow), "gsm8k"])
 def test_configs_of_real_data_run_end_to_end(shared_data, tmp_path, name):
     source = {"e2e_nlg": ("train.txt.gz", "valid.txt.gz"), "gsm8k": ("train.jsonl.gz", "test.jsonl")}[name]
     paths = [str(shared_data / name / file) for file in source]

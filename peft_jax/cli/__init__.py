@@ -111,6 +111,17 @@ def edit(config: str | None, overrides: tuple[str, ...]) -> None:
     run_editing(_config(config, overrides))
 
 
+@_command
+def inject(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Put facts into the model as `inject` says: what it knows of them, and of other things, before and after."""
+    from peft_jax.training.inject import run_injection
+    from peft_jax.training.setup import start_distributed
+
+    parsed = _config(config, overrides)
+    start_distributed()
+    run_injection(parsed)
+
+
 def export(config: str | None, overrides: tuple[str, ...], merged: bool) -> None:
     """Write the newest checkpoint of a run as a PEFT adapter, or merged into a Hugging Face model folder."""
     from peft_jax.training.run import run_export

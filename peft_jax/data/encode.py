@@ -18,10 +18,11 @@ TooLong = Literal["skip", "truncate", "stop"]
 
 
 class Example(NamedTuple):
-    """Token ids [n] and, for each, whether the model learns to predict it."""
+    """Token ids [n] and, for each, whether the model learns to predict it; `rule` is that of the first of these, 0 for none."""
 
     ids: np.ndarray
     learn: np.ndarray
+    rule: int = 0
 
 
 class Rows(NamedTuple):
@@ -35,6 +36,17 @@ class Rows(NamedTuple):
     weights: np.ndarray
     positions: np.ndarray
     segment_ids: np.ndarray
+
+
+class RuledRows(NamedTuple):
+    """`Rows` with int32 rules [N, T]: the number of the rule for what comes next, 0 for none."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+    rules: np.ndarray
 
 
 def fingerprint(rows: Any) -> str:
@@ -74,7 +86,7 @@ def _completion(record: Record, tokenizer: Any) -> Example:
     prompt = prompt[:-1] if prompt and prompt[-1:] == _end(tokenizer) else prompt  # some tokenizers add an end token
     answer = _ids(tokenizer, record.value["completion"], False) + _end(tokenizer)
     learn = np.r_[np.zeros(len(prompt), bool), np.ones(len(answer), bool)]
-    return Example(np.asarray(prompt + answer, np.int32), learn)
+    return Example(np.asarray(prompt + answer, np.int32), learn, record.value.get("rule", 0))
 
 
 def _chat(record: Record, tokenizer: Any) -> Example:
@@ -115,7 +127,7 @@ def fit(examples: Iterable[Example], length: int, kind: Kind, too_long: TooLong)
             cuts = range(0, n - 1, length)
             result += [Example(example.ids[s : s + length + 1], example.learn[s : s + length + 1]) for s in cuts]
         elif too_long == "truncate":
-            result.append(Example(example.ids[: length + 1], example.learn[: length + 1]))
+            result.append(example._replace(ids=example.ids[: length + 1], learn=example.learn[: length + 1]))
         elif too_long == "stop":
             raise ValueError(f"record {number} has {n} tokens; sequence_length is {length} (or set too_long: truncate)")
         else:
@@ -128,21 +140,25 @@ def fit(examples: Iterable[Example], length: int, kind: Kind, too_long: TooLong)
     return result
 
 
-def pack(examples: list[Example], length: int, *, packing: bool = True) -> Rows:
-    """Rows of `length` predictions: several examples a row (best fit, longest first) or one a row."""
+def pack(examples: list[Example], length: int, *, packing: bool = True) -> Rows | RuledRows:
+    """Rows of `length` predictions: several examples a row (best fit, longest first) or one a row; `RuledRows` where examples
+    have rules.
+    """
     sizes = [len(e.ids) - 1 for e in examples]
     bins = _best_fit(sizes, length) if packing else [[i] for i in range(len(sizes))]
     shape = (len(bins), length)
     rows = Rows(*(np.zeros(shape, t) for t in (np.int32, np.int32, np.float32, np.int32, np.int32)))
+    rules = np.zeros(shape, np.int32)
     for row, members in enumerate(bins):
         start = 0
         for segment, index in enumerate(members, 1):
-            ids, learn = examples[index]
+            ids, learn, rule = examples[index]
             cut = np.s_[row, start : start + len(ids) - 1]
+            rules[row, start + int(np.argmax(learn[1:]))] = rule
             rows.tokens[cut], rows.targets[cut], rows.weights[cut] = ids[:-1], ids[1:], learn[1:]
             rows.positions[cut], rows.segment_ids[cut] = np.arange(len(ids) - 1), segment
             start += len(ids) - 1
-    return rows
+    return RuledRows(*rows, rules) if rules.any() else rows
 
 
 def _best_fit(sizes: list[int], length: int) -> list[list[int]]:

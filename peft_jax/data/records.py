@@ -2,7 +2,8 @@
 
 What a record holds is decided by `kind`: `text`; `prompt` and `completion`; `messages` (chat); `text`, `label` and perhaps
 `text_pair` (classification); `tokens` and `tags` (tagging); `question`, `context` and `answers` (question_answering, as in
-SQuAD); `anchor` and `positive` (pairs); `subject`, `relation` and `object` (facts).
+SQuAD); `anchor` and `positive` (pairs); `subject`, `relation`, `object` and perhaps the subject's `aliases`, a list or
+"one|two" (facts).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "pairs": ("anchor", "positive"),
     "facts": ("subject", "relation", "object"),
 }
-OPTIONAL: dict[str, tuple[str, ...]] = {"classification": ("text_pair",)}
+OPTIONAL: dict[str, tuple[str, ...]] = {"classification": ("text_pair",), "facts": ("aliases",)}
 
 
 class Record(NamedTuple):
@@ -135,6 +136,18 @@ def _check_question(value: Mapping[str, Any], names: Mapping[str, str], origin: 
             raise MalformedRecordError(f"{origin}: the context does not hold {text!r} at {start}")
 
 
+def _check_fact(value: dict[str, Any], names: Mapping[str, str], origin: str) -> None:
+    aliases = value.get("aliases", [])
+    value |= {"aliases": [a.strip() for a in aliases.split("|") if a.strip()] if isinstance(aliases, str) else aliases}
+    if not isinstance(value["aliases"], list) or not all(isinstance(a, str) for a in value["aliases"]):
+        raise MalformedRecordError(f"{origin}: {names.get('aliases', 'aliases')!r} is no list of names")
+    _check_texts({n: v for n, v in value.items() if n != "aliases"}, names, origin)
+    if empty := [n for n in FIELDS["facts"] if not value[n].strip()]:
+        raise MalformedRecordError(f"{origin}: {names[empty[0]]!r} is empty")
+    if not value["aliases"]:
+        del value["aliases"]
+
+
 def _check_messages(value: Mapping[str, Any], names: Mapping[str, str], origin: str) -> None:
     messages = value["messages"]
     good = isinstance(messages, list) and messages
@@ -144,8 +157,9 @@ def _check_messages(value: Mapping[str, Any], names: Mapping[str, str], origin: 
         raise MalformedRecordError(f"{origin}: no assistant turn to learn from")
 
 
-_CHECKS: dict[str, Callable[[Mapping[str, Any], Mapping[str, str], str], None]] = {
+_CHECKS: dict[str, Callable[[dict[str, Any], Mapping[str, str], str], None]] = {
     "chat": _check_messages,
+    "facts": _check_fact,
     "classification": _check_labelled,
     "tagging": _check_tags,
     "question_answering": _check_question,
@@ -297,7 +311,8 @@ _CONLLU = ("form", "lemma", "upos", "xpos", "feats", "head", "deprel")
 
 def _conllu(file: Path) -> Iterator[Record | MalformedRecordError]:
     """Sentences of a treebank: `tokens` (the words' forms), `lemma`, `upos`, `xpos`, `feats`, `head`, `deprel`, a value a word,
-    and what its comments say (`sent_id`, `text`). Multiword tokens and empty nodes are passed over.
+    and what its comments say (`sent_id`, `text`). Multiword tokens and empty nodes are passed over. `head_offset` says how far
+    a word's head is from it, up to 8 words ("-2", "+1", "far-", "far+"), or "root": parsing as tagging (Strzyz et al. 2019).
     """
     with _open(file) as lines:
         words: list[list[str]] = []
@@ -315,13 +330,27 @@ def _conllu(file: Path) -> Iterator[Record | MalformedRecordError]:
                     bad = bad or MalformedRecordError(f"{file}:{number}: {len(parts)} columns, CoNLL-U has 10")
                 elif parts[0].isdigit():
                     words.append(parts[1:8])
+                    if not (parts[6] == "_" or parts[6].isdigit()):
+                        bad = bad or MalformedRecordError(f"{file}:{number}: the head {parts[6]!r} is no word's number")
             else:
+                columns = dict(zip(_CONLLU, map(list, zip(*words, strict=True)), strict=True)) if words else {}
+                heads = [int(h) for h in columns.get("head", ()) if h.isdigit()]
+                if bad is None and any(h > len(words) for h in heads):
+                    bad = MalformedRecordError(
+                        f"{file}:{start}: the head {max(heads)} is none of the sentence's {len(words)} words"
+                    )
                 if bad is not None:
                     yield bad
                 elif words:
-                    columns = dict(zip(_CONLLU, map(list, zip(*words, strict=True)), strict=True))
+                    if len(heads) == len(words):
+                        columns["head_offset"] = [_offset(at, head) for at, head in enumerate(heads, 1)]
                     yield Record({"tokens": columns.pop("form"), **columns, **comments}, f"{file}:{start}")
                 words, comments, bad, start = [], {}, None, number + 1
+
+
+def _offset(at: int, head: int) -> str:
+    far = head - at
+    return "root" if head == 0 else f"{far:+d}" if abs(far) <= 8 else f"far{'+' if far > 0 else '-'}"
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Record | MalformedRecordError]]] = {

@@ -1,8 +1,9 @@
-"""Facts said in words: templates of relations, some of them kept for asking."""
+"""Facts said in words: templates of relations, some of them kept for asking, and subjects kept from training."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -61,8 +62,9 @@ def verbalise(
 ) -> list[Record]:
     """Completions of facts: each said by each template of its relation but the last `held_out`, or, `asking`, by these alone.
 
-    Where a template goes on after the object, that is part of what is to be completed. Raises ValueError naming the relation
-    for one without templates, or with too few to hold some out.
+    A subject is called by its name and, in training, by each of its `aliases` too. Where a template goes on after the object,
+    that is part of what is to be completed. Raises ValueError naming the relation for one without templates, or with too few to
+    hold some out.
     """
     made = []
     for fact in facts:
@@ -73,11 +75,54 @@ def verbalise(
         if held_out >= len(texts):
             raise ValueError(f"{relation!r} has {len(texts)} templates, which leaves none to train with held_out={held_out}")
         for text in texts[len(texts) - held_out :] if asking else texts[: len(texts) - held_out]:
-            before, after = _split(relation, text, fact.value["subject"])
-            if before.strip():  # what begins with the object asks nothing
-                space = " " if before.endswith(" ") else ""
-                value = {"prompt": before.rstrip(" "), "completion": f"{space}{fact.value['object']}{after}"}
-                made.append(Record(value, fact.origin))
+            for name in names_of(fact)[: 1 if asking else None]:
+                before, after = _split(relation, text, name)
+                if before.strip():  # what begins with the object asks nothing
+                    space = " " if before.endswith(" ") else ""
+                    value = {"prompt": before.rstrip(" "), "completion": f"{space}{fact.value['object']}{after}"}
+                    kept = {n: fact.value[n] for n in ("relation", "rule") if n in fact.value}
+                    made.append(Record(value | kept, fact.origin))
     if not made:
         raise ValueError("no template leaves anything to be completed: let the object come after the subject")
     return made
+
+
+def names_of(fact: Record) -> list[str]:
+    """A fact's subject and its aliases."""
+    return [fact.value["subject"], *fact.value.get("aliases", ())]
+
+
+def part_of(facts: Sequence[Record], part: str, unseen: float) -> list[Record]:
+    """The facts of the "known" or the "unseen" subjects, the latter a share `unseen` of them, chosen by a hash of their names.
+
+    Things that share a name are one, so that no fact of an unseen subject is known under an alias.
+    """
+    root: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while root.setdefault(name, name) != name:
+            name = root[name]
+        return name
+
+    for fact in facts:
+        first, *others = sorted(find(n.casefold()) for n in names_of(fact))
+        root.update(dict.fromkeys(others, first))
+    draw = lambda fact: int.from_bytes(hashlib.sha256(find(names_of(fact)[0].casefold()).encode()).digest()[:8], "big") / 2**64
+    kept = [fact for fact in facts if (draw(fact) < unseen) == (part == "unseen")]
+    if not kept:
+        raise ValueError(f"no subject is {part}: there are few, and a share of {unseen} of them is unseen")
+    return kept
+
+
+def question_of(fact: Record, templates: Mapping[str, Sequence[str]], held_out: int = 1) -> tuple[str, str]:
+    """(a prompt with {} for the subject, the subject): the first template to train with that ends with the object.
+
+    Raises ValueError naming the relation where there is none.
+    """
+    relation, subject = fact.value["relation"], fact.value["subject"]
+    texts = templates.get(relation, ())
+    for text in texts[: len(texts) - held_out]:
+        before, after = _split(relation, text, subject)
+        if subject in before and not after.strip(" ."):
+            return before.rstrip().replace(subject, "{}", 1), subject
+    raise ValueError(f"{fact.origin}: no template of {relation!r} names its subject as it is and ends with the object")

@@ -126,6 +126,24 @@ class SourceConfig:
     phrasing: Literal["train", "held_out"] | None = option(
         None, "of facts: the templates to train with, or those held out; by default train for data.train, held_out elsewhere"
     )
+    part: Literal["known", "unseen"] | None = option(
+        None, "of facts: those of the known or the unseen subjects; by default all"
+    )
+
+
+@configuration
+class KnowledgeConfig:
+    triples: SourceConfig | None = option(None, "facts set beside the mentions of their subjects in the input (K-BERT)")
+    triples_each: int = option(4, "of them at a mention, at most")
+    triples_room: int = option(32, "tokens by which a row grows to hold them")
+    entities: str | None = option(None, "an .npz file of names and vectors, fused where one of them is mentioned")
+    passages: SourceConfig | None = option(None, "facts, a passage for each subject, or texts, read before each prompt (RAFT)")
+    passages_kind: Literal["facts", "text"] = option("facts", "what the passages are made of")
+    passages_each: int = option(3, "passages before a prompt, those that BM25 finds")
+    oracle_share: float = option(0.8, "share of the training prompts that have the best passage among theirs")
+    allowed_weight: float = option(0.0, "of facts: weight of the semantic loss, that an object of the relation comes")
+    lexicon: str | None = option(None, "of tagging: a file of lines word<TAB>label[<TAB>weight], the labels that words have")
+    lexicon_weight: float = option(0.1, "weight of the divergence from the lexicon")
 
 
 @configuration
@@ -142,6 +160,10 @@ class DataConfig:
     stride: int | None = option(None, "tokens by which the rows of a long context overlap; by default a quarter of a row")
     templates: str | None = option(None, "of facts: a YAML file of ways to say each relation, in Jinja")
     held_out: int = option(1, "of facts: how many of each relation's templates, the last ones, are kept for asking")
+    unseen: float = option(0.1, "of facts: the share of subjects that are unseen, for sources with a part")
+    knowledge: KnowledgeConfig = option(KnowledgeConfig(), "knowledge beside the data: in the input and in the loss")
+    replay: SourceConfig | None = option(None, "texts of another kind to go on with beside the data, against forgetting")
+    replay_share: float = option(0.5, "share of the training rows that are replayed")
     mask_share: float = option(0.15, "share of the tokens that a masked language model has to guess")
     temperature: float = option(0.05, "of the similarities of pairs")
     packing: bool = option(True, "several examples in a row, kept apart by segment ids (of a causal language model)")
@@ -269,6 +291,13 @@ class EditConfig:
 
 
 @configuration
+class InjectConfig:
+    by: Literal["training", "editing"] = option("training", "train `method` on the facts, or write them as `edit` says")
+    unseen: bool = option(False, "ask for the facts of the unseen subjects too (data.unseen)")
+    retained: SourceConfig | None = option(None, "texts on other things, whose perplexity says what was lost")
+
+
+@configuration
 class GenerateConfig:
     prompts: list[str] = option([], "prompts to continue, before and after training")
     max_tokens: int = option(64, "tokens to generate")
@@ -304,6 +333,7 @@ class RunConfig:
     distill: DistillConfig = option(DistillConfig(), "learning from teachers")
     teach: TeachConfig = option(TeachConfig(), "what `peft-jax teach` writes")
     edit: EditConfig = option(EditConfig(), "facts that `peft-jax edit` writes into the weights")
+    inject: InjectConfig = option(InjectConfig(), "what `peft-jax inject` does with facts")
     evaluate: EvaluateConfig = option(EvaluateConfig(), "evaluation")
     generate: GenerateConfig = option(GenerateConfig(), "generation")
     mesh: dict[str, int] = option({}, "sizes of expert, data, fsdp, sequence and tensor; one may be -1; empty: data over all")
@@ -435,6 +465,22 @@ def _check(config: RunConfig) -> None:
         raise ConfigError("factorize and quantize.format cannot both store a weight: choose one")
     check_distill(config)
     _check_edit(config.edit)
+    _check_knowledge(config)
+
+
+def _check_knowledge(config: RunConfig) -> None:
+    d, k = config.data, config.data.knowledge
+    shares = {"data.unseen": d.unseen, "data.replay_share": d.replay_share, "data.knowledge.oracle_share": k.oracle_share}
+    if wrong := [n for n, share in shares.items() if not 0.0 <= share <= 1.0]:
+        raise ConfigError(f"option {wrong[0]!r} must lie in [0, 1], got {shares[wrong[0]]}")
+    if d.replay is not None and d.replay_share >= 1.0:
+        raise ConfigError("data.replay_share=1 leaves nothing of data.train")
+    if (k.triples or k.entities) and (config.distill.teachers or config.distill.cache):
+        raise ConfigError(
+            "data.knowledge.triples and entities are read by the model that trains, not by teachers: leave one out"
+        )
+    if k.allowed_weight and d.kind != "facts":
+        raise ConfigError("data.knowledge.allowed_weight is about the objects of facts: set data.kind=facts")
 
 
 def _check_edit(config: EditConfig) -> None:

@@ -38,22 +38,30 @@ def run_editing(config: RunConfig, console: Console | None = None) -> Path:
     if setup.model.task != "causal_lm":
         raise ConfigError(f"facts are edited in causal language models, and this one is a {setup.model.task}")
     before = _measured(config, setup, setup.params, edits)
-    edited = edit(
-        setup.model, setup.params, setup.tokenizer, edits, method=e.method, layers=e.layers, prefixes=_prefixes(config, setup),
-        covariances=_covariances(config, setup) if METHODS[e.method].reads_covariances else None,
-        search=Search(**e.search), **e.options,
-    )  # fmt: skip
+    edited = write_edits(config, setup, edits, out / ADAPTER)
     after = _measured(config, setup, edited, edits)
     table = Table("", "before", "after")
     for name in before:
         table.add_row(name, f"{before[name]:.4g}", f"{after[name]:.4g}")
     console.print(table)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-    save_adapter(out / ADAPTER, edited, name="edit", base=config.model.path, revision=config.model.revision)
     write_json(out / "results.json", {"before": before, "after": after, "edits": len(edits)})
     say(f"written: {out / ADAPTER}, {len(edits):,} facts")
     return out / ADAPTER
+
+
+def write_edits(config: RunConfig, setup: Setup, edits: list[Edit], folder: Path) -> Any:
+    """The tree with edits as `edit` says, which are saved as a PEFT folder."""
+    e = config.edit
+    edited = edit(
+        setup.model, setup.params, setup.tokenizer, edits[: e.limit], method=e.method, layers=e.layers,
+        prefixes=_prefixes(config, setup),
+        covariances=_covariances(config, setup) if METHODS[e.method].reads_covariances else None,
+        search=Search(**e.search), **e.options,
+    )  # fmt: skip
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    save_adapter(folder, edited, name="edit", base=config.model.path, revision=config.model.revision)
+    return edited
 
 
 def _covariances(config: RunConfig, setup: Setup) -> dict[str, Any]:

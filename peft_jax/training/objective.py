@@ -89,9 +89,12 @@ def over_positions(of: Callable[..., Any], arrays: Any, width: int, chunk: int |
 # ------------------------------------------------------------------------------------------------------------------ tokens
 
 
-def _inputs(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What a model's call takes beside tokens."""
-    return {name: batch[name] for name in ("positions", "segment_ids", "token_type_ids", "adapter_ids") if name in batch}
+_INPUTS = ("positions", "segment_ids", "token_type_ids", "adapter_ids", "branches", "mentions", "entities")
+
+
+def inputs_of(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a model's call takes beside tokens; `knowledge.inputs.reads_knowledge` gives it the last three."""
+    return {name: batch[name] for name in _INPUTS if name in batch}
 
 
 def _unembeds(apply: Apply) -> bool:
@@ -101,7 +104,7 @@ def _unembeds(apply: Apply) -> bool:
 def _hidden(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any, **more: Any) -> Any:
     tokens = [batch[name] for name in ("tokens", "decoder_tokens") if name in batch]
     method = {"method": "hidden"} if _unembeds(apply) else {}
-    return apply(params, *tokens, rng=rng, **method, **_inputs(batch), **more)
+    return apply(params, *tokens, rng=rng, **method, **inputs_of(batch), **more)
 
 
 def token_states(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> jax.Array:
@@ -180,7 +183,7 @@ def masked_reading(**options: Any) -> Reading:
 
 def _logits(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> jax.Array:
     """A head's logits as states [B, T, C], of one position where there is one label a row."""
-    logits = apply(params, batch["tokens"], rng=rng, **_inputs(batch))
+    logits = apply(params, batch["tokens"], rng=rng, **inputs_of(batch))
     return logits[:, None] if logits.ndim == 2 else logits
 
 
@@ -191,7 +194,7 @@ def _labelled(batch: dict[str, jax.Array], rng: Any) -> dict[str, jax.Array]:
 
 def _ends(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> jax.Array:
     """Scores of each token as an answer's first and as its last, [B, 2, T]; padding has no part."""
-    logits = apply(params, batch["tokens"], rng=rng, **_inputs(batch)).astype(jnp.float32)
+    logits = apply(params, batch["tokens"], rng=rng, **inputs_of(batch)).astype(jnp.float32)
     return jnp.where(batch["segment_ids"][..., None] > 0, logits, -1e9).swapaxes(1, 2)
 
 
@@ -207,7 +210,7 @@ ANSWERS = Reading(_answered, _ends, LABELS.head)
 def squared_error(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> Any:
     """Mean squared error of numbers [B], given logits [B, 1]."""
     weights = batch["weights"].astype(jnp.float32)
-    values = apply(params, batch["tokens"], rng=rng, **_inputs(batch))[:, 0]
+    values = apply(params, batch["tokens"], rng=rng, **inputs_of(batch))[:, 0]
     error = jnp.square(values - batch["labels"]) * weights
     return error.sum() / jnp.maximum(weights.sum(), 1e-9), {"weight": weights.sum()}
 

@@ -25,6 +25,7 @@ from peft_jax.core.weight import Trainable, Weight, materialize
 from peft_jax.data import fingerprint as fingerprint_of
 from peft_jax.data.batches import batch_at
 from peft_jax.hub import save, save_adapter
+from peft_jax.knowledge.inputs import entity_fusion, read_entities
 from peft_jax.low_rank.init import STATISTICS
 from peft_jax.low_rank.loftq import loftq
 from peft_jax.models.layers import unstack_layers
@@ -91,6 +92,10 @@ def add_method(config: RunConfig, setup: Setup, rows: Any = None) -> Any:
         rows = make_rows(config, config.data.train, setup) if rows is None else rows
         options["statistics"] = _statistics(config, setup, rows, statistic, options)
     params = function(setup.params, jax.random.key(config.train.seed), **options)
+    if (entities := config.data.knowledge.entities) is not None:
+        if any(isinstance(w, Weight) and w.whole for w in places(params).values()):
+            raise ConfigError("data.knowledge.entities are kept in an adapter: choose a method that leaves the base as it is")
+        params = entity_fusion(params, read_entities(Path(entities))[1], adapter=options.get("adapter", "default"))
     params = map_places(functools.partial(_head_trains, setup.model), params)
     params = mask_updates(params) if config.prune.mask_updates else params
     return params if setup.mesh is None else shard(params, setup.mesh)
@@ -138,8 +143,11 @@ def identity(config: RunConfig, setup: Setup, rows: Any, taught: Lesson | None =
     }  # fmt: skip
 
 
-def run_training(config: RunConfig, console: Console | None = None) -> Result:
-    """The whole of `peft-jax train`: samples and evaluation before, training, both again, and the export."""
+def run_training(config: RunConfig, console: Console | None = None, setup: Setup | None = None) -> Result:
+    """The whole of `peft-jax train`: samples and evaluation before, training, both again, and the export.
+
+    A `setup` that there is already is taken as it is.
+    """
     console = console or Console()
     console.quiet = jax.process_index() != 0
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
@@ -148,7 +156,7 @@ def run_training(config: RunConfig, console: Console | None = None) -> Result:
         for name in ("checkpoints", "best", "metrics.jsonl", "tensorboard"):
             stale = out / name
             shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
-    setup = set_up(config)
+    setup = set_up(config) if setup is None else setup
     check_batch(config.train, config.data.sequence_length, setup.mesh)
     rows = make_rows(config, config.data.train, setup)
     validation = make_rows(config, config.data.validation, setup) if config.data.validation else None

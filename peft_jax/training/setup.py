@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from peft_jax.core.bind import bind
@@ -21,7 +23,9 @@ from peft_jax.data import Record, read_records
 from peft_jax.data.batches import batch_at
 from peft_jax.hub import load, load_adapter, load_tokenizer, local_folder
 from peft_jax.hub.checkpoint import load_fresh, read_config
-from peft_jax.knowledge.facts import read_templates, verbalise
+from peft_jax.knowledge.facts import part_of, read_templates, verbalise
+from peft_jax.knowledge.inputs import with_field
+from peft_jax.knowledge.retrieval import passages_of, with_passages
 from peft_jax.low_rank.svd import factorize
 from peft_jax.models.blocks import Task
 from peft_jax.models.families import task_of
@@ -40,7 +44,7 @@ from peft_jax.training.config import (
     check_quantize,
 )
 from peft_jax.training.prune import shrunk, sparsified
-from peft_jax.training.tasks import TASKS, Subject, objective_of, wanted_labels
+from peft_jax.training.tasks import TASKS, Subject, known_facts, objective_of, rows_of, wanted_labels
 
 
 class Setup(NamedTuple):
@@ -219,15 +223,72 @@ def read_source(config: RunConfig, source: SourceConfig, task: Task) -> list[Rec
         source.path, kind=kind, split=source.split, columns=d.columns, delimiter=d.delimiter, on_error=d.on_error,
         limit=source.limit,
     )  # fmt: skip
-    if kind != "facts":
-        return records
-    if d.templates is None:
+    training = source is config.data.train
+    if kind == "facts":
+        asking = not training if source.phrasing is None else source.phrasing == "held_out"
+        records = records if source.part is None else part_of(records, source.part, d.unseen)
+        records = verbalise(_ruled(config, records), templates_of(config), held_out=d.held_out, asking=asking)
+    return _with_passages(config, records, config.train.seed if training else None)
+
+
+def templates_of(config: RunConfig) -> dict[str, list[str]]:
+    """The ways to say each relation. Raises ConfigError where there are none."""
+    if config.data.templates is None:
         raise ConfigError("data.kind=facts needs data.templates, a YAML file of ways to say each relation")
-    asking = (source is not config.data.train) if source.phrasing is None else source.phrasing == "held_out"
-    return verbalise(records, read_templates(Path(d.templates)), held_out=d.held_out, asking=asking)
+    return read_templates(Path(config.data.templates))
+
+
+def _ruled(config: RunConfig, facts: list[Record]) -> list[Record]:
+    """Facts with the number of their relation's rule, where there are any."""
+    if not config.data.knowledge.allowed_weight:
+        return facts
+    relations = list(dict.fromkeys(f.value["relation"] for f in known_facts(config.data, "train")))
+    number = {relation: n for n, relation in enumerate(relations, 1)}
+    return [f._replace(value={**f.value, "rule": number.get(f.value["relation"], 0)}) for f in facts]
+
+
+def _with_passages(config: RunConfig, records: list[Record], seed: int | None) -> list[Record]:
+    """Completions with the passages that are read before them, where there are any."""
+    k = config.data.knowledge
+    if k.passages is None:
+        return records
+    if "prompt" not in records[0].value:
+        raise ConfigError("data.knowledge.passages are read before prompts: of facts and completions")
+    if k.passages_kind == "facts":
+        passages = passages_of(known_facts(config.data, "passages"), templates_of(config))
+    else:
+        texts = read_records(k.passages.path, kind="text", split=k.passages.split, limit=k.passages.limit)
+        passages = [p.strip() for t in texts for p in t.value["text"].split("\n\n") if p.strip()]
+    return with_passages(records, passages, each=k.passages_each, oracle_share=k.oracle_share, seed=seed)
 
 
 def make_rows(config: RunConfig, source: SourceConfig, setup: Setup) -> Any:
-    """The rows of one source, as the model's task has them."""
-    task = setup.model.task
-    return TASKS[task].rows(subject_of(config, setup), read_source(config, source, task))
+    """The rows of one source, as the model's task has them; those of data.train with what is replayed beside them."""
+    rows = rows_of(subject_of(config, setup), read_source(config, source, setup.model.task))
+    if config.data.replay is None or source is not config.data.train:
+        return rows
+    other = text_rows(config, config.data.replay, setup)
+    count = round(len(rows.tokens) * config.data.replay_share / (1.0 - config.data.replay_share))
+    return _beside(
+        rows, other, np.random.default_rng(config.train.seed).permutation(np.resize(np.arange(len(other.tokens)), count))
+    )
+
+
+def text_rows(config: RunConfig, source: SourceConfig, setup: Setup) -> Any:
+    """The rows of plain text, whatever kind the data is of."""
+    if setup.model.task not in ("causal_lm", "masked_lm"):
+        raise ConfigError(f"plain text is nothing for a {setup.model.task} model: leave data.replay and inject.retained out")
+    knowledge = dataclasses.replace(config.data.knowledge, passages=None)
+    data = dataclasses.replace(config.data, kind="text", columns={}, knowledge=knowledge)
+    config = dataclasses.replace(config, data=data)
+    return rows_of(subject_of(config, setup), read_source(config, source, setup.model.task))
+
+
+def _beside(rows: Any, other: Any, chosen: np.ndarray) -> Any:
+    """Rows and the chosen ones of others after them; fields that the others lack are zero there."""
+    for name, values in rows._asdict().items():
+        more = (
+            getattr(other, name)[chosen] if hasattr(other, name) else np.zeros((len(chosen), *values.shape[1:]), values.dtype)
+        )
+        rows = with_field(rows, name, np.concatenate([values, more]))
+    return rows

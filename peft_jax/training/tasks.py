@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,18 @@ from peft_jax.data import (
     fit,
     label_names,
     pack,
+    read_records,
+)
+from peft_jax.knowledge.constraints import constrained, objects_of, read_lexicon
+from peft_jax.knowledge.facts import part_of
+from peft_jax.knowledge.inputs import (
+    attach_triples,
+    make_lexicon,
+    make_triples,
+    mark_entities,
+    read_entities,
+    reads_knowledge,
+    with_field,
 )
 from peft_jax.models.blocks import Task
 from peft_jax.training.config import ConfigError, DataConfig, RunConfig
@@ -43,6 +56,7 @@ from peft_jax.training.objective import (
     contrast,
     cross_entropy,
     embed_texts,
+    inputs_of,
     masked_reading,
     next_token,
     squared_error,
@@ -80,12 +94,67 @@ class TaskSpec(NamedTuple):
 
 def objective_of(config: RunConfig, subject: Subject) -> Objective:
     """What training minimises."""
-    task = TASKS[subject.model.task]
+    objective = _objective(config, subject)
+    if not _informed(subject):
+        return objective
+    return lambda apply, params, batch, rng: objective(reads_knowledge(apply), params, batch, rng)
+
+
+def _objective(config: RunConfig, subject: Subject) -> Objective:
+    task, chunk = TASKS[subject.model.task], config.train.loss_chunk
+    reading = task.reading(subject)
+    if tables := rule_tables(subject):
+        if reading is None or getattr(subject.model.config, "num_experts", 0):
+            raise ConfigError("data.knowledge: rules are for losses over distributions, of models without experts")
+        return functools.partial(constrained, reading, tables, chunk=chunk)
     if (own := task.objective(config, subject)) is not None:
         return own
-    reading = task.reading(subject)
     assert reading is not None  # a task has one of the two
-    return functools.partial(cross_entropy, reading, chunk=config.train.loss_chunk)
+    return functools.partial(cross_entropy, reading, chunk=chunk)
+
+
+# ------------------------------------------------------------------------------------------------- knowledge beside the data
+
+
+def _informed(s: Subject) -> bool:
+    return s.data.knowledge.triples is not None or s.data.knowledge.entities is not None
+
+
+def rows_of(s: Subject, records: Sequence[Record]) -> Any:
+    """The rows of records, with what is known about them beside."""
+    k, rows = s.data.knowledge, TASKS[s.model.task].rows(s, records)
+    if k.lexicon is not None:
+        if s.model.task != "token_classification":
+            raise ConfigError(f"data.knowledge.lexicon says the labels of words, and this is a {s.model.task} model")
+        words, _ = read_lexicon(Path(k.lexicon), names_of_labels(s.model) or [])
+        marked = mark_entities(rows, make_lexicon(s.tokenizer, words), everywhere=True)
+        rows = with_field(rows, "rules", np.where(rows.weights > 0, marked.entities, 0))
+    if k.entities is not None:
+        names, _ = read_entities(Path(k.entities))
+        rows = mark_entities(rows, make_lexicon(s.tokenizer, names))
+    if k.triples is not None:
+        facts = known_facts(s.data, "triples")
+        rows = attach_triples(rows, make_triples(s.tokenizer, facts), most=k.triples_each, room=k.triples_room)
+    return rows
+
+
+def known_facts(data: DataConfig, what: str) -> list[Record]:
+    """The facts of data.train, or of a source in data.knowledge."""
+    source = data.train if what == "train" else getattr(data.knowledge, what)
+    facts = read_records(source.path, kind="facts", split=source.split, columns=data.columns if data.kind == "facts" else None,
+                         delimiter=data.delimiter, on_error=data.on_error, limit=source.limit)  # fmt: skip
+    return facts if source.part is None else part_of(facts, source.part, data.unseen)
+
+
+def rule_tables(s: Subject) -> dict[str, tuple[np.ndarray, float]]:
+    """The tables of `constrained`: the objects that relations allow, or the labels that a lexicon gives words."""
+    k = s.data.knowledge
+    if k.lexicon is not None:
+        return {"prior": (read_lexicon(Path(k.lexicon), names_of_labels(s.model) or [])[1], k.lexicon_weight)}
+    if k.allowed_weight:
+        width = s.model.config.vocab_size
+        return {"allowed": (objects_of(known_facts(s.data, "train"), s.tokenizer, width)[1], k.allowed_weight)}
+    return {}
 
 
 def names_of_labels(model: Model) -> list[str] | None:
@@ -116,12 +185,11 @@ def usual_metrics(s: Subject) -> tuple[str, ...]:
 
 def predict(subject: Subject, params: Any, rows: Any) -> np.ndarray:
     """A head's logits for all rows, float32 [N, ...]."""
-    apply = bind(subject.model)
+    apply = reads_knowledge(bind(subject.model))
 
     @jax.jit
     def run(params: Any, batch: Any) -> jax.Array:
-        inputs = {n: batch[n] for n in ("segment_ids", "token_type_ids") if n in batch}
-        return apply(params, batch["tokens"], **inputs)
+        return apply(params, batch["tokens"], **inputs_of(batch))
 
     parts = [fetch(run(params, on_devices(b, subject.mesh))) for b in evaluation_batches(rows, subject.batch_size)]
     return np.concatenate(parts)[: len(rows.tokens)]
@@ -188,7 +256,7 @@ def _label_reading(s: Subject) -> Reading | None:
 
 
 def _label_scores(s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
-    rows = _classified_rows(s, records)
+    rows = rows_of(s, records)
     logits = predict(s, params, rows)
     regressed = names_of_labels(s.model) is None
     known: dict[str, Any] = OF_NUMBERS if regressed else OF_LABELS
@@ -202,12 +270,12 @@ def _label_scores(s: Subject, params: Any, records: Sequence[Record], names: Seq
 def classify(s: Subject, params: Any, texts: Sequence[str]) -> list[str]:
     """The label of each text, or the number that the model gives it."""
     names = names_of_labels(s.model)
-    rows = _classified_rows(s, [Record({"text": t, "label": "0" if names is None else names[0]}, t) for t in texts])
+    rows = rows_of(s, [Record({"text": t, "label": "0" if names is None else names[0]}, t) for t in texts])
     return [f"{row[0]:.4g}" if names is None else names[int(row.argmax())] for row in predict(s, params, rows)]
 
 
 def _tag_scores(s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
-    rows, labels = _tagged_rows(s, records), np.asarray(names_of_labels(s.model))
+    rows, labels = rows_of(s, records), np.asarray(names_of_labels(s.model))
     predicted, counts = predict(s, params, rows).argmax(-1), rows.weights > 0
     flat = predicted[counts].tolist(), rows.labels[counts].tolist()
     result = {n: OF_LABELS[n](*flat) for n in names if n in OF_LABELS}

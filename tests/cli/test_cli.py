@@ -171,8 +171,12 @@ def test_scientific_notation_without_a_dot_is_a_number():
 
 @pytest.mark.parametrize(
     "method",
-    ["method={name: lora, rank: 2, init: eva}", "method={name: lora, rank: 2, init: lora_ga}", "method={name: vera, rank: 4}",
-     "method={name: adalora, init_rank: 2, target_rank: 1}"],
+    [
+        "method={name: lora, rank: 2, init: eva}",
+        "method={name: adalora, init_rank: 2, target_rank: 1}",
+        pytest.param("method={name: lora, rank: 2, init: lora_ga}", marks=pytest.mark.slow),
+        pytest.param("method={name: vera, rank: 4}", marks=pytest.mark.slow),
+    ],
 )  # fmt: skip
 def test_other_methods_train_export_and_are_inspected(options, method):
     """Methods that need the training rows, share arrays, or add to the optimizer, by the same road as LoRA."""
@@ -186,7 +190,12 @@ def test_other_methods_train_export_and_are_inspected(options, method):
 @pytest.mark.parametrize(
     ("method", "quantized", "merged"),
     [
-        ("method={name: lora, rank: 2}", "quantize={format: nf4, options: {block_size: 16}}", "arrays"),
+        pytest.param(
+            "method={name: lora, rank: 2}",
+            "quantize={format: nf4, options: {block_size: 16}}",
+            "arrays",
+            marks=pytest.mark.slow,
+        ),
         ("method={name: lora, rank: 2, init: loftq}", "quantize={format: nf4, options: {block_size: 16}}", "arrays"),
         ("method={name: qalora, rank: 2}", "quantize={format: int4, options: {block_size: 16}, rounding: gptq}", "refused"),
         ("method={name: qat, format: int8}", "quantize={}", "codes"),
@@ -254,7 +263,9 @@ def test_prune_makes_a_smaller_model(options, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "written"),
     [
-        (["method={name: lora, rank: 2}", "prune.sparsity=0.5", "prune.score=taylor"], "model"),
+        pytest.param(
+            ["method={name: lora, rank: 2}", "prune.sparsity=0.5", "prune.score=taylor"], "model", marks=pytest.mark.slow
+        ),
         (["method={name: lora, rank: 2}", "prune={keep: {layers: 2}, pattern: 2:4, mask_updates: false}"], "adapter"),
         (["method={name: full}", "prune.sparsity=0.5", "prune.distribution=global", "prune.score=magnitude"], "model"),
         (["method={name: sparse, sparsity: 0.5, every: 1}"], "model"),

@@ -248,8 +248,11 @@ def test_minillms_gradient_is_the_papers(setup):
 
 @pytest.mark.parametrize(
     "spec",
-    [OnPolicy(max_tokens=6), OnPolicy(share=0.5, max_tokens=6), OnPolicy(minillm=True, teacher_share=0.2, max_tokens=6)],
-    ids=["gkd", "mixed", "minillm"],
+    [
+        pytest.param(OnPolicy(max_tokens=6), marks=pytest.mark.slow, id="gkd"),
+        pytest.param(OnPolicy(share=0.5, max_tokens=6), id="mixed"),
+        pytest.param(OnPolicy(minillm=True, teacher_share=0.2, max_tokens=6), id="minillm"),
+    ],
 )
 def test_on_policy_training_brings_the_student_nearer(setup, spec, tmp_path):
     """The divergence on the student's own texts goes down; killed and resumed, the run is the same bit for bit."""

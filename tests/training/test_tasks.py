@@ -201,6 +201,21 @@ def test_conllu_is_read_by_sentence(tmp_path):
         read_records(str(file), kind="tagging", columns={"tags": "upos"}, on_error="stop")
 
 
+def test_heads_are_tags_by_distance(tmp_path):
+    file, row = tmp_path / "bank.conllu", "{}\tw\t_\t_\t_\t_\t{}\t_\t_\t_\n"
+    file.write_text("".join(row.format(i, h) for i, h in enumerate((2, 0, 12, 3, *[1] * 8), 1)))
+    found = read_records(str(file), kind="tagging", columns={"tags": "head_offset"})
+    assert found[0].value["tags"][:5] == ["+1", "root", "far+", "-1", "-4"]
+    assert found[0].value["tags"][-3:] == ["far-"] * 3
+    for head, message in (
+        ("x", "bank.conllu:1: the head 'x' is no word's number"),
+        ("9", "the head 9 is none of the sentence's 1"),
+    ):
+        file.write_text(row.format(1, head))
+        with pytest.raises(MalformedRecordError, match=message):
+            read_records(str(file), kind="tagging", columns={"tags": "head_offset"}, on_error="stop")
+
+
 @pytest.mark.parametrize(
     ("kind", "value", "message"),
     [

@@ -1,0 +1,267 @@
+"""Knowledge at the input: triples beside the mentions of their subjects (K-BERT, Liu et al. 2020, arXiv:1909.07606), and
+vectors of entities added there (in the manner of ERNIE, Zhang et al. 2019, arXiv:1905.07129, and KnowBERT).
+
+The rows of any task get more fields, and the model attachments that read them; the models themselves know of neither.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.adapters.placing import layers_of, token_embedding
+from peft_jax.adapters.prefix import attention_cores
+from peft_jax.core.attachment import Attachment, attach
+from peft_jax.core.reparametrised import node
+from peft_jax.core.tree import map_places
+from peft_jax.core.weight import static
+from peft_jax.data import Record
+from peft_jax.knowledge.hooks import KEY
+
+_BLANKS = "ĠĊĉč▁"  # how pieces of a vocabulary write a blank, line breaks and a tab
+
+
+class Lexicon(NamedTuple):
+    """Names as tokens: `by_first` maps a first token to (tokens, number of the name), the longest first; `inside` [V] says
+    which tokens go on with a word.
+    """
+
+    by_first: dict[int, list[tuple[tuple[int, ...], int]]]
+    inside: np.ndarray
+
+
+def make_lexicon(tokenizer: Any, names: Iterable[str | Sequence[str]]) -> Lexicon:
+    """Of names, or lists of a thing's names (aliases), numbered in their order, as they stand at a text's start and in it."""
+    found: dict[int, dict[tuple[int, ...], int]] = collections.defaultdict(dict)
+    for number, aliases in enumerate(names):
+        for name in [aliases] if isinstance(aliases, str) else aliases:
+            for text in (name, f" {name}"):
+                if ids := tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]):
+                    found[ids[0]].setdefault(ids, number)
+    longest = {first: sorted(some.items(), key=lambda x: -len(x[0])) for first, some in found.items()}
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    marked = any(p.startswith("##") for p in pieces)  # WordPiece marks what goes on, others what begins
+    goes_on = (lambda p: p.startswith("##")) if marked else (lambda p: p[:1].isalnum() and p[0] not in _BLANKS)
+    return Lexicon(longest, np.asarray([goes_on(p) for p in pieces]))
+
+
+def find_mentions(lexicon: Lexicon, tokens: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(first token, end, number of the name) of each mention, from the left, the longest name at a place; whole words only."""
+    found, at, ids = [], 0, tuple(map(int, tokens))
+    while at < len(ids):
+        end, name = _name_at(lexicon, ids, at)
+        if end > at:
+            found.append((at, end, name))
+        at = max(end, at + 1)
+    return found
+
+
+def _name_at(lexicon: Lexicon, ids: tuple[int, ...], at: int) -> tuple[int, int]:
+    """(end, number) of the longest name that begins at a place; no longer than nothing where none does."""
+    for name, number in lexicon.by_first.get(ids[at], ()):
+        end = at + len(name)
+        if ids[at:end] == name and (end == len(ids) or not lexicon.inside[ids[end]]):
+            return end, number
+    return at, 0
+
+
+class Triples(NamedTuple):
+    """What is known: `lexicon` of the subjects, and for each of them what is said beside it, as tokens."""
+
+    lexicon: Lexicon
+    said: list[list[np.ndarray]]
+
+
+def make_triples(tokenizer: Any, facts: Sequence[Record]) -> Triples:
+    """Of triples; beside its subject each says " relation object"."""
+    of: dict[str, list[str]] = {}
+    for fact in facts:
+        value = fact.value
+        of.setdefault(value["subject"], []).append(f" {value['relation']} {value['object']}")
+    encode = lambda text: np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+    return Triples(make_lexicon(tokenizer, of), [[encode(t) for t in texts] for texts in of.values()])
+
+
+def attach_triples(rows: Any, triples: Triples, *, most: int = 4, room: int = 32) -> Any:
+    """Rows (a NamedTuple of arrays [N, ...], those of tokens [N, T]) with at most `most` triples beside each mention, as long
+    as `room` more tokens hold them: [N, T + room].
+
+    A triple stands before its mention's last token, so that in a decoder this token sees it and no earlier one does. Its soft
+    positions go on from the mention's (figure 2 of the paper), it has no loss, and two more fields say what the visible matrix
+    needs: `branches`, 0 for the sentence and else the number of the triple, and `mentions`, the number of the mention that a
+    token is of, 0 for none. Raises ValueError for rows of an encoder-decoder and of questions, whose labels are places.
+    """
+    fields, (N, T) = rows._asdict(), rows.tokens.shape
+    labels = fields.get("labels", rows.tokens)
+    if "decoder_tokens" in fields or "other_tokens" in fields or labels.shape[1:] not in ((), (T,)):
+        raise ValueError("triples are attached to rows of one text each, with labels of the text or of its tokens")
+    fields.setdefault("positions", np.broadcast_to(np.arange(T, dtype=np.int32), (N, T)))
+    wide = {n: np.zeros((N, T + room), x.dtype) for n, x in fields.items() if x.shape == (N, T)}
+    wide |= {n: np.zeros((N, T + room), np.int32) for n in ("branches", "mentions")}
+    for i in range(N):
+        w = _woven(triples, rows.tokens[i], rows.segment_ids[i], most, room)
+        n, beside = len(w.order), w.soft > 0
+        for name in fields.keys() & wide:
+            wide[name][i, :n] = fields[name][i][w.order]
+        for name in {"targets", "weights", "labels", "rules"} & wide.keys():
+            wide[name][i, :n][beside] = 0
+        wide["tokens"][i, :n][beside] = w.said
+        wide["positions"][i, :n] += w.soft
+        wide["branches"][i, :n], wide["mentions"][i, :n] = w.branches, w.mentions
+    for name, values in wide.items():
+        rows = with_field(rows, name, values)
+    return rows
+
+
+class _Woven(NamedTuple):
+    """A row with triples: for each new place the old one (of a triple's, its mention's last token), how far it is behind that
+    (0 for the sentence), its branch and mention; and the triples' tokens.
+    """
+
+    order: np.ndarray
+    soft: np.ndarray
+    branches: np.ndarray
+    mentions: np.ndarray
+    said: np.ndarray
+
+
+def _woven(triples: Triples, tokens: np.ndarray, segments: np.ndarray, most: int, room: int) -> _Woven:
+    places: list[tuple[int, int, int, int]] = []  # order, soft, branch, mention
+    said: list[int] = []
+    done = branch = 0
+    for number, (start, end, name) in enumerate(find_mentions(triples.lexicon, tokens[segments > 0]), 1):
+        places += [(at, 0, 0, number if at >= start else 0) for at in range(done, end - 1)]
+        for text in triples.said[name][:most]:
+            if len(said) + len(text) <= room:
+                branch += 1
+                places += [(end - 1, far, branch, number) for far in range(1, len(text) + 1)]
+                said += text.tolist()
+        places.append((end - 1, 0, 0, number))
+        done = end
+    places += [(at, 0, 0, 0) for at in range(done, len(tokens))]
+    order, soft, branches, mentions = np.asarray(places, np.int32).T
+    return _Woven(order, soft, branches, mentions, np.asarray(said, np.int32))
+
+
+@node
+class VisibleMatrix(Attachment):
+    """Around an attention core: who sees whom, by `branches` and `mentions` [*lead, B, T] (K-BERT's equation 5). Tokens see
+    those of their own branch, the sentence being one; a triple and the mention that it stands at see each other.
+    """
+
+    branches: jax.Array
+    mentions: jax.Array
+
+    def around(self, call: Callable[..., Any], q: Any, k: Any, v: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
+        if not mask.aligned:
+            raise ValueError("rows with triples run whole, without a key/value cache")
+        b, m, place = self.branches, self.mentions, jnp.arange(self.branches.shape[-1])
+        pairs = lambda x: (x[:, None, :, None], x[:, None, None, :])
+        (ours, theirs), (at, other) = pairs(b), pairs(m)
+        seen = (ours == theirs) | (((ours == 0) | (theirs == 0)) & (at == other) & (at > 0))
+        if mask.causal:
+            seen &= place[:, None] >= place  # soft positions repeat, places do not
+        if mask.segment_ids is not None:
+            own, another = pairs(mask.segment_ids)
+            seen &= own == another
+        local = seen
+        if mask.width is not None:
+            near, far = pairs(jnp.broadcast_to(mask.positions, b.shape))
+            local = seen & (jnp.abs(near - far) < mask.width)
+        return call(q, k, v, dataclasses.replace(mask, full=seen, local=local, dense=True), *rest, **kwargs)
+
+
+@node
+class EntityFusion(Attachment):
+    """Beside a token embedding: `table` [E, d], projected by `weight` [d, D] (trained, zero at first), is added where
+    `entities` [B, T] say 1 + the number of an entity. `reads_knowledge` fills `entities`; without them nothing is added.
+    """
+
+    trainable: ClassVar[tuple[str, ...]] = ("weight",)
+    table: jax.Array
+    weight: jax.Array
+    entities: jax.Array | None = None
+    name: str = static(default="default")
+    frozen: bool = static(default=False)
+
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = call(*args, **kwargs)
+        if self.entities is None:
+            return out
+        vectors = jnp.take(self.table, jnp.maximum(self.entities - 1, 0), axis=0) @ self.weight
+        return out + jnp.where(self.entities[..., None] > 0, vectors, 0.0).astype(out.dtype)
+
+
+def entity_fusion(params: Any, table: Any, *, adapter: str = "default") -> Any:
+    """`params` with vectors of entities [E, d] to be fused at the token embedding, at first without effect."""
+    path, embedding = token_embedding(params)
+    table = jnp.asarray(table, jnp.float32)
+    fusion = EntityFusion(table=table, weight=jnp.zeros((table.shape[1], embedding.shape[-1])), name=adapter)
+    return attach(params, {path: {f"entities_{adapter}": fusion}})
+
+
+def read_entities(path: Path) -> tuple[list[str], np.ndarray]:
+    """(names, vectors float32 [E, d]) of an .npz file with `names` and `vectors`. Raises ValueError for any other."""
+    if not path.is_file():
+        raise FileNotFoundError(f"file of entity vectors {path} does not exist")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names, vectors = [str(n) for n in file["names"]], file["vectors"].astype(np.float32)
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path} should be an .npz file with names [E] and vectors [E, d]: {error}") from error
+    if vectors.ndim != 2 or len(names) != len(vectors) or not np.isfinite(vectors).all():
+        raise ValueError(
+            f"{path} has {len(names)} names and vectors {vectors.shape}; one finite vector for each name is needed"
+        )
+    return names, vectors
+
+
+def with_field(rows: Any, name: str, values: np.ndarray) -> Any:
+    """Rows with one more field."""
+    fields = rows._asdict() | {name: values}
+    return collections.namedtuple("KnowledgeRows", fields)(**fields)
+
+
+def mark_entities(rows: Any, lexicon: Lexicon, *, everywhere: bool = False) -> Any:
+    """Rows with the field `entities` [N, T]: 1 + the number of the name at the last token of each mention (or at every one of
+    its tokens), else 0.
+    """
+    marked = np.zeros(rows.tokens.shape, np.int32)
+    for i, (tokens, segments) in enumerate(zip(rows.tokens, rows.segment_ids, strict=True)):
+        for start, end, name in find_mentions(lexicon, tokens[segments > 0]):
+            marked[i, start if everywhere else end - 1 : end] = name + 1
+    return with_field(rows, "entities", marked)
+
+
+def reads_knowledge(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` (of `bind`) that also takes the fields of rows with triples and entities, each [B, T]."""
+
+    def run(params: Any, *args: Any, branches: Any = None, mentions: Any = None, entities: Any = None, **kwargs: Any) -> Any:
+        if branches is not None:
+            params = _see(params, branches, mentions)
+        if entities is not None:
+            fill = lambda _, x: x.replace(entities=entities) if isinstance(x, EntityFusion) else x
+            params = map_places(fill, params)
+        return apply(params, *args, **kwargs)
+
+    run.model = getattr(apply, "model", None)  # type: ignore[attr-defined]
+    return run
+
+
+def _see(params: Any, branches: jax.Array, mentions: jax.Array) -> Any:
+    cores = attention_cores(params)
+    if not cores:
+        raise ValueError("triples are attached in models of this package alone, whose attention takes a visible matrix")
+    nodes: dict[str, Mapping[str, Attachment]] = {}
+    for path in cores:
+        lead, _ = layers_of(params, path)
+        wide = lambda x, lead=lead: jnp.broadcast_to(x, (*lead, *x.shape))
+        nodes[path] = {KEY: VisibleMatrix(branches=wide(branches), mentions=wide(mentions))}
+    return attach(params, nodes)

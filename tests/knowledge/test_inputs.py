@@ -1,0 +1,182 @@
+"""Triples and entities in the input: mentions, soft positions, the visible matrix through gradients, vectors at mentions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+import peft_jax
+from peft_jax.core.attachment import attach
+from peft_jax.data import Record, Rows
+from peft_jax.data.labelled import LabelledRows
+from peft_jax.knowledge.hooks import KEY, Noise
+from peft_jax.knowledge.inputs import (
+    attach_triples,
+    entity_fusion,
+    find_mentions,
+    make_lexicon,
+    make_triples,
+    mark_entities,
+    read_entities,
+    reads_knowledge,
+)
+from tests.reference import tiny_llama_folder, torch_model
+
+FACTS = [
+    Record({"subject": s, "relation": "capital", "object": o}, s)
+    for s, o in (("Peru", "Lima"), ("Cuba", "Havana"), ("New York", "Albany"), ("York", "York"))
+]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    folder = tiny_llama_folder(tmp_path_factory.mktemp("decoder"), num_hidden_layers=1)
+    model, params = peft_jax.load(folder)
+    return model, params, peft_jax.load_tokenizer(folder), "model/embed_tokens"
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory, decoder):
+    folder, sizes = tmp_path_factory.mktemp("encoder"), {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=len(decoder[2]), num_hidden_layers=1, **sizes)
+    torch_model(config).save_pretrained(folder)
+    model, params = peft_jax.load(folder, task="masked_lm")
+    return model, params, decoder[2], "bert/embeddings/word_embeddings"
+
+
+def rows_for(tokenizer, text, length=32):
+    ids = tokenizer(text)["input_ids"]
+    n, shape = len(ids), (1, length)
+    rows = Rows(*(np.zeros(shape, t) for t in (np.int32, np.int32, np.float32, np.int32, np.int32)))
+    rows.tokens[0, :n], rows.targets[0, : n - 1], rows.weights[0, : n - 1] = ids, ids[1:], 1
+    rows.positions[0, :n], rows.segment_ids[0, :n] = np.arange(n), 1
+    return rows
+
+
+def test_mentions_are_the_longest_whole_words(decoder):
+    tokenizer = decoder[2]
+    lexicon = make_lexicon(tokenizer, ["Peru", ["New York", "Gotham"], "York"])
+    found = lambda text: [
+        (name, tokenizer.decode(ids[a:b]).strip())
+        for ids in [tokenizer(text, add_special_tokens=False)["input_ids"]]
+        for a, b, name in find_mentions(lexicon, ids)
+    ]
+    assert found("Peru and New York, not Peruvian Yorkshire") == [(0, "Peru"), (1, "New York")]
+    assert found("in Gotham or York.") == [(1, "Gotham"), (2, "York")]
+
+
+def test_triples_stand_at_their_mentions_with_soft_positions(decoder):
+    tokenizer = decoder[2]
+    rows = rows_for(tokenizer, "From Peru to Cuba by sea")
+    made = attach_triples(rows, make_triples(tokenizer, FACTS), room=24)
+    assert made.tokens.shape == (1, 56)
+    used, sentence = made.segment_ids[0] > 0, made.branches[0] == 0
+    trunk = used & sentence
+    for name in ("tokens", "positions", "targets", "weights"):  # the sentence is as it was
+        np.testing.assert_array_equal(getattr(made, name)[0][trunk], getattr(rows, name)[0][rows.segment_ids[0] > 0])
+    assert [tokenizer.decode(made.tokens[0][made.branches[0] == n]) for n in (1, 2)] == [" capital Lima", " capital Havana"]
+    assert not made.weights[0][~sentence].any()
+    for branch in (1, 2):
+        at = np.flatnonzero(made.branches[0] == branch)
+        last = at[-1] + 1  # the mention's last token comes after
+        assert made.branches[0, last] == 0
+        assert made.mentions[0, last] == made.mentions[0, at[0]] == branch
+        np.testing.assert_array_equal(made.positions[0, at], made.positions[0, last] + 1 + np.arange(len(at)))
+    none = attach_triples(rows, make_triples(tokenizer, FACTS), room=0)
+    assert none.tokens.shape == rows.tokens.shape
+    assert not none.branches.any()
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_token_does_not_see_anothers_triple(kind, request):
+    """Gradients of the first layer's output: zero exactly where the visible matrix says so."""
+    model, params, tokenizer, embedding = request.getfixturevalue(kind)
+    rows = attach_triples(rows_for(tokenizer, "From Peru to Cuba by sea"), make_triples(tokenizer, FACTS), room=24)
+    n = int((rows.segment_ids > 0).sum())
+    inputs = {k: jnp.asarray(getattr(rows, k)) for k in ("positions", "segment_ids", "branches", "mentions")}
+    apply = reads_knowledge(peft_jax.bind(model))
+    D = peft_jax.places(params)[f"{embedding}/embedding"].shape[-1]
+
+    @jax.jit
+    def seen(params):
+        noisy = lambda noise: apply(
+            attach(params, {embedding: {KEY: Noise(noise=noise)}}), jnp.asarray(rows.tokens), method="hidden", **inputs
+        )[0]
+        weigh = jax.random.normal(jax.random.key(0), (D,))
+        return jax.jacrev(lambda noise: noisy(noise) @ weigh)(jnp.zeros((1, rows.tokens.shape[1], D)))
+
+    gradient = np.abs(np.asarray(seen(params))[:n, 0, :n]).sum(-1) > 0
+    b, m = rows.branches[0, :n], rows.mentions[0, :n]
+    wanted = np.zeros((n, n), bool)
+    for i in range(n):
+        for j in range(n):
+            together = b[i] == b[j]
+            attached = 0 in (b[i], b[j]) and m[i] == m[j] != 0
+            wanted[i, j] = (together or attached) and (kind == "encoder" or j <= i)
+    np.testing.assert_array_equal(gradient, wanted)
+    peru, cuba = (np.flatnonzero((b == 0) & (m == k)) for k in (1, 2))
+    assert gradient[peru[-1]][b == 1].all()
+    assert not gradient[peru][:, b == 2].any()
+    assert not gradient[b == 1][:, cuba].any()
+
+
+def test_packed_sequences_stay_apart(decoder):
+    model, params, tokenizer, _ = decoder
+    apply = jax.jit(reads_knowledge(peft_jax.bind(model)))
+    triples = make_triples(tokenizer, FACTS)
+    alone = [attach_triples(rows_for(tokenizer, t, 24), triples, room=24) for t in ("From Peru by sea", "To Cuba by air")]
+    inputs = lambda r: {k: getattr(r, k) for k in ("positions", "segment_ids", "branches", "mentions")}
+    apart = [np.asarray(apply(params, r.tokens, **inputs(r)))[0][r.segment_ids[0] > 0] for r in alone]
+    both = rows_for(tokenizer, "From Peru by sea", 24)
+    n, other = int((both.segment_ids > 0).sum()), rows_for(tokenizer, "To Cuba by air", 24)
+    k = int((other.segment_ids > 0).sum())
+    for name in Rows._fields:
+        getattr(both, name)[0, n : n + k] = getattr(other, name)[0, :k] + (name == "segment_ids")
+    packed = attach_triples(both, triples, room=24)
+    logits = np.asarray(apply(params, packed.tokens, **inputs(packed)))[0]
+    for segment, wanted in enumerate(apart, 1):
+        np.testing.assert_allclose(logits[packed.segment_ids[0] == segment], wanted, atol=1e-5)
+
+
+def test_rows_whose_labels_are_places_are_refused(decoder):
+    z = np.zeros((2, 8), np.int32)
+    with pytest.raises(ValueError, match="rows of one text each"):
+        attach_triples(LabelledRows(z, z, z, np.zeros((2, 2), np.int32), np.ones(2)), make_triples(decoder[2], FACTS))
+
+
+def test_vectors_are_added_where_entities_are_mentioned(decoder, tmp_path):
+    model, params, tokenizer, _ = decoder
+    np.savez(tmp_path / "e.npz", names=np.asarray(["Peru", "Cuba"]), vectors=np.eye(2))
+    names, vectors = read_entities(tmp_path / "e.npz")
+    rows = mark_entities(rows_for(tokenizer, "From Peru to Cuba by sea"), make_lexicon(tokenizer, names))
+    assert sorted(rows.entities[rows.entities > 0]) == [1, 2]
+    informed = entity_fusion(params, vectors)
+    apply = jax.jit(reads_knowledge(peft_jax.bind(model)))
+    plain = apply(params, rows.tokens, segment_ids=rows.segment_ids)
+    start = apply(informed, rows.tokens, segment_ids=rows.segment_ids, entities=rows.entities)
+    np.testing.assert_array_equal(plain, start)  # zero at first
+    trainable, frozen = peft_jax.partition(informed)
+    assert sum(x.size for x in jax.tree.leaves(trainable)) == 2 * model.config.hidden_size
+    moved = peft_jax.combine(jax.tree.map(lambda x: x + 1.0, trainable), frozen)
+    changed = np.abs(np.asarray(apply(moved, rows.tokens, segment_ids=rows.segment_ids, entities=rows.entities)) - plain).max(
+        -1
+    )
+    first = int(np.flatnonzero(rows.entities[0])[0])
+    assert not changed[0, :first].any()
+    assert changed[0, first] > 0
+    peft_jax.save_adapter(tmp_path / "adapter", moved)
+    again = peft_jax.load_adapter(params, tmp_path / "adapter")
+    np.testing.assert_array_equal(
+        apply(again, rows.tokens, segment_ids=rows.segment_ids, entities=rows.entities),
+        apply(moved, rows.tokens, segment_ids=rows.segment_ids, entities=rows.entities),
+    )
+
+
+@pytest.mark.parametrize(
+    "arrays", [{"names": ["a"]}, {"names": ["a"], "vectors": np.eye(2)}, {"names": ["a"], "vectors": [[np.nan]]}]
+)
+def test_bad_vectors_are_refused(arrays, tmp_path):
+    np.savez(tmp_path / "e.npz", **arrays)
+    with pytest.raises(ValueError, match=r"e\.npz"):
+        read_entities(tmp_path / "e.npz")
