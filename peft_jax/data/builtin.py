@@ -20,12 +20,12 @@ SPLITS = ("train", "validation", "test")
 
 
 def dataset(name: str, split: str) -> list[dict[str, str]]:
-    """The records of a built-in dataset's split. Raises ValueError naming what there is."""
+    """The records of a built-in dataset's split, or "all" of them. Raises ValueError naming what there is."""
     if name not in DATASETS:
         raise ValueError(f"there is no built-in dataset {name!r}; there are {', '.join(DATASETS)}")
-    if split not in SPLITS:
-        raise ValueError(f"built-in datasets have the splits {', '.join(SPLITS)}, not {split!r}")
-    return [record for key, record in DATASETS[name]() if split_of(key) == split]
+    if split not in (*SPLITS, "all"):
+        raise ValueError(f"built-in datasets have the splits {', '.join(SPLITS)} and all, not {split!r}")
+    return [record for key, record in DATASETS[name]() if split in ("all", split_of(key))]
 
 
 def split_of(key: str) -> str:

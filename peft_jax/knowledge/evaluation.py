@@ -26,6 +26,21 @@ def answer_log_probs(
     return -np.concatenate([np.asarray(_answer_nll(apply, params, EditRows(**part))) for part in parts])[: len(prompts)]
 
 
+def answers_said(
+    apply: Callable[..., Any], params: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], batch: int = 64
+) -> np.ndarray:
+    """[N] whether the model goes on with each answer: each of its tokens is the likeliest."""
+    rows = edit_rows(tokenizer, prompts, answers)
+    parts = evaluation_batches(rows, min(batch, len(prompts)))
+    return np.concatenate([np.asarray(_said(apply, params, EditRows(**part))) for part in parts])[: len(prompts)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _said(apply: Any, params: Any, rows: EditRows) -> jax.Array:
+    found = apply(params, rows.tokens, segment_ids=rows.segment_ids).argmax(-1)
+    return ((found == rows.targets) | (rows.weights == 0)).all(-1)
+
+
 def answer_nll(apply: Callable[..., Any], params: Any, rows: EditRows) -> jax.Array:
     """[N] mean negative log-likelihood of each row's answer, in nats."""
     logits = apply(params, rows.tokens, segment_ids=rows.segment_ids).astype(jnp.float32)
@@ -44,7 +59,8 @@ def edit_scores(
     `efficacy` and `paraphrase`: how often the target is likelier than what was true, after the edited prompt and after others
     that ask the same; `neighbourhood`: how often what is true stays likelier than the target after prompts about others;
     `score`: their harmonic mean, of those that the edits have prompts for. `target` is the mean probability of the target's
-    tokens. Edits without `true` count for `target` alone; raises ValueError where no edit has one.
+    tokens; `portability` the share of questions one step further that are answered (Yao et al. 2023, arXiv:2305.13172). Edits
+    without `true` count for the last two alone; raises ValueError where no edit has one.
     """
     known = [e for e in edits if e.true]
     if not known:
@@ -58,7 +74,11 @@ def edit_scores(
     scores = {name: compare(triples) for name, triples in asked.items() if triples}
     scores["score"] = len(scores) / sum(1.0 / max(s, 1e-9) for s in scores.values())
     log_probs = answer_log_probs(apply, params, tokenizer, [e.question for e in edits], [e.target for e in edits], batch=batch)
-    return {**scores, "target": float(np.exp(log_probs).mean())}
+    scores["target"] = float(np.exp(log_probs).mean())
+    if hops := [hop for e in edits for hop in e.portability]:
+        questions, answers = zip(*hops, strict=True)
+        scores["portability"] = float(answers_said(apply, params, tokenizer, questions, answers, batch).mean())
+    return scores
 
 
 def _likelier(apply: Any, params: Any, tokenizer: Any, batch: int, triples: Sequence[tuple[str, str, str]]) -> float:

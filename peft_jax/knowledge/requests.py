@@ -13,7 +13,8 @@ import numpy as np
 class Edit(NamedTuple):
     """A fact: `prompt` with {} for the `subject`, what is to follow (`target`), and what does (`true`), where known.
 
-    `paraphrases` are whole prompts that ask the same, `neighbours` whole prompts of which `true` is and stays the answer.
+    `paraphrases` are whole prompts that ask the same, `neighbours` whole prompts of which `true` is and stays the answer,
+    `portability` whole prompts with answers that follow from the fact in one step more.
     """
 
     prompt: str
@@ -22,6 +23,7 @@ class Edit(NamedTuple):
     true: str = ""
     paraphrases: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
+    portability: tuple[tuple[str, str], ...] = ()
 
     @property
     def question(self) -> str:
@@ -43,7 +45,7 @@ class EditRows(NamedTuple):
 
 def read_edits(path: Path) -> list[Edit]:
     """The edits of a .json (a list) or .jsonl file: objects with prompt, subject and target, and, where there is one, true,
-    paraphrases and neighbours. CounterFact's own records (`requested_rewrite`) are read too.
+    paraphrases, neighbours and portability (a list of [prompt, answer]). CounterFact's own records are read too.
 
     Raises ValueError naming the file and the record for one that is malformed, and as `check_edits` does.
     """
@@ -79,11 +81,14 @@ def _edit(value: Any, where: str) -> Edit:
         texts = value.get(name, [])
         if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
             raise ValueError(f"{where}: {name!r} should be a list of texts")
+    hops = value.get("portability", [])
+    if not isinstance(hops, list) or not all(isinstance(h, list) and [type(x) for x in h] == [str, str] for h in hops):
+        raise ValueError(f"{where}: 'portability' should be a list of [prompt, answer]")
     if "{}" not in value["prompt"]:
         raise ValueError(f"{where}: the prompt {value['prompt']!r} has no {{}} for its subject")
     return Edit(
         value["prompt"], value["subject"], value["target"], value.get("true") or "",
-        tuple(value.get("paraphrases", [])), tuple(value.get("neighbours", [])),
+        tuple(value.get("paraphrases", [])), tuple(value.get("neighbours", [])), tuple((p, a) for p, a in hops),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate
 from peft_jax.core.files import write_json
+from peft_jax.data import batch_at
 from peft_jax.hub import save_adapter
 from peft_jax.knowledge.editing import METHODS, Search, edit
 from peft_jax.knowledge.evaluation import edit_scores, fluency
@@ -21,7 +22,7 @@ from peft_jax.knowledge.requests import Edit, read_edits
 from peft_jax.training.config import ConfigError, RunConfig, to_dict
 from peft_jax.training.evaluate import perplexity
 from peft_jax.training.generate import generate
-from peft_jax.training.setup import Setup, calibration_batches, make_rows, set_up
+from peft_jax.training.setup import Setup, calibration_batches, make_rows, set_up, text_rows
 
 ADAPTER = "edit"
 
@@ -65,8 +66,13 @@ def write_edits(config: RunConfig, setup: Setup, edits: list[Edit], folder: Path
 
 
 def _covariances(config: RunConfig, setup: Setup) -> dict[str, Any]:
-    """Of the keys over the training data's texts."""
-    batches = calibration_batches(config, setup, config.edit.calibration_batches)
+    """Of the keys over the training data's texts; where there is data.replay, over that, which the facts are no part of."""
+    count, train = config.edit.calibration_batches, config.train
+    if config.data.replay is None:
+        batches = calibration_batches(config, setup, count)
+    else:
+        rows = text_rows(config, config.data.replay, setup)
+        batches = [batch_at(rows, i, train.batch_size, seed=train.seed) for i in range(count)]
     return calibrate(bind(setup.model), setup.params, batches, targets=[feed_forward(setup.params).weight])
 
 

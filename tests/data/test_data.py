@@ -118,7 +118,7 @@ def test_builtin_datasets_have_fixed_disjoint_splits():
     assert 300_000 < text < 900_000
     pairs = [r for s in builtin.SPLITS for r in builtin.dataset("python-docstrings", s)]
     assert 3_000 < len(pairs) < 8_000
-    with pytest.raises(ValueError, match="splits train, validation, test, not 'dev'"):
+    with pytest.raises(ValueError, match="splits train, validation, test and all, not 'dev'"):
         builtin.dataset("countries", "dev")
 
 

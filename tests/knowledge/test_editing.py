@@ -174,6 +174,7 @@ def test_many_facts_take_no_more_than_the_whole_rank(setup):
 def test_edits_are_read_and_bad_ones_refused(tmp_path):
     path = tmp_path / "edits.jsonl"
     good = {"prompt": "{} is in", "subject": "Rome", "target": "Spain", "paraphrases": ["Where is Rome? In"]}
+    good["portability"] = [["The capital of the country of Rome is", "Madrid"]]
     counterfact = {
         "requested_rewrite": {
             "prompt": "{} is", "subject": "Oslo", "target_new": {"str": "big"}, "target_true": {"str": "old"}
@@ -183,12 +184,14 @@ def test_edits_are_read_and_bad_ones_refused(tmp_path):
     path.write_text("\n".join(json.dumps(x) for x in (good, counterfact)))
     first, second = read_edits(path)
     assert first.question == "Rome is in"
+    assert first.portability == (("The capital of the country of Rome is", "Madrid"),)
     assert second == Edit("{} is", "Oslo", "big", "old", ("Oslo seems",), ("Rome is",))
     for change, message in (
         ({"target": 3}, r"edits.jsonl:2: 'target' should be a text, got 3"),
         ({"prompt": "Rome is in"}, r"edits.jsonl:2: the prompt 'Rome is in' has no {} for its subject"),
         ({"target": "Italy"}, "the edits of 'Rome is in' contradict each other: 'Spain' and 'Italy'"),
         ({"paraphrases": "x"}, "'paraphrases' should be a list of texts"),
+        ({"portability": [["x"]]}, r"'portability' should be a list of \[prompt, answer\]"),
     ):
         path.write_text(json.dumps(good) + "\n" + json.dumps(good | change))
         with pytest.raises(ValueError, match=message):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import peft_jax
-from peft_jax.knowledge.evaluation import answer_log_probs, edit_scores, fluency
+from peft_jax.knowledge.evaluation import answer_log_probs, answers_said, edit_scores, fluency
 from peft_jax.knowledge.requests import Edit
 from peft_jax.knowledge.tracing import plot_trace, trace
 from tests.reference import relative_error
@@ -59,6 +59,22 @@ def test_scores_are_counterfacts(setup):
     assert scores["target"] == pytest.approx(np.mean(np.exp(found)), rel=1e-5)
     with pytest.raises(ValueError, match="no edit says what was true"):
         edit_scores(peft_jax.bind(model), params, tokenizer, [Edit("{} is", "a", "b")])
+
+
+def test_portability_is_the_share_of_answers_that_are_said(setup):
+    model, params, tokenizer = setup
+    words = [w for w in (tokenizer.decode([i]).strip() for i in range(300, 4000, 7)) if w.isalpha()]
+    logits = jax.jit(peft_jax.bind(model))
+    greedy = lambda text: int(np.asarray(logits(params, np.asarray([tokenizer(text)["input_ids"]])))[0, -1].argmax())
+    one = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompts = [f"{w} is" for w in words[:200] if len(one(f"{w} is")) == 2]  # of one length, for one program
+    told = ((p, tokenizer.decode([greedy(p)])) for p in prompts)
+    prompt, answer = next((p, a.strip()) for p, a in told if a[:1] == " " and one(f"{p}{a}")[:-1] == one(p))
+    edit = Edit("{} is", "Ada", "old", "new", portability=((prompt, answer), (prompt, answer + "s and so on")))
+    np.testing.assert_array_equal(
+        answers_said(peft_jax.bind(model), params, tokenizer, *zip(*edit.portability, strict=True)), [True, False]
+    )
+    assert edit_scores(peft_jax.bind(model), params, tokenizer, [edit])["portability"] == 0.5
 
 
 def test_fluency_is_the_entropy_of_pairs_and_triples():
