@@ -2,6 +2,7 @@
 
     python benchmarks/knowledge.py facts --data ../shared/data --out benchmarks/results/knowledge_facts_cpu.md
     python benchmarks/knowledge.py edits --data ../shared/data --out benchmarks/results/knowledge_edits_cpu.md
+    python benchmarks/knowledge.py linguistic --data ../shared/data --model runs/encoder --out ...
 
 Facts: the embedded table of countries, facts of T-REx in ParaRel's words, WordNet's relations. Each is trained in all its words
 but one, and asked in that one; a tenth of the subjects is never trained. What is retained is the perplexity of held-out novels
@@ -11,26 +12,32 @@ and plays, on whose like the base was trained. Prints Markdown tables with devic
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gzip
 import json
 import random
 import statistics
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import yaml
-from measure import heading, held_out, publish
+from measure import heading, held_out, perplexity_of, publish
 from rich.console import Console
 
 import peft_jax
-from peft_jax.data import builtin
+from peft_jax.core.tree import freeze
+from peft_jax.data import builtin, read_records
+from peft_jax.knowledge.editing import edit
+from peft_jax.knowledge.evaluation import answers_said, edit_scores
+from peft_jax.knowledge.requests import Edit
 from peft_jax.training.config import parse_config
 from peft_jax.training.inject import run_injection
+from peft_jax.training.run import run_training
 
 ROOT = Path(__file__).parents[1]
 Facts = list[dict[str, str]]
@@ -193,9 +200,153 @@ def _spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
+# ----------------------------------------------------------------------------------------------------------------- edits
+
+EDITING: dict[str, dict[str, Any]] = {
+    "ROME": {"method": "rome", "layers": [3]},
+    "MEMIT": {"method": "memit", "layers": [2, 3, 4], "weight": 30.0},
+    "AlphaEdit": {"method": "alphaedit", "layers": [2, 3, 4]},
+    "FT-L": {"method": "ft_l", "layers": [3], "learning_rate": 2e-3, "limit": 5e-3},
+    "FT": {"method": "ft", "layers": [3], "learning_rate": 2e-3},
+}
+
+
+def learnt(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, Any]:
+    """(model, parameters, tokenizer) of the base after it has learnt T-REx's facts in all their words, fine-tuned whole; the
+    folder is taken as it is where it is there already.
+    """
+    if not (folder / "model").is_dir():
+        write_texts(Path(args.data), folder)
+        some, templates = trex(Path(args.data), most=args.facts)
+        used = {f["relation"] for f in some}
+        (folder / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in some))
+        (folder / "templates.yaml").write_text(yaml.safe_dump({r: t for r, t in templates.items() if r in used}))
+        config = configuration("full fine-tuning", folder, 0, args.epochs)
+        whole = {"train": dataclasses.replace(config.data.train, part=None), "held_out": 0}
+        data = dataclasses.replace(config.data, **whole)
+        config = dataclasses.replace(config, output=str(folder), data=data)
+        run_training(config)
+    return *peft_jax.load(folder / "model"), peft_jax.load_tokenizer(folder / "model")
+
+
+def counterfacts(some: Facts, templates: Templates, apply: Any, params: Any, tokenizer: Any) -> list[Edit]:
+    """Edits of the facts that the model knows, each to another object of its relation: the first words are edited, the others
+    are paraphrases, and neighbours are other subjects with the same object.
+    """
+    ask = lambda f, i: templates[f["relation"]][i].replace("{{ subject }}", f["subject"]).replace(" {{ object }}", "")
+    known = answers_said(apply, params, tokenizer, [ask(f, 0) for f in some], [f["object"] for f in some])
+    facts = [f for f, k in zip(some, known, strict=True) if k]
+    objects, same, rng = defaultdict(set), defaultdict(list), random.Random(0)
+    for f in facts:
+        objects[f["relation"]].add(f["object"])
+        same[f["relation"], f["object"]].append(f)
+    made = []
+    for f in facts:
+        others = sorted(objects[f["relation"]] - {f["object"]})
+        near = [n for n in same[f["relation"], f["object"]] if n is not f][:5]
+        if others:
+            prompt = templates[f["relation"]][0].replace("{{ subject }}", "{}").replace(" {{ object }}", "")
+            rest = tuple(ask(f, i) for i in range(1, len(templates[f["relation"]])))
+            made.append(Edit(prompt, f["subject"], rng.choice(others), f["object"], rest, tuple(ask(n, 0) for n in near)))
+    rng.shuffle(made)
+    return made
+
+
+def edits(args: argparse.Namespace) -> None:
+    folder = Path(args.model or tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    model, params, tokenizer = learnt(args, folder)
+    apply = peft_jax.bind(model)
+    some, templates = trex(Path(args.data), most=args.facts)
+    wanted = counterfacts(some, templates, apply, params, tokenizer)
+    train, held = held_out(Path(args.data), tokenizer)
+    batches = [{"tokens": train[16 * i : 16 * (i + 1)]} for i in range(16)]
+    covariances = peft_jax.calibrate(apply, params, batches, targets=["down_proj"])
+    kept = Path(args.found) if args.found else None
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
+    about = {"facts": len(some), "known": len(wanted), "perplexity": perplexity_of(model, params, held[:64])}
+    for count in args.counts:
+        for way, options in EDITING.items():
+            rows = found.setdefault(f"{count}", {}).setdefault(way, [])
+            draws = 3 if count <= 100 else 1
+            for draw in range(len(rows), draws):
+                chosen = wanted[draw * count : (draw + 1) * count]
+                begin = time.perf_counter()
+                edited = edit(model, params, tokenizer, chosen, covariances=covariances, **options)
+                seconds = time.perf_counter() - begin
+                scores = edit_scores(apply, edited, tokenizer, chosen)
+                scores["perplexity"] = perplexity_of(model, edited, held[:64])
+                rows.append({**scores, "edits": len(chosen), "seconds": seconds})
+                print(f"{count} edits, {way}, draw {draw}: {rows[-1]}", flush=True)
+                if kept:
+                    kept.write_text(json.dumps(found))
+                publish(_edits_text(found, about), args.out)
+
+
+def _edits_text(found: dict[str, Any], about: dict[str, Any]) -> str:
+    names = ("efficacy", "paraphrase", "neighbourhood", "score")
+    parts = [heading("Edits of facts that a model has learnt")]
+    parts.append(
+        f"The embedded base after full fine-tuning on {about['facts']:,} facts of T-REx in six ways to say each; the edits\n"
+        f"are of {about['known']:,} facts that it then says, to another object of the same relation. Perplexity of held-out\n"
+        f"novels and plays before: {about['perplexity']:.2f}. CounterFact's scores in %, over three draws up to 100 edits.\n"
+    )
+    parts.append(f"| edits | way | {' | '.join(names)} | perplexity | seconds |\n|---|---|---|---|---|---|---|---|")
+    for ways in found.values():
+        for way, rows in ways.items():
+            if rows:
+                cells = [_spread([100 * r[n] for r in rows if n in r] or [float("nan")], 1) for n in names]
+                cells += [_spread([r["perplexity"] for r in rows], 2), f"{statistics.mean(r['seconds'] for r in rows):.0f}"]
+                parts.append(f"| {rows[0]['edits']:,} | {way} | {' | '.join(cells)} |")
+    return "\n".join(parts) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------ linguistic adapters
+
+PROBES = ("head_offset", "xpos", "feats")  # columns of the treebank, of which the adapter has seen none
+
+
+def linguistic(args: argparse.Namespace) -> None:
+    """An adapter that learnt dependency relations, frozen in an encoder, under linear probes of what it has not learnt."""
+    import encoders
+
+    read = lambda part, column: read_records(
+        str(Path(args.data) / "ud_english_ewt" / f"en_ewt-ud-{part}.conllu.gz"), kind="tagging", columns={"tags": column}
+    )
+    problem = lambda column: encoders.Problem(
+        "token_classification", *(read(p, column) for p in ("train", "dev", "test")), length=64, rows=16
+    )
+    args.encoder, names, accuracies = args.model, ("the base alone", "with the linguistic adapter"), defaultdict(list)
+    probes = {column: problem(column) for column in PROBES}
+    for seed in range(args.seeds):
+        teacher = encoders.Bench(args, problem("deprel"), "pfeiffer")
+        params, _ = teacher.run(seed, 1e-2)
+        accuracies["deprel"].append(teacher.accuracy(params, teacher.problem.test))
+        trunk = teacher.model.prefix
+        informed = {trunk: freeze(params)[trunk]}
+        for column, probe in probes.items():
+            for name, more in zip(names, ({}, informed), strict=True):
+                bench = encoders.Bench(args, probe, "head")
+                bench.base = {**bench.base, **more}
+                tuned, _ = bench.run(seed, 1e-2)
+                accuracies[column, name].append(bench.accuracy(tuned, probe.test))
+                print(f"seed {seed}, {column}, {name}: {accuracies[column, name][-1]:.4f}", flush=True)
+                jax.clear_caches()
+    lines = [heading("A linguistic adapter under probes")]
+    lines.append(
+        f"Test accuracy in % of linear heads over a frozen encoder (4 layers, 192 features, trained on novels and plays), UD\n"
+        f"English EWT, {args.steps} steps of 1,024 tokens, {args.seeds} seeds. The adapter (Pfeiffer, 24) has learnt\n"
+        f"dependency relations ({_spread([100 * a for a in accuracies['deprel']], 2)} of these), and is frozen too.\n"
+    )
+    lines.append("| probe | " + " | ".join(names) + " |\n|---|---|---|")
+    for column in PROBES:
+        lines.append(f"| {column} | " + " | ".join(_spread([100 * a for a in accuracies[column, n]], 2) for n in names) + " |")
+    publish("\n".join(lines) + "\n", args.out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["facts"])
+    parser.add_argument("what", choices=["facts", "edits", "linguistic"])
     parser.add_argument(
         "--data", required=True, help="folder with gutenberg/, tinyshakespeare/, pararel_trex/ and wn18rr_text/"
     )
@@ -203,10 +354,14 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--facts", type=int, default=1500, help="edits: how many facts the model learns first")
+    parser.add_argument("--counts", type=int, nargs="*", default=[1, 10, 100, 1000], help="edits: how many at once")
+    parser.add_argument("--model", help="edits: a folder for the model that has learnt them; linguistic: the encoder's folder")
+    parser.add_argument("--steps", type=int, default=200, help="linguistic: steps of an adapter and of a head")
     parser.add_argument("--found", help="a JSON file of results, from which an interrupted run goes on")
     parser.add_argument("--out", help="a Markdown file for the table")
     args = parser.parse_args()
-    facts(args)
+    {"facts": facts, "edits": edits, "linguistic": linguistic}[args.what](args)
 
 
 if __name__ == "__main__":
