@@ -8,8 +8,10 @@ import transformers
 
 import peft_jax
 from peft_jax.core.attachment import attach
+from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.data import Record, Rows
 from peft_jax.data.labelled import LabelledRows
+from peft_jax.knowledge.constraints import constrained
 from peft_jax.knowledge.hooks import KEY, Noise
 from peft_jax.knowledge.inputs import (
     attach_triples,
@@ -21,7 +23,9 @@ from peft_jax.knowledge.inputs import (
     read_entities,
     reads_knowledge,
 )
-from tests.reference import tiny_llama_folder, torch_model
+from peft_jax.training.loop import on_devices
+from peft_jax.training.objective import TOKENS
+from tests.reference import perturb, relative_error, tiny_llama_folder, torch_model
 
 FACTS = [
     Record({"subject": s, "relation": "capital", "object": o}, s)
@@ -137,6 +141,31 @@ def test_packed_sequences_stay_apart(decoder):
     logits = np.asarray(apply(params, packed.tokens, **inputs(packed)))[0]
     for segment, wanted in enumerate(apart, 1):
         np.testing.assert_allclose(logits[packed.segment_ids[0] == segment], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_eight_devices_equal_one(decoder, axes):
+    """Loss and gradients of a LoRA and of the entities' projection, with triples and rules."""
+    model, params, tokenizer, _ = decoder
+    texts = ["From Peru to Cuba by sea", "To Cuba by air", "New York is old", "In Peru"] * 2
+    rows = Rows(*(np.concatenate(x) for x in zip(*(rows_for(tokenizer, t) for t in texts), strict=True)))
+    rows = mark_entities(rows, make_lexicon(tokenizer, ["Peru", "Cuba"]))
+    batch = attach_triples(rows, make_triples(tokenizer, FACTS), room=24)._asdict()
+    batch["rules"] = np.where(batch["weights"] > 0, 1, 0)
+    tables = {"allowed": (np.arange(4096)[None] % 2 == 0, 0.5)}
+    params = perturb(peft_jax.lora(entity_fusion(params, np.eye(2)), jax.random.key(0), rank=2))
+    apply = reads_knowledge(peft_jax.bind(model))
+
+    @jax.jit
+    def run(trainable, frozen, batch):
+        of = lambda t: constrained(TOKENS, tables, apply, peft_jax.combine(t, frozen), batch, jax.random.key(0))[0]
+        return jax.value_and_grad(of)(trainable)
+
+    wanted = run(*peft_jax.partition(params), batch)
+    mesh = make_mesh(axes)
+    found = run(*peft_jax.partition(shard(params, mesh)), on_devices(batch, mesh))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert relative_error(a, b) < 2e-4
 
 
 def test_rows_whose_labels_are_places_are_refused(decoder):

@@ -447,6 +447,34 @@ RUNS = {
 }
 
 
+@pytest.mark.parametrize("run", ["sequence_classification", "token_classification"])
+def test_an_encoder_learns_with_knowledge_beside(run, encoder, tmp_path):
+    """K-BERT's triples with vectors of entities, or with a lexicon of labels."""
+    kind, _ = RUNS[run]
+    source = data_file(tmp_path, kind)
+    (tmp_path / "facts.jsonl").write_text(json.dumps({"subject": "film", "relation": "is", "object": "good"}) + "\n")
+    np.savez(tmp_path / "e.npz", names=np.asarray(["film", "good"]), vectors=np.eye(2))
+    (tmp_path / "lexicon.tsv").write_text(f"film\t{TAGGED[0].value['tags'][0]}\n")
+    more = {"entities": str(tmp_path / "e.npz")} if kind == "classification" else {"lexicon": str(tmp_path / "lexicon.tsv")}
+    tree = {
+        "output": str(tmp_path / "run"),
+        "model": {"path": str(encoder), "task": run},
+        "method": {"name": "lora", "rank": 2, "targets": ["query", "value"]},
+        "mesh": {"data": 1, "fsdp": 2, "tensor": 4},
+        "data": {
+            "train": source, "validation": source, "sequence_length": 24,
+            "knowledge": {"triples": {"path": str(tmp_path / "facts.jsonl")}, "triples_room": 8, **more},
+        },
+        "optimizer": {"learning_rate": 0.02, "warmup_steps": 1},
+        "train": {"steps": 4, "batch_size": 4, "log_every": 1, "tensorboard": False},
+    }  # fmt: skip
+    run_training(parse_config(tree))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["after"]["loss"] < results["before"]["loss"]
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ("prior" in steps[0]) == (kind == "tagging")
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_a_task_trains_is_measured_and_comes_back(run, encoder, tmp_path):
     kind, wanted = RUNS[run]
