@@ -129,18 +129,18 @@ def table(args: argparse.Namespace) -> str:
         fresh = fresh_params(b.student, seed)
         run = functools.partial(b.run, steps=args.steps, seed=seed)
         scratch = functools.partial(run, fresh, rate=args.fresh_rate)
-        note("data alone, from scratch", seed, functools.partial(scratch, next_token, teach=False))
-        note("distilled, from scratch", seed, functools.partial(scratch, taught, teach=True))
         pruned = functools.partial(run, b.pruned, rate=args.rate)
-        note("data alone, pruned", seed, functools.partial(pruned, next_token, teach=False))
-        distil = functools.partial(pruned, taught, teach=True)
-        best = note("distilled, pruned", seed, distil)
-        if any(len(found.get(name, [])) <= seed for name in further):
+        counted = b.rows._replace(weights=b.rows.weights * (np.arange(LENGTH) >= 31))  # as of its own texts
+        for kind, learn, rate in (("from scratch", scratch, args.fresh_rate), ("pruned", pruned, args.rate)):
+            note(f"data alone, {kind}", seed, functools.partial(learn, next_token, teach=False))
+            distil = functools.partial(learn, taught, teach=True)
+            best = note(f"distilled, {kind}", seed, distil)
+            if all(len(found.get(f"{kind}: {name}", [])) > seed for name in further):
+                continue
             best = distil() if best is None else best
-            counted = b.rows._replace(weights=b.rows.weights * (np.arange(LENGTH) >= 31))  # as of its own texts
             for name, objective in further.items():
-                more = functools.partial(b.run, best, objective, args.more, args.rate / 4, seed + 100, teach=True, rows=counted)
-                note(name, seed, more)
+                more = functools.partial(b.run, best, objective, args.more, rate / 4, seed + 100, teach=True, rows=counted)
+                note(f"{kind}: {name}", seed, more)
         publish(_text(b, found, args), args.out)  # what has been found so far
     return _text(b, found, args)
 
@@ -164,7 +164,7 @@ def _text(b: Bench, found: dict[str, list[dict[str, float]]], args: argparse.Nam
         f"Teacher: the embedded base, {sizes[1]:,} parameters, held-out perplexity {teacher:.2f}. Student: {sizes[0]:,} "
         f"parameters\n({sizes[0] / sizes[1]:.1%}), pruned from it (perplexity {b.perplexity(b.pruned):.0f} "
         f"before any step), or of the same shape\nfrom random parameters. {args.steps} steps of {ROWS} x {LENGTH} tokens, "
-        f'AdamW, cosine schedule (mean ± deviation).\n"then" continues the distilled, pruned student for '
+        f'AdamW, cosine schedule (mean ± deviation).\n"then" continues the distilled student for '
         f"{args.more} steps. Texts are 64 tokens after 256 held-out\nprompts of 32: what the teacher thinks of samples "
         "(temperature 1), how far the student is from it on them, and what it\nthinks of greedy texts.\n"
     )

@@ -124,7 +124,7 @@ def configuration(way: str, folder: Path, seed: int, epochs: float) -> Any:
     return parse_config({
         "output": str(folder / "run"), "resume": False, "data": data, "inject": inject, "train": train,
         "method": change.get("method", {"name": "lora"}),
-        "optimizer": {"learning_rate": change.get("rate", 5e-3), "warmup_steps": 10},
+        "optimizer": {"learning_rate": change.get("rate", 2e-3), "warmup_steps": 10},
         "edit": {"method": "memit", "layers": [1, 2, 3], "options": {"weight": 30.0}, "calibration_batches": 16, "prefixes": 0},
     })  # fmt: skip
 
@@ -133,7 +133,7 @@ def write_texts(data: Path, folder: Path) -> None:
     """What is replayed, and what is retained."""
     tokenizer = peft_jax.load_tokenizer("builtin:base")
     train, held = held_out(data, tokenizer)
-    for name, rows, count in (("replay", train, 400), ("retained", held, 64)):
+    for name, rows, count in (("replay", train, 5000), ("retained", held, 64)):
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows[:: max(1, len(rows) // count)][:count]]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
 

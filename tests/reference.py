@@ -142,11 +142,10 @@ def relative_error(a, b) -> float:
 
 
 def perturb(params, seed: int = 0, scale: float = 0.1):
-    """All trainable arrays moved, so that no update is zero."""
+    """All trainable arrays moved, so that no update is zero; in NumPy, which compiles nothing."""
     import peft_jax
 
     trainable, frozen = peft_jax.partition(params)
-    leaves, structure = jax.tree.flatten(trainable)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [x + scale * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
-    return peft_jax.combine(jax.tree.unflatten(structure, moved), frozen)
+    draw = np.random.default_rng(seed).standard_normal
+    move = lambda x: jax.device_put((np.asarray(x) + scale * draw(x.shape)).astype(x.dtype), x.sharding)
+    return peft_jax.combine(jax.tree.map(move, trainable), frozen)

@@ -59,6 +59,7 @@ from peft_jax.training.setup import (
     make_rows,
     masked,
     masks,
+    passes,
     prunes,
     quantized_tree,
     read_source,
@@ -121,7 +122,7 @@ def train_steps(config: RunConfig, rows: Any) -> int:
     """The number of optimizer steps."""
     if config.train.steps is not None:
         return config.train.steps
-    return max(1, round(config.train.epochs * len(rows.tokens) / config.train.batch_size))
+    return max(1, round(config.train.epochs / passes(config) * len(rows.tokens) / config.train.batch_size))
 
 
 def identity(config: RunConfig, setup: Setup, rows: Any, taught: Lesson | None = None) -> dict[str, Any]:

@@ -268,10 +268,18 @@ def make_rows(config: RunConfig, source: SourceConfig, setup: Setup) -> Any:
     if config.data.replay is None or source is not config.data.train:
         return rows
     other = text_rows(config, config.data.replay, setup)
-    count = round(len(rows.tokens) * config.data.replay_share / (1.0 - config.data.replay_share))
-    return _beside(
-        rows, other, np.random.default_rng(config.train.seed).permutation(np.resize(np.arange(len(other.tokens)), count))
-    )
+    times, share = passes(config), config.data.replay_share
+    count = round(times * len(rows.tokens) * share / (1.0 - share))
+    rng = np.random.default_rng(config.train.seed)
+    chosen = np.concatenate([rng.permutation(len(other.tokens)) for _ in range(-(-count // len(other.tokens)))])[:count]
+    return _beside(rows._make(np.tile(x, (times, *[1] * (x.ndim - 1))) for x in rows), other, chosen)
+
+
+def passes(config: RunConfig) -> int:
+    """How often the rows of data.train are among those trained on: as often as they are to be seen where others are replayed,
+    so that these are not the same ones each time.
+    """
+    return 1 if config.data.replay is None or config.train.steps is not None else max(1, round(config.train.epochs))
 
 
 def text_rows(config: RunConfig, source: SourceConfig, setup: Setup) -> Any:
