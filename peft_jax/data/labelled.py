@@ -170,13 +170,27 @@ def encode_pairs(records: Sequence[Record], tokenizer: Any, length: int) -> Pair
 
 
 def encode_masked(records: Sequence[Record], tokenizer: Any, length: int) -> MaskedRows:
-    """Rows of text for a masked language model, long texts in several. Raises ValueError for a tokenizer without a mask."""
+    """Rows of text for a masked language model, long texts in several; of a fact in words ({"prompt", "completion", "object"})
+    only its object may be masked. Raises ValueError for a tokenizer without a mask.
+    """
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token, which a masked language model needs")
+    if "object" in records[0].value:
+        return _masked_objects(records, tokenizer, length)
     encoded, (tokens, seen, _) = _texts(
         tokenizer, length, [r.value["text"] for r in records], return_overflowing_tokens=True, return_special_tokens_mask=True
     )
     return MaskedRows(tokens, seen, 1.0 - np.asarray(encoded["special_tokens_mask"], np.float32))
+
+
+def _masked_objects(records: Sequence[Record], tokenizer: Any, length: int) -> MaskedRows:
+    values = [r.value for r in records]
+    texts = [v["prompt"] + v["completion"] for v in values]
+    encoded, (tokens, seen, _) = _texts(tokenizer, length, texts, return_offsets_mapping=True)
+    starts = np.asarray([len(v["prompt"]) + v["completion"].index(v["object"]) for v in values])[:, None]
+    ends = starts + np.asarray([len(v["object"]) for v in values])[:, None]
+    first, last = np.moveaxis(np.asarray(encoded["offset_mapping"]), -1, 0)
+    return MaskedRows(tokens, seen, ((last > starts) & (first < ends) & (last > first)).astype(np.float32))
 
 
 def encode_sources(

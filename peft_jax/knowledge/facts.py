@@ -80,11 +80,20 @@ def verbalise(
                 if before.strip():  # what begins with the object asks nothing
                     space = " " if before.endswith(" ") else ""
                     value = {"prompt": before.rstrip(" "), "completion": f"{space}{fact.value['object']}{after}"}
-                    kept = {n: fact.value[n] for n in ("relation", "rule") if n in fact.value}
+                    kept = {n: fact.value[n] for n in ("relation", "object", "rule") if n in fact.value}
                     made.append(Record(value | kept, fact.origin))
     if not made:
         raise ValueError("no template leaves anything to be completed: let the object come after the subject")
     return made
+
+
+def relation_questions(facts: Sequence[Record]) -> list[Record]:
+    """Classifications of facts: which relation a subject (by each of its names) and an object have (K-Adapter, section 3.3)."""
+    return [
+        Record({"text": name, "text_pair": fact.value["object"], "label": fact.value["relation"]}, fact.origin)
+        for fact in facts
+        for name in names_of(fact)
+    ]
 
 
 def names_of(fact: Record) -> list[str]:

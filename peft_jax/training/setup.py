@@ -23,7 +23,7 @@ from peft_jax.data import Record, read_records
 from peft_jax.data.batches import batch_at
 from peft_jax.hub import load, load_adapter, load_tokenizer, local_folder
 from peft_jax.hub.checkpoint import load_fresh, read_config
-from peft_jax.knowledge.facts import part_of, read_templates, verbalise
+from peft_jax.knowledge.facts import part_of, read_templates, relation_questions, verbalise
 from peft_jax.knowledge.inputs import with_field
 from peft_jax.knowledge.retrieval import passages_of, with_passages
 from peft_jax.low_rank.svd import factorize
@@ -227,6 +227,8 @@ def read_source(config: RunConfig, source: SourceConfig, task: Task) -> list[Rec
     if kind == "facts":
         asking = not training if source.phrasing is None else source.phrasing == "held_out"
         records = records if source.part is None else part_of(records, source.part, d.unseen)
+        if task == "sequence_classification":
+            return relation_questions(records)
         records = verbalise(_ruled(config, records), templates_of(config), held_out=d.held_out, asking=asking)
     return _with_passages(config, records, config.train.seed if training else None)
 

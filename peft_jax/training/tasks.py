@@ -333,14 +333,14 @@ TASKS: dict[str, TaskSpec] = {
         objective=_next_token,
     ),
     "masked_lm": TaskSpec(
-        ("text",), lambda s, records: encode_masked(records, s.tokenizer, s.data.sequence_length), _masked, _LANGUAGE,
+        ("text", "facts"), lambda s, records: encode_masked(records, s.tokenizer, s.data.sequence_length), _masked, _LANGUAGE,
     ),
     "seq2seq_lm": TaskSpec(
         ("completion",), _source_rows, lambda s: TOKENS, _LANGUAGE, ("exact_match", "bleu", "rouge"),
     ),
     "sequence_classification": TaskSpec(
-        ("classification",), _classified_rows, _label_reading, ("accuracy", "f1"), ("matthews", *OF_NUMBERS), _label_scores,
-        "label", lambda config, s: squared_error if names_of_labels(s.model) is None else None,
+        ("classification", "facts"), _classified_rows, _label_reading, ("accuracy", "f1"), ("matthews", *OF_NUMBERS),
+        _label_scores, "label", lambda config, s: squared_error if names_of_labels(s.model) is None else None,
     ),
     "token_classification": TaskSpec(
         ("tagging",), _tagged_rows, lambda s: LABELS, ("accuracy", "f1"), ("matthews", "seqeval"), _tag_scores, "tags",

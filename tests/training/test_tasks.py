@@ -475,6 +475,40 @@ def test_an_encoder_learns_with_knowledge_beside(run, encoder, tmp_path):
     assert ("prior" in steps[0]) == (kind == "tagging")
 
 
+@pytest.mark.parametrize("task", ["masked_lm", "sequence_classification"])
+def test_an_encoder_learns_facts(task, encoder, tmp_path):
+    """K-Adapter's tasks: the masked object of a fact in words, and the relation that two things have."""
+    facts = [{"subject": s, "relation": r, "object": o} for s, r, o in (("film", "is", "good"), ("it", "was", "bad"))]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in facts * 4))
+    templates = {
+        r: [f"{{{{ subject }}}} {r} {{{{ object }}}} ?", f"the {{{{ subject }}}} {r} {{{{ object }}}}"] for r in ("is", "was")
+    }
+    (tmp_path / "templates.yaml").write_text(json.dumps(templates))
+    source = {"path": str(tmp_path / "facts.jsonl")}
+    tree = {
+        "output": str(tmp_path / "run"),
+        "model": {"path": str(encoder), "task": task},
+        "method": {"name": "full"},  # an adapter has nothing to hold on to in a random model
+        "mesh": {"data": 1, "fsdp": 2, "tensor": 4},
+        "data": {
+            "kind": "facts", "train": source, "validation": {**source, "phrasing": "train"}, "sequence_length": 16,
+            "mask_share": 1.0,
+            "templates": str(tmp_path / "templates.yaml"),
+        },
+        "optimizer": {"learning_rate": 0.003, "warmup_steps": 1},
+        "train": {"steps": 40, "batch_size": 4, "log_every": 40, "tensorboard": False},
+    }  # fmt: skip
+    run_training(parse_config(tree))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["after"]["loss"] < 0.3 * results["before"]["loss"]
+
+
+def test_only_objects_of_facts_are_masked(tokenizer):
+    value = {"prompt": "the film was", "completion": " good. it", "object": "good", "relation": "was"}
+    rows = encode_masked([Record(value, "")], tokenizer, 12)
+    assert rows.tokens[0][rows.weights[0] > 0].tolist() == tokenizer("good", add_special_tokens=False)["input_ids"]
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_a_task_trains_is_measured_and_comes_back(run, encoder, tmp_path):
     kind, wanted = RUNS[run]
