@@ -1,5 +1,6 @@
 """Tests run on the CPU with 8 virtual devices; PyTorch (for references) is kept to one thread a worker."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -19,6 +20,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 from pathlib import Path
 
 import pytest
+
+gc.set_threshold(100_000, 20, 20)  # tracing makes millions of small objects, which would be gone through again and again
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -59,3 +62,4 @@ def _forget_compiled_programs():
     import jax
 
     jax.clear_caches()
+    gc.collect()
