@@ -116,7 +116,7 @@ def configuration(way: str, folder: Path, seed: int, epochs: float) -> Any:
     data = {
         "kind": "facts", "train": {**source, "part": "known"}, "validation": None, "templates": str(folder / "templates.yaml"),
         "sequence_length": 160 if "passages" in knowledge else 64, "replay": {"path": str(folder / "replay.jsonl")},
-        "replay_share": 0.4, **change.get("data", {}), "knowledge": knowledge,
+        "replay_share": 0.33, **change.get("data", {}), "knowledge": knowledge,
     }  # fmt: skip
     inject = {"unseen": True, "retained": {"path": str(folder / "retained.jsonl")}, **change.get("inject", {})}
     rows = 16 if "passages" in knowledge else 32
@@ -124,7 +124,7 @@ def configuration(way: str, folder: Path, seed: int, epochs: float) -> Any:
     return parse_config({
         "output": str(folder / "run"), "resume": False, "data": data, "inject": inject, "train": train,
         "method": change.get("method", {"name": "lora"}),
-        "optimizer": {"learning_rate": change.get("rate", 2e-3), "warmup_steps": 10},
+        "optimizer": {"learning_rate": change.get("rate", 3e-3), "warmup_steps": 10},
         "edit": {"method": "memit", "layers": [1, 2, 3], "options": {"weight": 30.0}, "calibration_batches": 16, "prefixes": 0},
     })  # fmt: skip
 
@@ -170,7 +170,7 @@ def _facts_text(found: dict[str, Any], args: argparse.Namespace) -> str:
     parts = [heading("Facts put into the embedded base")]
     parts.append(
         f"{args.epochs:g} passes over the facts (half as many with triples, a quarter with passages), AdamW, cosine schedule,\n"
-        "novels and plays replayed in 40% of the rows. Mean ± deviation over seeds. Recall is the share of facts whose object\n"
+        "novels and plays replayed in a third of the rows. Mean ± deviation over seeds. Recall is the share of facts whose object\n"
         "is what the model says (each token the likeliest), in words of training, in held-out words, and, in these, of\n"
         "subjects that were never trained; perplexity is that of held-out novels and plays.\n"
     )
@@ -353,7 +353,7 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="*", choices=DATASETS, default=list(DATASETS))
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--epochs", type=float, default=16)
     parser.add_argument("--facts", type=int, default=1500, help="edits: how many facts the model learns first")
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 10, 100, 1000], help="edits: how many at once")
     parser.add_argument("--model", help="edits: a folder for the model that has learnt them; linguistic: the encoder's folder")
