@@ -170,9 +170,9 @@ def _facts_text(found: dict[str, Any], args: argparse.Namespace) -> str:
     parts = [heading("Facts put into the embedded base")]
     parts.append(
         f"{args.epochs:g} passes over the facts (half as many with triples, a quarter with passages), AdamW, cosine schedule,\n"
-        "novels and plays replayed in a third of the rows. Mean ± deviation over seeds. Recall is the share of facts whose object\n"
-        "is what the model says (each token the likeliest), in words of training, in held-out words, and, in these, of\n"
-        "subjects that were never trained; perplexity is that of held-out novels and plays.\n"
+        "novels and plays replayed in a third of the rows. Mean ± deviation over seeds. Recall is the share of facts whose\n"
+        "object is what the model says (each token the likeliest), in words of training, in held-out words, and, in these,\n"
+        "of subjects that were never trained; perplexity is that of held-out novels and plays.\n"
     )
     for name, data in found.items():
         before = next(iter(data["ways"].values()))[0]["before"]

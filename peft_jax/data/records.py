@@ -58,8 +58,9 @@ def read_records(
 
     `path` is "builtin:NAME", a file (.jsonl, .json, .csv, .parquet, .txt, each but Parquet also with .gz) or a hub dataset
     id. `columns` maps the fields of the kind to the source's names; with a `delimiter`, each line of a text file is split
-    into the kind's fields. A malformed record is logged with file and line and passed over, or ends the run with
-    MalformedRecordError if `on_error` is "stop". Raises ValueError where nothing usable is left.
+    into the kind's fields. Of a table with a row a thing, `columns` of {"subject": NAME, "relation": "*"} make facts: each
+    other column is a relation, and its cell the object. A malformed record is logged with file and line and passed over, or
+    ends the run with MalformedRecordError if `on_error` is "stop". Raises ValueError where nothing usable is left.
     """
     optional = OPTIONAL.get(kind, ())
     names = {field: (columns or {}).get(field, field) for field in FIELDS[kind]}
@@ -68,7 +69,10 @@ def read_records(
         raise ValueError(f"columns names {sorted(unknown)[0]!r}; a {kind} record has {', '.join(names)}")
     records: list[Record] = []
     bad = 0
-    for raw in _raw(path, kind, split, delimiter):
+    raws = _raw(path, kind, split, delimiter)
+    if kind == "facts" and names["relation"] == "*":
+        raws, names = _cells(raws, names["subject"]), {field: field for field in FIELDS[kind]}
+    for raw in raws:
         try:
             records.append(_check(raw, names, kind))
         except MalformedRecordError as error:
@@ -84,6 +88,17 @@ def read_records(
     if not records:
         raise ValueError(f"{path} holds no usable {kind} record" + (f" ({bad} malformed)" if bad else ""))
     return records
+
+
+def _cells(raws: Iterator[Record | MalformedRecordError], subject: str) -> Iterator[Record | MalformedRecordError]:
+    """A fact for each cell of a table that is not empty."""
+    for raw in raws:
+        if isinstance(raw, MalformedRecordError) or not isinstance(raw.value, Mapping) or subject not in raw.value:
+            yield raw if isinstance(raw, MalformedRecordError) else MalformedRecordError(f"{raw.origin}: no field {subject!r}")
+            continue
+        for relation, value in raw.value.items():
+            if relation != subject and value not in (None, ""):
+                yield Record({"subject": raw.value[subject], "relation": relation, "object": str(value)}, raw.origin)
 
 
 def _check(raw: Record | MalformedRecordError, names: Mapping[str, str], kind: Kind) -> Record:

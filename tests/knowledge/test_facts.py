@@ -36,6 +36,12 @@ def test_triples_are_read_from_tables_and_rdf(tmp_path):
     (tmp_path / "f.csv").write_text("s,r,o\nPeru,capital,Lima\nPeru\n")
     columns = {"subject": "s", "relation": "r", "object": "o"}
     assert [r.value for r in read_records(str(tmp_path / "f.csv"), kind="facts", columns=columns)] == [FACTS[0].value]
+    (tmp_path / "t.csv").write_text("name,capital,area\nPeru,Lima,12\nCuba,Havana,\n")
+    columns = {"subject": "name", "relation": "*"}
+    cells = [tuple(r.value.values()) for r in read_records(str(tmp_path / "t.csv"), kind="facts", columns=columns)]
+    assert cells == [("Peru", "capital", "Lima"), ("Peru", "area", "12"), ("Cuba", "capital", "Havana")]
+    with pytest.raises(ValueError, match=r"t\.csv:2: no field 'title'"):
+        read_records(str(tmp_path / "t.csv"), kind="facts", columns={**columns, "subject": "title"}, on_error="stop")
     names = "@prefix : <http://e.org/> . @prefix rdfs: <http://www.w3.org/2000/01/rdf-schema#> ."
     (tmp_path / "f.ttl").write_text(names + ' :Peru :capital :c1 . :c1 rdfs:label "Lima" .')
     assert [r.value for r in read_records(str(tmp_path / "f.ttl"), kind="facts")] == [FACTS[0].value]
