@@ -246,6 +246,7 @@ def _measure(config: RunConfig, setup: Setup, params: Any, rows: Any) -> dict[st
         return {"loss": metrics["loss"], **task.scores(subject, params, records, wanted)}
     if kind_of(subject) == "text":
         raise ConfigError(f"evaluate.metrics {wanted[0]!r} needs data of kind completion or chat")
+    _check_generates(config, f"evaluate.metrics {wanted[0]!r}")
     return metrics | generated_metrics(
         setup.model, params, records, setup.tokenizer, wanted, limit=e.limit, max_tokens=e.max_tokens, batch_size=e.batch_size
     )
@@ -332,6 +333,12 @@ def run_pruning(config: RunConfig, console: Console | None = None) -> Path:
     return out / MODEL
 
 
+def _check_generates(config: RunConfig, what: str) -> None:
+    k = config.data.knowledge
+    if k.triples is not None or k.entities is not None:
+        raise ConfigError(f"{what} would be generated without data.knowledge's triples and entities: leave one of them out")
+
+
 def _samples(config: RunConfig, setup: Setup, params: Any) -> list[str]:
     g, task = config.generate, setup.model.task
     if not g.prompts:
@@ -340,6 +347,7 @@ def _samples(config: RunConfig, setup: Setup, params: Any) -> list[str]:
         return [f" -> {label}" for label in classify(subject_of(config, setup), params, g.prompts)]
     if task not in ("causal_lm", "seq2seq_lm"):
         raise ConfigError(f"generate.prompts are of no use to a {task} model")
+    _check_generates(config, "generate.prompts")
     return generate(
         setup.model, params, g.prompts, tokenizer=setup.tokenizer, max_tokens=g.max_tokens, temperature=g.temperature,
         top_k=g.top_k, top_p=g.top_p, stop=g.stop, seed=g.seed, cache_dtype=g.cache,

@@ -1,5 +1,6 @@
 """`peft-jax inject` from YAML: what a model knows before and after training and editing, with triples, passages and rules."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import peft_jax
 from peft_jax.training.config import ConfigError, parse_config
 from peft_jax.training.inject import run_injection
-from peft_jax.training.run import run_evaluation
+from peft_jax.training.run import run_evaluation, run_generation
 
 FACTS = [
     {"subject": s, "relation": r, "object": o}
@@ -86,6 +87,9 @@ def test_triples_in_the_input_and_rules_in_the_loss(tiny_folder, files, tmp_path
     penalties = [m["allowed"] for m in metrics if m["kind"] == "train"]
     assert penalties[-1] < penalties[0]
     assert run_evaluation(config)["perplexity"] > 1.0
+    generate = dataclasses.replace(config.generate, prompts=["The capital of Peru is"])
+    with pytest.raises(ConfigError, match=r"generate\.prompts would be generated without data.knowledge's triples"):
+        run_generation(dataclasses.replace(config, generate=generate))
 
 
 def test_passages_are_read_before_questions(tiny_folder, files, tmp_path):
