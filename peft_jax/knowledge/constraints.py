@@ -22,11 +22,11 @@ def semantic_loss(logits: jax.Array, allowed: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(jnp.where(allowed, logits, -jnp.inf), axis=-1)
 
 
-def formula_loss(log_probs: jax.Array, assignments: jax.Array) -> jax.Array:
+def formula_loss(log_odds: jax.Array, assignments: jax.Array) -> jax.Array:
     """[...] the semantic loss of any propositional formula over n variables whose satisfying `assignments` (boolean [A, n]) are
     listed, given log-odds of each variable [..., n] (equation 1 of Xu et al. 2018).
     """
-    on, off = jax.nn.log_sigmoid(log_probs), jax.nn.log_sigmoid(-log_probs)
+    on, off = jax.nn.log_sigmoid(log_odds), jax.nn.log_sigmoid(-log_odds)
     each = jnp.where(assignments, on[..., None, :], off[..., None, :]).sum(-1)
     return -jax.nn.logsumexp(each, axis=-1)
 
