@@ -147,8 +147,12 @@ def test_generated_metrics_group_references(setup):
     model, params, tokenizer, _ = setup
     from peft_jax.data import Record
 
-    answer = peft_jax.generate(model, params, ["What?"], tokenizer=tokenizer, max_tokens=5)[0]
-    records = [Record({"prompt": "What?", "completion": c}, "x") for c in ("other", answer)]
+    prompts = ["What?", "Who?", "Where is it?", "The"]
+    answers = peft_jax.generate(model, params, prompts, tokenizer=tokenizer, max_tokens=5)
+    prompt, answer = next(
+        p for p in zip(prompts, answers, strict=True) if any(w.isascii() and w.isalnum() for w in p[1].split())
+    )
+    records = [Record({"prompt": prompt, "completion": c}, "x") for c in ("other", answer)]
     scores = generated_metrics(model, params, records, tokenizer, ["exact_match", "rouge"], max_tokens=5, batch_size=2)
     assert scores == {"exact_match": 1.0, "rouge": pytest.approx(1.0)}
     chat = Record({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}, "x")

@@ -582,7 +582,7 @@ def test_an_encoder_decoder_trains_and_generates(tokenizer, tmp_path):
         ({"model.task": "causal_lm"}, "a bert model has no head for 'causal_lm'"),
         (
             {"data.kind": "chat"},
-            "option 'data.kind': a sequence_classification model learns from classification records, not chat",
+            "option 'data.kind': a sequence_classification model learns from classification or facts records, not chat",
         ),
         ({"evaluate.metrics": ["bleu"]}, "a sequence_classification model has no 'bleu'; it has accuracy, f1"),
         ({"evaluate.metrics": ["pearson"]}, "the metric pearson is none of labels; there are accuracy, f1, matthews"),
