@@ -153,7 +153,7 @@ def facts(args: argparse.Namespace) -> str:
             for seed in range(args.seeds):
                 for way in args.ways:
                     rows = sizes["ways"].setdefault(way, [])
-                    if len(rows) > seed or (way.startswith("edited") and seed):  # editing draws nothing
+                    if len(rows) > seed or (WAYS[way].get("inject") and seed):  # editing draws nothing
                         continue
                     begin = time.perf_counter()
                     result = run_injection(configuration(way, folder, seed, args.epochs), Console(quiet=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import collections
 import hashlib
 import logging
 from collections import defaultdict
@@ -38,15 +39,10 @@ class Rows(NamedTuple):
     segment_ids: np.ndarray
 
 
-class RuledRows(NamedTuple):
-    """`Rows` with int32 rules [N, T]: the number of the rule for what comes next, 0 for none."""
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    positions: np.ndarray
-    segment_ids: np.ndarray
-    rules: np.ndarray
+def with_fields(rows: Any, **fields: np.ndarray) -> Any:
+    """Rows (a NamedTuple of arrays) with these fields too, or in place of those of the same name."""
+    fields = rows._asdict() | fields
+    return collections.namedtuple("Rows", fields)(**fields)
 
 
 def fingerprint(rows: Any) -> str:
@@ -140,9 +136,9 @@ def fit(examples: Iterable[Example], length: int, kind: Kind, too_long: TooLong)
     return result
 
 
-def pack(examples: list[Example], length: int, *, packing: bool = True) -> Rows | RuledRows:
-    """Rows of `length` predictions: several examples a row (best fit, longest first) or one a row; `RuledRows` where examples
-    have rules.
+def pack(examples: list[Example], length: int, *, packing: bool = True) -> Rows:
+    """Rows of `length` predictions: several examples a row (best fit, longest first) or one a row; where examples have rules,
+    with int32 `rules` [N, T]: the number of the rule for what comes next, 0 for none.
     """
     sizes = [len(e.ids) - 1 for e in examples]
     bins = _best_fit(sizes, length) if packing else [[i] for i in range(len(sizes))]
@@ -158,7 +154,7 @@ def pack(examples: list[Example], length: int, *, packing: bool = True) -> Rows 
             rows.tokens[cut], rows.targets[cut], rows.weights[cut] = ids[:-1], ids[1:], learn[1:]
             rows.positions[cut], rows.segment_ids[cut] = np.arange(len(ids) - 1), segment
             start += len(ids) - 1
-    return RuledRows(*rows, rules) if rules.any() else rows
+    return with_fields(rows, rules=rules) if rules.any() else rows
 
 
 def _best_fit(sizes: list[int], length: int) -> list[list[int]]:

@@ -37,6 +37,9 @@ def prior_loss(logits: jax.Array, prior: jax.Array) -> jax.Array:
     return (prior * (jnp.log(jnp.maximum(prior, 1e-30)) - predicted)).sum(-1)
 
 
+PENALTIES = {"allowed": semantic_loss, "prior": prior_loss}  # by the name of their tables
+
+
 def expectation_loss(logits: jax.Array, features: jax.Array, least: jax.Array) -> jax.Array:
     """[F] posterior regularisation (Ganchev et al. 2010): how far the mean over all places of the expectation of each feature,
     features [V, F] under logits [..., V], stays below `least` [F], squared.
@@ -108,7 +111,7 @@ def constrained(
         found = {"nll": nll, "hits": hits}
         for name, (table, _) in tables.items():
             rows = jnp.take(jnp.asarray(table), jnp.maximum(rules - 1, 0), axis=0)
-            found[name] = (semantic_loss if name == "allowed" else prior_loss)(logits, rows)
+            found[name] = PENALTIES[name](logits, rows)
         return found
 
     found = over_positions(of, (states, batch["targets"], rules), logits_width(head, states), chunk)

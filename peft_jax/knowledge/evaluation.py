@@ -21,24 +21,31 @@ def answer_log_probs(
     apply: Callable[..., Any], params: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], batch: int = 64
 ) -> np.ndarray:
     """[N] mean log-probability of each answer's tokens after its prompt, in nats."""
-    rows = edit_rows(tokenizer, prompts, answers)
-    parts = evaluation_batches(rows, min(batch, len(prompts)))
-    return -np.concatenate([np.asarray(_answer_nll(apply, params, EditRows(**part))) for part in parts])[: len(prompts)]
+    return -_by_rows(_answer_nll, apply, params, edit_rows(tokenizer, prompts, answers), batch)
 
 
 def answers_said(
     apply: Callable[..., Any], params: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], batch: int = 64
 ) -> np.ndarray:
     """[N] whether the model goes on with each answer: each of its tokens is the likeliest."""
-    rows = edit_rows(tokenizer, prompts, answers)
-    parts = evaluation_batches(rows, min(batch, len(prompts)))
-    return np.concatenate([np.asarray(_said(apply, params, EditRows(**part))) for part in parts])[: len(prompts)]
+    return _by_rows(_said, apply, params, edit_rows(tokenizer, prompts, answers), batch)
+
+
+def _by_rows(of: Any, apply: Any, params: Any, rows: EditRows, batch: int) -> np.ndarray:
+    """[N] what `of` says of each row, `batch` at a time."""
+    count = len(rows.tokens)
+    parts = evaluation_batches(rows, min(batch, count))
+    return np.concatenate([np.asarray(of(apply, params, EditRows(**part))) for part in parts])[:count]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _said(apply: Any, params: Any, rows: EditRows) -> jax.Array:
-    found = apply(params, rows.tokens, segment_ids=rows.segment_ids).argmax(-1)
-    return ((found == rows.targets) | (rows.weights == 0)).all(-1)
+    return all_likeliest(apply(params, rows.tokens, segment_ids=rows.segment_ids), rows.targets, rows.weights)
+
+
+def all_likeliest(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    """[B] whether each of a row's targets [B, T] that weighs anything is the likeliest token, given logits [B, T, V]."""
+    return ((logits.argmax(-1) == targets) | (weights == 0)).all(-1)
 
 
 def answer_nll(apply: Callable[..., Any], params: Any, rows: EditRows) -> jax.Array:

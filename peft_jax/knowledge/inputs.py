@@ -22,7 +22,7 @@ from peft_jax.core.attachment import Attachment, attach
 from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import map_places
 from peft_jax.core.weight import static
-from peft_jax.data import Record
+from peft_jax.data import Record, with_fields
 from peft_jax.knowledge.hooks import KEY
 
 _BLANKS = "ĠĊĉč▁"  # how pieces of a vocabulary write a blank, line breaks and a tab
@@ -115,9 +115,7 @@ def attach_triples(rows: Any, triples: Triples, *, most: int = 4, room: int = 32
         wide["tokens"][i, :n][beside] = w.said
         wide["positions"][i, :n] += w.soft
         wide["branches"][i, :n], wide["mentions"][i, :n] = w.branches, w.mentions
-    for name, values in wide.items():
-        rows = with_field(rows, name, values)
-    return rows
+    return with_fields(rows, **wide)
 
 
 class _Woven(NamedTuple):
@@ -223,12 +221,6 @@ def read_entities(path: Path) -> tuple[list[str], np.ndarray]:
     return names, vectors
 
 
-def with_field(rows: Any, name: str, values: np.ndarray) -> Any:
-    """Rows with one more field."""
-    fields = rows._asdict() | {name: values}
-    return collections.namedtuple("KnowledgeRows", fields)(**fields)
-
-
 def mark_entities(rows: Any, lexicon: Lexicon, *, everywhere: bool = False) -> Any:
     """Rows with the field `entities` [N, T]: 1 + the number of the name at the last token of each mention (or at every one of
     its tokens), else 0.
@@ -237,7 +229,7 @@ def mark_entities(rows: Any, lexicon: Lexicon, *, everywhere: bool = False) -> A
     for i, (tokens, segments) in enumerate(zip(rows.tokens, rows.segment_ids, strict=True)):
         for start, end, name in find_mentions(lexicon, tokens[segments > 0]):
             marked[i, start if everywhere else end - 1 : end] = name + 1
-    return with_field(rows, "entities", marked)
+    return with_fields(rows, entities=marked)
 
 
 def reads_knowledge(apply: Callable[..., Any]) -> Callable[..., Any]:

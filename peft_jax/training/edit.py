@@ -8,12 +8,10 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate
 from peft_jax.core.files import write_json
-from peft_jax.data import batch_at
 from peft_jax.hub import save_adapter
 from peft_jax.knowledge.editing import METHODS, Search, edit
 from peft_jax.knowledge.evaluation import edit_scores, fluency
@@ -22,7 +20,8 @@ from peft_jax.knowledge.requests import Edit, read_edits
 from peft_jax.training.config import ConfigError, RunConfig, to_dict
 from peft_jax.training.evaluate import perplexity
 from peft_jax.training.generate import generate
-from peft_jax.training.setup import Setup, calibration_batches, make_rows, set_up, text_rows
+from peft_jax.training.report import before_and_after
+from peft_jax.training.setup import Setup, first_batches, make_rows, set_up, text_rows
 
 ADAPTER = "edit"
 
@@ -41,10 +40,7 @@ def run_editing(config: RunConfig, console: Console | None = None) -> Path:
     before = _measured(config, setup, setup.params, edits)
     edited = write_edits(config, setup, edits, out / ADAPTER)
     after = _measured(config, setup, edited, edits)
-    table = Table("", "before", "after")
-    for name in before:
-        table.add_row(name, f"{before[name]:.4g}", f"{after[name]:.4g}")
-    console.print(table)
+    console.print(before_and_after(before, after))
     (out / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     write_json(out / "results.json", {"before": before, "after": after, "edits": len(edits)})
     say(f"written: {out / ADAPTER}, {len(edits):,} facts")
@@ -67,12 +63,9 @@ def write_edits(config: RunConfig, setup: Setup, edits: list[Edit], folder: Path
 
 def _covariances(config: RunConfig, setup: Setup) -> dict[str, Any]:
     """Of the keys over the training data's texts; where there is data.replay, over that, which the facts are no part of."""
-    count, train = config.edit.calibration_batches, config.train
-    if config.data.replay is None:
-        batches = calibration_batches(config, setup, count)
-    else:
-        rows = text_rows(config, config.data.replay, setup)
-        batches = [batch_at(rows, i, train.batch_size, seed=train.seed) for i in range(count)]
+    d = config.data
+    rows = make_rows(config, d.train, setup) if d.replay is None else text_rows(config, d.replay, setup)
+    batches = first_batches(config, rows, config.edit.calibration_batches)
     return calibrate(bind(setup.model), setup.params, batches, targets=[feed_forward(setup.params).weight])
 
 

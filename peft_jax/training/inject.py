@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from peft_jax.core.bind import bind
 from peft_jax.core.files import write_json
 from peft_jax.core.sharding import fetch
 from peft_jax.data import Record, evaluation_batches
+from peft_jax.knowledge.evaluation import all_likeliest
 from peft_jax.knowledge.facts import question_of
 from peft_jax.knowledge.inputs import reads_knowledge
 from peft_jax.knowledge.requests import Edit
@@ -25,9 +25,10 @@ from peft_jax.training.edit import ADAPTER, write_edits
 from peft_jax.training.evaluate import perplexity
 from peft_jax.training.loop import on_devices
 from peft_jax.training.objective import TOKENS
+from peft_jax.training.report import before_and_after
 from peft_jax.training.run import run_training
 from peft_jax.training.setup import Setup, read_source, set_up, subject_of, templates_of, text_rows
-from peft_jax.training.tasks import known_facts, objective_of, rows_of
+from peft_jax.training.tasks import facts_of, objective_of, rows_of
 
 
 def run_injection(config: RunConfig, console: Console | None = None) -> dict[str, dict[str, float]]:
@@ -51,11 +52,8 @@ def run_injection(config: RunConfig, console: Console | None = None) -> dict[str
     else:
         params = write_edits(config, setup, facts_as_edits(config), out / ADAPTER)
     after = knowledge_of(config, setup, params)
-    table = Table("", "before", "after")
-    for name in before:
-        table.add_row(name, f"{before[name]:.4g}", f"{after[name]:.4g}")
     if jax.process_index() == 0:
-        console.print(table)
+        console.print(before_and_after(before, after))
         write_json(out / "injection.json", {"before": before, "after": after})
     return {"before": before, "after": after}
 
@@ -97,10 +95,9 @@ def recall(config: RunConfig, setup: Setup, params: Any, records: Sequence[Recor
 
 @functools.partial(jax.jit, static_argnums=0)
 def _said(apply: Any, params: Any, batch: Any) -> jax.Array:
-    """[B] whether each of a row's tokens that count is the likeliest one."""
     apply = reads_knowledge(apply)
     logits = TOKENS.head(apply, params, batch)(TOKENS.states(apply, params, batch, None))
-    return ((logits.argmax(-1) == batch["targets"]) | (batch["weights"] == 0)).all(-1)
+    return all_likeliest(logits, batch["targets"], batch["weights"])
 
 
 def facts_as_edits(config: RunConfig) -> list[Edit]:
@@ -108,5 +105,5 @@ def facts_as_edits(config: RunConfig) -> list[Edit]:
     templates = templates_of(config)
     return [
         Edit(*question_of(fact, templates, config.data.held_out), fact.value["object"])
-        for fact in known_facts(config.data, "train")
+        for fact in facts_of(config.data, config.data.train)
     ]

@@ -6,12 +6,14 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 # Peak dense bfloat16 FLOP/s of one device, by JAX's device_kind (vendors' data sheets).
 PEAK_FLOPS = {
@@ -126,3 +128,11 @@ def _drop_after(path: Path, step: int) -> None:
         except (json.JSONDecodeError, KeyError):
             continue  # the last line of a killed run may be cut
     path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+
+
+def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    """A row a number."""
+    table = Table("", "before", "after")
+    for name in before:
+        table.add_row(name, f"{before[name]:.4g}", f"{after[name]:.4g}")
+    return table

@@ -23,7 +23,6 @@ from peft_jax.core.sharding import fetch, shard
 from peft_jax.core.tree import combine, count, is_node, map_places, merge, partition, places
 from peft_jax.core.weight import Trainable, Weight, materialize
 from peft_jax.data import fingerprint as fingerprint_of
-from peft_jax.data.batches import batch_at
 from peft_jax.hub import save, save_adapter
 from peft_jax.knowledge.inputs import entity_fusion, read_entities
 from peft_jax.low_rank.init import STATISTICS
@@ -54,6 +53,7 @@ from peft_jax.training.setup import (
     Setup,
     calibration_batches,
     factorizes,
+    first_batches,
     is_loftq,
     made_smaller,
     make_rows,
@@ -110,7 +110,7 @@ def _head_trains(model: Any, path: str, w: Any) -> Any:
 
 def _statistics(config: RunConfig, setup: Setup, rows: Any, statistic: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Covariances or gradients over 8 batches of the training rows."""
-    batches = [batch_at(rows, i, config.train.batch_size, seed=config.train.seed) for i in range(8)]
+    batches = first_batches(config, rows, 8)
     apply, where = bind(setup.model), {k: options[k] for k in ("targets", "exclude") if k in options}
     if statistic == "covariance":
         return calibrate(apply, setup.params, batches, **where)

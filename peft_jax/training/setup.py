@@ -23,8 +23,7 @@ from peft_jax.data import Record, read_records
 from peft_jax.data.batches import batch_at
 from peft_jax.hub import load, load_adapter, load_tokenizer, local_folder
 from peft_jax.hub.checkpoint import load_fresh, read_config
-from peft_jax.knowledge.facts import part_of, read_templates, relation_questions, verbalise
-from peft_jax.knowledge.inputs import with_field
+from peft_jax.knowledge.facts import read_templates, relation_questions, verbalise
 from peft_jax.knowledge.retrieval import passages_of, with_passages
 from peft_jax.low_rank.svd import factorize
 from peft_jax.models.blocks import Task
@@ -44,7 +43,7 @@ from peft_jax.training.config import (
     check_quantize,
 )
 from peft_jax.training.prune import shrunk, sparsified
-from peft_jax.training.tasks import TASKS, Subject, known_facts, objective_of, rows_of, wanted_labels
+from peft_jax.training.tasks import TASKS, Subject, facts_of, objective_of, rows_of, wanted_labels
 
 
 class Setup(NamedTuple):
@@ -161,7 +160,11 @@ def masked(config: RunConfig, setup: Setup, batches: list[dict[str, Any]]) -> Se
 
 def calibration_batches(config: RunConfig, setup: Setup, count: int) -> list[dict[str, Any]]:
     """The first batches of the training rows."""
-    rows = make_rows(config, config.data.train, setup)
+    return first_batches(config, make_rows(config, config.data.train, setup), count)
+
+
+def first_batches(config: RunConfig, rows: Any, count: int) -> list[dict[str, Any]]:
+    """The batches that training on these rows begins with."""
     return [batch_at(rows, i, config.train.batch_size, seed=config.train.seed) for i in range(count)]
 
 
@@ -219,17 +222,18 @@ def read_source(config: RunConfig, source: SourceConfig, task: Task) -> list[Rec
     kind = d.kind or kinds[0]
     if kind not in kinds:
         raise ConfigError(f"option 'data.kind': a {task} model learns from {' or '.join(kinds)} records, not {kind}")
-    records = read_records(
-        source.path, kind=kind, split=source.split, columns=d.columns, delimiter=d.delimiter, on_error=d.on_error,
-        limit=source.limit,
-    )  # fmt: skip
     training = source is config.data.train
     if kind == "facts":
         asking = not training if source.phrasing is None else source.phrasing == "held_out"
-        records = records if source.part is None else part_of(records, source.part, d.unseen)
+        records = facts_of(d, source)
         if task == "sequence_classification":
             return relation_questions(records)
         records = verbalise(_ruled(config, records), templates_of(config), held_out=d.held_out, asking=asking)
+    else:
+        records = read_records(
+            source.path, kind=kind, split=source.split, columns=d.columns, delimiter=d.delimiter, on_error=d.on_error,
+            limit=source.limit,
+        )  # fmt: skip
     return _with_passages(config, records, config.train.seed if training else None)
 
 
@@ -244,7 +248,7 @@ def _ruled(config: RunConfig, facts: list[Record]) -> list[Record]:
     """Facts with the number of their relation's rule, where there are any."""
     if not config.data.knowledge.allowed_weight:
         return facts
-    relations = list(dict.fromkeys(f.value["relation"] for f in known_facts(config.data, "train")))
+    relations = list(dict.fromkeys(f.value["relation"] for f in facts_of(config.data, config.data.train)))
     number = {relation: n for n, relation in enumerate(relations, 1)}
     return [f._replace(value={**f.value, "rule": number.get(f.value["relation"], 0)}) for f in facts]
 
@@ -257,7 +261,7 @@ def _with_passages(config: RunConfig, records: list[Record], seed: int | None) -
     if "prompt" not in records[0].value:
         raise ConfigError("data.knowledge.passages are read before prompts: of facts and completions")
     if k.passages_kind == "facts":
-        passages = passages_of(known_facts(config.data, "passages"), templates_of(config))
+        passages = passages_of(facts_of(config.data, k.passages), templates_of(config))
     else:
         texts = read_records(k.passages.path, kind="text", split=k.passages.split, limit=k.passages.limit)
         passages = [p.strip() for t in texts for p in t.value["text"].split("\n\n") if p.strip()]
@@ -296,9 +300,6 @@ def text_rows(config: RunConfig, source: SourceConfig, setup: Setup) -> Any:
 
 def _beside(rows: Any, other: Any, chosen: np.ndarray) -> Any:
     """Rows and the chosen ones of others after them; fields that the others lack are zero there."""
-    for name, values in rows._asdict().items():
-        more = (
-            getattr(other, name)[chosen] if hasattr(other, name) else np.zeros((len(chosen), *values.shape[1:]), values.dtype)
-        )
-        rows = with_field(rows, name, np.concatenate([values, more]))
-    return rows
+    none = lambda values: np.zeros((len(chosen), *values.shape[1:]), values.dtype)
+    more = lambda name, values: getattr(other, name)[chosen] if hasattr(other, name) else none(values)
+    return rows._make(np.concatenate([values, more(name, values)]) for name, values in rows._asdict().items())

@@ -31,6 +31,7 @@ from peft_jax.data import (
     label_names,
     pack,
     read_records,
+    with_fields,
 )
 from peft_jax.knowledge.constraints import constrained, objects_of, read_lexicon
 from peft_jax.knowledge.facts import part_of
@@ -41,10 +42,9 @@ from peft_jax.knowledge.inputs import (
     mark_entities,
     read_entities,
     reads_knowledge,
-    with_field,
 )
 from peft_jax.models.blocks import Task
-from peft_jax.training.config import ConfigError, DataConfig, RunConfig
+from peft_jax.training.config import ConfigError, DataConfig, RunConfig, SourceConfig
 from peft_jax.training.loop import on_devices
 from peft_jax.training.metrics import OF_ANSWERS, OF_LABELS, OF_NUMBERS, seqeval
 from peft_jax.training.objective import (
@@ -128,19 +128,18 @@ def rows_of(s: Subject, records: Sequence[Record]) -> Any:
             raise ConfigError(f"data.knowledge.lexicon says the labels of words, and this is a {s.model.task} model")
         words, _ = read_lexicon(Path(k.lexicon), names_of_labels(s.model) or [])
         marked = mark_entities(rows, make_lexicon(s.tokenizer, words), everywhere=True)
-        rows = with_field(rows, "rules", np.where(rows.weights > 0, marked.entities, 0))
+        rows = with_fields(rows, rules=np.where(rows.weights > 0, marked.entities, 0))
     if k.entities is not None:
         names, _ = read_entities(Path(k.entities))
         rows = mark_entities(rows, make_lexicon(s.tokenizer, names))
     if k.triples is not None:
-        facts = known_facts(s.data, "triples")
+        facts = facts_of(s.data, k.triples)
         rows = attach_triples(rows, make_triples(s.tokenizer, facts), most=k.triples_each, room=k.triples_room)
     return rows
 
 
-def known_facts(data: DataConfig, what: str) -> list[Record]:
-    """The facts of data.train, or of a source in data.knowledge."""
-    source = data.train if what == "train" else getattr(data.knowledge, what)
+def facts_of(data: DataConfig, source: SourceConfig) -> list[Record]:
+    """The facts of a source, those of the subjects that it is to have."""
     facts = read_records(source.path, kind="facts", split=source.split, columns=data.columns if data.kind == "facts" else None,
                          delimiter=data.delimiter, on_error=data.on_error, limit=source.limit)  # fmt: skip
     return facts if source.part is None else part_of(facts, source.part, data.unseen)
@@ -153,7 +152,7 @@ def rule_tables(s: Subject) -> dict[str, tuple[np.ndarray, float]]:
         return {"prior": (read_lexicon(Path(k.lexicon), names_of_labels(s.model) or [])[1], k.lexicon_weight)}
     if k.allowed_weight:
         width = s.model.config.vocab_size
-        return {"allowed": (objects_of(known_facts(s.data, "train"), s.tokenizer, width)[1], k.allowed_weight)}
+        return {"allowed": (objects_of(facts_of(s.data, s.data.train), s.tokenizer, width)[1], k.allowed_weight)}
     return {}
 
 
