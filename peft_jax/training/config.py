@@ -475,12 +475,15 @@ def _check_knowledge(config: RunConfig) -> None:
         raise ConfigError(f"option {wrong[0]!r} must lie in [0, 1], got {shares[wrong[0]]}")
     if d.replay is not None and d.replay_share >= 1.0:
         raise ConfigError("data.replay_share=1 leaves nothing of data.train")
-    if (k.triples or k.entities) and (config.distill.teachers or config.distill.cache):
-        raise ConfigError(
-            "data.knowledge.triples and entities are read by the model that trains, not by teachers: leave one out"
-        )
+    taught = [n for n in ("triples", "entities", "allowed_weight", "lexicon") if getattr(k, n)]
+    if taught and (config.distill.teachers or config.distill.cache):
+        raise ConfigError(f"data.knowledge.{taught[0]} is for a model that trains by itself, not from teachers: leave one out")
     if k.allowed_weight and d.kind != "facts":
         raise ConfigError("data.knowledge.allowed_weight is about the objects of facts: set data.kind=facts")
+    texts = ("replay",) if d.kind == "facts" else ("train", "validation", "test", "replay")
+    for name, source in ((n, getattr(d, n)) for n in texts):
+        if source is not None and (source.part or source.phrasing):
+            raise ConfigError(f"data.{name}.{'part' if source.part else 'phrasing'} is about facts: leave it out of other data")
 
 
 def _check_edit(config: EditConfig) -> None:

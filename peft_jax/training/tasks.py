@@ -151,6 +151,8 @@ def rule_tables(s: Subject) -> dict[str, tuple[np.ndarray, float]]:
     if k.lexicon is not None:
         return {"prior": (read_lexicon(Path(k.lexicon), names_of_labels(s.model) or [])[1], k.lexicon_weight)}
     if k.allowed_weight:
+        if s.model.task != "causal_lm":
+            raise ConfigError(f"data.knowledge.allowed_weight is for causal language models, not a {s.model.task} model")
         width = s.model.config.vocab_size
         return {"allowed": (objects_of(facts_of(s.data, s.data.train), s.tokenizer, width)[1], k.allowed_weight)}
     return {}

@@ -112,12 +112,14 @@ def test_facts_are_edited_into_the_weights(tiny_folder, files, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {"kind": "text"}}, "inject needs data.kind=facts"),
+        ({"data": {"kind": "text", "train": {"path": "x.csv"}}}, "inject needs data.kind=facts"),
+        ({"data": {"kind": "text"}}, "data.train.part is about facts"),
         ({"data": {"train": {"path": "x.csv"}}}, "set data.train.part=known"),
         ({"data": {"unseen": 1.5}}, "'data.unseen' must lie in"),
         ({"data": {"kind": "completion", "knowledge": {"allowed_weight": 1.0}}}, "set data.kind=facts"),
         ({"data": {"replay_share": 1.0}}, "leaves nothing of data.train"),
-        ({"distill": {"teachers": [{"path": "self"}]}, "data": {"knowledge": {"triples": {}}}}, "by the model that trains"),
+        ({"distill": {"teachers": [{"path": "self"}]}, "data": {"knowledge": {"triples": {}}}}, "trains by itself, not from"),
+        ({"distill": {"cache": "x"}, "data": {"knowledge": {"lexicon": "x"}}}, "lexicon is for a model that trains by itself"),
     ],
 )
 def test_what_cannot_be_injected_is_refused(changes, message, tiny_folder, files, tmp_path):

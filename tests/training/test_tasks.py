@@ -501,6 +501,9 @@ def test_an_encoder_learns_facts(task, encoder, tmp_path):
     run_training(parse_config(tree))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["after"]["loss"] < 0.3 * results["before"]["loss"]
+    tree["data"]["knowledge"] = {"allowed_weight": 1.0}
+    with pytest.raises(ConfigError, match=f"allowed_weight is for causal language models, not a {task} model"):
+        run_evaluation(parse_config(tree))
 
 
 def test_only_objects_of_facts_are_masked(tokenizer):
