@@ -6,7 +6,7 @@ Each case is (model, method); the properties are those of docs/architecture.md.
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -108,20 +108,38 @@ THIRD = {n: "scanned" for n in WHOLE} | {
 CASES = [(m, n) for n in METHODS for m in (MODELS if n in THOROUGH else [*MODELS[:2], THIRD.get(n, "compressed")])]
 
 
-@dataclasses.dataclass
-class Case:
+class Base(NamedTuple):
     model: Any
-    base: Any
-    params: Any  # with the method, as it starts
-    moved: Any  # with every trained array moved
+    params: Any
+    layout: Any  # of the weights, where the model is not one of this package
     tokens: np.ndarray
     apply: Any
+    logits: Any
+
+
+@dataclasses.dataclass
+class Case:
+    base: Base
     method: str
+    params: Any  # with the method, as it starts
+    moved: Any  # with every trained array moved
+
+    @property
+    def model(self) -> Any:
+        return self.base.model
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.base.tokens
+
+    @functools.cached_property
+    def logits(self) -> Any:
+        return self.base.apply(self.moved, self.tokens)
 
     @functools.cached_property
     def gradients(self) -> Any:
         trainable, frozen = peft_jax.partition(self.moved)
-        return jax.jit(jax.grad(lambda t: loss(self.apply, t, frozen, self.tokens)))(trainable)
+        return jax.jit(jax.grad(lambda t: loss(self.base.apply, t, frozen, self.tokens)))(trainable)
 
 
 @pytest.fixture(scope="module")
@@ -130,30 +148,35 @@ def root(tmp_path_factory):
 
 
 @functools.cache
-def base_model(name: str, root: Path) -> tuple[Any, Any, Any, np.ndarray]:
-    """(model, its tree, the layout of its weights, tokens)."""
-    tokens = random_tokens(2, 8, vocab=VOCAB)
+def base_model(name: str, root: Path) -> Base:
+    layout, tokens = None, random_tokens(2, 8, vocab=VOCAB)
     if name in ("linen", "nnx"):
-        model, base = linen_model() if name == "linen" else nnx_model()
-        return model, base, peft_jax.layout_of(model, tokens), tokens
-    family = {"gemma2": "gemma2_caps", "biased": "llama3_tied_biased"}.get(name, "llama2")
-    folder, tokens, _ = family_checkpoint(family, root)
-    model, base = peft_jax.load(folder, scan_layers=name != "looped")
-    return model, compressed(base) if name == "compressed" else base, None, tokens
+        model, params = linen_model() if name == "linen" else nnx_model()
+        layout = peft_jax.layout_of(model, tokens)
+    else:
+        family = {"gemma2": "gemma2_caps", "biased": "llama3_tied_biased"}.get(name, "llama2")
+        folder, tokens, _ = family_checkpoint(family, root)
+        model, params = peft_jax.load(folder, scan_layers=name != "looped")
+        params = compressed(params) if name == "compressed" else params
+    apply = jax.jit(peft_jax.bind(model))
+    return Base(model, params, layout, tokens, apply, apply(params, tokens))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda p: f"{p[1]}-{p[0]}")
 def case(request, root):
     name, method = request.param
-    model, base, layout, tokens = base_model(name, root)
+    base = base_model(name, root)
     options = dict(OPTIONS.get(method, {}))
-    if layout is not None:
-        options |= ELSEWHERE.get(method, {}) | ({} if method in NO_LAYOUT else {"layout": layout})
-    if layout is not None and method in ("adaption_prompt", "unipelt"):
+    if base.layout is not None:
+        options |= ELSEWHERE.get(method, {}) | ({} if method in NO_LAYOUT else {"layout": base.layout})
+    if base.layout is not None and method in ("adaption_prompt", "unipelt"):
         pytest.skip("it needs a decoder's attention")
-    params = METHODS[method](base, jax.random.key(1), **options)
-    apply = peft_jax.bind(model)
-    return Case(model, base, params, perturb(params), tokens, jax.jit(apply), method)
+    params = METHODS[method](base.params, jax.random.key(1), **options)
+    return Case(base, method, params, perturb(params))
+
+
+def is_compressed(base: Base) -> bool:
+    return any(isinstance(w, peft_jax.Weight) for w in peft_jax.places(base.params).values())
 
 
 def once(case):
@@ -169,10 +192,11 @@ def loss(apply, trainable, frozen, tokens):
 def test_identity_at_the_start(case):
     if case.method in NOT_IDENTITY:
         pytest.skip("this method does not promise it")
-    assert relative_error(case.apply(case.params, case.tokens), case.apply(case.base, case.tokens)) < 1e-5
+    assert relative_error(case.base.apply(case.params, case.tokens), case.base.logits) < 1e-5
 
 
 def test_gradients_reach_every_trained_array_and_no_other(case):
+    once(case)
     largest = jax.tree.map(lambda g: float(jnp.abs(g).max()), case.gradients)
     for path, value in jax.tree_util.tree_flatten_with_path(largest)[0]:
         assert np.isfinite(value), path
@@ -182,12 +206,11 @@ def test_gradients_reach_every_trained_array_and_no_other(case):
 
 
 def test_merged_equals_unmerged(case):
-    expected = case.apply(case.moved, case.tokens)
-    assert relative_error(case.apply(peft_jax.merge(case.moved), case.tokens), expected) < 2e-5
+    assert relative_error(case.base.apply(peft_jax.merge(case.moved), case.tokens), case.logits) < 2e-5
 
 
 def test_unmerge_restores(case):
-    if case.method in ("qat", "sparse") or any(isinstance(w, peft_jax.Weight) for w in peft_jax.places(case.base).values()):
+    if case.method in ("qat", "sparse") or is_compressed(case.base):
         pytest.skip("a compressed base is not recovered from its merge with a dense update")
     back = peft_jax.unmerge(peft_jax.merge(case.moved), case.moved)
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(case.moved), strict=True):
@@ -208,7 +231,7 @@ def test_matmul_equals_materialized(case):
 
 def test_eager_equals_jitted(case):
     once(case)
-    assert relative_error(peft_jax.bind(case.model)(case.moved, case.tokens), case.apply(case.moved, case.tokens)) < 1e-5
+    assert relative_error(peft_jax.bind(case.model)(case.moved, case.tokens), case.logits) < 1e-5
 
 
 def test_scanned_equals_looped(case):
@@ -216,7 +239,7 @@ def test_scanned_equals_looped(case):
         pytest.skip("the model does not scan its layers by a switch")
     looped = case.model.clone(scan_layers=False)
     tree = unstack_layers(case.moved)
-    assert relative_error(jax.jit(peft_jax.bind(looped))(tree, case.tokens), case.apply(case.moved, case.tokens)) < 1e-5
+    assert relative_error(jax.jit(peft_jax.bind(looped))(tree, case.tokens), case.logits) < 1e-5
     assert jax.tree.structure(stack_layers(tree)) == jax.tree.structure(case.moved)
 
 
@@ -240,7 +263,7 @@ def test_eight_devices_equal_one(case, axes):
     with jax.set_mesh(mesh):
         spread = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
         out = np.asarray(jax.jit(peft_jax.bind(case.model))(placed, spread))
-    assert relative_error(out, case.apply(case.moved, tokens)) < 2e-5
+    assert relative_error(out, case.base.apply(case.moved, tokens)) < 2e-5
 
 
 def test_bfloat16_stays_close(case):
@@ -248,8 +271,7 @@ def test_bfloat16_stays_close(case):
         pytest.skip("the model has no dtype to change")
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, case.moved)
     out = jax.jit(peft_jax.bind(case.model.clone(dtype=jnp.bfloat16)))(half, case.tokens)
-    expected = case.apply(case.moved, case.tokens)
-    assert float(jnp.abs(out - expected).mean() / jnp.abs(expected).mean()) < 0.1
+    assert float(jnp.abs(out - case.logits).mean() / jnp.abs(case.logits).mean()) < 0.1
 
 
 def test_orbax_round_trip(case, tmp_path):
@@ -264,20 +286,19 @@ def test_orbax_round_trip(case, tmp_path):
         back = checkpointer.restore(tmp_path / "state")
     leaves = [back[str(i)] for i in range(len(flat))]
     restored = peft_jax.combine(jax.tree.unflatten(jax.tree.structure(trainable), leaves), frozen)
-    np.testing.assert_array_equal(case.apply(restored, case.tokens), case.apply(case.moved, case.tokens))
+    np.testing.assert_array_equal(case.base.apply(restored, case.tokens), case.logits)
 
 
 def test_export_round_trip(case, tmp_path):
     """An adapter through its PEFT folder, full fine-tuning through a Hugging Face folder: the same output."""
     if not hasattr(case.model, "config"):
         pytest.skip("only Hugging Face families have a folder format")
-    expected = case.apply(case.moved, case.tokens)
     if case.method in WHOLE:
-        if any(isinstance(w, peft_jax.Weight) for w in peft_jax.places(case.base).values()):
+        if is_compressed(case.base):
             pytest.skip("full fine-tuning leaves a compressed base as it is")
         peft_jax.save(tmp_path / "model", case.model, peft_jax.merge(case.moved))
         _, params = peft_jax.load(tmp_path / "model", scan_layers=case.model.scan_layers)
     else:
         peft_jax.save_adapter(tmp_path / "adapter", case.moved)
-        params = peft_jax.load_adapter(case.base, tmp_path / "adapter")
-    assert relative_error(case.apply(params, case.tokens), expected) < 1e-6
+        params = peft_jax.load_adapter(case.base.params, tmp_path / "adapter")
+    assert relative_error(case.base.apply(params, case.tokens), case.logits) < 1e-6
