@@ -29,12 +29,13 @@ def options(tiny_folder, tmp_path):
         f"output={tmp_path}/run", f"model.path={tiny_folder}", "method.rank=2", "data.train.path=builtin:countries",
         "data.validation.path=builtin:countries", "data.kind=completion", "data.sequence_length=32", "train.steps=3",
         "train.batch_size=8", "train.log_every=1", "data.train.limit=40", "data.validation.limit=16",
-        "evaluate.metrics=[perplexity,exact_match]", "evaluate.limit=4", "evaluate.batch_size=4", "evaluate.max_tokens=4",
-        'generate.prompts=["What is the capital of France?"]', "generate.max_tokens=4",
+        "evaluate.metrics=[perplexity]", "evaluate.limit=4", "evaluate.batch_size=4", "generate.prompts=[]",
     ]  # fmt: skip
 
 
 def test_train_evaluate_generate_export_and_inspect(options, tmp_path):
+    options += ["evaluate.metrics=[perplexity,exact_match]", "evaluate.max_tokens=4"]
+    options += ['generate.prompts=["What is the capital of France?"]', "generate.max_tokens=4"]
     out, error = run("train", *options)
     assert error is None, out
     for text in ("before:", "after:", "exact_match", "prompt: What is the capital of France?", "adapter"):
@@ -63,7 +64,7 @@ def test_train_evaluate_generate_export_and_inspect(options, tmp_path):
 
 def test_full_fine_tuning_exports_a_model(options, tmp_path):
     full = [o for o in options if not o.startswith("method")]
-    out, error = run("train", *full, "method.name=full", "evaluate.metrics=[perplexity]", "generate.prompts=[]")
+    out, error = run("train", *full, "method.name=full")
     assert error is None, out
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
@@ -217,7 +218,7 @@ def test_training_over_a_quantized_base(options, tmp_path, method, quantized, me
 
 def test_quantize_shows_both_perplexities_and_writes_a_folder(options, tmp_path):
     rest = ["quantize.format=int4", "quantize.options={block_size: 16}", "quantize.rounding=gptq"]
-    out, error = run("quantize", *[o for o in options if "metrics" not in o], *rest, "evaluate.metrics=[perplexity]")
+    out, error = run("quantize", *options, *rest)
     assert error is None, out
     assert "before:" in out
     assert "bits a quantized weight" in out
@@ -234,7 +235,7 @@ def zeros_of(folder):
 
 
 def test_prune_shows_what_became_of_each_weight(options, tmp_path):
-    options = [o for o in options if "metrics" not in o and "prompts" not in o] + ["prune.calibration_batches=2"]
+    options += ["prune.calibration_batches=2"]
     rest = ["prune.sparsity=0.5", "prune.score=magnitude", "prune.distribution=owl", "prune.sensitivity=[0.5]"]
     out, error = run("prune", *options, *rest)
     assert error is None, out
@@ -250,7 +251,6 @@ def test_prune_shows_what_became_of_each_weight(options, tmp_path):
 
 
 def test_prune_makes_a_smaller_model(options, tmp_path):
-    options = [o for o in options if "metrics" not in o and "prompts" not in o]
     out, error = run("prune", *options, "prune.keep={layers: 2, units: 32, kv_heads: 1}", "quantize.format=int8")
     assert error is None, out
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
@@ -273,8 +273,7 @@ def test_prune_makes_a_smaller_model(options, tmp_path):
     ids=lambda v: v if isinstance(v, str) else v[0][8:20] + v[-1][:18],
 )  # fmt: skip
 def test_training_over_a_pruned_base(options, tmp_path, changes, written):
-    options = [o for o in options if not o.startswith(("method.", "generate.prompts", "evaluate.metrics"))]
-    options += ["generate.prompts=[]", "prune.calibration_batches=1", *changes]
+    options = [o for o in options if not o.startswith("method.")] + ["prune.calibration_batches=1", *changes]
     out, error = run("train", *options)
     assert error is None, out
     folder = tmp_path / "run"

@@ -21,7 +21,7 @@ def start(folder, tiny_folder, processes, index, port):
     ]  # fmt: skip
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes} --xla_backend_optimization_level=0",
     }  # fmt: skip
     if processes > 1:
         environment |= {
