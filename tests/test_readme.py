@@ -1,8 +1,10 @@
-"""The README's example and the notebook are run, and the README's commands are what they are said to be."""
+"""The README's example and the notebooks are run, and the README's commands are what they are said to be."""
 
 import json
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,11 +25,20 @@ def test_the_first_two_shell_blocks_are_quickstart_and_tests():
     assert "pytest" in second
 
 
-def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
-    cells = json.loads((ROOT / "notebooks" / "lora_and_full.ipynb").read_text(encoding="utf-8"))["cells"]
-    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code").replace("STEPS = 60", "STEPS = 2")
+@pytest.mark.parametrize(
+    ("name", "said", "written"),
+    [
+        ("lora_and_full", "full fine-tuning", "adapter/adapter_model.safetensors"),
+        pytest.param("six_techniques", "restored: True", None, marks=pytest.mark.slow),
+    ],
+)
+def test_notebooks_run(name, said, written, tmp_path, monkeypatch, capsys):
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    for long, short in (("STEPS = 60", "STEPS = 2"), ("LENGTH = 256", "LENGTH = 32")):
+        assert long in code
+        code = code.replace(long, short)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "lora_and_full.ipynb", "exec"), {})
-    out = capsys.readouterr().out
-    assert "full fine-tuning" in out
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    exec(compile(code, f"{name}.ipynb", "exec"), {})
+    assert said in capsys.readouterr().out
+    assert written is None or (tmp_path / written).is_file()
