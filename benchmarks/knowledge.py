@@ -207,6 +207,7 @@ EDITING: dict[str, dict[str, Any]] = {
     "AlphaEdit": {"method": "alphaedit", "layers": [2, 3, 4]},
     "FT-L": {"method": "ft_l", "layers": [3], "learning_rate": 2e-3, "limit": 5e-3},
     "FT": {"method": "ft", "layers": [3], "learning_rate": 2e-3},
+    "LoRA": {"method": "lora", "layers": [2, 3, 4], "learning_rate": 2e-2},
 }
 
 

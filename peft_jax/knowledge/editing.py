@@ -27,7 +27,7 @@ from peft_jax.knowledge.hooks import KEY, AddAt, FeedForward, feed_forward
 from peft_jax.knowledge.requests import Edit, EditRows, check_edits, edit_rows
 from peft_jax.low_rank.lora import LoRA
 
-Method = Literal["rome", "memit", "alphaedit", "ft", "ft_l"]
+Method = Literal["rome", "memit", "alphaedit", "ft", "ft_l", "lora"]
 Delta = tuple[np.ndarray, np.ndarray]  # [F, r] and [r, D], whose product is added to W
 
 
@@ -60,6 +60,7 @@ def edit(
     learning_rate: float = 5e-4,
     steps: int = 25,
     limit: float = 5e-4,
+    rank: int = 8,
     batch: int = 32,
     name: str = "edit",
 ) -> Any:
@@ -69,11 +70,11 @@ def edit(
     equations 14 and 20): all at once, spread over layers; `weight` is that of what is known already. alphaedit (Fang et al.
     2024, arXiv:2410.02355, equation 14): as memit, in the null space of keys of what is known, directions whose mean square
     is below `threshold`. ft: Adam on one layer's weight for `steps` at `learning_rate`; ft_l: the same with no entry changed
-    by more than `limit` (Zhu et al. 2020, arXiv:2012.00363).
+    by more than `limit` (Zhu et al. 2020, arXiv:2012.00363). lora: the same for products of `rank` (Hu et al. 2021).
 
-    `covariances` are those of `calibrate` over texts, for the weights that are edited (not for ft). `prefixes` are texts
-    before the prompts, over which keys are averaged and values searched for. Values of `batch` facts are searched for at a
-    time. Layers are numbered from 0; by default the middle one (rome, ft), or it and the two before it.
+    `covariances` are those of `calibrate` over texts, for the weights that are edited (not for ft, ft_l and lora). `prefixes`
+    are texts before the prompts, over which keys are averaged and values searched for. Values of `batch` facts are searched
+    for at a time. Layers are numbered from 0; by default the middle one, and the two before it where a method takes several.
 
     Raises ValueError for contradicting edits, an unknown method, layers that are not there, or missing covariances.
     """
@@ -98,7 +99,14 @@ def edit(
             )
         covariance = np.asarray(covariances[place.weight], np.float64)
     work = _Work(model, params, tokenizer, place, tuple(prefixes), search, batch)
-    given = {"weight": weight, "threshold": threshold, "learning_rate": learning_rate, "steps": steps, "limit": limit}
+    given = {
+        "weight": weight,
+        "threshold": threshold,
+        "learning_rate": learning_rate,
+        "steps": steps,
+        "limit": limit,
+        "rank": rank,
+    }
     deltas = way.run(work, edits, layers, covariance, **{n: given[n] for n in way.options})
     return with_deltas(params, place.weight, deltas, name)
 
@@ -206,12 +214,25 @@ def _tuned(
     _: Any,
     learning_rate: float,
     steps: int,
-    limit: float | None = None,
+    limit: float = np.inf,
 ) -> dict[int, Delta]:
     (layer,) = layers
-    before = work.weight(layer)
-    change = work.tuned(edits, layer, learning_rate, steps, limit) - before
+    start = jnp.asarray(work.weight(layer), jnp.float32)
+    put = lambda array, w: array.at[layer].set(w.astype(array.dtype))
+    after = work.descend(edits, start, put, learning_rate, steps, lambda w: jnp.clip(w, start - limit, start + limit))
+    change = np.asarray(after, np.float64) - work.weight(layer)
     return {layer: (np.eye(len(change)), change)}
+
+
+def _low_rank(
+    work: _Work, edits: Sequence[Edit], layers: Sequence[int], _: Any, learning_rate: float, steps: int, rank: int
+) -> dict[int, Delta]:
+    L, (F, D) = len(layers), work.weight(layers[0]).shape
+    bound = F**-0.5  # as PEFT starts LoRA's first factor
+    start = jax.random.uniform(jax.random.key(0), (L, F, int(rank)), minval=-bound, maxval=bound), jnp.zeros((L, int(rank), D))
+    put = lambda array, ab: array.at[np.asarray(layers)].add((ab[0] @ ab[1]).astype(array.dtype))
+    a, b = work.descend(edits, start, put, learning_rate, steps)
+    return {layer: (np.asarray(a[n], np.float64), np.asarray(b[n], np.float64)) for n, layer in enumerate(layers)}
 
 
 class Way(NamedTuple):
@@ -231,6 +252,7 @@ METHODS: dict[str, Way] = {
     "alphaedit": Way(_alphaedit, ("threshold",), several=True),
     "ft": Way(_tuned, ("learning_rate", "steps"), reads_covariances=False),
     "ft_l": Way(_tuned, ("learning_rate", "steps", "limit"), reads_covariances=False),
+    "lora": Way(_low_rank, ("learning_rate", "steps", "rank"), several=True, reads_covariances=False),
 }
 
 
@@ -294,26 +316,32 @@ class _Work:
         rows = edit_rows(self.tokenizer, [e.question for e in edits], [""] * len(edits), [e.subject for e in edits])
         return _read(self.apply, self.params, rows, output_of(module))[layer].astype(np.float64)
 
-    def tuned(self, edits: Sequence[Edit], layer: int, learning_rate: float, steps: int, limit: float | None) -> np.ndarray:
-        """The layer's weight after Adam on the facts' targets."""
+    def descend(
+        self,
+        edits: Sequence[Edit],
+        start: Any,
+        put: Callable[[jax.Array, Any], jax.Array],
+        learning_rate: float,
+        steps: int,
+        within: Callable[[Any], Any] = lambda x: x,
+    ) -> Any:
+        """What Adam on the facts' targets makes of `start`, kept `within` bounds; `put` sets it into the weight [L, F, D]."""
         rows = edit_rows(self.tokenizer, [e.question for e in edits], [e.target for e in edits])
-        start = jnp.asarray(self.array[layer], jnp.float32)
         optimizer = optax.adam(learning_rate)
 
-        def loss(w: jax.Array, params: Any) -> jax.Array:
-            put = lambda p, x: x.at[layer].set(w.astype(x.dtype)) if p == self.place.weight else x
-            return answer_nll(self.apply, map_places(put, params), rows).mean()
+        def loss(x: Any, params: Any) -> jax.Array:
+            changed = map_places(lambda p, w: put(w, x) if p == self.place.weight else w, params)
+            return answer_nll(self.apply, changed, rows).mean()
 
         @jax.jit
-        def step(w: jax.Array, state: Any, params: Any) -> Any:
-            updates, state = optimizer.update(jax.grad(loss)(w, params), state)
-            w = jnp.asarray(optax.apply_updates(w, updates))
-            return (w if limit is None else jnp.clip(w, start - limit, start + limit)), state
+        def step(x: Any, state: Any, params: Any) -> Any:
+            updates, state = optimizer.update(jax.grad(loss)(x, params), state)
+            return within(optax.apply_updates(x, updates)), state
 
-        w, state, params = start, optimizer.init(start), self.params
+        x, state, params = start, optimizer.init(start), self.params
         for _ in range(int(steps)):
-            w, state = step(w, state, params)
-        return np.asarray(w, np.float64)
+            x, state = step(x, state, params)
+        return x
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))

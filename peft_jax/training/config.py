@@ -279,9 +279,11 @@ class EditConfig:
     edits: str | None = option(
         None, "a .json or .jsonl file of facts: prompt with {}, subject, target, true, paraphrases, neighbours"
     )
-    method: Literal["rome", "memit", "alphaedit", "ft", "ft_l"] = option("memit", "how they are written into the weights")
+    method: Literal["rome", "memit", "alphaedit", "ft", "ft_l", "lora"] = option(
+        "memit", "how they are written into the weights"
+    )
     layers: list[int] = option(
-        [], "layers to edit, numbered from 0; by default the middle one, and for memit the two before it"
+        [], "layers to edit, numbered from 0; by default the middle one, and for memit, alphaedit and lora the two before it"
     )
     options: dict[str, float] = option({}, "options of the method, as {weight: 15000} of memit, {threshold: 0.02} of alphaedit")
     search: dict[str, float] = option({}, "of the values: steps, learning_rate, kl, decay, clamp")

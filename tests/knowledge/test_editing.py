@@ -105,6 +105,7 @@ OPTIONS = {
     "alphaedit": ({"layers": [0, 1], "threshold": 1e-2}, 0.95),
     "ft": ({"layers": [1], "learning_rate": 5e-3}, 0.5),
     "ft_l": ({"layers": [1], "learning_rate": 5e-3, "limit": 0.02}, 0.95),
+    "lora": ({"layers": [0, 1], "learning_rate": 2e-2, "rank": 2}, 0.5),
 }
 
 
