@@ -287,9 +287,10 @@ def _edits_text(found: dict[str, Any], about: dict[str, Any]) -> str:
     names = ("efficacy", "paraphrase", "neighbourhood", "score")
     parts = [heading("Edits of facts that a model has learnt")]
     parts.append(
-        f"The embedded base after full fine-tuning on {about['facts']:,} facts of T-REx in ten ways to say each; the edits are of\n"
-        f"{about['known']:,} facts that it then says, to another object of the same relation with as many tokens. CounterFact's\n"
-        f"scores in %, over three draws up to 10 edits. Perplexity of held-out novels and plays before: {about['perplexity']:.2f}.\n"
+        f"The embedded base after full fine-tuning on {about['facts']:,} facts of T-REx in ten ways to say each. Edits are of\n"
+        f"the {about['known']:,} facts that it then says, to another object of the same relation with as many tokens.\n"
+        "CounterFact's scores in %, over three draws up to 10 edits. Perplexity of held-out novels and plays before:\n"
+        f"{about['perplexity']:.2f}.\n"
     )
     parts.append(f"| edits | way | {' | '.join(names)} | perplexity | seconds |\n|---|---|---|---|---|---|---|---|")
     for ways in found.values():
