@@ -18,7 +18,6 @@ import json
 import random
 import statistics
 import tempfile
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -266,12 +265,10 @@ def edits(args: argparse.Namespace) -> None:
             rows = found.setdefault(f"{count}", {}).setdefault(way, [])
             for draw in range(len(rows), 3 if count <= 10 else 1):
                 chosen = wanted[draw * count : (draw + 1) * count]
-                begin = time.perf_counter()
                 edited = edit(model, params, tokenizer, chosen, covariances=covariances, **EDITING[way])
-                seconds = time.perf_counter() - begin
                 scores = edit_scores(apply, edited, tokenizer, chosen)
                 scores["perplexity"] = perplexity_of(model, edited, held[:64])
-                rows.append({**scores, "edits": len(chosen), "seconds": seconds})
+                rows.append({**scores, "edits": len(chosen)})
                 print(f"{count} edits, {way}, draw {draw}: {rows[-1]}", flush=True)
                 if kept:
                     kept.write_text(json.dumps(found))
@@ -287,12 +284,12 @@ def _edits_text(found: dict[str, Any], about: dict[str, Any]) -> str:
         "CounterFact's scores in %, over three draws up to 10 edits. Perplexity of held-out novels and plays before:\n"
         f"{about['perplexity']:.2f}.\n"
     )
-    parts.append(f"| edits | way | {' | '.join(names)} | perplexity | seconds |\n|---|---|---|---|---|---|---|---|")
+    parts.append(f"| edits | way | {' | '.join(names)} | perplexity |\n|---|---|---|---|---|---|---|")
     for ways in found.values():
         for way, rows in ways.items():
             if rows:
                 cells = [_spread([100 * r[n] for r in rows if n in r] or [float("nan")], 1) for n in names]
-                cells += [_spread([r["perplexity"] for r in rows], 2), f"{statistics.mean(r['seconds'] for r in rows):.0f}"]
+                cells += [_spread([r["perplexity"] for r in rows], 2)]
                 parts.append(f"| {rows[0]['edits']:,} | {way} | {' | '.join(cells)} |")
     return "\n".join(parts) + "\n"
 
