@@ -123,6 +123,7 @@ class Case:
     method: str
     params: Any  # with the method, as it starts
     moved: Any  # with every trained array moved
+    apply: Any  # of its own: what it has compiled goes with the case
 
     @property
     def model(self) -> Any:
@@ -134,12 +135,12 @@ class Case:
 
     @functools.cached_property
     def logits(self) -> Any:
-        return self.base.apply(self.moved, self.tokens)
+        return self.apply(self.moved, self.tokens)
 
     @functools.cached_property
     def gradients(self) -> Any:
         trainable, frozen = peft_jax.partition(self.moved)
-        return jax.jit(jax.grad(lambda t: loss(self.base.apply, t, frozen, self.tokens)))(trainable)
+        return jax.jit(jax.grad(lambda t: loss(self.apply, t, frozen, self.tokens)))(trainable)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def case(request, root):
     if base.layout is not None and method in ("adaption_prompt", "unipelt"):
         pytest.skip("it needs a decoder's attention")
     params = METHODS[method](base.params, jax.random.key(1), **options)
-    return Case(base, method, params, perturb(params))
+    return Case(base, method, params, perturb(params), jax.jit(peft_jax.bind(base.model)))
 
 
 def is_compressed(base: Base) -> bool:
@@ -192,7 +193,7 @@ def loss(apply, trainable, frozen, tokens):
 def test_identity_at_the_start(case):
     if case.method in NOT_IDENTITY:
         pytest.skip("this method does not promise it")
-    assert relative_error(case.base.apply(case.params, case.tokens), case.base.logits) < 1e-5
+    assert relative_error(case.apply(case.params, case.tokens), case.base.logits) < 1e-5
 
 
 def test_gradients_reach_every_trained_array_and_no_other(case):
@@ -263,7 +264,7 @@ def test_eight_devices_equal_one(case, axes):
     with jax.set_mesh(mesh):
         spread = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
         out = np.asarray(jax.jit(peft_jax.bind(case.model))(placed, spread))
-    assert relative_error(out, case.base.apply(case.moved, tokens)) < 2e-5
+    assert relative_error(out, case.apply(case.moved, tokens)) < 2e-5
 
 
 def test_bfloat16_stays_close(case):
@@ -286,7 +287,7 @@ def test_orbax_round_trip(case, tmp_path):
         back = checkpointer.restore(tmp_path / "state")
     leaves = [back[str(i)] for i in range(len(flat))]
     restored = peft_jax.combine(jax.tree.unflatten(jax.tree.structure(trainable), leaves), frozen)
-    np.testing.assert_array_equal(case.base.apply(restored, case.tokens), case.logits)
+    np.testing.assert_array_equal(case.apply(restored, case.tokens), case.logits)
 
 
 def test_export_round_trip(case, tmp_path):
@@ -301,4 +302,4 @@ def test_export_round_trip(case, tmp_path):
     else:
         peft_jax.save_adapter(tmp_path / "adapter", case.moved)
         params = peft_jax.load_adapter(case.base.params, tmp_path / "adapter")
-    assert relative_error(case.base.apply(params, case.tokens), case.logits) < 1e-6
+    assert relative_error(case.apply(params, case.tokens), case.logits) < 1e-6
