@@ -135,7 +135,7 @@ def write_texts(data: Path, folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
 
 
-def facts(args: argparse.Namespace) -> str:
+def facts(args: argparse.Namespace) -> None:
     kept = Path(args.found) if args.found else None
     found: dict[str, Any] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -159,7 +159,7 @@ def facts(args: argparse.Namespace) -> str:
                         kept.write_text(json.dumps(found))
                     publish(_facts_text(found, args), args.out)
                     jax.clear_caches()
-    return _facts_text(found, args)
+    publish(_facts_text(found, args), args.out)
 
 
 def _facts_text(found: dict[str, Any], args: argparse.Namespace) -> str:
@@ -273,6 +273,7 @@ def edits(args: argparse.Namespace) -> None:
                 if kept:
                     kept.write_text(json.dumps(found))
                 publish(_edits_text(found, about), args.out)
+    publish(_edits_text(found, about), args.out)
 
 
 def _edits_text(found: dict[str, Any], about: dict[str, Any]) -> str:
@@ -282,7 +283,7 @@ def _edits_text(found: dict[str, Any], about: dict[str, Any]) -> str:
         f"The embedded base after full fine-tuning on {about['facts']:,} facts of T-REx in ten ways to say each. Edits are of\n"
         f"the {about['known']:,} facts that it then says, to another object of the same relation with as many tokens.\n"
         "CounterFact's scores in %, over three draws up to 10 edits. Perplexity of held-out novels and plays before:\n"
-        f"{about['perplexity']:.2f}.\n"
+        f"{about['perplexity']:.2f}. Values, weights and rates were chosen on 30 other facts.\n"
     )
     parts.append(f"| edits | way | {' | '.join(names)} | perplexity |\n|---|---|---|---|---|---|---|")
     for ways in found.values():

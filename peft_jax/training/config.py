@@ -483,7 +483,8 @@ def _check_knowledge(config: RunConfig) -> None:
     if k.allowed_weight and d.kind != "facts":
         raise ConfigError("data.knowledge.allowed_weight is about the objects of facts: set data.kind=facts")
     texts = ("replay",) if d.kind == "facts" else ("train", "validation", "test", "replay")
-    for name, source in ((n, getattr(d, n)) for n in texts):
+    for name in texts:
+        source = getattr(d, name)
         if source is not None and (source.part or source.phrasing):
             raise ConfigError(f"data.{name}.{'part' if source.part else 'phrasing'} is about facts: leave it out of other data")
 
