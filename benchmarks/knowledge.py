@@ -91,15 +91,15 @@ DATASETS: dict[str, Callable[[Path], tuple[Facts, Templates]]] = {"countries": c
 LORA = {"method": {"name": "lora", "rank": 32, "alpha": 64}}
 # what differs from the common configuration: whole sections, and of `data` what is put over the common ones
 WAYS: dict[str, dict[str, Any]] = {
-    "adapter (bottleneck)": {"method": {"name": "bottleneck", "size": 128}},
+    "adapter (bottleneck)": {"method": {"name": "bottleneck", "size": 128}, "rate": 1e-2},
     "LoRA": LORA,
     "LoRA without replay": {**LORA, "data": {"replay": None}},
     "LoRA, allowed objects in the loss": {**LORA, "data": {"knowledge": {"allowed_weight": 0.2}}},
-    "triples in the input (K-BERT), LoRA": {**LORA, "epochs": 0.5, "data": {"knowledge": {"triples": {}}}},
+    "triples in the input (K-BERT), LoRA": {**LORA, "data": {"knowledge": {"triples": {}}}},
     "triples in the input, allowed objects, LoRA": {
-        **LORA, "epochs": 0.5, "data": {"knowledge": {"triples": {}, "allowed_weight": 0.2}},
+        **LORA, "data": {"knowledge": {"triples": {}, "allowed_weight": 0.2}},
     },
-    "passages in the input (RAFT), LoRA": {**LORA, "epochs": 0.25, "data": {"knowledge": {"passages": {}, "passages_each": 2}}},
+    "passages in the input (RAFT), LoRA": {**LORA, "epochs": 0.5, "data": {"knowledge": {"passages": {}, "passages_each": 2}}},
     "full fine-tuning": {"method": {"name": "full"}, "rate": 1e-3},
     "edited (MEMIT)": {"inject": {"by": "editing"}},
 }  # fmt: skip
@@ -165,7 +165,7 @@ def facts(args: argparse.Namespace) -> None:
 def _facts_text(found: dict[str, Any], args: argparse.Namespace) -> str:
     parts = [heading("Facts put into the embedded base")]
     parts.append(
-        f"Each fact is said about {args.exposures} times (half as often with triples, a quarter with passages), AdamW, cosine\n"
+        f"Each fact is said about {args.exposures} times (half as often with passages, which say facts too), AdamW, cosine\n"
         "schedule, novels and plays replayed in a third of the rows. Mean ± deviation over seeds. Recall is the share of\n"
         "facts whose object is what the model says (each token the likeliest), in words of training, in held-out words, and,\n"
         "in these, of subjects that were never trained; perplexity is that of held-out novels and plays.\n"

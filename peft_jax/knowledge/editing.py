@@ -301,8 +301,9 @@ class _Work:
 
     def values(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
         """[N, D] what has to be added to the feed-forward's output there for the model to say the targets."""
-        found = [self._search(edits[i : i + self.batch], layer) for i in range(0, len(edits), self.batch)]
-        return np.concatenate(found)
+        order = np.argsort([len(e.question) + len(e.target) for e in edits], kind="stable")  # alike in length: little padding
+        some = [[edits[n] for n in order[i : i + self.batch]] for i in range(0, len(edits), self.batch)]
+        return np.concatenate([self._search(batch, layer) for batch in some])[np.argsort(order)]
 
     def _search(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
         rows, P = self.rows(edits, answers=True), len(self.prefixes)

@@ -482,11 +482,19 @@ def _check_knowledge(config: RunConfig) -> None:
         raise ConfigError(f"data.knowledge.{taught[0]} is for a model that trains by itself, not from teachers: leave one out")
     if k.allowed_weight and d.kind != "facts":
         raise ConfigError("data.knowledge.allowed_weight is about the objects of facts: set data.kind=facts")
-    texts = ("replay",) if d.kind == "facts" else ("train", "validation", "test", "replay")
-    for name in texts:
-        source = getattr(d, name)
-        if source is not None and (source.part or source.phrasing):
-            raise ConfigError(f"data.{name}.{'part' if source.part else 'phrasing'} is about facts: leave it out of other data")
+    facts = d.kind == "facts"
+    sources = {
+        **{f"data.{n}": (getattr(d, n), facts, facts) for n in ("train", "validation", "test")},
+        "data.replay": (d.replay, False, False),
+        "data.knowledge.triples": (k.triples, True, False),
+        "data.knowledge.passages": (k.passages, k.passages_kind == "facts", False),
+        "inject.retained": (config.inject.retained, False, False),
+    }
+    for name, (source, parted, phrased) in sources.items():
+        if source is not None and source.part and not parted:
+            raise ConfigError(f"{name}.part is about facts: leave it out of other data")
+        if source is not None and source.phrasing and not phrased:
+            raise ConfigError(f"{name}.phrasing is about facts that are trained or asked for: leave it out of other data")
 
 
 def _check_edit(config: EditConfig) -> None:
