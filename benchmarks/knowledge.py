@@ -30,11 +30,12 @@ from measure import heading, held_out, perplexity_of, publish
 from rich.console import Console
 
 import peft_jax
-from peft_jax.core.tree import freeze
+from peft_jax.core.tree import freeze, map_places
 from peft_jax.data import builtin, read_records
 from peft_jax.knowledge.editing import Search, edit
 from peft_jax.knowledge.evaluation import answers_said, edit_scores
 from peft_jax.knowledge.requests import Edit
+from peft_jax.pruning.structured import config_of
 from peft_jax.training.config import parse_config
 from peft_jax.training.inject import run_injection
 from peft_jax.training.run import run_training
@@ -211,6 +212,27 @@ EDITING: dict[str, dict[str, Any]] = {
 }
 
 
+def widened(folder: Path, units: int) -> Path:
+    """A folder with the base with more units in each feed-forward, which write nothing at first: what a layer can hold grows
+    with its units, and published models have several for each fact that is edited.
+    """
+    model, params = peft_jax.load("builtin:base")
+    more, rng = units - model.config.intermediate_size, np.random.default_rng(0)
+
+    def wide(path: str, w: Any) -> Any:
+        L, *sizes = w.shape
+        if path.endswith("down_proj/kernel"):
+            return np.concatenate([w, np.zeros((L, more, sizes[1]), w.dtype)], 1)
+        if path.endswith(("gate_proj/kernel", "up_proj/kernel")):
+            return np.concatenate([w, rng.normal(0, np.std(w), (L, sizes[0], more)).astype(w.dtype)], 2)
+        return w
+
+    config = config_of(json.loads(model.config.hf_config) | {"intermediate_size": units})
+    tokenizer = peft_jax.load_tokenizer("builtin:base")
+    peft_jax.save(folder, model.clone(config=config), map_places(wide, params), tokenizer=tokenizer)
+    return folder
+
+
 def learnt(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, Any]:
     """(model, parameters, tokenizer) of the base after it has learnt T-REx's facts in all their words, fine-tuned whole; the
     folder is taken as it is where it is there already.
@@ -224,7 +246,8 @@ def learnt(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, Any]:
         config = configuration("full fine-tuning", folder, 0, args.epochs)
         whole = {"train": dataclasses.replace(config.data.train, part=None), "held_out": 0}
         data = dataclasses.replace(config.data, **whole)
-        config = dataclasses.replace(config, output=str(folder), data=data)
+        base = dataclasses.replace(config.model, path=str(widened(folder / "wide", args.units))) if args.units else config.model
+        config = dataclasses.replace(config, output=str(folder), data=data, model=base)
         run_training(config)
     return *peft_jax.load(folder / "model"), peft_jax.load_tokenizer(folder / "model")
 
@@ -372,6 +395,7 @@ def main() -> None:
     parser.add_argument("--exposures", type=int, default=42, help="facts: how often each fact is said, about")
     parser.add_argument("--epochs", type=int, default=4, help="edits: passes over the facts in all their words")
     parser.add_argument("--facts", type=int, default=1500, help="edits: how many facts the model learns first")
+    parser.add_argument("--units", type=int, help="edits: units of each feed-forward, where it is to have more than the base's")
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 10, 100, 1000], help="edits: how many at once")
     parser.add_argument("--model", help="edits: a folder for the model that has learnt them; linguistic: the encoder's folder")
     parser.add_argument("--steps", type=int, default=200, help="linguistic: steps of an adapter and of a head")
