@@ -327,8 +327,8 @@ def _edits_text(found: dict[str, Any], about: dict[str, Any]) -> str:
         f"The embedded base after full fine-tuning on {about['facts']:,} facts of T-REx in ten ways to say each. Edits are of\n"
         f"the {about['known']:,} facts that it then says, to another object of the same relation with as many tokens.\n"
         "CounterFact's scores in %, over three draws up to 10 edits. Covariances are those of novels and of the facts'\n"
-        "sentences. Layers, searches, weights and rates were chosen on up to 400 other facts; FT, FT-L and LoRA take 25 steps,\n"
-        f"however many facts. Perplexity of held-out novels and plays before: {about['perplexity']:.2f}.\n"
+        "sentences. Layers, searches, weights and rates were chosen on up to 400 other facts; FT, FT-L and LoRA take\n"
+        f"25 steps, however many facts. Perplexity of held-out novels and plays before: {about['perplexity']:.2f}.\n"
     )
     parts.append(f"| edits | way | {' | '.join(names)} | perplexity |\n|---|---|---|---|---|---|---|")
     for ways in found.values():
