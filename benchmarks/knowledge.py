@@ -202,7 +202,7 @@ def _spread(values: list[float], digits: int) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- edits
 
-# chosen on 400 facts that are in none of the draws
+# chosen on 30 to 400 facts that are in none of the draws
 SEARCH = Search(steps=25, decay=0.02, clamp=20.0)
 EDITING: dict[str, dict[str, Any]] = {
     "ROME": {"method": "rome", "layers": [1], "search": SEARCH},
@@ -303,7 +303,10 @@ def edits(args: argparse.Namespace) -> None:
     covariances = peft_jax.calibrate(apply, params, batches, targets=["down_proj"])
     kept = Path(args.found) if args.found else None
     found: dict[str, Any] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
-    about = {"facts": len(some), "known": len(wanted), "perplexity": perplexity_of(model, params, held[:64])}
+    about = {
+        "facts": len(some), "known": len(wanted), "perplexity": perplexity_of(model, params, held[:64]),
+        "units": model.config.intermediate_size,
+    }  # fmt: skip
     for count in args.counts:
         for way in args.ways or EDITING:
             rows = found.setdefault(f"{count}", {}).setdefault(way, [])
@@ -324,10 +327,11 @@ def _edits_text(found: dict[str, Any], about: dict[str, Any]) -> str:
     names = ("efficacy", "paraphrase", "neighbourhood", "score")
     parts = [heading("Edits of facts that a model has learnt")]
     parts.append(
-        f"The embedded base after full fine-tuning on {about['facts']:,} facts of T-REx in ten ways to say each. Edits are of\n"
+        f"The embedded base ({about['units']:,} units in each feed-forward) after full fine-tuning on\n"
+        f"{about['facts']:,} facts of T-REx in ten ways to say each. Edits are of\n"
         f"the {about['known']:,} facts that it then says, to another object of the same relation with as many tokens.\n"
         "CounterFact's scores in %, over three draws up to 10 edits. Covariances are those of novels and of the facts'\n"
-        "sentences. Layers, searches, weights and rates were chosen on up to 400 other facts; FT, FT-L and LoRA take\n"
+        "sentences. Layers, searches, weights and rates were chosen on 30 to 400 other facts; FT, FT-L and LoRA take\n"
         f"25 steps, however many facts. Perplexity of held-out novels and plays before: {about['perplexity']:.2f}.\n"
     )
     parts.append(f"| edits | way | {' | '.join(names)} | perplexity |\n|---|---|---|---|---|---|---|")

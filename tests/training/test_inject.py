@@ -44,14 +44,14 @@ def configuration(tiny_folder, files, output, data=None, **sections):
         {
             "output": str(output),
             "model": {"path": str(tiny_folder)},
-            "mesh": {"data": 4, "fsdp": 2},
+            "mesh": {"data": 1, "fsdp": 2, "tensor": 4},
             "method": {"name": "lora", "rank": 8},
             "data": {
                 "kind": "facts", "train": facts, "validation": None, "templates": str(files / "templates.yaml"), "unseen": 0.4,
                 "sequence_length": 32, "replay": texts, "replay_share": 0.25, **(data or {}),
             },
-            "optimizer": {"learning_rate": 0.03, "warmup_steps": 2},
-            "train": {"steps": 60, "batch_size": 8, "tensorboard": False, "log_every": 30},
+            "optimizer": {"learning_rate": 0.02, "warmup_steps": 2},
+            "train": {"steps": 120, "batch_size": 8, "tensorboard": False, "log_every": 30},
             "generate": {"max_tokens": 4},
             **sections,
         }
@@ -79,7 +79,7 @@ def test_triples_in_the_input_and_rules_in_the_loss(tiny_folder, files, tmp_path
     knowledge = {"triples": {"path": str(files / "facts.jsonl")}, "allowed_weight": 0.5}
     data = {"knowledge": knowledge, "validation": {"path": str(files / "facts.jsonl"), "part": "known"}}
     config = configuration(
-        tiny_folder, files, tmp_path / "run", data, method={"name": "full"}, optimizer={"learning_rate": 0.01}
+        tiny_folder, files, tmp_path / "run", data, method={"name": "full"}, optimizer={"learning_rate": 0.005}
     )
     found = run_injection(config)
     assert found["after"]["said"] == 1.0
