@@ -202,7 +202,7 @@ def _spread(values: list[float], digits: int) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- edits
 
-# chosen on 30 to 400 facts that are in none of the draws
+DRAWN = 1000  # of the facts that the model knows; the values below were chosen on 30 to 400 of the others
 SEARCH = Search(steps=25, decay=0.02, clamp=20.0)
 EDITING: dict[str, dict[str, Any]] = {
     "ROME": {"method": "rome", "layers": [1], "search": SEARCH},
@@ -310,7 +310,7 @@ def edits(args: argparse.Namespace) -> None:
     for count in args.counts:
         for way in args.ways or EDITING:
             rows = found.setdefault(f"{count}", {}).setdefault(way, [])
-            for draw in range(len(rows), 3 if count <= 10 else 1):
+            for draw in range(len(rows), max(1, min(args.draws, DRAWN // count))):
                 chosen = wanted[draw * count : (draw + 1) * count]
                 edited = edit(model, params, tokenizer, chosen, covariances=covariances, **EDITING[way])
                 scores = edit_scores(apply, edited, tokenizer, chosen)
@@ -330,18 +330,33 @@ def _edits_text(found: dict[str, Any], about: dict[str, Any]) -> str:
         f"The embedded base ({about['units']:,} units in each feed-forward) after full fine-tuning on\n"
         f"{about['facts']:,} facts of T-REx in ten ways to say each. Edits are of\n"
         f"the {about['known']:,} facts that it then says, to another object of the same relation with as many tokens.\n"
-        "CounterFact's scores in %, over three draws up to 10 edits. Covariances are those of novels and of the facts'\n"
-        "sentences. Layers, searches, weights and rates were chosen on 30 to 400 other facts; FT, FT-L and LoRA take\n"
-        f"25 steps, however many facts. Perplexity of held-out novels and plays before: {about['perplexity']:.2f}.\n"
+        "CounterFact's scores in %, mean ± deviation over draws that share no edit. Covariances are those of novels and\n"
+        "of the facts' sentences. Layers, searches, weights and rates were chosen on 30 to 400 other facts; FT, FT-L and\n"
+        "LoRA take 25 steps, however many facts. Perplexity of held-out novels and plays before: "
+        f"{about['perplexity']:.2f}.\n"
     )
-    parts.append(f"| edits | way | {' | '.join(names)} | perplexity |\n|---|---|---|---|---|---|---|")
+    parts.append(f"| edits | way | draws | {' | '.join(names)} | perplexity |\n|---|---|---|---|---|---|---|---|")
     for ways in found.values():
         for way, rows in ways.items():
             if rows:
                 cells = [_spread([100 * r[n] for r in rows if n in r] or [float("nan")], 1) for n in names]
                 cells += [_spread([r["perplexity"] for r in rows], 2)]
-                parts.append(f"| {rows[0]['edits']:,} | {way} | {' | '.join(cells)} |")
+                parts.append(f"| {rows[0]['edits']:,} | {way} | {len(rows)} | {' | '.join(cells)} |")
+    parts.append(
+        "\nMEMIT less another way on the same draws: score in points and perplexity, mean ± standard error, where there are\n"
+        "several draws.\n\n| edits | other way | draws | score | perplexity |\n|---|---|---|---|---|"
+    )
+    for count, ways in found.items():
+        for way, rows in ways.items():
+            pairs = list(zip(ways.get("MEMIT", []), rows, strict=False))
+            if way != "MEMIT" and len(pairs) > 1:
+                less = lambda name, unit, pairs=pairs: _standard_error([unit * (m[name] - r[name]) for m, r in pairs])
+                parts.append(f"| {int(count):,} | {way} | {len(pairs)} | {less('score', 100)} | {less('perplexity', 1)} |")
     return "\n".join(parts) + "\n"
+
+
+def _standard_error(values: list[float]) -> str:
+    return f"{statistics.mean(values):+.2f} ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
 
 
 # ------------------------------------------------------------------------------------------------------ linguistic adapters
@@ -403,6 +418,7 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=1500, help="edits: how many facts the model learns first")
     parser.add_argument("--units", type=int, help="edits: units of each feed-forward, where it is to have more than the base's")
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 10, 100, 1000], help="edits: how many at once")
+    parser.add_argument("--draws", type=int, default=3, help="edits: how many draws of edits at the most")
     parser.add_argument("--model", help="edits: a folder for the model that has learnt them; linguistic: the encoder's folder")
     parser.add_argument("--steps", type=int, default=200, help="linguistic: steps of an adapter and of a head")
     parser.add_argument("--found", help="a JSON file of results, from which an interrupted run goes on")

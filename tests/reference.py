@@ -142,10 +142,16 @@ def relative_error(a, b) -> float:
 
 
 def perturb(params, seed: int = 0, scale: float = 0.1):
-    """All trainable arrays moved, so that no update is zero; in NumPy, which compiles nothing."""
+    """All trainable arrays moved, so that no update is zero; in NumPy, which compiles nothing. They are fixed to a device only
+    if they were: else a function that was compiled for `params` would be compiled again.
+    """
     import peft_jax
 
     trainable, frozen = peft_jax.partition(params)
     draw = np.random.default_rng(seed).standard_normal
-    move = lambda x: jax.device_put((np.asarray(x) + scale * draw(x.shape)).astype(x.dtype), x.sharding)
+
+    def move(x):
+        moved = (np.asarray(x) + scale * draw(x.shape)).astype(x.dtype)
+        return jax.device_put(moved, x.sharding if x.committed else None)
+
     return peft_jax.combine(jax.tree.map(move, trainable), frozen)

@@ -263,7 +263,7 @@ def test_eight_devices_equal_one(case, axes):
     with jax.set_mesh(mesh):
         spread = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
         out = np.asarray(jax.jit(peft_jax.bind(case.model))(placed, spread))
-    assert relative_error(out, case.apply(case.moved, tokens)) < 2e-5
+    assert relative_error(out, np.tile(case.logits, (4, 1, 1))) < 2e-5
 
 
 def test_bfloat16_stays_close(case):
@@ -284,7 +284,7 @@ def test_orbax_round_trip(case, tmp_path):
         checkpointer.save(tmp_path / "state", {str(k): v for k, v in flat.items()})
         checkpointer.wait_until_finished()
         back = checkpointer.restore(tmp_path / "state")
-    leaves = [back[str(i)] for i in range(len(flat))]
+    leaves = [np.asarray(back[str(i)]) for i in range(len(flat))]  # free of a device, so that nothing is compiled again
     restored = peft_jax.combine(jax.tree.unflatten(jax.tree.structure(trainable), leaves), frozen)
     np.testing.assert_array_equal(case.apply(restored, case.tokens), case.logits)
 
