@@ -136,10 +136,11 @@ def _smallest(a: np.ndarray, b: np.ndarray) -> Delta:
 # ------------------------------------------------------------------------------------------------------------ the equations
 
 
-def rome_update(w: np.ndarray, key: np.ndarray, value: np.ndarray, covariance: np.ndarray) -> Delta:
-    """The change after which `key` [F] gives `value` [D] and other keys' values change least (Meng et al. 2022, equation 2)."""
-    direction = np.linalg.solve(covariance, key)
-    return direction[:, None], ((value - key @ w) / (direction @ key))[None]
+def rome_update(key: np.ndarray, residual: np.ndarray, direction: np.ndarray) -> Delta:
+    """The change that gives `key` [F] its residual [D] and changes other keys' values least (Meng et al. 2022, equation 2);
+    `direction` [F] is the key times the covariance's inverse.
+    """
+    return direction[:, None], (residual / (direction @ key))[None]
 
 
 def memit_update(keys: np.ndarray, residuals: np.ndarray, covariance: np.ndarray, weight: float) -> Delta:
@@ -166,15 +167,14 @@ def _ridged(covariance: np.ndarray) -> np.ndarray:
 
 
 def _rome(work: _Work, edits: Sequence[Edit], layers: Sequence[int], covariance: Any) -> dict[int, Delta]:
-    (layer,), known = layers, _ridged(covariance[layers[0]])
-    w = work.weight(layer)
+    (layer,) = layers
+    keys = work.keys(edits, [layer])[0]  # of all facts at once: what a weight reads is not changed by what it writes
+    directions = np.linalg.solve(_ridged(covariance[layer]), keys.T).T
     found: list[Delta] = []
-    for fact in edits:
-        key = work.keys([fact], [layer])[0, 0]
-        value = work.values([fact], layer)[0] + key @ w  # the change found is one of what the key gives
-        found.append(rome_update(w, key, value, known))
-        w = w + found[-1][0] @ found[-1][1]
-        work.set_weight(layer, w)
+    for fact, key, direction in zip(edits, keys, directions, strict=True):
+        a, b = rome_update(key, work.values([fact], layer)[0], direction)
+        work.set_weight(layer, work.weight(layer) + a @ b)
+        found.append((a, b))
     return {layer: (np.concatenate([a for a, _ in found], 1), np.concatenate([b for _, b in found]))}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -158,9 +159,9 @@ class VisibleMatrix(Attachment):
     mentions: jax.Array
 
     def around(self, call: Callable[..., Any], q: Any, k: Any, v: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
-        if not mask.aligned:
-            raise ValueError("rows with triples run whole, without a key/value cache")
         b, m, place = self.branches, self.mentions, jnp.arange(self.branches.shape[-1])
+        if q.shape[1] != len(place):
+            raise ValueError(f"rows with triples have {len(place)} tokens, attention {q.shape[1]}: leave virtual tokens out")
         pairs = lambda x: (x[:, None, :, None], x[:, None, None, :])
         (ours, theirs), (at, other) = pairs(b), pairs(m)
         seen = (ours == theirs) | (((ours == 0) | (theirs == 0)) & (at == other) & (at > 0))
@@ -173,7 +174,15 @@ class VisibleMatrix(Attachment):
         if mask.width is not None:
             near, far = pairs(jnp.broadcast_to(mask.positions, b.shape))
             local = seen & (jnp.abs(near - far) < mask.width)
-        return call(q, k, v, dataclasses.replace(mask, full=seen, local=local, dense=True), *rest, **kwargs)
+        full, local = (_among(mask, old, new) for old, new in ((mask.full, seen), (mask.local, local)))
+        return call(q, k, v, dataclasses.replace(mask, full=full, local=local, dense=True), *rest, **kwargs)
+
+
+def _among(mask: Any, old: jax.Array, new: jax.Array) -> jax.Array:
+    """`new` visibility [B, 1, T, T], with the prefix of the `old` before it and a cache's slots, empty yet, behind."""
+    before = jnp.broadcast_to(old[..., : mask.prefix], (*new.shape[:-1], mask.prefix))
+    behind = old.shape[-1] - mask.prefix - new.shape[-1]
+    return jnp.pad(jnp.concatenate([before, new], axis=-1), [(0, 0)] * 3 + [(0, behind)])
 
 
 @node
@@ -232,19 +241,32 @@ def mark_entities(rows: Any, lexicon: Lexicon, *, everywhere: bool = False) -> A
     return with_fields(rows, entities=marked)
 
 
+@functools.lru_cache(maxsize=16)
 def reads_knowledge(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """`apply` (of `bind`) that also takes the fields of rows with triples and entities, each [B, T]."""
+    """`apply` (of `bind`) that also takes the fields of rows with triples and entities, each [B, T].
+
+    With a key/value cache, which has to be empty, later tokens see of these rows what the sentence's tokens see: the sentence.
+    """
 
     def run(params: Any, *args: Any, branches: Any = None, mentions: Any = None, entities: Any = None, **kwargs: Any) -> Any:
-        if branches is not None:
-            params = _see(params, branches, mentions)
         if entities is not None:
             fill = lambda _, x: x.replace(entities=entities) if isinstance(x, EntityFusion) else x
             params = map_places(fill, params)
-        return apply(params, *args, **kwargs)
+        if branches is None:
+            return apply(params, *args, **kwargs)
+        if (segments := kwargs.get("segment_ids")) is not None:
+            branches = jnp.where(jnp.asarray(segments) > 0, branches, -1)  # what pads a row is no part of the sentence
+        out = apply(_see(params, branches, mentions), *args, **kwargs)
+        return out if kwargs.get("cache") is None else (out[0], _sentence_alone(out[1], branches))
 
     run.model = getattr(apply, "model", None)  # type: ignore[attr-defined]
     return run
+
+
+def _sentence_alone(cache: Any, branches: jax.Array) -> Any:
+    """The cache without the triples of its first tokens, in which the segment 0 is seen by none."""
+    hidden = jnp.pad(branches > 0, [(0, 0), (0, cache["segment_ids"].shape[1] - branches.shape[1])])
+    return {**cache, "segment_ids": jnp.where(hidden, 0, cache["segment_ids"])}
 
 
 def _see(params: Any, branches: jax.Array, mentions: jax.Array) -> Any:

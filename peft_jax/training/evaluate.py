@@ -68,8 +68,12 @@ def generated_metrics(
     limit: int = 200,
     max_tokens: int = 64,
     batch_size: int = 16,
+    beside: Callable[[Any], Any] | None = None,
 ) -> dict[str, float]:
-    """Metrics of greedy completions of the records' prompts (or last assistant turns), several references per prompt."""
+    """Metrics of greedy completions of the records' prompts (or last assistant turns), several references per prompt.
+
+    `beside` as in `generate`.
+    """
     references: dict[str, list[str]] = defaultdict(list)
     for record in records:
         prompt, answer = prompt_and_answer(record, tokenizer)
@@ -80,7 +84,8 @@ def generated_metrics(
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         full = part + [part[-1]] * (batch_size - len(part))  # one shape, one compilation
-        predictions += generate(apply, params, full, tokenizer=tokenizer, max_tokens=max_tokens)[: len(part)]
+        texts = generate(apply, params, full, tokenizer=tokenizer, max_tokens=max_tokens, beside=beside)
+        predictions += texts[: len(part)]
     return {name: GENERATED[name](predictions, [references[p] for p in prompts]) for name in metrics}
 
 

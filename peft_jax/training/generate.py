@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from flax import nnx
 from peft_jax.core.bind import bind
 from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import cache_slots, with_adapter_ids
+from peft_jax.knowledge.inputs import reads_knowledge
 from peft_jax.models.attention import CACHE_DTYPES
 
 _CHUNK = 32  # tokens decoded between looks at stop strings
@@ -51,6 +52,7 @@ def generate(
     seed: int = 0,
     adapter_ids: Sequence[int] | None = None,
     cache_dtype: Any = None,
+    beside: Callable[[Any], Any] | None = None,
 ) -> list[Any]:
     """Continuations of `prompts`: texts where these are texts (which needs the tokenizer), else lists of token ids.
 
@@ -59,8 +61,11 @@ def generate(
     the tokenizer's end token, before the first of the `stop` strings, or after `max_tokens`. The draw of a row depends on
     the seed and its place in the batch. `adapter_ids` names each row's adapter out of a bank. `cache_dtype` is that of
     the key/value cache ("int8" and "fp8" hold it in 8 bits); None for the model's. Models without a cache (no
-    `empty_cache`) run the whole prefix for each token.
-    Raises ValueError for an empty prompt or list, text without a tokenizer, or impossible sampling options.
+    `empty_cache`) run the whole prefix for each token. `beside` gives the prompts' rows (tokens, positions and segment_ids
+    [N, T], padded on the right) more fields that say what is known of them (`attach_triples` and `mark_entities` of
+    `knowledge.inputs`).
+    Raises ValueError for an empty prompt or list, text without a tokenizer, impossible sampling options, and `beside` of
+    prompts of an encoder-decoder or a model without a cache.
     """
     apply = apply_or_model if not isinstance(apply_or_model, (nn.Module, nnx.Module)) else _bound(apply_or_model)
     ids, as_text = _encode(prompts, tokenizer, stop, keep_end=_encodes(apply.model))
@@ -83,7 +88,12 @@ def generate(
     stopped = functools.partial(_stopped, tokenizer, stop) if stop else None
     if cache_dtype is not None and run is _plain_rows:
         raise ValueError("cache_dtype is of no use to a model without a cache")
+    if beside is not None:
+        if run is _plain_rows or _encodes(apply.model):
+            raise ValueError("what stands beside prompts is read by decoders with a cache alone")
+        apply = reads_knowledge(apply)
     more = {} if cache_dtype is None else {"cache_dtype": CACHE_DTYPES.get(cache_dtype, cache_dtype)}
+    more |= {} if beside is None else {"beside": beside}
     rows = run(apply, params, ids, max_tokens, eos, sampling, jax.random.key(seed), stopped, **more)
     rows = [_until(row, eos) for row in rows]
     if not as_text:
@@ -166,16 +176,34 @@ def _round_up(n: int, step: int) -> int:
 # With a cache: prompts are padded on the left, so that all rows write the same slots.
 
 
-def _cached_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped, cache_dtype=None) -> np.ndarray:
-    width = _round_up(max(map(len, ids)), 16)
-    chunks = -(-max_tokens // _CHUNK)
-    tokens, segments = np.zeros((len(ids), width), np.int32), np.zeros((len(ids), width), np.int32)
+class _Prompts(NamedTuple):
+    tokens: np.ndarray  # [N, T]
+    positions: np.ndarray
+    segment_ids: np.ndarray  # 1, and 0 for padding
+
+
+def _prompt_rows(ids: Sequence[Sequence[int]], beside: Callable[[Any], Any] | None) -> dict[str, np.ndarray]:
+    """The fields of the prompts' rows, padded on the left to a multiple of 16."""
+    shape = (len(ids), _round_up(max(map(len, ids)), 16))
+    rows: Any = _Prompts(*(np.zeros(shape, np.int32) for _ in _Prompts._fields))
     for i, row in enumerate(ids):
-        tokens[i, width - len(row) :], segments[i, width - len(row) :] = row, 1
-    positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0).astype(np.int32)
+        n = len(row)
+        rows.tokens[i, :n], rows.positions[i, :n], rows.segment_ids[i, :n] = row, np.arange(n), 1
+    rows = rows if beside is None else beside(rows)
+    lengths = (rows.segment_ids > 0).sum(1)
+    width = min(rows.tokens.shape[1], _round_up(int(lengths.max()), 16))
+    return {
+        name: np.stack([np.roll(row[:width], width - n) for row, n in zip(field, lengths, strict=True)])
+        for name, field in rows._asdict().items()
+    }
+
+
+def _cached_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped, cache_dtype=None, beside=None) -> np.ndarray:
+    chunks = -(-max_tokens // _CHUNK)
     keys = jax.random.split(key, len(ids))
     prefill, decode = _programs(apply)
-    state = prefill(params, tokens, positions, segments, keys, eos, sampling, slots=chunks * _CHUNK, cache_dtype=cache_dtype)
+    rows = _prompt_rows(ids, beside)
+    state = prefill(params, rows, keys, eos, sampling, slots=chunks * _CHUNK, cache_dtype=cache_dtype)
     done = np.zeros(len(ids), bool)
     for _ in range(chunks):
         state = decode(params, state, done, eos, sampling, max_tokens)
@@ -195,7 +223,9 @@ def _programs(apply: Any) -> tuple[Any, Any]:
     return prefill, jax.jit(functools.partial(_decode, apply), donate_argnums=1)
 
 
-def _prefill(apply, params, tokens, positions, segments, keys, eos, sampling, *, slots: int, cache_dtype: Any) -> _State:
+def _prefill(apply, params, rows: dict[str, Any], keys, eos, sampling, *, slots: int, cache_dtype: Any) -> _State:
+    tokens, positions, segments = (rows[name] for name in _Prompts._fields)
+    rest = {name: x for name, x in rows.items() if name not in _Prompts._fields}
     B, T = tokens.shape
     more = [] if cache_dtype is None else [jnp.dtype(cache_dtype)]
     if _encodes(apply.model):
@@ -204,7 +234,7 @@ def _prefill(apply, params, tokens, positions, segments, keys, eos, sampling, *,
         logits, cache = apply(params, tokens, positions=positions, cache=cache, method="decode")
     else:
         cache = apply.model.empty_cache(B, cache_slots(params) + T + slots, *more)
-        logits, cache = apply(params, tokens, positions=positions, segment_ids=segments, cache=cache)
+        logits, cache = apply(params, tokens, positions=positions, segment_ids=segments, cache=cache, **rest)
     first = sample(logits[:, -1], sampling, jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys))
     out = jnp.full((B, slots), eos, jnp.int32).at[:, 0].set(first)
     return _State(out, jnp.int32(1), first, positions[:, -1] + 1, first == eos, cache, keys)
@@ -253,8 +283,8 @@ def continuations(
     positions = jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0).astype(jnp.int32)
     sampling = _Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)) if temperature > 0 else None
     keys = jax.random.split(key, tokens.shape[0])
-    seen = (segment_ids > 0).astype(jnp.int32)
-    state = _prefill(apply, params, tokens, positions, seen, keys, eos, sampling, slots=max_tokens, cache_dtype=None)
+    rows = {"tokens": tokens, "positions": positions, "segment_ids": (segment_ids > 0).astype(jnp.int32)}
+    state = _prefill(apply, params, rows, keys, eos, sampling, slots=max_tokens, cache_dtype=None)
     return _decode_until(apply, params, state, eos, sampling, max_tokens).tokens
 
 

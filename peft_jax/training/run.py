@@ -66,7 +66,7 @@ from peft_jax.training.setup import (
     set_up,
     subject_of,
 )
-from peft_jax.training.tasks import TASKS, classify, kind_of, objective_of, usual_metrics
+from peft_jax.training.tasks import TASKS, beside, classify, kind_of, objective_of, usual_metrics
 from peft_jax.training.teach import SELF, Lesson, distills, lesson
 
 ADAPTER, MODEL, BASE = "adapter", "model", "base"
@@ -246,10 +246,10 @@ def _measure(config: RunConfig, setup: Setup, params: Any, rows: Any) -> dict[st
         return {"loss": metrics["loss"], **task.scores(subject, params, records, wanted)}
     if kind_of(subject) == "text":
         raise ConfigError(f"evaluate.metrics {wanted[0]!r} needs data of kind completion or chat")
-    _check_generates(config, f"evaluate.metrics {wanted[0]!r}")
     return metrics | generated_metrics(
-        setup.model, params, records, setup.tokenizer, wanted, limit=e.limit, max_tokens=e.max_tokens, batch_size=e.batch_size
-    )
+        setup.model, params, records, setup.tokenizer, wanted, limit=e.limit, max_tokens=e.max_tokens,
+        batch_size=e.batch_size, beside=beside(subject),
+    )  # fmt: skip
 
 
 def run_evaluation(config: RunConfig) -> dict[str, float]:
@@ -333,12 +333,6 @@ def run_pruning(config: RunConfig, console: Console | None = None) -> Path:
     return out / MODEL
 
 
-def _check_generates(config: RunConfig, what: str) -> None:
-    k = config.data.knowledge
-    if k.triples is not None or k.entities is not None:
-        raise ConfigError(f"{what} would be generated without data.knowledge's triples and entities: leave one of them out")
-
-
 def _samples(config: RunConfig, setup: Setup, params: Any) -> list[str]:
     g, task = config.generate, setup.model.task
     if not g.prompts:
@@ -347,10 +341,10 @@ def _samples(config: RunConfig, setup: Setup, params: Any) -> list[str]:
         return [f" -> {label}" for label in classify(subject_of(config, setup), params, g.prompts)]
     if task not in ("causal_lm", "seq2seq_lm"):
         raise ConfigError(f"generate.prompts are of no use to a {task} model")
-    _check_generates(config, "generate.prompts")
     return generate(
         setup.model, params, g.prompts, tokenizer=setup.tokenizer, max_tokens=g.max_tokens, temperature=g.temperature,
         top_k=g.top_k, top_p=g.top_p, stop=g.stop, seed=g.seed, cache_dtype=g.cache,
+        beside=beside(subject_of(config, setup)),
     )  # fmt: skip
 
 

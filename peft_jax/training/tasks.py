@@ -129,13 +129,24 @@ def rows_of(s: Subject, records: Sequence[Record]) -> Any:
         words, _ = read_lexicon(Path(k.lexicon), names_of_labels(s.model) or [])
         marked = mark_entities(rows, make_lexicon(s.tokenizer, words), everywhere=True)
         rows = with_fields(rows, rules=np.where(rows.weights > 0, marked.entities, 0))
+    return rows if (add := beside(s)) is None else add(rows)
+
+
+def beside(s: Subject) -> Callable[[Any], Any] | None:
+    """What sets the triples and entities of `data.knowledge` beside rows of tokens; None where there are none.
+
+    Raises ConfigError for an encoder-decoder.
+    """
+    k = s.data.knowledge
+    if _informed(s) and s.model.task == "seq2seq_lm":
+        raise ConfigError("data.knowledge: triples and entities are for encoders and decoders, not for encoder-decoders")
+    steps: list[Callable[[Any], Any]] = []
     if k.entities is not None:
-        names, _ = read_entities(Path(k.entities))
-        rows = mark_entities(rows, make_lexicon(s.tokenizer, names))
+        steps.append(functools.partial(mark_entities, lexicon=make_lexicon(s.tokenizer, read_entities(Path(k.entities))[0])))
     if k.triples is not None:
-        facts = facts_of(s.data, k.triples)
-        rows = attach_triples(rows, make_triples(s.tokenizer, facts), most=k.triples_each, room=k.triples_room)
-    return rows
+        triples = make_triples(s.tokenizer, facts_of(s.data, k.triples))
+        steps.append(functools.partial(attach_triples, triples=triples, most=k.triples_each, room=k.triples_room))
+    return (lambda rows: functools.reduce(lambda r, step: step(r), steps, rows)) if steps else None
 
 
 def facts_of(data: DataConfig, source: SourceConfig) -> list[Record]:

@@ -71,7 +71,7 @@ def test_romes_update_is_the_papers():
     inverse = np.linalg.inv(C)
     lam = (v - w.T @ k) / ((inverse @ k) @ k)
     expected = w.T + np.outer(lam, inverse @ k)
-    a, b = rome_update(w, k, v, C)
+    a, b = rome_update(k, v - k @ w, np.linalg.solve(C, k))
     assert relative_error((w + a @ b).T, expected) < 1e-10
     np.testing.assert_allclose(k @ (w + a @ b), v, rtol=1e-10)
 

@@ -1,5 +1,7 @@
 """Triples and entities in the input: mentions, soft positions, the visible matrix through gradients, vectors at mentions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,7 @@ from peft_jax.knowledge.inputs import (
 )
 from peft_jax.training.loop import on_devices
 from peft_jax.training.objective import TOKENS
+from tests.models.test_encoders import T5_SIZES
 from tests.reference import perturb, relative_error, tiny_llama_folder, torch_model
 
 FACTS = [
@@ -123,6 +126,44 @@ def test_a_token_does_not_see_anothers_triple(kind, request):
     assert gradient[peru[-1]][b == 1].all()
     assert not gradient[peru][:, b == 2].any()
     assert not gradient[b == 1][:, cuba].any()
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_generation_sees_what_the_whole_row_sees(decoder, prefixed):
+    """Greedy tokens with a key/value cache, of prompts of unlike length, are those of running the whole rows each time."""
+    model, params, tokenizer, _ = decoder
+    params = perturb(peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=3)) if prefixed else params
+    beside = functools.partial(attach_triples, triples=make_triples(tokenizer, FACTS), room=24)
+    prompts, count = ["From Peru to Cuba", "So by sea and by air at last to New York from"], 6
+    found = peft_jax.generate(
+        model, params, [tokenizer(p)["input_ids"] for p in prompts], max_tokens=count, eos_token_id=-2, beside=beside
+    )
+    plain = peft_jax.generate(model, params, [tokenizer(p)["input_ids"] for p in prompts], max_tokens=count, eos_token_id=-2)
+    assert found != plain
+    apply = jax.jit(reads_knowledge(peft_jax.bind(model)))
+    for prompt, tokens in zip(prompts, found, strict=True):
+        row = beside(rows_for(tokenizer, prompt, 40))._asdict()
+        fields = {k: row[k].copy() for k in ("tokens", "positions", "segment_ids", "branches", "mentions")}
+        n = int((row["segment_ids"] > 0).sum())
+        for token in tokens:
+            logits = np.asarray(apply(params, fields["tokens"], **{k: x for k, x in fields.items() if k != "tokens"}))
+            assert logits[0, n - 1].argmax() == token
+            new = {"tokens": token, "positions": fields["positions"][0, n - 1] + 1, "segment_ids": 1}
+            for name, x in fields.items():
+                x[0, n] = new.get(name, 0)
+            n += 1
+
+
+def test_virtual_tokens_and_encoder_decoders_take_no_triples(decoder, tmp_path):
+    model, params, tokenizer, _ = decoder
+    beside = functools.partial(attach_triples, triples=make_triples(tokenizer, FACTS), room=24)
+    tuned = peft_jax.prompt_tuning(params, jax.random.key(0), num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="leave virtual tokens out"):
+        peft_jax.generate(model, tuned, ["From Peru"], tokenizer=tokenizer, max_tokens=2, beside=beside)
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_SIZES)).save_pretrained(tmp_path)
+    model, params = peft_jax.load(tmp_path)
+    with pytest.raises(ValueError, match="read by decoders with a cache alone"):
+        peft_jax.generate(model, params, ["From Peru"], tokenizer=tokenizer, max_tokens=2, beside=beside)
 
 
 def test_packed_sequences_stay_apart(decoder):

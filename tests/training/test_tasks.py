@@ -577,6 +577,9 @@ def test_an_encoder_decoder_trains_and_generates(tokenizer, tmp_path):
     assert "exact_match" in results["after"]
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_2_SEQ_LM"
+    tree["data"]["knowledge"] = {"triples": source}
+    with pytest.raises(ConfigError, match="triples and entities are for encoders and decoders, not for encoder-decoders"):
+        run_generation(parse_config(tree))
 
 
 @pytest.mark.parametrize(
