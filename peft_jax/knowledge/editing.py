@@ -8,6 +8,7 @@ can be left out (`drop_adapters`), merged, and written as a PEFT folder. Letters
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,8 @@ from peft_jax.knowledge.evaluation import answer_nll
 from peft_jax.knowledge.hooks import KEY, AddAt, FeedForward, feed_forward
 from peft_jax.knowledge.requests import Edit, EditRows, check_edits, edit_rows
 from peft_jax.low_rank.lora import LoRA
+
+logger = logging.getLogger("peft_jax")
 
 Method = Literal["rome", "memit", "alphaedit", "ft", "ft_l", "lora"]
 Delta = tuple[np.ndarray, np.ndarray]  # [F, r] and [r, D], whose product is added to W
@@ -76,6 +79,7 @@ def edit(
     are texts before the prompts, over which keys are averaged and values searched for. Values of `batch` facts are searched
     for at a time. Layers are numbered from 0; by default the middle one, and the two before it where a method takes several.
 
+    Warns (logger `peft_jax`) where the values found do not bring the model to say their targets.
     Raises ValueError for contradicting edits, an unknown method, layers that are not there, or missing covariances.
     """
     check_edits(edits)
@@ -108,6 +112,11 @@ def edit(
         "rank": rank,
     }
     deltas = way.run(work, edits, layers, covariance, **{n: given[n] for n in way.options})
+    if unsaid := sum(p < 0.5 for p in work.likelihoods):
+        logger.warning(
+            "the values found for %d of %d facts give their targets less than half the probability: with more steps or a "
+            "higher learning rate of the search they may say them", unsaid, len(work.likelihoods),
+        )  # fmt: skip
     return with_deltas(params, place.weight, deltas, name)
 
 
@@ -267,6 +276,7 @@ class _Work:
         self.array = np.asarray(materialize(places(params)[place.weight]), np.float64)
         self.rest = map_places(lambda p, x: jnp.zeros(()) if p == place.weight else x, params)
         self.dtype = places(params)[place.weight].dtype
+        self.likelihoods: list[float] = []  # of each searched target, the geometric mean over its tokens
 
     def weight(self, layer: int) -> np.ndarray:
         return self.array[layer]
@@ -310,7 +320,9 @@ class _Work:
         essence = edit_rows(self.tokenizer, [f"{e.subject} is a" for e in edits], [""] * len(edits), [e.subject for e in edits])
         norms = np.linalg.norm(self._outputs(edits, layer, self.place.module), axis=-1)
         run = _searching(self.apply, self.place.module, self.place.layers, P, self.search)
-        return np.asarray(run(self.params, jnp.int32(layer), rows, essence, jnp.asarray(norms, jnp.float32)), np.float64)
+        delta, nll = run(self.params, jnp.int32(layer), rows, essence, jnp.asarray(norms, jnp.float32))
+        self.likelihoods += np.exp(-np.asarray(nll)).tolist()
+        return np.asarray(delta, np.float64)
 
     def _outputs(self, edits: Sequence[Edit], layer: int, module: str) -> np.ndarray:
         """[N, D] what a layer's module puts out at the subject's last token, without prefixes."""
@@ -360,7 +372,9 @@ def _read(apply: Any, params: Any, rows: EditRows, place: Any, size: int = 64) -
 
 @functools.lru_cache(maxsize=16)
 def _searching(apply: Any, module: str, layers: int, prefixes: int, search: Search) -> Any:
-    """A compiled search for the changes [N, D] of values, all facts of a batch at once and each for itself."""
+    """A compiled search for the changes [N, D] of values, all facts of a batch at once and each for itself; and the loss [N] of
+    their targets in its last step.
+    """
     optimizer = optax.adam(search.learning_rate)
 
     def loss(
@@ -378,22 +392,24 @@ def _searching(apply: Any, module: str, layers: int, prefixes: int, search: Sear
         now = _essences(apply, changed(delta, essence.subject_at), essence)
         kl = (jnp.exp(now) * (now - start)).sum(-1)
         decay = jnp.linalg.norm(delta, axis=-1) / jnp.square(norms)
-        return (nll + search.kl * kl + search.decay * decay).sum()
+        return (nll + search.kl * kl + search.decay * decay).sum(), nll
 
     @jax.jit
-    def run(params: Any, layer: jax.Array, rows: EditRows, essence: EditRows, norms: jax.Array) -> jax.Array:
+    def run(params: Any, layer: jax.Array, rows: EditRows, essence: EditRows, norms: jax.Array) -> tuple[jax.Array, jax.Array]:
         start = _essences(apply, params, essence)
 
         def step(carry: Any, _: Any) -> Any:
             delta, state = carry
-            updates, state = optimizer.update(jax.grad(loss)(delta, params, layer, rows, essence, norms, start), state)
+            slope, nll = jax.grad(loss, has_aux=True)(delta, params, layer, rows, essence, norms, start)
+            updates, state = optimizer.update(slope, state)
             delta = jnp.asarray(optax.apply_updates(delta, updates))
             size = jnp.linalg.norm(delta, axis=-1)
-            return (delta * jnp.minimum(1.0, search.clamp * norms / jnp.maximum(size, 1e-9))[:, None], state), None
+            return (delta * jnp.minimum(1.0, search.clamp * norms / jnp.maximum(size, 1e-9))[:, None], state), nll
 
         width = jax.eval_shape(lambda: apply(params, rows.tokens[:1], method="hidden")).shape[-1]
         delta = jnp.full((len(norms), width), 1e-8, jnp.float32)  # the norm's gradient at zero is none
-        return jax.lax.scan(step, (delta, optimizer.init(delta)), None, length=int(search.steps))[0][0]
+        (delta, _), nll = jax.lax.scan(step, (delta, optimizer.init(delta)), None, length=int(search.steps))
+        return delta, nll[-1]
 
     return run
 
