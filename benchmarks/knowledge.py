@@ -217,7 +217,7 @@ EDITING: dict[str, dict[str, Any]] = {
 WIDE: dict[str, dict[str, Any]] = {
     way: {"search": SEARCH._replace(learning_rate=1.5)} for way in ("ROME", "MEMIT", "AlphaEdit")
 }  # fmt: skip
-WIDE["MEMIT"]["weight"] = 1000.0
+WIDE["MEMIT"]["weight"] = 5000.0
 
 
 def widened(folder: Path, units: int) -> Path:
