@@ -126,8 +126,7 @@ def configuration(way: str, folder: Path, seed: int, epochs: float) -> Any:
         "method": change.get("method", {"name": "lora"}),
         "optimizer": {"learning_rate": change.get("rate", 3e-3), "warmup_steps": 10},
         "edit": {
-            "method": "memit", "layers": [0, 1], "options": {"weight": 30.0},
-            "search": {"learning_rate": 1.5, "decay": 0.02, "clamp": 20.0},
+            "method": "memit", "layers": [0, 1], "options": {"weight": 30.0}, "search": {"decay": 0.02, "clamp": 20.0},
             "calibration_batches": 32, "prefixes": 0,
         },
     })  # fmt: skip
