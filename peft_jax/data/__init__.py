@@ -1,6 +1,6 @@
 """Data: records from files and datasets, templates, packing, labels, batches whose position can be resumed."""
 
-from peft_jax.data.batches import batch_at, evaluation_batches
+from peft_jax.data.batches import batch_at, evaluation_batches, unpadded
 from peft_jax.data.encode import Example, Rows, encode, fingerprint, fit, pack, with_fields
 from peft_jax.data.labelled import (
     LabelledRows,
@@ -22,5 +22,5 @@ __all__ = [
     "Example", "LabelledRows", "MalformedRecordError", "MaskedRows", "PairRows", "Question", "Record", "Rows", "SourceRows",
     "batch_at", "encode", "encode_classification", "encode_masked", "encode_pairs", "encode_questions", "encode_sources",
     "encode_tagging", "evaluation_batches", "fingerprint", "fit", "label_names", "pack", "read_records",
-    "with_fields",
+    "unpadded", "with_fields",
 ]  # fmt: skip

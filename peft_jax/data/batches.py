@@ -37,3 +37,12 @@ def evaluation_batches(rows: Any, batch_size: int) -> list[Batch]:
         short = batch_size - len(part["tokens"])
         batches.append({name: np.pad(array, [(0, short)] + [(0, 0)] * (array.ndim - 1)) for name, array in part.items()})
     return batches
+
+
+def unpadded(rows: Any, multiple: int = 8) -> Any:
+    """Rows (a NamedTuple of arrays, those of tokens [N, T]) without padding that all of them end with, T being a multiple
+    of so many tokens, unless it was less: few lengths, few programs.
+    """
+    T = rows.tokens.shape[1]
+    longest = -(-int((rows.segment_ids > 0).sum(1).max()) // multiple) * multiple
+    return type(rows)(*(x[:, :longest] if x.shape[1:] == (T,) else x for x in rows))

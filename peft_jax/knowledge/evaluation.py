@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from peft_jax.data import evaluation_batches
+from peft_jax.data import evaluation_batches, unpadded
 from peft_jax.knowledge.requests import Edit, EditRows, edit_rows
 
 
@@ -33,20 +33,10 @@ def answers_said(
 
 def _by_rows(of: Any, apply: Any, params: Any, rows: EditRows, batch: int) -> np.ndarray:
     """[N] what `of` says of each row, `batch` at a time, those of like length together."""
-    order = np.argsort(_lengths(rows), kind="stable")
+    order = np.argsort((rows.segment_ids > 0).sum(1), kind="stable")
     sorted_rows, count = EditRows(*(x[order] for x in rows)), len(order)
-    parts = (_unpadded(EditRows(**part)) for part in evaluation_batches(sorted_rows, min(batch, count)))
+    parts = (unpadded(EditRows(**part)) for part in evaluation_batches(sorted_rows, min(batch, count)))
     return np.concatenate([np.asarray(of(apply, params, part)) for part in parts])[:count][np.argsort(order)]
-
-
-def _lengths(rows: EditRows) -> np.ndarray:
-    return (rows.segment_ids > 0).sum(1)
-
-
-def _unpadded(rows: EditRows) -> EditRows:
-    """The rows without padding that all of them have, but for at most 7 tokens (few lengths, few programs)."""
-    T = -(-int(_lengths(rows).max()) // 8) * 8
-    return EditRows(*(x[:, :T] if x.ndim == 2 else x for x in rows))
 
 
 @functools.partial(jax.jit, static_argnums=0)

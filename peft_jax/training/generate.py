@@ -15,6 +15,7 @@ from flax import nnx
 from peft_jax.core.bind import bind
 from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import cache_slots, with_adapter_ids
+from peft_jax.data import unpadded
 from peft_jax.knowledge.inputs import reads_knowledge
 from peft_jax.models.attention import CACHE_DTYPES
 
@@ -189,13 +190,10 @@ def _prompt_rows(ids: Sequence[Sequence[int]], beside: Callable[[Any], Any] | No
     for i, row in enumerate(ids):
         n = len(row)
         rows.tokens[i, :n], rows.positions[i, :n], rows.segment_ids[i, :n] = row, np.arange(n), 1
-    rows = rows if beside is None else beside(rows)
-    lengths = (rows.segment_ids > 0).sum(1)
-    width = min(rows.tokens.shape[1], _round_up(int(lengths.max()), 16))
-    return {
-        name: np.stack([np.roll(row[:width], width - n) for row, n in zip(field, lengths, strict=True)])
-        for name, field in rows._asdict().items()
-    }
+    rows = unpadded(rows if beside is None else beside(rows), 16)
+    padding = (rows.segment_ids == 0).sum(1)
+    moved = lambda field: np.stack([np.roll(row, n) for row, n in zip(field, padding, strict=True)])
+    return {name: moved(field) for name, field in rows._asdict().items()}
 
 
 def _cached_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped, cache_dtype=None, beside=None) -> np.ndarray:
@@ -224,17 +222,17 @@ def _programs(apply: Any) -> tuple[Any, Any]:
 
 
 def _prefill(apply, params, rows: dict[str, Any], keys, eos, sampling, *, slots: int, cache_dtype: Any) -> _State:
-    tokens, positions, segments = (rows[name] for name in _Prompts._fields)
-    rest = {name: x for name, x in rows.items() if name not in _Prompts._fields}
+    tokens, positions = rows["tokens"], rows["positions"]
+    inputs = {name: x for name, x in rows.items() if name != "tokens"}
     B, T = tokens.shape
     more = [] if cache_dtype is None else [jnp.dtype(cache_dtype)]
     if _encodes(apply.model):
-        cache = apply(params, tokens, segments, slots, *more, method="start")
+        cache = apply(params, tokens, rows["segment_ids"], slots, *more, method="start")
         tokens, positions = jnp.full((B, 1), apply.model.config.start_token, jnp.int32), jnp.zeros((B, 1), jnp.int32)
         logits, cache = apply(params, tokens, positions=positions, cache=cache, method="decode")
     else:
         cache = apply.model.empty_cache(B, cache_slots(params) + T + slots, *more)
-        logits, cache = apply(params, tokens, positions=positions, segment_ids=segments, cache=cache, **rest)
+        logits, cache = apply(params, tokens, cache=cache, **inputs)
     first = sample(logits[:, -1], sampling, jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys))
     out = jnp.full((B, slots), eos, jnp.int32).at[:, 0].set(first)
     return _State(out, jnp.int32(1), first, positions[:, -1] + 1, first == eos, cache, keys)

@@ -15,7 +15,7 @@ from rich.console import Console
 from peft_jax.core.bind import bind
 from peft_jax.core.files import write_json
 from peft_jax.core.sharding import fetch
-from peft_jax.data import Record, evaluation_batches
+from peft_jax.data import Record, evaluation_batches, unpadded
 from peft_jax.knowledge.evaluation import all_likeliest
 from peft_jax.knowledge.facts import question_of
 from peft_jax.knowledge.inputs import reads_knowledge
@@ -85,9 +85,7 @@ def recall(config: RunConfig, setup: Setup, params: Any, records: Sequence[Recor
     data = dataclasses.replace(config.data, packing=False)
     rows = rows_of(subject_of(dataclasses.replace(config, data=data), setup), records)
     end = setup.tokenizer.eos_token_id
-    longest = -(-int((rows.segment_ids > 0).sum(1).max()) // 8) * 8  # what pads all rows costs time alone
-    rows = rows._replace(weights=np.where(rows.targets == end, 0.0, rows.weights).astype(np.float32))
-    rows = rows._replace(**{n: x[:, :longest] for n, x in rows._asdict().items()})
+    rows = unpadded(rows._replace(weights=np.where(rows.targets == end, 0.0, rows.weights).astype(np.float32)))
     apply = bind(setup.model)
     found = [fetch(_said(apply, params, on_devices(b, setup.mesh))) for b in evaluation_batches(rows, config.train.batch_size)]
     return float(np.concatenate(found)[: len(rows.tokens)].mean())
