@@ -70,6 +70,7 @@ class Bottleneck(Adapter):
         *("scale", "before", "after", "gating_weight", "gating_bias"),
     )
     zero_padded: ClassVar[bool] = True
+    biases: ClassVar[tuple[str, ...]] = ("(before|after)/.*",)
     down: Any
     up: Any
     down_bias: jax.Array | None = None

@@ -25,6 +25,7 @@ class Invertible(Attachment):
     """Two nets of two layers (weight, bias): `first` [D - D/2 -> D/2] and `second` [D/2 -> D - D/2], at the embedding."""
 
     trainable: ClassVar[tuple[str, ...]] = ("first", "second")
+    biases: ClassVar[tuple[str, ...]] = (r"\w+/\d+/1",)
     first: Any
     second: Any
     activation: str = static(default="relu")

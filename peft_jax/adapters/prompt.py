@@ -149,6 +149,7 @@ class EncodedTokens(Virtual):
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("embeddings", "layers", "lstm")
+    biases: ClassVar[tuple[str, ...]] = (r"layers/\d+/1", r"lstm/\d+/\d+/2")
     embeddings: jax.Array
     layers: tuple[tuple[jax.Array, jax.Array], ...]
     lstm: tuple[tuple[tuple[jax.Array, jax.Array, jax.Array], ...], ...] = ()

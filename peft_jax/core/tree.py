@@ -161,6 +161,19 @@ def stack_at(path: str) -> int | None:
     return next((i for i, part in enumerate(path.split("/"), 1) if part in STACKS), None)
 
 
+def layer_axes(params: Any) -> Any:
+    """The tree of `params` with, for each array, how many of its leading axes count layers: 1 in a stack, else 0.
+
+    A stack is a module of a stack's name whose arrays all begin with an axis of one size.
+    """
+    stacks: dict[str, set[tuple[int, ...]]] = {}
+    for path, x in places(params).items():
+        if (at := stack_at(path)) is not None:
+            stacks.setdefault("/".join(path.split("/")[:at]), set()).update(a.shape[:1] for a in jax.tree.leaves(x))
+    stacked = tuple(f"{name}/" for name, sizes in stacks.items() if len(sizes) == 1 and () not in sizes)
+    return map_places(lambda path, x: jax.tree.map(lambda _: int(path.startswith(stacked)), x), params)
+
+
 def number_layers(path: str) -> str:
     """A path with the numbers of looped layers as parts of their own: `layers_3/mlp` becomes `layers/3/mlp`."""
     return _NUMBERED.sub(r"\1/\2", path)

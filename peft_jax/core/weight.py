@@ -36,6 +36,7 @@ class Node:
     stochastic: ClassVar[bool] = False  # has a `key` field that `bind` fills when it is given an rng
     routed: ClassVar[bool] = False  # has an `ids` field that `bind` fills with each row's adapter
     zero_padded: ClassVar[bool] = False  # zeros after the end of its arrays change nothing, so that sizes can be evened out
+    biases: ClassVar[tuple[str, ...]] = ()  # patterns (re) of the fields that are biases or norms and are not called so
     frozen: bool = False
 
     def plain(self) -> Self:

@@ -180,7 +180,10 @@ class OptimizerConfig:
     schedule: Literal["constant", "linear", "cosine"] = option("cosine", "decay after warm-up")
     warmup_steps: int = option(20, "steps of linear warm-up")
     final_fraction: float = option(0.0, "the last learning rate as a fraction of the peak")
-    weight_decay: float = option(0.0, "decoupled weight decay on matrices")
+    weight_decay: float = option(0.0, "decoupled weight decay")
+    no_decay: list[str] | None = option(
+        None, "what weight decay spares, as [norm, magnitude]; by default biases and norms, as transformers' Trainer"
+    )
     b1: float = option(0.9, "first moment's decay (momentum for sgd)")
     b2: float = option(0.999, "second moment's decay")
     eps: float = option(1e-8, "Adam's epsilon")
