@@ -44,6 +44,10 @@ class DebertaConfig(EncoderConfig):
     pooler_dropout: float = 0.0
 
     @property
+    def learned_positions(self) -> int | None:
+        return super().learned_positions if self.absolute_positions else None
+
+    @property
     def span(self) -> int:
         """P."""
         return self.position_buckets or self.max_relative

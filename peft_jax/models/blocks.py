@@ -51,6 +51,11 @@ class Architecture:
         """The Hugging Face `model_type`, such as "bert"."""
         return json.loads(self.hf_config).get("model_type", "llama")
 
+    @property
+    def learned_positions(self) -> int | None:
+        """How many positions have a learned row; None where positions are computed."""
+        return None
+
 
 class RMSNorm(nn.Module):
     """Root mean square normalisation (Zhang and Sennrich 2019) over the last axis, in float32."""

@@ -33,6 +33,10 @@ class EncoderConfig(Architecture):
     classifier_dropout: float = 0.1
 
     @property
+    def learned_positions(self) -> int | None:
+        return self.max_position - self.position_offset
+
+    @property
     def head_dim(self) -> int:
         """Features of an attention head."""
         return self.hidden_size // self.num_heads

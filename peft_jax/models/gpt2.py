@@ -46,6 +46,10 @@ class GPT2Config(Architecture):
     classifier_dropout: float = 0.1
 
     @property
+    def learned_positions(self) -> int | None:
+        return self.max_position
+
+    @property
     def head_dim(self) -> int:
         """Features of an attention head."""
         return self.hidden_size // self.num_heads

@@ -46,6 +46,10 @@ class ModernBertConfig(EncoderConfig):
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
 
+    @property
+    def learned_positions(self) -> int | None:
+        return None
+
 
 def modernbert_config(hf: Any) -> ModernBertConfig:
     """The configuration of a ModernBERT."""

@@ -115,6 +115,7 @@ class Quantized(Matrix):
             out_sizes=(flat.size,),
         )
         rows: Any = picked.matrix().mT.reshape(*ids.shape, self.in_sizes[0])
+        rows = jnp.where((ids < self.out_sizes[0])[..., None], rows, jnp.nan)  # as `jnp.take` has it; indexing would clamp
         return rows.astype(dtype or self.dtype)
 
     def merge(self) -> Quantized:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from peft_jax.core.tree import path_str
+from peft_jax.training.resume import refusal
 from peft_jax.training.step import TrainState
 
 _SAMPLE = 2**20
@@ -46,6 +48,11 @@ def _unflat(flat: dict[str, Any], like: TrainState) -> TrainState:
     return state._replace(rng=jax.random.wrap_key_data(state.rng))
 
 
+def _shapes(metadata: Any) -> dict[str, tuple[int, ...]]:
+    """name -> shape of a checkpoint's arrays."""
+    return {name: tuple(x.shape) for name, x in getattr(metadata, "tree", metadata).items()}
+
+
 @jax.jit
 def _copy(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
@@ -54,10 +61,11 @@ def _copy(tree: Any) -> Any:
 class Checkpoints:
     """The checkpoints of a run: the newest few under `folder`. Saving is asynchronous."""
 
-    def __init__(self, folder: Path, *, keep: int, identity: dict[str, Any]) -> None:
-        self.folder, self._identity = folder, identity
+    def __init__(self, folder: Path, *, keep: int, identity: dict[str, Any], resume_with: Sequence[str] = ()) -> None:
+        self.folder, self._identity, self._resume_with = folder, identity, resume_with
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def newest(self) -> int | None:
         """The step of the newest complete checkpoint."""
@@ -77,20 +85,31 @@ class Checkpoints:
         )
         self._manager.save(step, args=items, force=True)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """(state, position) of the newest checkpoint, with the shardings of `like`.
+    def position(self) -> dict[str, Any]:
+        """What the newest checkpoint says beside its arrays."""
+        return self._manager.restore(self.newest(), args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
 
-        Raises ValueError where the checkpoint was made from another base, data or set of trained arrays.
+    def check(self) -> None:
+        """Raise ValueError where the newest checkpoint, if there is one, was made by another run than this one."""
+        if self.newest() is None:
+            return
+        if why := refusal(self.position()["identity"], self._identity, self._resume_with, self.folder):
+            raise ValueError(why)
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """(state, position) of the newest checkpoint, with the shardings of `like`; see `check` for what is to be alike.
+
+        Raises ValueError where it holds other arrays, as those of another optimizer.
         """
-        step = self.newest()
-        position = self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
-        for key, value in self._identity.items():
-            if position["identity"].get(key) != value:
-                raise ValueError(
-                    f"the checkpoint in {self.folder} was made with another {key} "
-                    f"({position['identity'].get(key)!r}, now {value!r}); use another output or resume=false"
-                )
+        step, position = self.newest(), self.position()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(like))
+        stored = _shapes(self._manager.item_metadata(step)["state"])
+        wanted = {name: tuple(x.shape) for name, x in abstract.items()}
+        if wrong := sorted(n for n in stored.keys() | wanted.keys() if stored.get(n) != wanted.get(n)):
+            raise ValueError(
+                f"the checkpoint in {self.folder} holds another state, as {wrong[0]}: of another optimizer, method or model, "
+                "which no resume_with can make up for; use another output or resume=false"
+            )
         flat = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
         return _unflat(flat, like), position
 

@@ -32,6 +32,7 @@ from peft_jax.pruning.distribution import check_distribution, check_pattern, che
 from peft_jax.pruning.prune import check_score
 from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.rounding import check_rounding
+from peft_jax.training.resume import ALTERS
 
 Metric = Literal[
     "perplexity", "exact_match", "bleu", "rouge", "accuracy", "f1", "matthews", "pearson", "spearman", "seqeval", "retrieval",
@@ -343,6 +344,9 @@ class RunConfig:
     generate: GenerateConfig = option(GenerateConfig(), "generation")
     mesh: dict[str, int] = option({}, "sizes of expert, data, fsdp, sequence and tensor; one may be -1; empty: data over all")
     resume: bool = option(True, "continue from the newest checkpoint in `output`")
+    resume_with: list[str] = option(
+        [], "options that a run that is continued may change, as [optimizer.learning_rate]; any other change is refused"
+    )
 
 
 def load_config(path: str | None, overrides: Iterable[str] = ()) -> RunConfig:
@@ -452,6 +456,10 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(f"option 'train.steps' must not be negative, got {config.train.steps}")
     if config.data.validation is None and (config.train.eval_every or config.train.patience):
         raise ConfigError("train.eval_every and train.patience need data.validation")
+    if unknown := [name for name in config.resume_with if name not in ALTERS]:
+        raise ConfigError(
+            f"option 'resume_with': {unknown[0]!r} is no option that alters what is trained.{nearest(unknown[0], ALTERS)}"
+        )
     check_method(config.method)
     name, early = (
         config.method.get("name", "lora"),

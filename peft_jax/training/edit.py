@@ -16,12 +16,13 @@ from peft_jax.hub import save_adapter
 from peft_jax.knowledge.editing import METHODS, Search, edit
 from peft_jax.knowledge.evaluation import edit_scores, fluency
 from peft_jax.knowledge.hooks import feed_forward
-from peft_jax.knowledge.requests import Edit, read_edits
+from peft_jax.knowledge.requests import Edit, edit_rows, read_edits
 from peft_jax.training.config import ConfigError, RunConfig, to_dict
 from peft_jax.training.evaluate import perplexity
 from peft_jax.training.generate import generate
 from peft_jax.training.report import before_and_after
 from peft_jax.training.setup import Setup, first_batches, make_rows, set_up, text_rows
+from peft_jax.training.tables import check_rows
 
 ADAPTER = "edit"
 
@@ -37,6 +38,7 @@ def run_editing(config: RunConfig, console: Console | None = None) -> Path:
     setup = set_up(config)
     if setup.model.task != "causal_lm":
         raise ConfigError(f"facts are edited in causal language models, and this one is a {setup.model.task}")
+    _check_edits(setup, edits)
     before = _measured(config, setup, setup.params, edits)
     edited = write_edits(config, setup, edits, out / ADAPTER)
     after = _measured(config, setup, edited, edits)
@@ -47,9 +49,17 @@ def run_editing(config: RunConfig, console: Console | None = None) -> Path:
     return out / ADAPTER
 
 
+def _check_edits(setup: Setup, edits: list[Edit]) -> None:
+    """Raise ValueError for facts whose tokens or lengths the model has no row for."""
+    said = [(e.question, text) for e in edits for text in (e.target, e.true) if text]
+    said += [(p, e.target) for e in edits for p in (*e.paraphrases, *e.neighbours)]
+    check_rows(setup.model, edit_rows(setup.tokenizer, *map(list, zip(*said, strict=True))), tokenizer=setup.tokenizer)
+
+
 def write_edits(config: RunConfig, setup: Setup, edits: list[Edit], folder: Path) -> Any:
     """The tree with edits as `edit` says, which are saved as a PEFT folder."""
     e = config.edit
+    _check_edits(setup, edits[: e.limit])
     edited = edit(
         setup.model, setup.params, setup.tokenizer, edits[: e.limit], method=e.method, layers=e.layers,
         prefixes=_prefixes(config, setup),

@@ -16,12 +16,14 @@ from peft_jax.training.generate import generate
 from peft_jax.training.loop import run_evaluation
 from peft_jax.training.objective import Objective, next_token
 from peft_jax.training.step import make_evaluation
+from peft_jax.training.tables import check_rows, first_position
 
 
 def perplexity(
     model: Any, params: Any, rows: Rows, *, batch_size: int = 8, mesh: Mesh | None = None, objective: Objective = next_token
 ) -> dict[str, float]:
     """Loss (nats per token), next-token accuracy and perplexity of `rows`."""
+    check_rows(model, rows, before=first_position(params))
     trainable, frozen = partition(params)
     evaluate = jax.jit(make_evaluation(objective, bind(model)))
     return run_evaluation(evaluate, trainable, frozen, rows, batch_size, mesh)

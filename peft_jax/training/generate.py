@@ -18,6 +18,7 @@ from peft_jax.core.tree import cache_slots, with_adapter_ids
 from peft_jax.data import unpadded
 from peft_jax.knowledge.inputs import reads_knowledge
 from peft_jax.models.attention import CACHE_DTYPES
+from peft_jax.training.tables import check_prompts
 
 _CHUNK = 32  # tokens decoded between looks at stop strings
 
@@ -66,7 +67,7 @@ def generate(
     [N, T], padded on the right) more fields that say what is known of them (`attach_triples` and `mark_entities` of
     `knowledge.inputs`).
     Raises ValueError for an empty prompt or list, text without a tokenizer, impossible sampling options, and `beside` of
-    prompts of an encoder-decoder or a model without a cache.
+    prompts of an encoder-decoder or a model without a cache; for ids and positions that the model has no row for.
     """
     apply = apply_or_model if not isinstance(apply_or_model, (nn.Module, nnx.Module)) else _bound(apply_or_model)
     ids, as_text = _encode(prompts, tokenizer, stop, keep_end=_encodes(apply.model))
@@ -81,6 +82,7 @@ def generate(
         params = with_adapter_ids(params, np.asarray(adapter_ids, np.int32))
     if eos_token_id is None and tokenizer is not None:
         eos_token_id = tokenizer.eos_token_id
+    check_prompts(apply.model, params, ids, max_tokens)
     eos = -1 if eos_token_id is None else eos_token_id
     run = _cached_rows if hasattr(apply.model, "empty_cache") or _encodes(apply.model) else _plain_rows
     sampling = None

@@ -8,7 +8,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from peft_jax.training.config import TrainConfig
 from peft_jax.training.objective import Objective, next_token
 from peft_jax.training.report import Reporter, step_flops_per_token
 from peft_jax.training.step import TrainState, init_state, make_evaluation, make_step
+from peft_jax.training.tables import check_rows
 
 
 class TrainingDivergedError(FloatingPointError):
@@ -60,6 +61,7 @@ def train(
     folder: Path | None = None,
     resume: bool = False,
     identity: dict[str, Any] | None = None,
+    resume_with: Sequence[str] = (),
     flops_per_token: float | None = None,
     console: Console | None = None,
 ) -> Result:
@@ -67,13 +69,16 @@ def train(
 
     `rows` and `validation` are NamedTuples of arrays [N, ...] with `tokens` among them, as `objective` wants them.
     With a `mesh` the tree must already be placed on it (see `shard`), and batches are split over data, fsdp and sequence.
-    With a `folder` it writes metrics and checkpoints there; `resume` continues from the newest one. `objective` is the
-    next token's cross-entropy unless given; `validation` is measured by `evaluation`, by default the same. Reports count
-    `flops_per_token`, by default those of a forward and a backward pass through all of `params`. Raises ValueError where
+    With a `folder` it writes metrics and checkpoints there; `resume` continues from the newest one, whose `identity` must be
+    the same but for what `resume_with` names. `objective` is the next token's cross-entropy unless given; `validation` is
+    measured by `evaluation`, by default the same. Reports count `flops_per_token`, by default those of a forward and a
+    backward pass through all of `params`. Raises ValueError where rows hold what the model has no row for, where
     nothing trains or the batch does not divide over the mesh, and TrainingDivergedError after `config.nan_limit` bad gradients
     in a row.
     """
     check_batch(config, rows.tokens.shape[1], mesh)
+    for part in (rows, validation):
+        check_rows(model, part)
     objective = objective or functools.partial(next_token, chunk=config.loss_chunk)
     apply, state = bind(model), initial_state(params, optimizer, config.seed, mesh)
     run = _Run(
@@ -88,6 +93,7 @@ def train(
         console=console or Console(),
         folder=folder,
         identity=identity or {},
+        resume_with=resume_with,
     )
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_stop_signal())
@@ -130,6 +136,7 @@ class _Run:
     console: Console
     folder: Path | None
     identity: dict[str, Any]
+    resume_with: Sequence[str] = ()
     evaluations: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
     checkpoints: Checkpoints | None = None
     best: Checkpoints | None = None
@@ -145,12 +152,13 @@ class _Run:
         self.since = time.monotonic()
         if self.folder is None:
             return state
-        keep = self.config.keep_checkpoints
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=keep, identity=self.identity)
+        options: dict[str, Any] = {"identity": self.identity, "resume_with": self.resume_with}
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.config.keep_checkpoints, **options)
         self.best = Checkpoints(self.folder / "best", keep=1, identity=self.identity)
         stack.callback(self.checkpoints.close)
         stack.callback(self.best.close)
         if resume and self.checkpoints.newest() is not None:
+            self.checkpoints.check()
             state, position = self.checkpoints.restore(state)
             self.evaluations = {int(k): v for k, v in position["evaluations"].items()}
             self.say(f"resumed from step {int(state.step)}")
@@ -175,7 +183,7 @@ class _Run:
             self.reporter.advance(number)
         if number % self.config.log_every == 0 or number == self.steps:
             values = {k: float(v) for k, v in metrics.items()}
-            _check_finite(values, self.config.nan_limit)
+            _check_finite(values, self.config.nan_limit, number)
             if self.reporter is not None:
                 self.reporter.training(number, values, self.tokens, time.monotonic() - self.since)
             self.since, self.tokens = time.monotonic(), 0
@@ -276,11 +284,13 @@ def on_devices(batch: dict[str, np.ndarray], mesh: Mesh | None) -> Any:
     }
 
 
-def _check_finite(metrics: dict[str, float], limit: int) -> None:
-    if metrics["skipped_in_a_row"] >= limit:
+def _check_finite(metrics: dict[str, float], limit: int, step: int) -> None:
+    bad = int(metrics["skipped_in_a_row"])
+    if bad >= limit:
+        first = "the first ones: no learning rate was at work yet, so look at the data, the model and its dtype"
+        advice = first if bad == step else "lower optimizer.learning_rate or look at the data"
         raise TrainingDivergedError(
-            f"{int(metrics['skipped_in_a_row'])} steps in a row had a gradient that is not finite (train.nan_limit={limit}); "
-            "lower optimizer.learning_rate or look at the data"
+            f"{bad} steps in a row had a gradient that is not finite (train.nan_limit={limit}); {advice}"
         )
 
 

@@ -61,7 +61,8 @@ def make_optimizer(
             optax.scale_by_learning_rate(rate),
         ),
     }[config.name]()
-    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts: list[optax.GradientTransformation]
+    parts = [optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()]
     parts.append(optimizer)
     if config.lora_plus_ratio != 1.0:
         parts.append(lora_plus(config.lora_plus_ratio))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -49,6 +48,7 @@ from peft_jax.training.loop import Result, check_batch, initial_state, train
 from peft_jax.training.optimizer import make_optimizer
 from peft_jax.training.prune import Report
 from peft_jax.training.report import step_flops_per_token
+from peft_jax.training.resume import ALTERS, settings
 from peft_jax.training.setup import (
     Setup,
     calibration_batches,
@@ -66,10 +66,11 @@ from peft_jax.training.setup import (
     set_up,
     subject_of,
 )
+from peft_jax.training.tables import check_rows, first_position
 from peft_jax.training.tasks import TASKS, beside, classify, kind_of, objective_of, usual_metrics
 from peft_jax.training.teach import SELF, Lesson, distills, lesson
 
-ADAPTER, MODEL, BASE = "adapter", "model", "base"
+ADAPTER, MODEL, BASE, CHECKPOINTS = "adapter", "model", "base", "checkpoints"
 TASK_TYPES = {  # PEFT's names
     "causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "sequence_classification": "SEQ_CLS",
     "token_classification": "TOKEN_CLS", "question_answering": "QUESTION_ANS", "feature_extraction": "FEATURE_EXTRACTION",
@@ -128,20 +129,12 @@ def train_steps(config: RunConfig, rows: Any) -> int:
 def identity(config: RunConfig, setup: Setup, rows: Any, taught: Lesson | None = None) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that continues it."""
     return {
-        "base": {
-            "path": config.model.path, "revision": config.model.revision, "hash": fingerprint(setup.folder),
-            **({"fresh": json.loads(json.dumps(config.model.config))} if config.model.fresh else {}),
-        },
+        "settings": settings(config),
+        "base": fingerprint(setup.folder),
         "task": setup.model.task,
         "data": fingerprint_of(rows),
-        "method": json.loads(json.dumps(config.method)),
-        "prune": to_dict(config)["prune"],
-        "quantize": to_dict(config)["quantize"],
-        **({"factorize": to_dict(config)["factorize"]} if factorizes(config) else {}),
-        "batch_size": config.train.batch_size,
-        "seed": config.train.seed,
         **({} if taught is None else taught.identity),
-    }  # fmt: skip
+    }
 
 
 def run_training(config: RunConfig, console: Console | None = None, setup: Setup | None = None) -> Result:
@@ -153,10 +146,6 @@ def run_training(config: RunConfig, console: Console | None = None, setup: Setup
     console.quiet = jax.process_index() != 0
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     out = Path(config.output)
-    if not config.resume and out.exists():
-        for name in ("checkpoints", "best", "metrics.jsonl", "tensorboard"):
-            stale = out / name
-            shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
     setup = set_up(config) if setup is None else setup
     check_batch(config.train, config.data.sequence_length, setup.mesh)
     rows = make_rows(config, config.data.train, setup)
@@ -170,7 +159,10 @@ def run_training(config: RunConfig, console: Console | None = None, setup: Setup
         f"{setup.model.config.model_type} model, {total:,} parameters, {trained:,} trained ({trained / total:.2%}); "
         f"{len(rows.tokens):,} rows of {config.data.sequence_length} tokens; {steps:,} steps",
     )
-    out.mkdir(parents=True, exist_ok=True)
+    for part in (rows, validation, test):
+        check_rows(setup.model, part, before=first_position(params))
+    who = identity(config, setup, rows, taught)
+    _open_output(config, out, who)
     if jax.process_index() == 0:
         (out / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     before = _measure(config, setup, setup.params, test)
@@ -191,7 +183,8 @@ def run_training(config: RunConfig, console: Console | None = None, setup: Setup
         evaluation=None if taught is None else of_student(objective),
         folder=out,
         resume=config.resume,
-        identity=identity(config, setup, rows, taught),
+        identity=who,
+        resume_with=config.resume_with,
         flops_per_token=None if taught is None else _flops_with_teachers(config, params, taught.params),
         console=console,
     )
@@ -211,8 +204,26 @@ def run_training(config: RunConfig, console: Console | None = None, setup: Setup
             "before": before, "after": after, "trained_parameters": trained, "parameters": total, "steps": result.step,
             "skipped_steps": result.skipped, "samples": samples,
         })  # fmt: skip
-    say(f"written: {exported}")
+    bad = f"; {result.skipped} of {result.step} steps skipped, whose gradient was not finite" if result.skipped else ""
+    say(f"written: {exported}{bad}")
     return result
+
+
+def _open_output(config: RunConfig, out: Path, who: dict[str, Any]) -> None:
+    """The folder to write to: refused where it holds another run that is to be continued, and without a run's records where
+    a new one begins. Nothing is written or taken away before.
+    """
+    if config.resume and (out / CHECKPOINTS).is_dir():
+        there = Checkpoints(out / CHECKPOINTS, keep=config.train.keep_checkpoints, identity=who, resume_with=config.resume_with)
+        try:
+            there.check()
+        finally:
+            there.close()
+    elif not config.resume and jax.process_index() == 0:
+        for name in (CHECKPOINTS, "best", "metrics.jsonl", "tensorboard"):
+            stale = out / name
+            shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def _flops_with_teachers(config: RunConfig, student: Any, tree: Any) -> float:
@@ -400,8 +411,10 @@ def run_export(config: RunConfig, *, merged: bool) -> Path:
     whole = params if taught is None else taught.params
     optimizer = make_optimizer(config.optimizer, steps, config.method)
     state = initial_state(whole, optimizer, config.train.seed, setup.mesh)
-    checkpoints = Checkpoints(out / chosen, keep=1, identity=identity(config, setup, rows, taught))
+    how = [name for name in ALTERS if name.startswith(("optimizer.", "train."))]  # it was trained: only what it is counts
+    checkpoints = Checkpoints(out / chosen, keep=1, identity=identity(config, setup, rows, taught), resume_with=how)
     try:
+        checkpoints.check()
         state, _ = checkpoints.restore(state)
     finally:
         checkpoints.close()

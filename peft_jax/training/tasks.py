@@ -61,6 +61,7 @@ from peft_jax.training.objective import (
     next_token,
     squared_error,
 )
+from peft_jax.training.tables import check_rows, first_position
 
 Model = Any
 Scores = Callable[["Subject", Any, Sequence[Record], Sequence[str]], dict[str, float]]
@@ -129,7 +130,9 @@ def rows_of(s: Subject, records: Sequence[Record]) -> Any:
         words, _ = read_lexicon(Path(k.lexicon), names_of_labels(s.model) or [])
         marked = mark_entities(rows, make_lexicon(s.tokenizer, words), everywhere=True)
         rows = with_fields(rows, rules=np.where(rows.weights > 0, marked.entities, 0))
-    return rows if (add := beside(s)) is None else add(rows)
+    rows = rows if (add := beside(s)) is None else add(rows)
+    check_rows(s.model, rows, tokenizer=s.tokenizer)
+    return rows
 
 
 def beside(s: Subject) -> Callable[[Any], Any] | None:
@@ -197,6 +200,7 @@ def usual_metrics(s: Subject) -> tuple[str, ...]:
 
 def predict(subject: Subject, params: Any, rows: Any) -> np.ndarray:
     """A head's logits for all rows, float32 [N, ...]."""
+    check_rows(subject.model, rows, before=first_position(params))
     apply = reads_knowledge(bind(subject.model))
 
     @jax.jit

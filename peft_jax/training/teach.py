@@ -44,6 +44,7 @@ from peft_jax.training.generate import generate
 from peft_jax.training.loop import on_devices
 from peft_jax.training.objective import TOKENS, Objective, over_positions
 from peft_jax.training.setup import Setup, make_rows, read_source, set_up, subject_of
+from peft_jax.training.tables import IDS, check_continued, check_rows, first_position
 from peft_jax.training.tasks import TASKS, kind_of
 
 SELF = "self"
@@ -104,7 +105,7 @@ def lesson(config: RunConfig, setup: Setup, params: Any, rows: Any) -> Lesson:
         "divergence": divergence, "temperature": d.temperature, "weight": d.weight, "data_weight": d.data_weight,
         "chunk": config.train.loss_chunk,
     }  # fmt: skip
-    said = {"distill": json.loads(json.dumps(dataclasses.asdict(d)))}  # type: ignore[call-overload]
+    said: dict[str, Any] = {}
     if d.cache is not None:
         cached = _cached(config, setup, rows)
         taught = TaughtRows(**rows._asdict(), teacher_ids=cached.ids, teacher_log_probs=cached.log_probs)
@@ -112,6 +113,7 @@ def lesson(config: RunConfig, setup: Setup, params: Any, rows: Any) -> Lesson:
         return Lesson(beside_teachers(params, []), made, taught, {**said, "teacher": cached.header.teacher})
     loaded = [None if t.path == SELF else teacher_setup(config, t, setup.model) for t in d.teachers]
     rows, teachers, vocabulary = _classroom(config, setup, loaded, rows)
+    _check_tables(setup, loaded, rows)
     terms = [FeatureTerm(n, f.weight, None if f.layers is None else tuple(f.layers), f.options) for n, f in d.features.items()]
     _check_features(d, terms)
     widths = [setup.model.config.hidden_size if t is None else t.model.config.hidden_size for t in loaded]
@@ -125,11 +127,21 @@ def lesson(config: RunConfig, setup: Setup, params: Any, rows: Any) -> Lesson:
     if d.on_policy is not None:
         if task != "causal_lm":
             raise ConfigError(f"distill.on_policy is for causal language models, and this one is a {task}")
+        check_continued(setup.model, rows, d.on_policy.prompt_tokens, d.on_policy.max_tokens)
         end = setup.tokenizer.eos_token_id
         policy = OnPolicy(**dataclasses.asdict(d.on_policy), eos=-1 if end is None else end)  # type: ignore[call-overload]
     made = distillation(reading, teachers, features=terms, keep=d.top_k, vocabulary=vocabulary, on_policy=policy, **options)
     said["teachers"] = [SELF if t is None else fingerprint_of_model(t.folder) for t in loaded]
     return Lesson(tree, made, rows, said)
+
+
+def _check_tables(setup: Setup, loaded: Sequence[Setup | None], rows: Any) -> None:
+    """Raise ValueError for ids or positions of the rows that the student, or a teacher who reads them, has no row for."""
+    check_rows(setup.model, rows, tokenizer=setup.tokenizer)
+    read = ("teacher_tokens",) if hasattr(rows, "teacher_tokens") else IDS
+    for teacher in loaded:
+        if teacher is not None:
+            check_rows(teacher.model, rows, tokenizer=teacher.tokenizer, before=first_position(teacher.params), ids=read)
 
 
 def _check_features(d: DistillConfig, terms: Sequence[FeatureTerm]) -> None:

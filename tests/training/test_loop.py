@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -19,6 +20,7 @@ from peft_jax.data import pack
 from peft_jax.data.encode import Example
 from peft_jax.training.config import OptimizerConfig, TrainConfig
 from peft_jax.training.loop import TrainingDivergedError, train
+from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import make_optimizer, make_schedule
 
 ROOT = Path(__file__).parents[2]
@@ -107,14 +109,20 @@ def test_divergence_is_said(setup):
     model, params, rows = setup
 
     def bad(apply, params, batch, rng):
-        import jax.numpy as jnp
-
         return peft_jax.partition(params)[0]["model"]["layers"]["mlp"]["up_proj"]["kernel"].a.sum() * jnp.nan, {
             "weight": jnp.ones(())
         }
 
-    with pytest.raises(TrainingDivergedError, match=r"3 steps in a row .* lower optimizer.learning_rate"):
+    with pytest.raises(TrainingDivergedError, match=r"3 steps in a row .* the first ones: no learning rate was at work yet"):
         train(model, params, rows, optax.sgd(0.1), TrainConfig(nan_limit=3, log_every=1), steps=9, objective=bad)
+
+    def later(apply, params, batch, rng):
+        loss, metrics = next_token(apply, params, batch, rng)
+        up = peft_jax.partition(params)[0]["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+        return loss + jnp.where(jnp.abs(up.b).max() > 0, jnp.nan, 0.0) * up.b.sum(), metrics
+
+    with pytest.raises(TrainingDivergedError, match=r"3 steps in a row .* lower optimizer.learning_rate"):
+        train(model, params, rows, optax.sgd(0.1), TrainConfig(nan_limit=3, log_every=1), steps=9, objective=later)
 
 
 def test_what_cannot_be_trained_is_refused(setup):

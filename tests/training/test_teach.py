@@ -124,7 +124,7 @@ def test_a_factorized_student_and_a_resumed_cache(tiny_folder, teacher, texts, t
         config = configuration(
             tiny_folder, texts, tmp_path / name, factorize={"keep": 0.5}, method={"name": "full"},
             distill={"cache": str(tmp_path / "cache")}, train={"steps": steps, "keep_best": False},
-            optimizer={"schedule": "constant", "learning_rate": 0.003},
+            optimizer={"schedule": "constant", "learning_rate": 0.003}, resume_with=["train.steps"],
         )  # fmt: skip
         return run_training(config)
 
