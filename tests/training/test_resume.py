@@ -1,12 +1,15 @@
 """Continuing a run: what alters its trajectory is refused by name, unless it is wanted; nothing is written before."""
 
 import dataclasses
+import io
 import json
+import sys
 import typing
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from peft_jax.training.config import ConfigError, RunConfig, parse_config
 from peft_jax.training.resume import ALTERS, LEAVES, changed, settings
@@ -50,7 +53,7 @@ def run(tiny_folder, tmp_path_factory):
         "data.sequence_length": 32, "train.batch_size": 8, "train.tensorboard": False, "optimizer.warmup_steps": 0,
     }  # fmt: skip
 
-    def go(**changes):
+    def go(console=None, **changes):
         tree = {}
         for name, value in {**base, **{k.replace("__", "."): v for k, v in changes.items()}}.items():
             *sections, last = name.split(".")
@@ -58,7 +61,7 @@ def run(tiny_folder, tmp_path_factory):
             for section in sections:
                 at = at.setdefault(section, {})
             at[last] = value
-        return run_training(parse_config(tree))
+        return run_training(parse_config(tree), console)
 
     go.folder = Path(base["output"])
     assert go().step == 2
@@ -106,3 +109,14 @@ def test_what_is_wanted_is_taken_and_what_alters_nothing_needs_no_word(run):
     assert result.step == 4
     assert yaml.safe_load((run.folder / "config.yaml").read_text())["optimizer"]["learning_rate"] == 1e-2
     assert json.loads((run.folder / "results.json").read_text())["steps"] == 4
+
+
+def test_skipped_steps_are_said_in_the_last_line_and_in_the_results(run, monkeypatch):
+    console, module = Console(file=io.StringIO(), width=200), sys.modules[run_training.__module__]
+    trained = module.train
+    monkeypatch.setattr(module, "train", lambda *a, **k: trained(*a, **k)._replace(skipped=1))
+    result = run(console, resume_with=["train.steps", "optimizer.learning_rate", "optimizer.clip_norm"])
+    last = console.file.getvalue().strip().splitlines()[-1]
+    assert last.startswith("written: ")
+    assert last.endswith(f"1 of {result.step} steps skipped, whose gradient was not finite")
+    assert json.loads((run.folder / "results.json").read_text())["skipped_steps"] == 1
