@@ -92,23 +92,36 @@ def _weighted(values: jax.Array, weights: jax.Array) -> jax.Array:
     return (values * weights).sum() / jnp.maximum(weights.sum(), 1e-9)
 
 
+def _of_tokens(weights: jax.Array, visible: jax.Array) -> jax.Array:
+    return weights.sum()
+
+
+def _of_sights(weights: jax.Array, visible: jax.Array) -> jax.Array:
+    return visible.sum().astype(jnp.float32)
+
+
+def _of_seeing(weights: jax.Array, visible: jax.Array) -> jax.Array:
+    return visible.any(-1).sum().astype(jnp.float32)
+
+
 class Feature(NamedTuple):
-    """An objective over layers: what it needs of each (fields of `States`), the layers that it pairs by default, and whether
-    a projection makes up for different widths.
+    """An objective over layers: what it needs of each (fields of `States`), how much counts in its mean, the layers that it
+    pairs by default, and whether a projection makes up for different widths.
     """
 
     needs: tuple[str, ...]
+    counted: Callable[[jax.Array, jax.Array], jax.Array]  # of weights [B, T] and visible [B, T, T]
     every: bool  # layer by layer, or the last one alone
     projects: bool = False
     options: tuple[str, ...] = ()
 
 
 FEATURES: dict[str, Feature] = {
-    "cosine": Feature(("hidden",), every=True, projects=True),
-    "squared": Feature(("hidden",), every=True, projects=True),
-    "attention": Feature(("query", "key"), every=True),
-    "minilm": Feature(("query", "key", "value"), every=False),
-    "minilmv2": Feature(("query", "key", "value"), every=False, options=("relation_heads",)),
+    "cosine": Feature(("hidden",), _of_tokens, every=True, projects=True),
+    "squared": Feature(("hidden",), _of_tokens, every=True, projects=True),
+    "attention": Feature(("query", "key"), _of_sights, every=True),
+    "minilm": Feature(("query", "key", "value"), _of_seeing, every=False),
+    "minilmv2": Feature(("query", "key", "value"), _of_seeing, every=False, options=("relation_heads",)),
 }
 _LOSSES: dict[str, Callable[..., jax.Array]] = {
     "cosine": cosine, "squared": squared, "attention": attention, "minilm": minilm, "minilmv2": minilmv2,

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.training.objective import Apply, Reading, cross_entropy, logits_width, nll_and_hits, over_positions
+from peft_jax.training.objective import (
+    Apply,
+    Reading,
+    cross_entropy,
+    logits_width,
+    mean_over,
+    nll_and_hits,
+    over_positions,
+)
 
 
 def semantic_loss(logits: jax.Array, allowed: jax.Array) -> jax.Array:
@@ -105,8 +113,8 @@ def constrained(
     batch = reading.view(batch, rng)
     states, head = reading.states(apply, params, batch, rng), reading.head(apply, params, batch)
 
-    def of(states: jax.Array, targets: jax.Array, rules: jax.Array) -> dict[str, jax.Array]:
-        logits = head(states)
+    def of(states: jax.Array, targets: jax.Array, rules: jax.Array, rng: Any = None) -> dict[str, jax.Array]:
+        logits = head(states, rng=rng)
         nll, hits = nll_and_hits(logits, targets)
         found = {"nll": nll, "hits": hits}
         for name, (table, _) in tables.items():
@@ -114,9 +122,10 @@ def constrained(
             found[name] = PENALTIES[name](logits, rows)
         return found
 
-    found = over_positions(of, (states, batch["targets"], rules), logits_width(head, states), chunk)
-    mean = lambda x, w: (x * w).sum() / jnp.maximum(w.sum(), 1e-9)
+    found = over_positions(of, (states, batch["targets"], rules), logits_width(head, states), chunk, rng)
+    mean = mean_over(batch)
     weights, ruled = batch["weights"].astype(jnp.float32), (rules > 0).astype(jnp.float32)
-    penalties = {name: mean(jnp.where(rules > 0, found[name], 0.0), ruled) for name in tables}
+    penalties = {name: mean(jnp.where(rules > 0, found[name], 0.0), ruled, "rules") for name in tables}
     loss = mean(found["nll"], weights) + sum(weight * penalties[n] for n, (_, weight) in tables.items())
-    return loss, {"weight": weights.sum(), "accuracy": mean(found["hits"], weights), **penalties}
+    shared = {"weight": weights.sum(), "rules": ruled.sum()}
+    return loss, {"weight": weights.sum(), "accuracy": mean(found["hits"], weights), **penalties, "shared": shared}

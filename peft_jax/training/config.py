@@ -167,6 +167,7 @@ class DataConfig:
     replay_share: float = option(0.5, "share of the training rows that are replayed")
     mask_share: float = option(0.15, "share of the tokens that a masked language model has to guess")
     temperature: float = option(0.05, "of the similarities of pairs")
+    same_texts: Literal["excluded", "negatives"] = option("excluded", "what texts of a batch are that equal one of a pair's")
     packing: bool = option(True, "several examples in a row, kept apart by segment ids (of a causal language model)")
     too_long: Literal["skip", "truncate", "stop"] = option("skip", "what to do with a completion or chat that does not fit")
     on_error: Literal["skip", "stop"] = option("skip", "what to do with a malformed record")

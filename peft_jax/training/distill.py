@@ -30,7 +30,17 @@ from peft_jax.distillation.divergence import (
 from peft_jax.distillation.hidden import FEATURES, feature_loss, layer_map, places_of, visible_tokens
 from peft_jax.distillation.match import uld
 from peft_jax.training.generate import continuations
-from peft_jax.training.objective import Apply, Objective, Reading, logits_width, nll_and_hits, over_positions
+from peft_jax.training.objective import (
+    Apply,
+    Objective,
+    Reading,
+    balanced,
+    logits_width,
+    mean_over,
+    nll_and_hits,
+    over_positions,
+    scores_of,
+)
 
 Batch = dict[str, jax.Array]
 
@@ -84,6 +94,7 @@ def distillation(
     vocabulary: int | None = None,
     on_policy: OnPolicy | None = None,
     chunk: int | None = None,
+    router_loss: float | None = None,
 ) -> Objective:
     """An objective of a tree as `beside_teachers` makes it.
 
@@ -91,7 +102,8 @@ def distillation(
     divergence of student and teachers at that temperature, plus the features. `keep` > 0 compares the teacher's most likely
     tokens and the others' mass together; a batch with `teacher_ids` [B, T, k] and `teacher_log_probs` [B, T, k + 1] brings the
     teacher's predictions itself. Logits are computed for `chunk` tokens at a time (see `over_positions`), both models'.
-    `vocabulary` is how many of the logits are tokens. Metrics: `divergence`, `data_loss`, one for each feature.
+    `vocabulary` is how many of the logits are tokens. A student that is a mixture of experts adds `router_loss` times its
+    load-balancing loss (see `balanced`). Metrics: `divergence`, `data_loss`, one for each feature.
     """
 
     def objective(apply: Apply, params: Any, batch: Batch, rng: Any) -> Any:
@@ -99,36 +111,37 @@ def distillation(
         if on_policy is not None and rng is not None:
             batch = _own_texts(on_policy, apply, params, teachers, batch, rng)
         batch = reading.view(batch, rng)
-        student = params["student"]
+        student, mean = params["student"], mean_over(batch)
         states, found = _read(reading, apply, student, batch, rng, _wanted(features, student))
         head = reading.head(apply, student, batch)
         taught = [_teach(reading, apply, params, i, t, batch, features) for i, t in enumerate(teachers)]
         spec = _Comparison(divergence, temperature, keep, vocabulary, on_policy is not None and on_policy.minillm)
-        parts = _compare(spec, head, states, teachers, taught, batch, chunk)
+        parts = _compare(spec, head, states, teachers, taught, batch, chunk, rng)
         weights = batch["weights"].astype(jnp.float32)
-        mean = lambda values, w: (values * w).sum() / jnp.maximum(w.sum(), 1e-9)
         metrics = {"weight": weights.sum(), "accuracy": mean(parts["hits"], weights), "data_loss": mean(parts["nll"], weights)}
+        shared = {"weight": metrics["weight"]}
         loss = jnp.zeros(())
         if weight:
+            compared = (batch["compared"].astype(jnp.float32), "compared") if "compared" in batch else (weights, "weight")
+            shared[compared[1]] = compared[0].sum()
             if spec.policy and rng is not None:
                 loss = weight * mean(_policy_loss(on_policy, parts, weights), weights)
             else:
-                loss = weight * temperature**2 * mean(parts["divergence"], batch.get("compared", weights))
-            metrics["divergence"] = mean(parts["divergence"], batch.get("compared", weights))
+                loss = weight * temperature**2 * mean(parts["divergence"], *compared)
+            metrics["divergence"] = mean(parts["divergence"], *compared)
         if data_weight and on_policy is not None and rng is not None:  # of the data, not of what the student wrote
             seen = reading.view(data, rng)
-            data_states = reading.states(apply, student, seen, rng)
-            nll = over_positions(
-                lambda s, t: nll_and_hits(head(s), t)[0], (data_states, seen["targets"]), logits_width(head, data_states), chunk
-            )
-            metrics["data_loss"] = mean(nll, seen["weights"].astype(jnp.float32))
+            data_weights = seen["weights"].astype(jnp.float32)
+            nll, _ = scores_of(head, reading.states(apply, student, seen, rng), seen["targets"], chunk, rng)
+            metrics["data_loss"] = mean(nll, data_weights, "data")
+            shared["data"] = data_weights.sum()
         loss = loss + data_weight * metrics["data_loss"] if data_weight else loss
         for term in features:
-            value = _feature(term, params, apply, batch, found, [t.found for t in taught], teachers)
+            value, shared[term.name] = _feature(term, params, apply, batch, found, [t.found for t in taught], teachers)
             loss, metrics = loss + term.weight * value, {**metrics, term.name: value}
-        return loss, metrics
+        return loss, metrics if len(shared) == 1 else {**metrics, "shared": shared}
 
-    return objective
+    return balanced(objective, router_loss)
 
 
 def of_student(objective: Objective) -> Objective:
@@ -240,6 +253,7 @@ def _compare(
     taught: Sequence[_Taught],
     batch: Batch,
     chunk: Any,
+    rng: Any,
 ) -> dict[str, jax.Array]:
     """nll and hits [B, T] of the targets, divergence [B, T] (or where it is compared, [B, P]), and for MiniLLM the
     student's and the teacher's log-probabilities of the targets.
@@ -249,18 +263,20 @@ def _compare(
     width = logits_width(head, states) * (1 + len(taught))
     scored = lambda logits, targets: dict(zip(("nll", "hits"), nll_and_hits(logits, targets), strict=True))
 
-    def of(s: jax.Array, targets: jax.Array, theirs: list[Any], stored: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        logits = head(s)
+    def of(
+        s: jax.Array, targets: Any, theirs: list[Any], stored: dict[str, jax.Array], rng: Any = None
+    ) -> dict[str, jax.Array]:
+        logits = head(s, rng=rng)
         return scored(logits, targets) | _divergences(spec, logits, targets, teachers, taught, theirs, stored)
 
     if "teacher_at" not in batch:
-        return over_positions(of, (states, batch["targets"], both, stored), width, chunk)
+        return over_positions(of, (states, batch["targets"], both, stored), width, chunk, rng)
     pick = lambda x, at: jnp.take_along_axis(x, at[..., None], axis=1)
     ours, theirs = pick(states, batch["compared_at"]), [pick(x, batch["teacher_at"]) for x in both]
-    of_data = lambda s, targets: scored(head(s), targets)
-    compared = lambda s, theirs: _divergences(spec, head(s), None, teachers, taught, theirs, {})
-    return over_positions(of_data, (states, batch["targets"]), width, chunk) | over_positions(
-        compared, (ours, theirs), width, chunk
+    of_data = lambda s, targets, rng=None: scored(head(s, rng=rng), targets)
+    compared = lambda s, theirs, rng=None: _divergences(spec, head(s, rng=rng), None, teachers, taught, theirs, {})
+    return over_positions(of_data, (states, batch["targets"]), width, chunk, rng) | over_positions(
+        compared, (ours, theirs), width, chunk, rng
     )
 
 
@@ -299,21 +315,25 @@ def _divergence(spec: _Comparison, options: Any, logits: jax.Array, others: jax.
 
 def _feature(
     term: FeatureTerm, params: Any, apply: Apply, batch: Batch, found: Any, taught: Sequence[Any], teachers: Sequence[Teacher]
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
+    """(the term, how much counts in it): of a part of a batch its share of the whole batch's."""
     segments = batch.get("segment_ids")
     segments = jnp.ones(batch["tokens"].shape, jnp.int32) if segments is None else segments
+    weights = (segments > 0).astype(jnp.float32)
     visible = visible_tokens(segments, causal=hasattr(apply.model, "empty_cache"))
+    counted = FEATURES[term.name].counted(weights, visible)
+    share = counted / jnp.maximum(batch["shared"][term.name].sum(), 1e-9) if "shared" in batch else 1.0
     total, sum_of_weights = jnp.zeros(()), sum(t.weight for t in teachers)
     for i, (teacher, theirs) in enumerate(zip(teachers, taught, strict=True)):
         depth = lambda x: next(v.shape[0] for n, v in x.items() if n != "embedded")
         pairs = term.layers or layer_map(term.name, depth(found), depth(theirs))
         projection = params["projections"].get(f"{term.name}_{i}")
         value = feature_loss(
-            term.name, found, theirs, pairs, weights=(segments > 0).astype(jnp.float32), visible=visible,
+            term.name, found, theirs, pairs, weights=weights, visible=visible,
             projection=projection.value if isinstance(projection, Trainable) else projection, **term.options,
         )  # fmt: skip
         total = total + teacher.weight / sum_of_weights * value
-    return total
+    return total * share, counted
 
 
 # ------------------------------------------------------------------------------------------------ the student's own texts

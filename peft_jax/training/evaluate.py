@@ -36,11 +36,11 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU of sacrebleu, over several references each."""
+    """Corpus BLEU of sacrebleu, over several references each, not everywhere as many."""
     import sacrebleu
 
     most = max(map(len, references))
-    streams = [[rs[i] if i < len(rs) else "" for rs in references] for i in range(most)]
+    streams = [[rs[i] if i < len(rs) else None for rs in references] for i in range(most)]
     return sacrebleu.corpus_bleu(list(predictions), streams).score
 
 

@@ -11,21 +11,21 @@ from typing import Any
 import numpy as np
 
 
-def accuracy(predicted: Sequence[Any], gold: Sequence[Any]) -> float:
+def accuracy(predicted: Sequence[int], gold: Sequence[int], classes: int) -> float:
     """The share of labels that are right."""
     return float(np.mean(np.asarray(predicted) == np.asarray(gold)))
 
 
-def f1(predicted: Sequence[Any], gold: Sequence[Any]) -> float:
-    """F1: of the second label where there are two (as GLUE has it), else the mean over the labels that occur."""
-    metrics = _sklearn()
-    names = sorted({*predicted, *gold})
-    if len(names) <= 2:
-        return float(metrics.f1_score(gold, predicted, pos_label=names[-1], average="binary", zero_division=0.0))
-    return float(metrics.f1_score(gold, predicted, average="macro", zero_division=0.0))
+def f1(predicted: Sequence[int], gold: Sequence[int], classes: int) -> float:
+    """F1 of the second of two `classes` (as GLUE has it), or the mean over the labels that are predicted or right.
+
+    scikit-learn's `f1_score`, binary or macro by how many classes there are, whichever of them a sample holds.
+    """
+    average = "binary" if classes == 2 else "macro"
+    return float(_sklearn().f1_score(gold, predicted, average=average, zero_division=0.0))
 
 
-def matthews(predicted: Sequence[Any], gold: Sequence[Any]) -> float:
+def matthews(predicted: Sequence[int], gold: Sequence[int], classes: int) -> float:
     """Matthews' correlation coefficient."""
     return float(_sklearn().matthews_corrcoef(gold, predicted))
 
@@ -84,7 +84,7 @@ def _sklearn() -> Any:
     return metrics
 
 
-OF_LABELS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
+OF_LABELS: dict[str, Callable[[Sequence[int], Sequence[int], int], float]] = {
     "accuracy": accuracy,
     "f1": f1,
     "matthews": matthews,

@@ -40,8 +40,9 @@ def make_step(
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, frozen, batch) -> (state, metrics)`, pure; jit it with the state donated.
 
-    With `accumulate` > 1 the batch's rows are split into that many micro-batches whose gradients are averaged by their
-    weight, which equals the gradient of the whole batch. A gradient that is not finite changes nothing but the counts.
+    With `accumulate` > 1 the batch's rows are split into that many micro-batches, whose gradients together equal the gradient
+    of the whole batch (but for dropout, and a mixture's load-balancing, which is of each micro-batch).
+    A gradient that is not finite changes nothing but the counts.
     Nodes that have a `penalty` add it to what is minimised; the metric `loss` is the objective's own.
     """
 
@@ -50,7 +51,8 @@ def make_step(
     def loss_of(trainable: Any, frozen: Any, batch: Any, rng: jax.Array) -> Any:
         params = combine(trainable, frozen)
         loss, metrics = objective(apply, params, batch, rng)
-        return loss + penalty(params), {"loss": loss, **metrics}
+        parts = accumulate if "part" in batch else 1  # losses of such parts are added up
+        return loss + penalty(params) / parts, {"loss": loss, **metrics}
 
     grad_of = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -58,6 +60,7 @@ def make_step(
         rng = jax.random.fold_in(state.rng, state.step)
         if accumulate == 1:
             (loss, metrics), grads = grad_of(state.trainable, frozen, batch, rng)
+            metrics.pop("shared", None)
         else:
             loss, metrics, grads = _accumulated(grad_of, state.trainable, frozen, batch, rng, accumulate)
         norm = optax.global_norm(grads)
@@ -78,21 +81,35 @@ def make_step(
 
 
 def _accumulated(grad_of: Any, trainable: Any, frozen: Any, batch: Any, rng: jax.Array, count: int) -> Any:
-    """(loss, metrics, gradients) averaged over `count` micro-batches by weight."""
+    """(loss, metrics, gradients) over `count` micro-batches: averaged by weight, or added up where the objective is told what
+    its parts share (see `training.objective`).
+    """
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch)
+    key = lambda index: jax.random.fold_in(rng, index)
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(lambda: grad_of(trainable, frozen, first, rng))
+    together = "shared" in shapes[0][1]
+    shared = {}
+    if together:  # what is not shared of this first pass is never computed
+        of = lambda part: grad_of(trainable, frozen, part[1], key(part[0]))[0][1]["shared"]
+        shared = {"shared": jax.lax.map(of, (jnp.arange(count), parts))}
 
     def body(total: Any, part: Any) -> Any:
         index, micro = part
-        (loss, metrics), grads = grad_of(trainable, frozen, micro, jax.random.fold_in(rng, index))
-        weight = metrics["weight"]
-        scaled = jax.tree.map(lambda x: x * weight, (loss, {**metrics, "weight": jnp.ones(())}, grads))
-        return jax.tree.map(jnp.add, total, scaled), None
+        number = {"part": index} if together else {}
+        (loss, metrics), grads = grad_of(trainable, frozen, {**micro, **shared, **number}, key(index))
+        metrics = {k: v for k, v in metrics.items() if k != "shared"}
+        if not together:
+            weight = metrics["weight"]
+            own = {**metrics, "weight": jnp.ones(())}
+            loss, metrics, grads = jax.tree.map(lambda x: x * weight, (loss, own, grads))
+        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
 
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(lambda: grad_of(trainable, frozen, first, rng))
     (loss, metrics), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    sums, _ = jax.lax.scan(body, (loss, metrics, grads), (jnp.arange(count), parts))
-    loss, metrics, grads = sums
+    metrics.pop("shared", None)
+    (loss, metrics, grads), _ = jax.lax.scan(body, (loss, metrics, grads), (jnp.arange(count), parts))
+    if together:
+        return loss, metrics, grads
     weight = metrics["weight"]
     mean = lambda x: x / jnp.maximum(weight, 1e-9)
     return mean(loss), {k: v if k == "weight" else mean(v) for k, v in metrics.items()}, jax.tree.map(mean, grads)
@@ -103,6 +120,6 @@ def make_evaluation(objective: Objective, apply: Apply) -> Callable[[Any, Any, A
 
     def evaluate(trainable: Any, frozen: Any, batch: Any) -> dict[str, jax.Array]:
         loss, metrics = objective(apply, combine(trainable, frozen), batch, None)
-        return {"loss": loss, **metrics}
+        return {"loss": loss, **{k: v for k, v in metrics.items() if k != "shared"}}
 
     return evaluate

@@ -53,6 +53,7 @@ from peft_jax.training.objective import (
     TOKENS,
     Objective,
     Reading,
+    balanced,
     contrast,
     cross_entropy,
     embed_texts,
@@ -105,9 +106,9 @@ def _objective(config: RunConfig, subject: Subject) -> Objective:
     task, chunk = TASKS[subject.model.task], config.train.loss_chunk
     reading = task.reading(subject)
     if tables := rule_tables(subject):
-        if reading is None or getattr(subject.model.config, "num_experts", 0):
-            raise ConfigError("data.knowledge: rules are for losses over distributions, of models without experts")
-        return functools.partial(constrained, reading, tables, chunk=chunk)
+        if reading is None:
+            raise ConfigError("data.knowledge: rules are for losses over distributions")
+        return balanced(functools.partial(constrained, reading, tables, chunk=chunk), config.train.router_loss)
     if (own := task.objective(config, subject)) is not None:
         return own
     assert reading is not None  # a task has one of the two
@@ -274,13 +275,18 @@ def _label_reading(s: Subject) -> Reading | None:
 def _label_scores(s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
     rows = rows_of(s, records)
     logits = predict(s, params, rows)
-    regressed = names_of_labels(s.model) is None
-    known: dict[str, Any] = OF_NUMBERS if regressed else OF_LABELS
+    labels = names_of_labels(s.model)
+    regressed = labels is None
+    known: dict[str, Any] = OF_NUMBERS if labels is None else {n: _of_classes(of, len(labels)) for n, of in OF_LABELS.items()}
     if wrong := [n for n in names if n not in known]:
         what = "numbers" if regressed else "labels"
         raise ValueError(f"the metric {wrong[0]} is none of {what}; there are {', '.join(known)}")
     predicted = logits[:, 0] if regressed else logits.argmax(-1)
     return {n: known[n](predicted.tolist(), rows.labels.tolist()) for n in names}
+
+
+def _of_classes(metric: Callable[..., float], classes: int) -> Callable[..., float]:
+    return functools.partial(metric, classes=classes)
 
 
 def classify(s: Subject, params: Any, texts: Sequence[str]) -> list[str]:
@@ -294,7 +300,7 @@ def _tag_scores(s: Subject, params: Any, records: Sequence[Record], names: Seque
     rows, labels = rows_of(s, records), np.asarray(names_of_labels(s.model))
     predicted, counts = predict(s, params, rows).argmax(-1), rows.weights > 0
     flat = predicted[counts].tolist(), rows.labels[counts].tolist()
-    result = {n: OF_LABELS[n](*flat) for n in names if n in OF_LABELS}
+    result = {n: OF_LABELS[n](*flat, len(labels)) for n in names if n in OF_LABELS}
     if "seqeval" in names:
         by_row = [[labels[row[seen]].tolist() for row, seen in zip(x, counts, strict=True)] for x in (predicted, rows.labels)]
         result["seqeval"] = seqeval(*by_row)
@@ -367,6 +373,8 @@ TASKS: dict[str, TaskSpec] = {
     "feature_extraction": TaskSpec(
         ("pairs",), lambda s, records: encode_pairs(records, s.tokenizer, s.data.sequence_length), lambda s: None,
         ("retrieval",), (), _retrieved,
-        objective=lambda config, s: functools.partial(contrast, temperature=s.data.temperature),
+        objective=lambda config, s: functools.partial(
+            contrast, temperature=s.data.temperature, same=s.data.same_texts == "negatives"
+        ),
     ),
 }  # fmt: skip

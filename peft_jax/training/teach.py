@@ -103,7 +103,7 @@ def lesson(config: RunConfig, setup: Setup, params: Any, rows: Any) -> Lesson:
     assert divergence is not None
     options: dict[str, Any] = {
         "divergence": divergence, "temperature": d.temperature, "weight": d.weight, "data_weight": d.data_weight,
-        "chunk": config.train.loss_chunk,
+        "chunk": config.train.loss_chunk, "router_loss": config.train.router_loss,
     }  # fmt: skip
     said: dict[str, Any] = {}
     if d.cache is not None:

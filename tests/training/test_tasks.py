@@ -385,9 +385,9 @@ def test_t5_generates_as_pytorch_does(tokenizer, tmp_path):
 
 
 def test_metrics():
-    assert metrics.accuracy([1, 2, 3], [1, 2, 4]) == pytest.approx(2 / 3)
-    assert metrics.f1([1, 1, 0, 0], [1, 0, 0, 0]) == pytest.approx(2 / 3)
-    assert metrics.f1([0, 1, 2], [0, 1, 1]) == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert metrics.accuracy([1, 2, 3], [1, 2, 4], 5) == pytest.approx(2 / 3)
+    assert metrics.f1([1, 1, 0, 0], [1, 0, 0, 0], 2) == pytest.approx(2 / 3)
+    assert metrics.f1([0, 1, 2], [0, 1, 1], 3) == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert metrics.matthews([1, 0, 1, 0], [1, 0, 1, 0]) == pytest.approx(1.0)
     assert metrics.pearson([1.0, 2.0, 3.0], [2.0, 4.0, 6.1]) == pytest.approx(0.9999, abs=1e-3)
     assert metrics.spearman([1.0, 2.0, 3.0], [1.0, 10.0, 100.0]) == pytest.approx(1.0)

@@ -1,0 +1,183 @@
+"""Objectives: parts of a batch add up to the whole, dropout is drawn where it should be, what a model adds is not lost."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+import peft_jax
+from peft_jax.data import batch_at
+from peft_jax.knowledge.constraints import constrained
+from peft_jax.training.distill import FeatureTerm, Teacher, beside_teachers, distillation
+from peft_jax.training.objective import TOKENS, balanced, contrast, cross_entropy, embed_texts, next_token
+from peft_jax.training.step import init_state, make_step
+from tests.reference import family_checkpoint, relative_error
+from tests.training.test_loop import tiny_rows
+
+ROWS = 16
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_folder):
+    model, params = peft_jax.load(tiny_folder)
+    return model, params
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Rows of uneven lengths, with few tokens that count and, in some rows, none."""
+    rng = np.random.default_rng(0)
+    made = dict(batch_at(tiny_rows(ROWS, 16), 0, ROWS, seed=0))
+    lengths = rng.integers(3, 17, ROWS)
+    seen = np.arange(16)[None] < lengths[:, None]
+    counts = seen & (rng.random((ROWS, 16)) < np.where(np.arange(ROWS) % 3 == 0, 0.0, 0.7)[:, None])
+    made |= {"segment_ids": seen.astype(np.int32), "weights": counts.astype(np.float32)}
+    made["rules"] = np.where(rng.random((ROWS, 16)) < 0.2, 1 + np.arange(16) % 2, 0).astype(np.int32)
+    return made
+
+
+@pytest.fixture(scope="module")
+def pairs(batch):
+    rng = np.random.default_rng(1)
+    other = np.roll(batch["tokens"], 3, axis=1)
+    other[5], other[9] = other[2], other[2]  # the same text thrice
+    weights = np.ones(ROWS, np.float32)
+    weights[-1] = 0.0
+    seen = batch["segment_ids"]
+    return {"tokens": batch["tokens"], "segment_ids": seen, "other_tokens": other,
+            "other_segment_ids": seen[rng.permutation(ROWS)] | (np.arange(16) < 3), "weights": weights}  # fmt: skip
+
+
+def _lora(params):
+    return peft_jax.lora(params, jax.random.key(0), rank=2, targets=["q_proj", "down_proj"], init="gaussian")
+
+
+def _taught(params):
+    return beside_teachers(_lora(params), [jax.tree.map(lambda w: w * 1.1, params)])
+
+
+def _features(model):
+    terms = [FeatureTerm("cosine", 0.7), FeatureTerm("attention", 0.3), FeatureTerm("minilm", 0.5)]
+    return distillation(TOKENS, [Teacher(peft_jax.bind(model))], data_weight=0.5, features=terms)
+
+
+def _rules(model):
+    allowed = np.random.default_rng(2).random((2, model.config.vocab_size)) < 0.1
+    return functools.partial(constrained, TOKENS, {"allowed": (allowed, 0.5)})
+
+
+OBJECTIVES = {
+    "next_token": (lambda model: next_token, _lora),
+    "rules": (_rules, _lora),
+    "distillation": (lambda model: distillation(TOKENS, [Teacher(peft_jax.bind(model))], data_weight=0.3), _taught),
+    "features": (_features, _taught),
+    "contrast": (lambda model: contrast, _lora),
+}
+
+
+def _step(model, tree, objective, batch, accumulate):
+    """(metrics, gradients) of one step."""
+    trainable, frozen = peft_jax.partition(tree)
+    copy = optax.GradientTransformationExtraArgs(lambda p: (), lambda updates, state, params=None, **_: (updates, state))
+    state = init_state(trainable, copy, 0)
+    step = jax.jit(make_step(objective, peft_jax.bind(model), copy, accumulate=accumulate))
+    new, metrics = step(state, frozen, batch)
+    return metrics, jax.tree.map(jnp.subtract, new.trainable, state.trainable)
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_micro_batches_add_up_to_the_batch(setup, batch, pairs, name):
+    model, params = setup
+    make, tree = OBJECTIVES[name]
+    rows, objective, tree = pairs if name.startswith("contrast") else batch, make(model), tree(params)
+    whole, grads = _step(model, tree, objective, rows, 1)
+    metrics, found = _step(model, tree, objective, rows, ROWS if name == "contrast" else 4)
+    assert set(metrics) == set(whole)
+    for key in set(whole) - {"grad_norm", "skipped", "skipped_in_a_row"}:
+        np.testing.assert_allclose(metrics[key], whole[key], rtol=2e-5, atol=1e-6, err_msg=key)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
+    errors = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()) / scale, found, grads)
+    assert max(jax.tree.leaves(errors)) < 2e-5
+
+
+def test_texts_equal_to_a_pairs_own_are_no_negatives(setup, pairs):
+    model, params = setup
+    apply = peft_jax.bind(model)
+    loss = lambda **options: contrast(apply, params, pairs, None, **options)[0]
+    vectors = [embed_texts(apply, params, pairs[f"{s}tokens"], pairs[f"{s}segment_ids"]) for s in ("", "other_")]
+    scores = torch.tensor(np.asarray(vectors[0] @ vectors[1].T)[: ROWS - 1, : ROWS - 1] / 0.05)
+    entropy = lambda s: torch.nn.functional.cross_entropy(s, torch.arange(ROWS - 1)).item()
+    assert abs(float(loss(same=True)) - (entropy(scores) + entropy(scores.T)) / 2) < 1e-4
+    text = lambda side, i: tuple(np.where(pairs[f"{side}segment_ids"][i] > 0, pairs[f"{side}tokens"][i], -1))
+    equal = [[i != j and any(text(s, i) == text(s, j) for s in ("", "other_")) for j in range(ROWS - 1)]
+             for i in range(ROWS - 1)]  # fmt: skip
+    masked = scores.masked_fill(torch.tensor(equal), -torch.inf)
+    assert abs(float(loss()) - (entropy(masked) + entropy(masked.T)) / 2) < 1e-4
+
+
+def test_a_text_beside_itself_has_another_mask(setup, batch):
+    """SimCSE: the same text twice, with dropout, is not one vector."""
+    model, params = setup
+    tree = peft_jax.lora(params, jax.random.key(0), rank=4, alpha=64, dropout=0.5, targets="all-linear", init="gaussian")
+    tree = jax.tree.map(lambda x: x + 0.05 if x.shape[-1:] == (4,) or x.shape[-2:-1] == (4,) else x, tree)
+    twice = {"tokens": batch["tokens"], "segment_ids": batch["segment_ids"], "other_tokens": batch["tokens"],
+             "other_segment_ids": batch["segment_ids"], "weights": np.ones(ROWS, np.float32)}  # fmt: skip
+    apply = peft_jax.bind(model)
+    with_masks = contrast(apply, tree, twice, jax.random.key(3))[1]["shared"]["vectors"]
+    without = contrast(apply, tree, twice, None)[1]["shared"]["vectors"]
+    cosine = lambda v: np.asarray((v[:, 0] * v[:, 1]).sum(-1))
+    assert np.abs(cosine(without) - 1).max() < 1e-5
+    assert cosine(with_masks).max() < 0.999
+
+
+def test_adapters_of_the_head_drop_too(tmp_path):
+    """LoRA on lm_head has dropout in training, whole or in chunks, and none in evaluation."""
+    folder, *_ = family_checkpoint("llama2", tmp_path)
+    model, params = peft_jax.load(folder)
+    tree = peft_jax.lora(params, jax.random.key(0), rank=4, dropout=0.5, targets=["lm_head"], init="gaussian")
+    apply = peft_jax.bind(model)
+    states = jnp.ones((2, 8, model.config.hidden_size))
+    node = tree["lm_head"]["kernel"]
+    tree["lm_head"]["kernel"] = node.replace(b=jax.random.normal(jax.random.key(5), node.b.shape))
+    batch = {"tokens": jnp.zeros((2, 8), jnp.int32), "targets": jnp.zeros((2, 8), jnp.int32),
+             "weights": jnp.ones((2, 8)), "positions": jnp.tile(jnp.arange(8), (2, 1)),
+             "segment_ids": jnp.ones((2, 8), jnp.int32)}  # fmt: skip
+    head = TOKENS.head(apply, tree, batch)
+    assert relative_error(head(states), head(states)) == 0
+    first, second = head(states, rng=jax.random.key(1)), head(states, rng=jax.random.key(2))
+    assert relative_error(first, second) > 1e-3
+    loss = lambda rng, chunk: float(cross_entropy(TOKENS, apply, tree, batch, rng, chunk=chunk)[0])
+    losses = [loss(rng, chunk) for rng in (None, jax.random.key(1)) for chunk in (0, 8)]
+    assert abs(losses[0] - losses[1]) < 1e-5
+    assert abs(losses[2] - losses[0]) > 1e-4
+    assert abs(losses[3] - losses[0]) > 1e-4
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    folder, *_ = family_checkpoint("mixtral_sliding", tmp_path_factory.mktemp("mixture"))
+    return peft_jax.load(folder)
+
+
+def test_a_mixture_is_balanced_whatever_it_learns_from(mixture):
+    model, params = mixture
+    apply, key = peft_jax.bind(model), jax.random.key(0)
+    batch = batch_at(tiny_rows(4, 8), 0, 4, seed=0)
+    batch = {**batch, "tokens": batch["tokens"] % 90, "targets": batch["targets"] % 90}
+    router = next_token(apply, params, batch, key, router_loss=0.25)[1]["router"]
+    assert float(router) > 0.5
+    tree = beside_teachers(params, [params])
+    for teacher in (Teacher(apply), Teacher(None)):
+        made = distillation(TOKENS, [teacher], data_weight=1.0, router_loss=0.25)
+        loss, metrics = made(apply, tree, batch, key)
+        assert relative_error(metrics["router"], router) < 1e-5
+        rest = made(apply, tree, batch, None)[0]
+        assert abs(float(loss) - float(rest) - 0.25 * float(router)) < 1e-5
+    allowed = np.ones((1, model.config.vocab_size), bool)
+    ruled = balanced(functools.partial(constrained, TOKENS, {"allowed": (allowed, 1.0)}), 0.25)
+    loss, metrics = ruled(apply, params, {**batch, "rules": np.ones_like(batch["tokens"])}, key)
+    assert relative_error(metrics["router"], router) < 1e-5
