@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextlib.contextmanager
@@ -35,8 +37,35 @@ def replacing_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """`value` as indented JSON with a final newline; numbers that are not finite as null."""
+    path.write_text(json.dumps(finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity: None in their place."""
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def open_text(path: Path) -> IO[str]:
+    """A text file in UTF-8, a gzipped one unpacked, without the byte-order mark that some programs begin with."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of the lines of a text file that are not blank, without their end.
+
+    A line ends with a line feed or carriage return, and not, as for `str.splitlines`, with one of Unicode's separators.
+    """
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line.rstrip("\r\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from peft_jax.data.labelled import (
     encode_questions,
     encode_sources,
     encode_tagging,
+    label_ids,
     label_names,
 )
 from peft_jax.data.records import MalformedRecordError, Record, read_records
@@ -21,6 +22,6 @@ from peft_jax.data.records import MalformedRecordError, Record, read_records
 __all__ = [
     "Example", "LabelledRows", "MalformedRecordError", "MaskedRows", "PairRows", "Question", "Record", "Rows", "SourceRows",
     "batch_at", "encode", "encode_classification", "encode_masked", "encode_pairs", "encode_questions", "encode_sources",
-    "encode_tagging", "evaluation_batches", "fingerprint", "fit", "label_names", "pack", "read_records",
+    "encode_tagging", "evaluation_batches", "fingerprint", "fit", "label_ids", "label_names", "pack", "read_records",
     "unpadded", "with_fields",
 ]  # fmt: skip

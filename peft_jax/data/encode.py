@@ -73,7 +73,8 @@ def _end(tokenizer: Any) -> list[int]:
 
 
 def _text(record: Record, tokenizer: Any) -> Example:
-    ids = _ids(tokenizer, record.value["text"], True) + _end(tokenizer)
+    ids, end = _ids(tokenizer, record.value["text"], True), _end(tokenizer)
+    ids = ids if end and ids[-1:] == end else ids + end  # some tokenizers add an end token
     return Example(np.asarray(ids, np.int32), np.ones(len(ids), bool))
 
 

@@ -7,12 +7,16 @@ again. N rows, T tokens, U target tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from peft_jax.data.records import MalformedRecordError, Record
+
+logger = logging.getLogger("peft_jax")
 
 
 class LabelledRows(NamedTuple):
@@ -65,48 +69,106 @@ class Question(NamedTuple):
     offsets: np.ndarray
 
 
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+
+
 def label_names(records: Sequence[Record], field: str = "label") -> list[str] | None:
-    """The names of all labels (or tags), sorted; None where labels are numbers with a fraction, which are regressed."""
+    """The names of all labels (or tags), in order; None where labels are numbers with a fraction, which are regressed.
+
+    Numbers may be written as text, as a CSV file has them; whole ones are ordered as numbers.
+    """
     found = [v for r in records for v in (r.value[field] if isinstance(r.value[field], list) else [r.value[field]])]
-    if any(isinstance(v, float) and not float(v).is_integer() for v in found):
+    names = {_label(v) for v in found}
+    if not all(map(_NUMBER.fullmatch, names)):
+        return sorted(names)
+    if any(not float(n).is_integer() or "." in n for n in names):
         return None
-    numbers = all(not isinstance(v, str) for v in found)
-    return [str(int(v)) for v in sorted(set(found))] if numbers else sorted({str(v) for v in found})
+    return sorted(names, key=float)
 
 
 def _label(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _id_of(value: Any, ids: dict[str, int], origin: str) -> int:
-    if _label(value) not in ids:
-        known = ", ".join(list(ids)[:8]) + (", ..." if len(ids) > 8 else "")
+def label_ids(names: Sequence[str]) -> dict[str, int]:
+    """What a record may call each of a model's classes: its name, its name in other case where that is no other class's, or,
+    where no name is a number itself, its number.
+    """
+    lower = [n.casefold() for n in names]
+    ids = {n: i for i, n in enumerate(lower) if lower.count(n) == 1}
+    if not any(map(_NUMBER.fullmatch, names)):
+        ids |= {str(i): i for i in range(len(names))}
+    return ids | {n: i for i, n in enumerate(names)}
+
+
+def _id_of(value: Any, ids: dict[str, int], names: Sequence[str], origin: str) -> int:
+    name = _label(value)
+    if (found := ids.get(name, ids.get(name.casefold()))) is None:
+        known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise MalformedRecordError(f"{origin}: label {value!r} is none of {known}")
-    return ids[_label(value)]
+    return found
+
+
+def usable(records: Sequence[Record], read: Callable[[Record], Any], on_error: str) -> tuple[list[Record], list[Any]]:
+    """The records of which `read` makes something, and what it makes; a malformed one is logged and passed over, or ends the
+    run with MalformedRecordError where `on_error` is "stop", or where none is left.
+    """
+    kept: list[Record] = []
+    made: list[Any] = []
+    bad: list[MalformedRecordError] = []
+    for record in records:
+        try:
+            made.append(read(record))
+            kept.append(record)
+        except MalformedRecordError as error:
+            if on_error == "stop":
+                raise
+            bad.append(error)
+            if len(bad) <= 5:
+                logger.warning("%s (record skipped)", error)
+    if bad and not kept:
+        raise bad[0]
+    if len(bad) > 5:
+        logger.warning("%d of %d records skipped in all", len(bad), len(records))
+    return kept, made
+
+
+def _padded(rows: Sequence[Any], length: int, value: Any = 0) -> np.ndarray:
+    """Lists of numbers (or of tuples) as one array, filled up on the right."""
+    tail = np.shape(rows[0])[1:]
+    out = np.full((len(rows), length, *tail), value, np.int32)
+    for row, ids in zip(out, rows, strict=True):
+        row[: len(ids)] = ids
+    return out
 
 
 def _texts(tokenizer: Any, length: int, *texts: Any, **options: Any) -> Any:
-    encoded = tokenizer(*texts, truncation=True, max_length=length, padding="max_length", verbose=False, **options)
-    types = encoded.get("token_type_ids") or [[0] * length] * len(encoded["input_ids"])
-    arrays = [np.asarray(x, np.int32) for x in (encoded["input_ids"], encoded["attention_mask"], types)]
-    return encoded, arrays
+    """(the encoding, tokens, segments and types [N, T]); what pads a row is 0 where the tokenizer has no token for that."""
+    encoded = tokenizer(*texts, **{"truncation": True, "max_length": length, "verbose": False, **options})
+    ids = encoded["input_ids"]
+    types = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
+    arrays = [_padded(ids, length, tokenizer.pad_token_id or 0), _padded([[1] * len(row) for row in ids], length)]
+    return encoded, [*arrays, _padded(types, length)]
 
 
-def encode_classification(records: Sequence[Record], tokenizer: Any, length: int, labels: Sequence[str] | None) -> LabelledRows:
+def encode_classification(
+    records: Sequence[Record], tokenizer: Any, length: int, labels: Sequence[str] | None, *, on_error: str = "stop"
+) -> LabelledRows:
     """Rows of texts (or pairs of texts) with their labels' numbers, or (`labels` None) numbers to regress, float32.
 
-    Raises MalformedRecordError for a label that is not among `labels`, and ValueError where only some records have a pair.
+    Raises MalformedRecordError for a label that is not among `labels` (see `label_ids`) unless `on_error` is "skip", and
+    ValueError where only some records have a pair.
     """
-    texts, pairs = [r.value["text"] for r in records], [r.value.get("text_pair") for r in records]
-    if any(p is not None for p in pairs) and any(p is None for p in pairs):
+    pairs = [r.value.get("text_pair") is not None for r in records]
+    if any(pairs) and not all(pairs):
         raise ValueError("some records have a text_pair and others none")
-    _, (tokens, seen, types) = _texts(tokenizer, length, texts, *([pairs] if pairs[0] is not None else []))
-    ids = None if labels is None else {name: i for i, name in enumerate(labels)}
-    if ids is None:
-        values = np.asarray([_number(r) for r in records], np.float32)
-    else:
-        values = np.asarray([_id_of(r.value["label"], ids, r.origin) for r in records], np.int32)
-    return LabelledRows(tokens, seen, types, values, np.ones(len(records), np.float32))
+    ids, names = ({}, []) if labels is None else (label_ids(labels), labels)
+    read = _number if labels is None else lambda r: _id_of(r.value["label"], ids, names, r.origin)
+    records, values = usable(records, read, on_error)
+    texts = [[r.value[side] for r in records] for side in ("text", "text_pair")[: 1 + all(pairs)]]
+    _, (tokens, seen, types) = _texts(tokenizer, length, *texts)
+    kind = np.float32 if labels is None else np.int32
+    return LabelledRows(tokens, seen, types, np.asarray(values, kind), np.ones(len(records), np.float32))
 
 
 def _number(record: Record) -> float:
@@ -116,49 +178,87 @@ def _number(record: Record) -> float:
         raise MalformedRecordError(f"{record.origin}: label {record.value['label']!r} is no number") from error
 
 
-def encode_tagging(records: Sequence[Record], tokenizer: Any, length: int, labels: Sequence[str]) -> LabelledRows:
-    """Rows of words with their tags, each at the word's first token. Raises MalformedRecordError for an unknown tag."""
-    encoded, (tokens, seen, types) = _texts(tokenizer, length, [r.value["tokens"] for r in records], is_split_into_words=True)
-    ids = {name: i for i, name in enumerate(labels)}
+def encode_tagging(
+    records: Sequence[Record], tokenizer: Any, length: int, labels: Sequence[str], *, on_error: str = "stop"
+) -> LabelledRows:
+    """Rows of words with their tags, each at the word's first token. Words beyond the row's length are told in a warning.
+
+    Raises MalformedRecordError for an unknown tag unless `on_error` is "skip".
+    """
+    ids = label_ids(labels)
+    records, tags = usable(records, lambda r: [_id_of(t, ids, labels, r.origin) for t in r.value["tags"]], on_error)
+    words = _words(tokenizer, [r.value["tokens"] for r in records])
+    encoded, (tokens, seen, types) = _texts(tokenizer, length, words, is_split_into_words=True)
     values, weights = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, np.float32)
-    for row, record in enumerate(records):
-        tags = [_id_of(t, ids, record.origin) for t in record.value["tags"]]
+    for row in range(len(records)):
         before = None
         for i, word in enumerate(encoded.word_ids(row)):
             if word is not None and word != before:
-                values[row, i], weights[row, i] = tags[word], 1.0
+                values[row, i], weights[row, i] = tags[row][word], 1.0
             before = word
+    if lost := sum(map(len, tags)) - int(weights.sum()):
+        logger.warning(
+            "%d of %d words lie beyond data.sequence_length=%d (or have no token) and are neither learnt nor scored",
+            lost, sum(map(len, tags)), length,
+        )  # fmt: skip
     return LabelledRows(tokens, seen, types, values, weights)
 
 
+def _words(tokenizer: Any, sentences: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+    """Words as the tokenizer is to get them: with the blank before them that byte-level ones (GPT-2, RoBERTa) tell words by."""
+    glued = tokenizer(["a", "b"], is_split_into_words=True, add_special_tokens=False, verbose=False)["input_ids"]
+    return [[f" {w}" for w in words] for words in sentences] if tokenizer.decode(glued).strip() == "ab" else sentences
+
+
 def encode_questions(
-    records: Sequence[Record], tokenizer: Any, length: int, stride: int | None = None
+    records: Sequence[Record], tokenizer: Any, length: int, stride: int | None = None, *, on_error: str = "stop"
 ) -> tuple[LabelledRows, list[Question]]:
     """(rows of questions with their contexts, where each row came from); long contexts become several rows that overlap by
     `stride` tokens (a quarter of the length). A row without the answer has the labels 0, 0, its first token.
+
+    Raises MalformedRecordError for a question that leaves no room for its context, unless `on_error` is "skip".
     """
     stride = length // 4 if stride is None else stride
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    room = lambda n: length - special - n
+
+    def asked(record: Record) -> Record:
+        n = len(tokenizer(record.value["question"], add_special_tokens=False, verbose=False)["input_ids"])
+        if room(n) <= stride:
+            raise MalformedRecordError(
+                f"{record.origin}: the question's {n} tokens leave {max(room(n), 0)} of data.sequence_length={length} for the "
+                f"context, which needs more than data.stride={stride}"
+            )
+        return record
+
+    numbers = {id(r): i for i, r in enumerate(records)}
+    records, _ = usable(records, asked, on_error)
     questions, contexts = [r.value["question"] for r in records], [r.value["context"] for r in records]
-    encoded = tokenizer(
-        questions, contexts, truncation="only_second", max_length=length, stride=stride, padding="max_length",
-        return_overflowing_tokens=True, return_offsets_mapping=True, verbose=False,
+    encoded, (tokens, seen, kinds) = _texts(
+        tokenizer, length, questions, contexts, truncation="only_second", stride=stride,
+        return_overflowing_tokens=True, return_offsets_mapping=True,
     )  # fmt: skip
-    types = encoded.get("token_type_ids") or np.zeros((len(encoded["input_ids"]), length))
+    places = _padded(encoded["offset_mapping"], length)
     labels, origins = [], []
     for row, record in enumerate(encoded["overflow_to_sample_mapping"]):
-        inside = np.asarray([s == 1 for s in encoded.sequence_ids(row)])
-        offsets = np.where(inside[:, None], np.asarray(encoded["offset_mapping"][row]), -1)
-        answers = records[record].value["answers"]
-        start = answers["answer_start"][0]
-        end = start + len(answers["text"][0])
+        inside = np.zeros(length, bool)
+        inside[: len(encoded["input_ids"][row])] = [s == 1 for s in encoded.sequence_ids(row)]
+        offsets = np.where(inside[:, None], places[row], -1)
+        start, end = _answer(records[record])
         first = np.flatnonzero(inside & (offsets[:, 0] <= start) & (offsets[:, 1] > start))
         last = np.flatnonzero(inside & (offsets[:, 0] < end) & (offsets[:, 1] >= end))
         labels.append((first[0], last[-1]) if len(first) and len(last) else (0, 0))
-        origins.append(Question(record, row, offsets))
-    tokens, seen, kinds, spans = (
-        np.asarray(x, np.int32) for x in (encoded["input_ids"], encoded["attention_mask"], types, labels)
-    )
+        origins.append(Question(numbers[id(records[record])], row, offsets))
+    spans = np.asarray(labels, np.int32)
     return LabelledRows(tokens, seen, kinds, spans, np.ones(len(labels), np.float32)), origins
+
+
+def _answer(record: Record) -> tuple[int, int]:
+    """Where the first answer begins and ends in its context, blanks around it left out, as tokens have none."""
+    answers = record.value["answers"]
+    text, start = answers["text"][0], answers["answer_start"][0]
+    start += len(text) - len(text.lstrip())
+    return start, start + len(text.strip())
 
 
 def encode_pairs(records: Sequence[Record], tokenizer: Any, length: int) -> PairRows:
@@ -180,7 +280,8 @@ def encode_masked(records: Sequence[Record], tokenizer: Any, length: int) -> Mas
     encoded, (tokens, seen, _) = _texts(
         tokenizer, length, [r.value["text"] for r in records], return_overflowing_tokens=True, return_special_tokens_mask=True
     )
-    return MaskedRows(tokens, seen, 1.0 - np.asarray(encoded["special_tokens_mask"], np.float32))
+    special = _padded(encoded["special_tokens_mask"], length, 1)
+    return MaskedRows(tokens, seen, (1 - special).astype(np.float32))
 
 
 def _masked_objects(records: Sequence[Record], tokenizer: Any, length: int) -> MaskedRows:
@@ -189,7 +290,7 @@ def _masked_objects(records: Sequence[Record], tokenizer: Any, length: int) -> M
     encoded, (tokens, seen, _) = _texts(tokenizer, length, texts, return_offsets_mapping=True)
     starts = np.asarray([len(v["prompt"]) + v["completion"].index(v["object"]) for v in values])[:, None]
     ends = starts + np.asarray([len(v["object"]) for v in values])[:, None]
-    first, last = np.moveaxis(np.asarray(encoded["offset_mapping"]), -1, 0)
+    first, last = np.moveaxis(_padded(encoded["offset_mapping"], length), -1, 0)
     return MaskedRows(tokens, seen, ((last > starts) & (first < ends) & (last > first)).astype(np.float32))
 
 

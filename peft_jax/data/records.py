@@ -9,16 +9,17 @@ SQuAD); `anchor` and `positive` (pairs); `subject`, `relation`, `object` and per
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from peft_jax.core.files import numbered_lines, open_text
 from peft_jax.data import builtin
 
 logger = logging.getLogger("peft_jax")
+csv.field_size_limit(2**31 - 1)  # a long text is a field like any other
 Kind = Literal["text", "completion", "chat", "classification", "tagging", "question_answering", "pairs", "facts"]
 FIELDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
@@ -203,23 +204,16 @@ def _raw(path: str, kind: Kind, split: str, delimiter: str | None) -> Iterator[R
         yield from reader(file)
 
 
-def _open(file: Path) -> IO[str]:
-    return gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8", newline="")
-
-
 def _jsonl(file: Path) -> Iterator[Record | MalformedRecordError]:
-    with _open(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield Record(json.loads(line), f"{file}:{number}")
-            except json.JSONDecodeError as error:
-                yield MalformedRecordError(f"{file}:{number}: not valid JSON ({error.msg} at column {error.colno})")
+    for number, line in numbered_lines(file):
+        try:
+            yield Record(json.loads(line), f"{file}:{number}")
+        except json.JSONDecodeError as error:
+            yield MalformedRecordError(f"{file}:{number}: not valid JSON ({error.msg} at column {error.colno})")
 
 
 def _json(file: Path) -> Iterator[Record | MalformedRecordError]:
-    with _open(file) as handle:
+    with open_text(file) as handle:
         try:
             values = json.load(handle)
         except json.JSONDecodeError as error:
@@ -231,7 +225,7 @@ def _json(file: Path) -> Iterator[Record | MalformedRecordError]:
 
 
 def _csv(file: Path) -> Iterator[Record | MalformedRecordError]:
-    with _open(file) as handle:
+    with open_text(file) as handle:
         rows = csv.DictReader(handle, strict=True)
         while True:
             try:
@@ -249,12 +243,12 @@ def _csv(file: Path) -> Iterator[Record | MalformedRecordError]:
 
 
 def _text(file: Path) -> Iterator[Record | MalformedRecordError]:
-    with _open(file) as handle:
-        yield Record({"text": handle.read()}, str(file))
+    with open_text(file) as handle:
+        yield Record({"text": handle.read().replace("\r\n", "\n")}, str(file))
 
 
 def _lines(file: Path, delimiter: str, fields: tuple[str, ...]) -> Iterator[Record | MalformedRecordError]:
-    with _open(file) as lines:
+    with open_text(file) as lines:
         for number, line in enumerate(lines, 1):
             parts = [part.strip() for part in line.split(delimiter)]
             if len(parts) != len(fields):
@@ -292,14 +286,14 @@ def _rdf(file: Path) -> Iterator[Record | MalformedRecordError]:
         raise ImportError("reading RDF needs rdflib: pip install peft-jax[rdf]") from error
     graph = rdflib.Graph()
     if file.name.removesuffix(".gz").endswith(".nt"):
-        with _open(file) as lines:
+        with open_text(file) as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     graph.parse(data=line, format="nt")
                 except Exception as error:  # of several kinds
                     yield MalformedRecordError(f"{file}:{number}: not a triple ({' '.join(str(error).split())[:80]})")
     else:
-        with _open(file) as handle:
+        with open_text(file) as handle:
             try:
                 graph.parse(data=handle.read(), format="turtle")
             except Exception as error:  # of several kinds
@@ -329,13 +323,13 @@ def _conllu(file: Path) -> Iterator[Record | MalformedRecordError]:
     and what its comments say (`sent_id`, `text`). Multiword tokens and empty nodes are passed over. `head_offset` says how far
     a word's head is from it, up to 8 words ("-2", "+1", "far-", "far+"), or "root": parsing as tagging (Strzyz et al. 2019).
     """
-    with _open(file) as lines:
+    with open_text(file) as lines:
         words: list[list[str]] = []
         comments: dict[str, str] = {}
         bad: MalformedRecordError | None = None
         start = 1
         for number, line in enumerate([*lines, "\n"], 1):
-            line = line.rstrip("\n")
+            line = line.rstrip("\r\n")
             if line.startswith("#"):
                 name, _, value = line[1:].partition("=")
                 comments[name.strip()] = value.strip()

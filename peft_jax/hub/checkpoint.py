@@ -181,9 +181,15 @@ def load_fresh(
 
 
 def _labelled(hf_config: Any, labels: Sequence[str] | int | None) -> Any:
-    """The config with these classes."""
+    """The config with these classes. Raises ValueError for a checkpoint's own classes where a text may have several."""
     if labels is None:
+        if hf_config.problem_type == "multi_label_classification":
+            raise ValueError(
+                "the checkpoint's problem_type is multi_label_classification, of which there is no loss here: give `labels` "
+                "(data.labels) for a new head with one label a text"
+            )
         return hf_config
+    hf_config.problem_type = None  # that of the old classes
     names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
     hf_config.id2label, hf_config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     return hf_config

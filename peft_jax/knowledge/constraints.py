@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.files import numbered_lines
 from peft_jax.training.objective import (
     Apply,
     Reading,
@@ -64,9 +65,7 @@ def read_lexicon(path: Path, labels: Sequence[str]) -> tuple[list[str], np.ndarr
     if not path.is_file():
         raise FileNotFoundError(f"lexicon {path} does not exist")
     counts: dict[str, np.ndarray] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         word, *rest = line.split("\t")
         try:
             label, weight = rest[0], float(rest[1]) if len(rest) > 1 else 1.0

@@ -100,16 +100,18 @@ def set_up(config: RunConfig) -> Setup:
 
 
 def _labels(config: RunConfig, folder: Path) -> Sequence[str] | int | None:
-    """The classes that the head is to have: the configured ones, or the training data's where the checkpoint's are others."""
+    """The classes that the head is to have: the configured ones, the checkpoint's own (None), or the training data's."""
     if config.data.labels:
         return config.data.labels
     hf_config = read_config(folder)
     task = task_of(hf_config, config.model.task)
     if TASKS[task].labels is None:
         return None
-    own = task_of(hf_config) == task
-    known = list(getattr(hf_config, "id2label", {}).values()) if own else None
-    return wanted_labels(task, read_source(config, config.data.train, task), known)
+    known = None
+    if task_of(hf_config) == task:
+        names = hf_config.id2label
+        known = 1 if len(names) == 1 else [names[i] for i in sorted(names)]
+    return wanted_labels(task, read_source(config, config.data.train, task), known, config.data.label_kind)
 
 
 def subject_of(config: RunConfig, setup: Setup) -> Subject:

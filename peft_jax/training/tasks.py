@@ -28,6 +28,7 @@ from peft_jax.data import (
     encode_tagging,
     evaluation_batches,
     fit,
+    label_ids,
     label_names,
     pack,
     read_records,
@@ -182,15 +183,36 @@ def names_of_labels(model: Model) -> list[str] | None:
     return [names.get(str(i), f"LABEL_{i}") for i in range(model.config.num_labels)]
 
 
-def wanted_labels(task: Task, records: Sequence[Record], known: Sequence[str] | None) -> Sequence[str] | int | None:
-    """The classes that a head needs for these records: None where the checkpoint's own, `known`, cover them."""
+def wanted_labels(
+    task: Task, records: Sequence[Record], known: Sequence[str] | int | None, kind: str | None = None
+) -> Sequence[str] | int | None:
+    """The classes that a head needs for these records, 1 for a number; None where the checkpoint's own head is right.
+
+    `known` are the checkpoint's classes (1 where it regresses, None where it has no such head), which rule: records name them
+    or, where no name is a number, number them. `kind` says what labels are, "names" or "numbers", by default the records.
+    Raises ConfigError for labels that the checkpoint does not know.
+    """
     field = TASKS[task].labels
     if field is None:
         return None
-    found = label_names(records, field)
-    if found is None:
-        return 1
-    return None if known is not None and set(found) <= set(known) else found
+    values = [v for r in records for v in (r.value[field] if isinstance(r.value[field], list) else [r.value[field]])]
+    numbers = kind == "numbers" or (kind is None and (known == 1 or label_names(records, field) is None))
+    if numbers and field == "label":
+        return None if known == 1 else 1
+    found = sorted({str(v) for v in values}) if kind == "names" else label_names(records, field)
+    if known is None or known == 1 or isinstance(known, int):
+        return found
+    found, ids = found or [], label_ids(known)
+    if strange := [n for n in found if n not in ids and n.casefold() not in ids]:
+        raise ConfigError(
+            f"the data has the labels {_listed(found)}, the checkpoint's classes are {_listed(known)}, and {strange[0]!r} is "
+            "none of them: name them alike, or set data.labels to the names of a new head"
+        )
+    return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
 
 
 def usual_metrics(s: Subject) -> tuple[str, ...]:
@@ -245,12 +267,18 @@ def _source_rows(s: Subject, records: Sequence[Record]) -> Any:
 
 
 def _classified_rows(s: Subject, records: Sequence[Record]) -> Any:
-    return _without_types(s, encode_classification(records, s.tokenizer, s.data.sequence_length, names_of_labels(s.model)))
+    return _without_types(s, _classified(s, records))
+
+
+def _classified(s: Subject, records: Sequence[Record]) -> Any:
+    labels = names_of_labels(s.model)
+    return encode_classification(records, s.tokenizer, s.data.sequence_length, labels, on_error=s.data.on_error)
 
 
 def _tagged_rows(s: Subject, records: Sequence[Record]) -> Any:
     labels = names_of_labels(s.model) or []
-    return _without_types(s, encode_tagging(records, s.tokenizer, s.data.sequence_length, labels))
+    rows = encode_tagging(records, s.tokenizer, s.data.sequence_length, labels, on_error=s.data.on_error)
+    return _without_types(s, rows)
 
 
 class _Untyped(NamedTuple):
@@ -309,7 +337,7 @@ def _tag_scores(s: Subject, params: Any, records: Sequence[Record], names: Seque
 
 def answers(s: Subject, params: Any, records: Sequence[Record], longest: int = 30) -> list[str]:
     """The best answer to each question: the span of at most `longest` tokens with the highest scores of its ends."""
-    rows, origins = encode_questions(records, s.tokenizer, s.data.sequence_length, s.data.stride)
+    rows, origins = _asked(s, records)
     logits = predict(s, params, _without_types(s, rows))
     best: dict[int, tuple[float, str]] = {}
     span = np.triu(np.ones((rows.tokens.shape[1],) * 2, bool)) & ~np.triu(np.ones((rows.tokens.shape[1],) * 2, bool), longest)
@@ -331,11 +359,15 @@ def _answer_scores(s: Subject, params: Any, records: Sequence[Record], names: Se
 
 
 def _question_rows(s: Subject, records: Sequence[Record]) -> Any:
-    return _without_types(s, encode_questions(records, s.tokenizer, s.data.sequence_length, s.data.stride)[0])
+    return _without_types(s, _asked(s, records)[0])
+
+
+def _asked(s: Subject, records: Sequence[Record]) -> Any:
+    return encode_questions(records, s.tokenizer, s.data.sequence_length, s.data.stride, on_error=s.data.on_error)
 
 
 def _retrieved(s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
-    """How often a text's own pair is the nearest of all."""
+    """How often the nearest of all texts is that of a text's own pair, or one that reads the same."""
     rows, apply = encode_pairs(records, s.tokenizer, s.data.sequence_length), bind(s.model)
     run = jax.jit(lambda params, tokens, seen: embed_texts(apply, params, tokens, seen))
     sides = []
@@ -345,7 +377,8 @@ def _retrieved(s: Subject, params: Any, records: Sequence[Record], names: Sequen
         ]
         sides.append(np.concatenate(list(map(np.asarray, parts))))
     nearest = (sides[0] @ sides[1].T).argmax(-1)
-    return {"retrieval": float(np.mean(nearest == np.arange(len(nearest))))}
+    same = (rows.other_tokens[nearest] == rows.other_tokens) | (rows.other_segment_ids == 0)
+    return {"retrieval": float(np.mean(same.all(-1) & (rows.other_segment_ids[nearest] == rows.other_segment_ids).all(-1)))}
 
 
 _LANGUAGE = ("perplexity",)

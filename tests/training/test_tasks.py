@@ -388,7 +388,7 @@ def test_metrics():
     assert metrics.accuracy([1, 2, 3], [1, 2, 4], 5) == pytest.approx(2 / 3)
     assert metrics.f1([1, 1, 0, 0], [1, 0, 0, 0], 2) == pytest.approx(2 / 3)
     assert metrics.f1([0, 1, 2], [0, 1, 1], 3) == pytest.approx((1 + 2 / 3 + 0) / 3)
-    assert metrics.matthews([1, 0, 1, 0], [1, 0, 1, 0]) == pytest.approx(1.0)
+    assert metrics.matthews([1, 0, 1, 0], [1, 0, 1, 0], 2) == pytest.approx(1.0)
     assert metrics.pearson([1.0, 2.0, 3.0], [2.0, 4.0, 6.1]) == pytest.approx(0.9999, abs=1e-3)
     assert metrics.spearman([1.0, 2.0, 3.0], [1.0, 10.0, 100.0]) == pytest.approx(1.0)
     assert metrics.seqeval([["B-X", "I-X", "O"]], [["B-X", "I-X", "O"]]) == 1.0
@@ -592,7 +592,7 @@ def test_an_encoder_decoder_trains_and_generates(tokenizer, tmp_path):
         ),
         ({"evaluate.metrics": ["bleu"]}, "a sequence_classification model has no 'bleu'; it has accuracy, f1"),
         ({"evaluate.metrics": ["pearson"]}, "the metric pearson is none of labels; there are accuracy, f1, matthews"),
-        ({"data.labels": ["no", "maybe"]}, "label 'yes' is none of no, maybe"),
+        ({"data.labels": ["no", "maybe"], "data.on_error": "stop"}, "label 'yes' is none of no, maybe"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message, encoder, tmp_path):
