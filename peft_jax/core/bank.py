@@ -44,11 +44,10 @@ def _on(active: jax.Array, ids: jax.Array) -> jax.Array:
 @node
 class WeightBank(Reparametrised):
     """`adapters` is a reparametrised weight without its base, each array [*lead, n, ...]; active [*lead, n] is 1 where there is
-    an adapter. `ids` [*lead, B] is filled by `bind`.
+    an adapter. `ids` [*lead, B] is filled by `bind`, as is `key`, of which each row's dropout gets its own.
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("adapters",)
-    stochastic: ClassVar[bool] = False
     routed: ClassVar[bool] = True
     adapters: Any
     active: jax.Array
@@ -64,8 +63,9 @@ class WeightBank(Reparametrised):
         ids = _needed(self.ids)
         B = ids.shape[0]
         rows = x.reshape(B, -1, *x.shape[-1:]) if jnp.issubdtype(x.dtype, jnp.floating) else x.reshape(B, -1)
-        one = lambda adapter, row: run(adapter.replace(base=self.base), row)
-        y = jax.vmap(one)(_chosen(self.adapters, ids), rows).reshape(plain.shape)
+        one = lambda adapter, row, key: run(adapter.replace(base=self.base, key=key), row)
+        keys = None if self.key is None else jax.random.split(self.key, B)
+        y = jax.vmap(one)(_chosen(self.adapters, ids), rows, keys).reshape(plain.shape)
         on = _on(self.active, ids)
         flat = plain.reshape(B, -1)
         return jnp.where(on[:, None] > 0, y.reshape(B, -1), flat).reshape(plain.shape).astype(plain.dtype)
@@ -86,13 +86,15 @@ class WeightBank(Reparametrised):
 
 @node
 class AttachmentBank(Attachment):
-    """`adapters` is an attachment, each array [*lead, n, ...]; active [*lead, n]. `ids` [*lead, B] is filled by `bind`."""
+    """`adapters` is an attachment, each array [*lead, n, ...]; active [*lead, n]. `bind` fills `ids` [*lead, B] and `key`."""
 
     trainable: ClassVar[tuple[str, ...]] = ("adapters",)
+    stochastic: ClassVar[bool] = True
     routed: ClassVar[bool] = True
     adapters: Any
     active: jax.Array
     ids: jax.Array | None = None
+    key: jax.Array | None = None
     frozen: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
@@ -124,7 +126,12 @@ class AttachmentBank(Attachment):
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ids = _needed(self.ids)
-        return _chosen(self.adapters, ids).replace(gate=_on(self.active, ids)).around(call, *args, **kwargs)
+        drops = {"key": self.key} if hasattr(self.adapters, "key") else {}
+        return _chosen(self.adapters, ids).replace(gate=_on(self.active, ids), **drops).around(call, *args, **kwargs)
+
+    def drawn(self, rng: jax.Array) -> Any:
+        gate = getattr(self.adapters.drawn(rng), "gate", None)
+        return self if gate is None else self.replace(active=self.active * gate)
 
 
 def bank(params: Any, size: int, *, adapter: str = "default") -> Any:

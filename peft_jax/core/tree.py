@@ -263,8 +263,15 @@ def combine(trainable: Any, frozen: Any) -> Any:
 
 
 def freeze(params: Any, targets: Targets = "*") -> Any:
-    """Nodes whose path matches `targets` no longer train (their inner nodes neither)."""
+    """Nodes whose path matches `targets` no longer train (their inner nodes neither).
+
+    Raises ValueError for a target other than "*" that names no node.
+    """
     wanted = [targets] if isinstance(targets, str) else list(targets)
+    nodes = [p for p, x in places(params).items() if is_node(x)]
+    for target in wanted:
+        if target != "*" and not any(matches(p, target) for p in nodes):
+            raise ValueError(_nothing("freeze", target, nodes))
 
     def inner(x: Any) -> Any:
         if not is_node(x):

@@ -101,7 +101,8 @@ def load(
 
     `task` is what the model is for, by default what the checkpoint was saved for. A head that the checkpoint lacks starts
     anew from `seed`, which is said in a log line; `labels` are the names of its classes, or their number.
-    `dtype` is that of parameters and computation; by default float32 on the CPU and the checkpoint's elsewhere. Tensors
+    `dtype` is that of parameters and computation; by default float32 on the CPU and the checkpoint's elsewhere, bfloat16 for
+    float16, in which nothing can be trained. Tensors
     go one by one straight into their dtype and, with a `mesh`, their sharding, each device reading its own part, so host
     memory stays near the largest tensor. Raises FileNotFoundError, or ValueError naming the tensor, for an unsupported
     family or task, and for tensors that are missing, surplus or misshapen.
@@ -290,6 +291,7 @@ def _disk_name(family: Family, name: str) -> str:
 
 def _default_dtype(hf_config: Any) -> Any:
     stored = str(getattr(hf_config, "dtype", None) or "float32").removeprefix("torch.")
+    stored = "bfloat16" if stored == "float16" else stored  # in which nothing can be trained
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else stored)
 
 

@@ -60,7 +60,9 @@ def option(default: Any, text: str) -> Any:
 class ModelConfig:
     path: str = option("builtin:base", "Hugging Face folder or repository id, or builtin:base (the embedded model)")
     revision: str | None = option(None, "repository revision")
-    dtype: str | None = option(None, "float32, bfloat16 or float16; by default float32 on the CPU, the checkpoint's elsewhere")
+    dtype: str | None = option(
+        None, "float32, bfloat16 or (not in training) float16; by default float32 on the CPU, else the checkpoint's"
+    )
     task: Task | None = option(None, "what the model is for, as sequence_classification; by default as its checkpoint says")
     adapter: str | None = option(None, "PEFT adapter folder or repository to start from")
     fresh: bool = option(False, "start from random parameters, not from the checkpoint's")

@@ -43,9 +43,11 @@ def make_step(
     With `accumulate` > 1 the batch's rows are split into that many micro-batches, whose gradients together equal the gradient
     of the whole batch (but for dropout, and a mixture's load-balancing, which is of each micro-batch).
     A gradient that is not finite changes nothing but the counts.
-    Nodes that have a `penalty` add it to what is minimised; the metric `loss` is the objective's own.
+    Nodes that have a `penalty` add it to what is minimised; the metric `loss` is the objective's own. Raises ValueError for a
+    model that computes in float16, whose gradients would vanish below 6e-8 without a scaled loss.
     """
-
+    if getattr(getattr(apply, "model", None), "dtype", None) == jnp.float16:
+        raise ValueError("float16 has too small a range for gradients: train in bfloat16 or float32 (dtype, model.dtype)")
     optimizer = optax.with_extra_args_support(optimizer)
 
     def loss_of(trainable: Any, frozen: Any, batch: Any, rng: jax.Array) -> Any:

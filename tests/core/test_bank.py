@@ -170,3 +170,32 @@ def test_what_a_bank_cannot_hold_is_refused(setting):
     prefix = peft_jax.bank(peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=4), 2)
     with pytest.raises(ValueError, match="length=2, the bank 4"):
         peft_jax.set_adapter(prefix, 0, peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=2))
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+def test_adapters_in_a_bank_drop_out_in_training(setting, method):
+    """Rows that use one adapter draw masks of their own; over many draws the mean is what evaluation gives."""
+    model, params, _, _, tokens = setting
+    where = {"targets": ["q_proj", "down_proj"], "init": "gaussian"} if method == "lora" else {}
+    one = perturb(getattr(peft_jax, method)(params, jax.random.key(0), dropout=0.5, **where), seed=0)
+    apply = jax.jit(peft_jax.bind(model))
+    banked = peft_jax.bank(one, 2)
+    twice = jnp.concatenate([tokens[:1], tokens[:1]])
+    ids = jnp.asarray([1, 1])
+    plain = apply(banked, twice, adapter_ids=ids)
+    assert relative_error(plain[0], plain[1]) < 1e-6
+    dropped = apply(banked, twice, adapter_ids=ids, rng=jax.random.key(1))
+    assert relative_error(dropped[0], dropped[1]) > 1e-4
+    assert relative_error(dropped, plain) > 1e-4
+    base = apply(banked, twice, adapter_ids=jnp.asarray([-1, -1]), rng=jax.random.key(1))
+    assert relative_error(base, apply(params, twice)) < 1e-5
+
+
+def test_adapter_drop_reaches_a_bank(setting):
+    model, params, _, _, tokens = setting
+    one = perturb(peft_jax.bottleneck(params, jax.random.key(0), drop_layers=3), seed=0)
+    apply = jax.jit(peft_jax.bind(model))
+    banked, ids = peft_jax.bank(one, 2), jnp.zeros(ROWS, jnp.int32)
+    for seed in range(3):
+        key = jax.random.key(seed)
+        assert relative_error(apply(banked, tokens, adapter_ids=ids, rng=key), apply(one, tokens, rng=key)) < 1e-5

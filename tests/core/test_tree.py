@@ -157,3 +157,10 @@ def test_adapters_are_listed_and_dropped_by_name(tmp_path):
     assert jax.tree.structure(peft_jax.drop_adapters(left, ["a"])) == jax.tree.structure(params)
     with pytest.raises(ValueError, match="there is no adapter 'd'"):
         peft_jax.drop_adapters(tree, ["d"])
+
+
+def test_freezing_what_is_not_there_is_refused():
+    params = peft_jax.lora({"a": {"q_proj": {"kernel": jnp.ones((4, 4))}}}, jax.random.key(0), rank=2, targets="q_proj")
+    with pytest.raises(ValueError, match="freeze 'k_proj' matches nothing"):
+        peft_jax.freeze(params, "k_proj")
+    assert not jax.tree.leaves(peft_jax.partition(peft_jax.freeze(params, "q_proj"))[0])

@@ -196,3 +196,9 @@ def test_evaluation_has_no_dropout(setup):
     trainable, frozen = peft_jax.partition(dropped)
     batch = batch_at(rows, 0, 8, seed=0)
     assert float(evaluate(trainable, frozen, batch)["loss"]) == float(evaluate(trainable, frozen, batch)["loss"])
+
+
+def test_float16_is_refused(setup):
+    model, _, _ = setup
+    with pytest.raises(ValueError, match="float16 has too small a range for gradients: train in bfloat16"):
+        make_step(next_token, peft_jax.bind(model.clone(dtype=jnp.float16)), optax.sgd(0.1))
