@@ -167,7 +167,8 @@ def _likeliest(sampling: _Sampling, logits: jax.Array) -> jax.Array:
     kth = jnp.take(ordered, jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V) - 1, axis=-1)
     ordered = jnp.where(ordered >= kth[:, None], ordered, -jnp.inf)
     probabilities = jax.nn.softmax(ordered, axis=-1)
-    kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p  # the first is always kept
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # 0 of the first, which is always kept
+    kept = ((before < sampling.top_p) | (sampling.top_p >= 1)) & (ordered > -jnp.inf)
     lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= lowest, logits, -jnp.inf)
 
