@@ -36,15 +36,22 @@ def fingerprint(folder: Path) -> str:
 
 
 def _flat(state: TrainState) -> dict[str, Any]:
-    """The state as a flat dict of arrays, which any Orbax reader understands; keys are tree paths."""
+    """The state as a flat dict of arrays, which any Orbax reader understands; keys are tree paths.
+
+    Arrays that hold nothing, as GaLore's projections of vectors, are left out: Orbax stores none.
+    """
     state = state._replace(rng=jax.random.key_data(state.rng))
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {path_str(path).replace("/", "."): leaf for path, leaf in leaves}
+    return {_key(path): leaf for path, leaf in leaves if leaf.size}
+
+
+def _key(path: Any) -> str:
+    return path_str(path).replace("/", ".")
 
 
 def _unflat(flat: dict[str, Any], like: TrainState) -> TrainState:
-    leaves = [flat[key] for key in _flat(like)]
-    state = jax.tree.unflatten(jax.tree.structure(like._replace(rng=jax.random.key_data(like.rng))), leaves)
+    like = like._replace(rng=jax.random.key_data(like.rng))
+    state = jax.tree_util.tree_map_with_path(lambda path, leaf: flat.get(_key(path), leaf), like)
     return state._replace(rng=jax.random.wrap_key_data(state.rng))
 
 

@@ -8,12 +8,13 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -22,12 +23,12 @@ from rich.console import Console
 
 from peft_jax.core.bind import bind
 from peft_jax.core.sharding import LOGICAL_RULES, ROWS, batch_sharding, shardings
-from peft_jax.core.tree import combine, count, partition, trainable_mask
+from peft_jax.core.tree import combine, partition, trainable_mask
 from peft_jax.data import batch_at, evaluation_batches
 from peft_jax.training.checkpoint import Checkpoints
 from peft_jax.training.config import TrainConfig
 from peft_jax.training.objective import Objective, next_token
-from peft_jax.training.report import Reporter, step_flops_per_token
+from peft_jax.training.report import Reporter, active_parameters, step_flops_per_token
 from peft_jax.training.step import TrainState, init_state, make_evaluation, make_step
 from peft_jax.training.tables import check_rows
 
@@ -100,8 +101,7 @@ def train(
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
             stack.enter_context(nn.logical_axis_rules(LOGICAL_RULES))
-        trained, total = count(params)
-        flops = step_flops_per_token(total, trained) if flops_per_token is None else flops_per_token
+        flops = step_flops_per_token(*active_parameters(model, params)) if flops_per_token is None else flops_per_token
         state = run.open(stack, state, resume=resume, flops_per_token=flops)
         number = int(state.step)
         while number < steps and not stop():
@@ -140,6 +140,7 @@ class _Run:
     evaluations: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
     checkpoints: Checkpoints | None = None
     best: Checkpoints | None = None
+    held: TrainState | None = None  # the best where there is no folder
     reporter: Reporter | None = None
     since: float = 0.0  # start of the interval that the next log line is about
     tokens: int = 0  # and the tokens seen in it
@@ -199,9 +200,11 @@ class _Run:
         self.evaluations[number] = result
         if self.reporter is not None:
             self.reporter.evaluation(number, result)
-        lowest = min(e["loss"] for e in self.evaluations.values())
-        if self.best is not None and self.config.keep_best and result["loss"] <= lowest:
-            self.best.save(state, {"evaluations": {}})
+        if self.config.keep_best and result["loss"] <= _lowest(e["loss"] for e in self.evaluations.values()):
+            if self.best is None:
+                self.held = jax.tree.map(jnp.copy, state)
+            else:
+                self.best.save(state, {"evaluations": {}})
         self.since += time.monotonic() - start
 
     def keep(self, state: TrainState) -> None:
@@ -211,10 +214,15 @@ class _Run:
 
     def best_of(self, state: TrainState, number: int) -> TrainState:
         """The state of the best evaluation where that was an earlier one."""
-        if self.best is None or not self.config.keep_best or self.best.newest() in (None, number):
+        step = self.best.newest() if self.best is not None else None if self.held is None else int(self.held.step)
+        if not self.config.keep_best or step in (None, number):
             return state
-        self.best.wait()
-        state = self.best.restore(state)[0]._replace(skipped=state.skipped)
+        best = self.held
+        if self.best is not None:
+            self.best.wait()
+            best = self.best.restore(state)[0]
+        assert best is not None  # one of the two has that step
+        state = best._replace(skipped=state.skipped)
         self.say(f"kept the weights of step {int(state.step)}, the best evaluation")
         return state
 
@@ -268,10 +276,14 @@ def initial_state(params: Any, optimizer: optax.GradientTransformation, seed: in
 
 
 def _opt_shardings(opt_state: Any, trainable: Any, where: Any, replicated: NamedSharding) -> Any:
-    """Subtrees of the optimizer state with the trainable tree's structure take its shardings."""
+    """Arrays of the optimizer's state that stand for those of the trainable tree, one for one and of the same shape, lie where
+    these do (moments; not so an Adafactor's factors).
+    """
     structure = jax.tree.structure(trainable)
-    same = lambda x: jax.tree.structure(x) == structure
-    return jax.tree.map(lambda x: where if same(x) and not hasattr(x, "shape") else replicated, opt_state, is_leaf=same)
+    same = lambda x: jax.tree.structure(x) == structure and not hasattr(x, "shape")
+    alike = lambda x, array, spec: spec if x.shape == array.shape else replicated
+    lay = lambda x: jax.tree.map(alike, x, trainable, where) if same(x) else replicated
+    return jax.tree.map(lay, opt_state, is_leaf=same)
 
 
 def on_devices(batch: dict[str, np.ndarray], mesh: Mesh | None) -> Any:
@@ -296,7 +308,12 @@ def _check_finite(metrics: dict[str, float], limit: int, step: int) -> None:
 
 def _out_of_patience(evaluations: dict[int, dict[str, float]], patience: int) -> bool:
     losses = [evaluations[k]["loss"] for k in sorted(evaluations)]
-    return bool(patience) and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+    return bool(patience) and len(losses) > patience and _lowest(losses[-patience:]) >= _lowest(losses[:-patience])
+
+
+def _lowest(losses: Iterable[float]) -> float:
+    """The lowest of losses that are finite, infinity where none is."""
+    return min(filter(math.isfinite, losses), default=math.inf)
 
 
 @contextlib.contextmanager

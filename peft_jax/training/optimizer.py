@@ -53,10 +53,12 @@ def make_optimizer(
         "sgd": lambda: optax.sgd(rate, momentum=config.b1 or None),
         "lion": lambda: optax.lion(rate, config.b1, config.b2, **decay),
         "adafactor": lambda: optax.chain(
-            by_layer(optax.adafactor(rate)), *([optax.add_decayed_weights(-share, mask)] if share else [])
+            by_layer(optax.adafactor(None)),  # without a rate, so that the decay is scaled by it too, as AdamW's
+            *([optax.add_decayed_weights(-share, mask)] if share else []),
+            optax.scale_by_learning_rate(rate, flip_sign=False),
         ),
         "galore": lambda: optax.chain(
-            by_layer(galore(), matrices=True),
+            by_layer(_without_holes(galore()), matrices=True),
             *([optax.add_decayed_weights(share, mask)] if share else []),
             optax.scale_by_learning_rate(rate),
         ),
@@ -81,6 +83,16 @@ def lora_plus(ratio: float) -> optax.GradientTransformation:
         return jax.tree.map(grow, updates, is_leaf=lambda x: isinstance(x, LoRA))
 
     return optax.stateless(scale)
+
+
+def _without_holes(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer`, which takes every leaf for an array, on a tree that has None where something does not train."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        new, state = optimizer.update(jax.tree.leaves(updates), state, jax.tree.leaves(params))
+        return jax.tree.unflatten(jax.tree.structure(updates), new), state
+
+    return optax.GradientTransformation(lambda params: optimizer.init(jax.tree.leaves(params)), update)
 
 
 # The names that transformers' Trainer spares (get_decay_parameter_names), beside all that is in an nn.LayerNorm.

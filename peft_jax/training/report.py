@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from peft_jax.core.files import finite
+from peft_jax.core.tree import count, places
+
 # Peak dense bfloat16 FLOP/s of one device, by JAX's device_kind (vendors' data sheets).
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
@@ -46,7 +49,20 @@ def memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def step_flops_per_token(total: int, trained: int) -> float:
+def active_parameters(model: Any, params: Any) -> tuple[float, float]:
+    """(all, trained) parameters that one token goes through: of a mixture's experts as many as the router picks."""
+    config = getattr(model, "config", None)
+    experts = getattr(config, "num_experts", 0)
+    share = config.experts_per_token / experts if experts else 1.0
+    total = trained = 0.0
+    for path, x in places(params).items():
+        ours = share if "experts" in path.split("/") else 1.0
+        mine, all = count({"x": x})
+        total, trained = total + ours * all, trained + ours * mine
+    return total, trained
+
+
+def step_flops_per_token(total: float, trained: float) -> float:
     """Model FLOPs of a training step for one token: 2N forward, 2N input gradient, 2 for each trained parameter."""
     return 4.0 * total + 2.0 * trained
 
@@ -109,6 +125,7 @@ class Reporter:
 
     def _write(self, kind: str, step: int, row: dict[str, float]) -> None:
         if self._jsonl is not None:
+            row = finite(row)
             self._jsonl.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **row}) + "\n")
             self._jsonl.flush()
         if self._writer is not None:

@@ -15,8 +15,9 @@ _PRUNE = (
 )  # fmt: skip
 _SOURCE = ("path", "split", "limit", "phrasing", "part")
 _DATA = (
-    "kind", "columns", "delimiter", "labels", "sequence_length", "target_length", "stride", "templates", "held_out", "unseen",
-    "replay", "replay_share", "mask_share", "temperature", "packing", "too_long", "on_error",
+    "kind", "columns", "delimiter", "labels", "label_kind", "sequence_length", "target_length", "stride", "templates",
+    "held_out", "unseen", "replay", "replay_share", "mask_share", "temperature", "same_texts", "packing", "too_long",
+    "on_error",
 )  # fmt: skip
 _KNOWLEDGE = (
     "triples", "triples_each", "triples_room", "entities", "passages", "passages_kind", "passages_each", "oracle_share",

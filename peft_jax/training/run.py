@@ -47,7 +47,7 @@ from peft_jax.training.generate import generate
 from peft_jax.training.loop import Result, check_batch, initial_state, train
 from peft_jax.training.optimizer import make_optimizer
 from peft_jax.training.prune import Report
-from peft_jax.training.report import step_flops_per_token
+from peft_jax.training.report import active_parameters, step_flops_per_token
 from peft_jax.training.resume import ALTERS, settings
 from peft_jax.training.setup import (
     Setup,
@@ -68,7 +68,7 @@ from peft_jax.training.setup import (
 )
 from peft_jax.training.tables import check_rows, first_position
 from peft_jax.training.tasks import TASKS, beside, classify, kind_of, objective_of, usual_metrics
-from peft_jax.training.teach import SELF, Lesson, distills, lesson
+from peft_jax.training.teach import Lesson, distills, lesson
 
 ADAPTER, MODEL, BASE, CHECKPOINTS = "adapter", "model", "base", "checkpoints"
 TASK_TYPES = {  # PEFT's names
@@ -123,7 +123,8 @@ def train_steps(config: RunConfig, rows: Any) -> int:
     """The number of optimizer steps."""
     if config.train.steps is not None:
         return config.train.steps
-    return max(1, round(config.train.epochs / passes(config) * len(rows.tokens) / config.train.batch_size))
+    wanted = config.train.epochs / passes(config) * len(rows.tokens)
+    return max(1, math.ceil(round(wanted, 6) / config.train.batch_size))  # every row of the last epoch is seen
 
 
 def identity(config: RunConfig, setup: Setup, rows: Any, taught: Lesson | None = None) -> dict[str, Any]:
@@ -185,7 +186,7 @@ def run_training(config: RunConfig, console: Console | None = None, setup: Setup
         resume=config.resume,
         identity=who,
         resume_with=config.resume_with,
-        flops_per_token=None if taught is None else _flops_with_teachers(config, params, taught.params),
+        flops_per_token=None if taught is None else _flops_with_teachers(setup.model, params, taught),
         console=console,
     )
     if taught is not None:
@@ -226,11 +227,9 @@ def _open_output(config: RunConfig, out: Path, who: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _flops_with_teachers(config: RunConfig, student: Any, tree: Any) -> float:
+def _flops_with_teachers(model: Any, student: Any, taught: Lesson) -> float:
     """Of a student's step, and of a forward pass through each teacher, for one token."""
-    trained, total = count(student)
-    judged = count(tree["teachers"])[1] + total * sum(t.path == SELF for t in config.distill.teachers)
-    return step_flops_per_token(total, trained) + 2.0 * judged
+    return step_flops_per_token(*active_parameters(model, student)) + 2.0 * taught.judged
 
 
 def _measure(config: RunConfig, setup: Setup, params: Any, rows: Any) -> dict[str, float]:

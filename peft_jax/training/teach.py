@@ -43,6 +43,7 @@ from peft_jax.training.distill import FeatureTerm, OnPolicy, Teacher, beside_tea
 from peft_jax.training.generate import generate
 from peft_jax.training.loop import on_devices
 from peft_jax.training.objective import TOKENS, Objective, over_positions
+from peft_jax.training.report import active_parameters
 from peft_jax.training.setup import Setup, make_rows, read_source, set_up, subject_of
 from peft_jax.training.tables import IDS, check_continued, check_rows, first_position
 from peft_jax.training.tasks import TASKS, kind_of
@@ -51,12 +52,15 @@ SELF = "self"
 
 
 class Lesson(NamedTuple):
-    """What a student trains with: the tree with its teachers, the objective, the rows, and what identifies all this."""
+    """What a student trains with: the tree with its teachers, the objective, the rows, what identifies all this, and how many
+    of the teachers' parameters a token goes through.
+    """
 
     params: Any
     objective: Objective
     rows: Any
     identity: dict[str, Any]
+    judged: float = 0.0
 
 
 class TaughtRows(NamedTuple):
@@ -132,7 +136,8 @@ def lesson(config: RunConfig, setup: Setup, params: Any, rows: Any) -> Lesson:
         policy = OnPolicy(**dataclasses.asdict(d.on_policy), eos=-1 if end is None else end)  # type: ignore[call-overload]
     made = distillation(reading, teachers, features=terms, keep=d.top_k, vocabulary=vocabulary, on_policy=policy, **options)
     said["teachers"] = [SELF if t is None else fingerprint_of_model(t.folder) for t in loaded]
-    return Lesson(tree, made, rows, said)
+    judged = sum(active_parameters(*((setup.model, params) if t is None else (t.model, t.params)))[0] for t in loaded)
+    return Lesson(tree, made, rows, said, judged)
 
 
 def _check_tables(setup: Setup, loaded: Sequence[Setup | None], rows: Any) -> None:

@@ -13,15 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import transformers
 
 import peft_jax
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.data import pack
 from peft_jax.data.encode import Example
-from peft_jax.training.config import OptimizerConfig, TrainConfig
-from peft_jax.training.loop import TrainingDivergedError, train
+from peft_jax.training.config import OptimizerConfig, RunConfig, TrainConfig
+from peft_jax.training.loop import TrainingDivergedError, _lowest, _out_of_patience, train
 from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import make_optimizer, make_schedule
+from peft_jax.training.report import active_parameters
+from peft_jax.training.run import train_steps
+from tests.reference import family_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,6 +107,50 @@ def test_early_stopping_ends_with_the_best_weights(setup, tmp_path):
     assert result.step == 3
     best = min(result.evaluations, key=lambda k: result.evaluations[k]["loss"])
     assert best == 1
+
+
+def test_the_best_weights_are_kept_without_a_folder(setup, tmp_path):
+    """As with one; the rate is far too high, so that the last evaluation is not the best."""
+    model, params, rows = setup
+    config = TrainConfig(log_every=1, tensorboard=False, eval_every=1, keep_best=True)
+    options = dict(steps=4, validation=tiny_rows(8, 16, seed=1))
+    kept, stored = (
+        train(model, params, rows, optax.sgd(30.0), config, folder=folder, **options) for folder in (None, tmp_path / "run")
+    )
+    losses = {step: found["loss"] for step, found in kept.evaluations.items()}
+    assert min(losses, key=losses.get) != 4
+    for a, b in zip(jax.tree.leaves(kept.params), jax.tree.leaves(stored.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_evaluation_that_is_not_finite_is_no_best():
+    losses = lambda *values: {i: {"loss": v} for i, v in enumerate(values)}
+    nan = float("nan")
+    assert _lowest([nan, 3.0, 2.0]) == 2.0
+    assert not _out_of_patience(losses(nan, 3.0, 2.0), 2)
+    assert _out_of_patience(losses(2.0, nan, 3.0), 2)
+    assert not _out_of_patience(losses(nan, 3.0), 1)
+
+
+def test_epochs_see_every_row():
+    """23 rows at 16 are two steps; whole epochs are no step longer than they are."""
+    rows = tiny_rows(46, 16)._make(x[:23] for x in tiny_rows(200, 16))
+    steps = lambda epochs, batch: train_steps(RunConfig(train=TrainConfig(epochs=epochs, batch_size=batch, steps=None)), rows)
+    assert [steps(1, 16), steps(2, 23), steps(3, 23), steps(0.1, 23)] == [2, 2, 3, 1]
+
+
+def test_mixtures_count_the_experts_that_a_token_meets(tmp_path):
+    """FLOPs of a step: the parameters of 2 of 4 experts, against PyTorch's count of the rest and of one expert."""
+    folder, *_ = family_checkpoint("mixtral_sliding", tmp_path)
+    model, params = peft_jax.load(folder)
+    torch_model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    sizes = {n: p.numel() for n, p in torch_model.named_parameters()}
+    experts = sum(n for name, n in sizes.items() if "experts" in name)
+    c = torch_model.config
+    expected = sum(sizes.values()) - experts * (1 - c.num_experts_per_tok / c.num_local_experts)
+    total, trained = active_parameters(model, peft_jax.full(params))
+    assert total == trained == expected
+    assert active_parameters(model, params) == (expected, 0)
 
 
 def test_divergence_is_said(setup):

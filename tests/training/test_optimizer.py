@@ -13,11 +13,14 @@ import transformers as tr
 from safetensors.numpy import load_file
 
 import peft_jax
+from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.core.tree import layer_axes, places
 from peft_jax.low_rank.dora import DoRA
 from peft_jax.methods import METHODS
 from peft_jax.models.layers import unstack_layers
+from peft_jax.training.checkpoint import Checkpoints
 from peft_jax.training.config import OptimizerConfig
+from peft_jax.training.loop import initial_state
 from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import decay_mask, make_optimizer
 from tests.models.test_encoders import ENCODERS, T5_SIZES
@@ -203,3 +206,72 @@ def test_an_axis_is_of_layers_where_all_arrays_of_a_stack_begin_with_it():
     assert jax.tree.leaves(layer_axes(one)) == [0, 0]
     stack = {"h": {"kernel": jnp.ones((3, 4, 6)), "bias": jnp.ones((3, 6))}, "head": {"kernel": jnp.ones((6, 4))}}
     assert layer_axes(stack) == {"h": {"kernel": 1, "bias": 1}, "head": {"kernel": 0}}
+
+
+OPTIMIZERS = ("adamw", "adamw8bit", "adam", "sgd", "lion", "adafactor", "galore")
+
+
+def _toy(kind):
+    """Stacked and looped matrices, vectors and an embedding, with what trains as LoRA or all of it."""
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    layers = {"q_proj": {"kernel": draw(0, 2, 16, 32)}, "input_layernorm": {"scale": draw(1, 2, 16)}}
+    tree = {"layers": layers, "up": {"kernel": draw(2, 16, 32)}, "embed_tokens": {"embedding": draw(3, 24, 16)}}
+    return peft_jax.full(tree) if kind == "full" else peft_jax.lora(tree, jax.random.key(9), rank=8, targets=["q_proj", "up"])
+
+
+def _steps(optimizer, params, mesh, count=3):
+    """The state after `count` updates by gradients drawn alike."""
+    state = initial_state(params if mesh is None else shard(params, mesh), optimizer, 0, mesh)
+
+    @jax.jit
+    def step(state, seed):
+        counter = iter(range(100))
+        draw = lambda x: jax.random.normal(jax.random.fold_in(jax.random.key(seed), next(counter)), x.shape)
+        grads = jax.tree.map(draw, state.trainable)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, grads=grads)
+        return state._replace(trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state)
+
+    for seed in range(count):
+        state = step(state, seed)
+    return state
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_runs_on_a_mesh_and_is_resumed(name, kind, tmp_path):
+    """Eight devices make of every tree what one makes, and a state restored goes on as it was."""
+    decay = 0.0 if name in ("adam", "sgd") else 0.1
+    config = OptimizerConfig(name=name, learning_rate=0.01, warmup_steps=0, weight_decay=decay, galore_rank=4)
+    params = _toy(kind)
+    optimizer = make_optimizer(config, 10)
+    alone = _steps(optimizer, params, None)
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    spread = _steps(optimizer, params, mesh)
+    for a, b in zip(jax.tree.leaves(alone.trainable), jax.tree.leaves(spread.trainable), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    store = Checkpoints(tmp_path / "state", keep=1, identity={})
+    store.save(spread._replace(step=jnp.int32(3)), {})
+    store.wait()
+    restored, _ = store.restore(initial_state(shard(params, mesh), optimizer, 0, mesh))
+    store.close()
+    for a, b in zip(jax.tree.leaves(restored.opt_state), jax.tree.leaves(spread.opt_state), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion", "adafactor", "galore"])
+def test_decay_is_scaled_by_the_rate_and_spares_norms(name):
+    """Without gradients a matrix shrinks by (1 - rate * decay)^steps (Loshchilov and Hutter 2019, algorithm 2), a norm not."""
+    config = OptimizerConfig(name=name, learning_rate=1e-3, schedule="constant", warmup_steps=0, weight_decay=0.01)
+    tree = {"up": {"kernel": jnp.ones((16, 32))}, "input_layernorm": {"scale": jnp.ones(16)}}
+    params = peft_jax.partition(peft_jax.full(tree))[0]
+    optimizer = make_optimizer(config, 100)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+
+    def step(_, carry):
+        params, state = carry
+        updates, state = optimizer.update(nothing, state, params, grads=nothing)
+        return optax.apply_updates(params, updates), state
+
+    params, _ = jax.jit(lambda p, s: jax.lax.fori_loop(0, 100, step, (p, s)))(params, optimizer.init(params))
+    assert relative_error(params["up"]["kernel"].value, np.full((16, 32), (1 - 1e-5) ** 100)) < 1e-5
+    assert relative_error(params["input_layernorm"]["scale"].value, np.ones(16)) < 1e-6
