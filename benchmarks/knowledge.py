@@ -36,7 +36,7 @@ from peft_jax.data import builtin, read_records
 from peft_jax.knowledge.editing import Search, edit
 from peft_jax.knowledge.evaluation import answers_said, edit_scores
 from peft_jax.knowledge.requests import Edit
-from peft_jax.pruning.structured import config_of
+from peft_jax.models.families import remade
 from peft_jax.training.config import parse_config
 from peft_jax.training.inject import run_injection
 from peft_jax.training.run import run_training
@@ -235,7 +235,7 @@ def widened(folder: Path, units: int) -> Path:
             return np.concatenate([w, rng.normal(0, np.std(w), (L, sizes[0], more)).astype(w.dtype)], 2)
         return w
 
-    config = config_of(json.loads(model.config.hf_config) | {"intermediate_size": units})
+    config = remade(model.config, json.loads(model.config.hf_config) | {"intermediate_size": units})
     tokenizer = peft_jax.load_tokenizer("builtin:base")
     peft_jax.save(folder, model.clone(config=config), map_places(wide, params), tokenizer=tokenizer)
     return folder

@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from transformers import AutoConfig
 
 from peft_jax.core.tree import STACKS
-from peft_jax.models.families import Family, family_of
+from peft_jax.models.families import Family, family_of, remade
 
 _COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_decoder_layers")  # as the families call it
 
@@ -44,7 +43,7 @@ def take_layers(model: Any, params: Any, layers: int | Sequence[int]) -> tuple[A
         )
     if hf.get("num_decoder_layers", hf.get("num_layers")) != hf.get("num_layers"):
         raise ValueError(f"encoder and decoder of this {c.model_type} model differ in depth")
-    config = family.config(AutoConfig.for_model(hf.pop("model_type"), **_fewer(hf, kept, total)))
+    config = remade(c, _fewer(hf, kept, total))
     config = dataclasses.replace(config, tie_embeddings=c.tie_embeddings, num_labels=c.num_labels)
     return model.clone(config=config), _taken(params, kept)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import os
 import re
@@ -21,6 +22,8 @@ from peft_jax.core.files import read_json, replacing_folder, write_json
 from peft_jax.core.sharding import RULES, Rules, node_shardings, shard, shard_place
 from peft_jax.core.tree import map_places, nearest, path_str, places, resolve
 from peft_jax.core.weight import Trainable, Weight
+from peft_jax.hub.generation_config import FILE as GENERATION
+from peft_jax.hub.generation_config import read_generation_config
 from peft_jax.hub.names import Tensor, expert_tensors, module_names, stack_size, tensors_of
 from peft_jax.hub.quantized import QuantizedReader, quantization_config, writer
 from peft_jax.hub.safetensors_io import Checkpoint, open_checkpoint, write_shards
@@ -113,6 +116,7 @@ def load(
     family = family_of(hf_config.model_type)
     with open_checkpoint(folder) as opened:
         checkpoint, architecture = _Renamed(opened, family), family.config(hf_config)
+        architecture = dataclasses.replace(architecture, generation_config=read_generation_config(folder))
         if family.own_head and "lm_head.weight" in checkpoint.names:
             architecture = dataclasses.replace(architecture, tie_embeddings=False)
         options = {"scan_layers": scan_layers, "remat": remat, "attention_implementation": attention_implementation}
@@ -162,7 +166,8 @@ def load_fresh(
     The folder needs no weights. `options` are those of `load`: scan_layers, remat, attention_implementation. Raises
     ValueError for a value that the family's config does not have, and as `load` does.
     """
-    hf_config = _labelled(read_config(local_folder(folder_or_repo, revision)), labels)
+    folder = local_folder(folder_or_repo, revision)
+    hf_config = _labelled(read_config(folder), labels)
     known = hf_config.to_dict()
     for name in config or {}:
         if name not in known:
@@ -174,9 +179,8 @@ def load_fresh(
     hf_config = type(hf_config)(**{k: v for k, v in changed.items() if k != "model_type"})
     family = family_of(hf_config.model_type)
     dtype = _default_dtype(hf_config) if dtype is None else jnp.dtype(dtype)
-    model: Any = family.module(
-        family.config(hf_config), task=task_of(hf_config, task), dtype=dtype, param_dtype=dtype, **options
-    )
+    architecture = dataclasses.replace(family.config(hf_config), generation_config=read_generation_config(folder))
+    model: Any = family.module(architecture, task=task_of(hf_config, task), dtype=dtype, param_dtype=dtype, **options)
     params = jax.jit(lambda: fresh_params(model, seed))()
     return model, params if mesh is None else shard(params, mesh, rules)
 
@@ -369,7 +373,7 @@ def save(
     tokenizer: Any = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write a Hugging Face folder (config, safetensors in shards, tokenizer) that `transformers` loads.
+    """Write a Hugging Face folder (configs, safetensors in shards, tokenizer) that `transformers` loads.
 
     `params` must hold arrays: `merge` trees with adapters first. Pruned weights are written with
     their zeros. Factorized weights are written as their factors
@@ -396,6 +400,8 @@ def save(
         config["quantization_config"] = _quantization_config(method, write, known)
     with replacing_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
+        if (generation := model.config.generation_config) is not None:
+            write_json(temporary / GENERATION, json.loads(generation))
         write_shards(temporary, _export(params, model, write), max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

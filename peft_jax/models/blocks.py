@@ -45,6 +45,7 @@ class Architecture:
     num_labels: int = 2  # of a classification head
     tie_embeddings: bool = True
     hf_config: str = "{}"  # the Hugging Face config as JSON, written back on export
+    generation_config: str | None = None  # the folder's generation_config.json, written back on export
 
     @property
     def model_type(self) -> str:

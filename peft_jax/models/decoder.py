@@ -19,7 +19,7 @@ from peft_jax.models.attention import Mask, empty_cache, make_mask, read_cache, 
 from peft_jax.models.blocks import ACTIVATIONS, REMAT_POLICIES, AttentionCore, Residual, RMSNorm, Task
 from peft_jax.models.config import DecoderConfig
 from peft_jax.models.moe import SparseMLP
-from peft_jax.models.rotary import rotary_table, rotate
+from peft_jax.models.rotary import rotary_table, rotate, sequence_lengths
 
 
 class LayerKind(NamedTuple):
@@ -203,8 +203,9 @@ class DecoderStack(nn.Module):
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         at = cached_mask(tokens, positions, segment_ids, cache, window=c.sliding_window, common=common)
         shared = {"mask": at.mask, "index": at.index, "positions": at.positions, "segment_ids": at.segment_ids}
-        shared["rope"] = rotary_table(c.rotary, at.positions)
-        shared["local_rope"] = None if c.local_rotary is None else rotary_table(c.local_rotary, at.positions)
+        lengths = at.lengths()
+        shared["rope"] = rotary_table(c.rotary, at.positions, lengths)
+        shared["local_rope"] = None if c.local_rotary is None else rotary_table(c.local_rotary, at.positions, lengths)
         if self.scan_layers:
             columns = zip(LayerKind._fields, zip(*layer_kinds(c), strict=True), strict=True)
             differing = {name: jnp.asarray(values) for name, values in columns if len(set(values)) > 1}
@@ -238,6 +239,13 @@ class Cached(NamedTuple):
     kv_positions: jax.Array
     kv_segments: jax.Array | None
     slots: Any
+
+    def lengths(self) -> jax.Array:
+        """How long the sequence of each of the call's tokens is, with what is cached of it."""
+        lengths = sequence_lengths(self.kv_positions, self.kv_segments)
+        if self.slots is None:
+            return lengths
+        return jax.lax.dynamic_slice_in_dim(lengths, self.index, self.positions.shape[1], axis=1)
 
     def moved(self, slots: Any, tokens: int) -> Any:
         """The cache after `tokens` more tokens, whose keys and values are in `slots`; None where there is none."""
@@ -338,6 +346,16 @@ class Decoder(nn.Module):
         """A fresh key/value cache for `batch` rows of at most `length` tokens; see `attention.empty_cache`."""
         c = self.config
         return empty_cache(c.num_layers, batch, length, c.num_kv_heads, c.head_dim, dtype or self.dtype)
+
+    def outdated(self, cache: dict[str, jax.Array]) -> jax.Array | None:
+        """Whether one more token makes what is cached of its row [B] wrong, since all rotate in another way then: it has to
+        be computed again, with that token. None for a model of which that is never so.
+        """
+        kinds = [r for r in (self.config.rotary, self.config.local_rotary) if r is not None and r.by_length]
+        if not kinds:
+            return None
+        length = jnp.where(cache["segment_ids"] == 0, 0, cache["positions"] + 1).max(-1)
+        return functools.reduce(jnp.logical_or, (r.changes(length + 1) for r in kinds))
 
 
 def last_of(hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -140,6 +141,15 @@ def hf_class(model_type: str, task: Task) -> str:
     """The name of Hugging Face's class of such a model."""
     ends = {t: end for end, t in reversed(_CLASSES.items())}
     return _NAMES.get((model_type, task), family_of(model_type).name + ends[task])
+
+
+def remade(config: Any, hf: Mapping[str, Any]) -> Any:
+    """A model's configuration from another Hugging Face config (plain data), with what that one does not say."""
+    from transformers import AutoConfig
+
+    rest = {k: v for k, v in hf.items() if k != "model_type"}
+    made = family_of(hf["model_type"]).config(AutoConfig.for_model(hf["model_type"], **rest))
+    return dataclasses.replace(made, generation_config=config.generation_config)
 
 
 def hf_config_of(model: Any) -> dict[str, Any]:

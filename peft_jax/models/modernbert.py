@@ -25,7 +25,7 @@ from peft_jax.models.blocks import (
 )
 from peft_jax.models.config import rotary_config
 from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_mask
-from peft_jax.models.rotary import RotaryConfig, rotary_table, rotate
+from peft_jax.models.rotary import RotaryConfig, rotary_table, rotate, sequence_lengths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,10 +142,11 @@ class ModernBertStack(Block):
         c = self.config
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        lengths = sequence_lengths(positions, segment_ids)
         shared = {
             "mask": encoder_mask(tokens, segment_ids, positions, c.window),
-            "rope": rotary_table(c.rotary, positions),
-            "local_rope": rotary_table(c.local_rotary, positions),
+            "rope": rotary_table(c.rotary, positions, lengths),
+            "local_rope": rotary_table(c.local_rotary, positions, lengths),
         }
         own = {"first": [i == 0 for i in range(c.num_layers)], "sliding": list(c.sliding_layers)}
         return self.final_norm(run_layers(self.layers, self.embeddings(tokens), shared, own))

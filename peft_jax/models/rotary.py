@@ -44,6 +44,17 @@ class RotaryConfig:
         if self.rope_type == "longrope" and not (self.short_factor and self.long_factor):
             raise ValueError("rope_type 'longrope' needs short_factor and long_factor")
 
+    @property
+    def by_length(self) -> bool:
+        """Whether a token's rotation depends on how long its sequence is."""
+        return self.rope_type in ("dynamic", "longrope")
+
+    def changes(self, length: jax.Array) -> jax.Array:
+        """Whether all tokens of a sequence of `length` rotate in another way than before its last one."""
+        if self.rope_type == "longrope":
+            return length == _original(self) + 1
+        return length > self.max_position if self.rope_type == "dynamic" else jnp.zeros_like(length, bool)
+
 
 _TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -97,25 +108,48 @@ def _longrope(c: RotaryConfig, length: jax.Array) -> tuple[jax.Array, float]:
     if attention is None:
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(_original(c)))
     short, long = inv / np.asarray(c.short_factor, np.float32), inv / np.asarray(c.long_factor, np.float32)
-    return jnp.where(length > _original(c), long, short), attention
+    return jnp.where(length[..., None] > _original(c), long, short), attention
 
 
 def _dynamic(c: RotaryConfig, length: jax.Array) -> jax.Array:
     assert c.factor is not None
     length = jnp.maximum(length, c.max_position).astype(jnp.float32)
     stretch = (c.factor * length / c.max_position - (c.factor - 1)) ** (c.dim / (c.dim - 2))
-    return 1.0 / (c.rope_theta * stretch) ** (np.arange(0, c.dim, 2, dtype=np.float32) / c.dim)
+    return 1.0 / (c.rope_theta * stretch[..., None]) ** (np.arange(0, c.dim, 2, dtype=np.float32) / c.dim)
 
 
-def rotary_table(config: RotaryConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each float32 [B, T, dim/2], for integer `positions` [B, T]."""
-    attention = 1.0
+def sequence_lengths(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """How long each token's sequence is, by its highest position: [B, 1], or [B, T] where a row holds several segments.
+
+    A token that all segments see (the segment -1) is as far as its row goes.
+    """
+    if segment_ids is None:
+        return jnp.max(positions, axis=-1, keepdims=True) + 1
+    positions, segment_ids = jnp.broadcast_arrays(positions, segment_ids)
+    whole = jnp.max(jnp.where(segment_ids == 0, 0, positions), axis=-1, keepdims=True) + 1
+    return jnp.where(segment_ids < 0, whole, jax.vmap(_furthest)(positions, segment_ids) + 1)
+
+
+def _furthest(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """The highest position in each token's segment [T], whatever the segments' numbers."""
+    order = jnp.argsort(segment_ids)
+    steps = jnp.diff(segment_ids[order], prepend=segment_ids[order[:1]]) != 0
+    number = jnp.zeros_like(order).at[order].set(jnp.cumsum(steps))
+    return jax.ops.segment_max(positions, number, num_segments=len(order))[number]
+
+
+def rotary_table(config: RotaryConfig, positions: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), each float32 [B, T, dim/2], for integer `positions` [B, T] of sequences of `lengths` [B, 1 or T].
+
+    Lengths are those of whole rows by default (`sequence_lengths`); they count for the types that are `by_length`.
+    """
+    attention, length = 1.0, sequence_lengths(positions, None) if lengths is None else lengths
     if config.rope_type == "yarn":
         inv, attention = _yarn(config)
     elif config.rope_type == "longrope":
-        inv, attention = _longrope(config, jnp.max(positions) + 1)
+        inv, attention = _longrope(config, length)
     elif config.rope_type == "dynamic":
-        inv = _dynamic(config, jnp.max(positions) + 1)
+        inv = _dynamic(config, length)
     elif config.rope_type == "llama3":
         inv = _llama3(config)
     else:

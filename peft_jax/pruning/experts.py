@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from peft_jax.core.bind import bind
 from peft_jax.core.tree import EXPERTS, is_node, map_places, places
 from peft_jax.models.decoder import Decoder
+from peft_jax.models.families import remade
 from peft_jax.models.layers import stacked, unstack_layers
-from peft_jax.pruning.structured import config_of, keep_best
+from peft_jax.pruning.structured import keep_best
 
 ExpertScore = Literal["probability", "frequency"]
 
@@ -75,7 +76,7 @@ def prune_experts(
         return jnp.take_along_axis(w, jnp.asarray(kept).reshape(*kept.shape, *[1] * (w.ndim - 2)), axis=1) if expert else w
 
     small = map_places(place, stacked(model, params)[1])
-    smaller = model.clone(config=config_of(config))
+    smaller = model.clone(config=remade(model.config, config))
     return smaller, small if model.scan_layers else unstack_layers(small)
 
 

@@ -7,6 +7,7 @@ H query heads, K key/value heads, d head size, F feed-forward units, D hidden ch
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -19,10 +20,12 @@ from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate
 from peft_jax.core.tree import is_node, map_places, places
 from peft_jax.models.blocks import abstract_params
-from peft_jax.models.config import DecoderConfig, decoder_config
+from peft_jax.models.config import DecoderConfig
 from peft_jax.models.decoder import Decoder
+from peft_jax.models.families import remade
 from peft_jax.models.layers import stacked, unstack_layers
 from peft_jax.pruning.importance import importance
+from peft_jax.pruning.vocabulary import renumbered
 
 _INTO = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")  # read the hidden channels
 _OUT_OF = ("o_proj", "down_proj")  # write them
@@ -185,25 +188,14 @@ def _smaller_config(c: DecoderConfig, kept: Mapping[str, np.ndarray]) -> Decoder
         if isinstance(hf.get(name), list):
             hf[name] = [hf[name][i] for i in layers]
     new = {int(old): i for i, old in enumerate(kept["tokens"])}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
-        if (ids := hf.get(name)) is None:
-            continue
-        for i in ids if isinstance(ids, list) else [ids]:
-            if i not in new and 0 <= i < c.vocab_size:
-                raise ValueError(f"tokens leave out {i}, the model's {name}")
-        hf[name] = [new.get(i, i) for i in ids] if isinstance(ids, list) else new.get(ids, ids)
+    hf = renumbered(hf, new, c.vocab_size)
+    if (generation := c.generation_config) is not None:
+        generation = json.dumps(renumbered(json.loads(generation), new, c.vocab_size), sort_keys=True)
     try:
-        return config_of(hf)
+        return dataclasses.replace(remade(c, hf), generation_config=generation)
     except Exception as error:  # validators of transformers raise errors of several kinds
         text = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"transformers has no {c.model_type} model of {sizes}: {text}") from error
-
-
-def config_of(hf: Mapping[str, Any]) -> DecoderConfig:
-    """The config of a decoder from the Hugging Face one as plain data."""
-    from transformers import AutoConfig
-
-    return decoder_config(AutoConfig.for_model(hf["model_type"], **{k: v for k, v in hf.items() if k != "model_type"}))
 
 
 def keep_best(scores: Any, keep: int, name: str = "keep") -> np.ndarray:
@@ -291,7 +283,7 @@ def _compensated(model: Decoder, params: Any, batches: Any, kept: Mapping[str, A
         modules = layers[part].items()
         layers[part] = {n: with_bias(f"model/layers/{part}/{n}", m) if n.endswith("_proj") else m for n, m in modules}
     tree = {**tree, "model": {**tree["model"], "layers": layers}}
-    config = config_of(json.loads(c.hf_config) | {"attention_bias": True, "mlp_bias": True})
+    config = remade(c, json.loads(c.hf_config) | {"attention_bias": True, "mlp_bias": True})
     model = model.clone(config=config, scan_layers=not looped)
     return model, unstack_layers(tree) if looped else tree
 

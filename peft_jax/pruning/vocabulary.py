@@ -65,6 +65,39 @@ def _pieces(token: str, made: Mapping[str, tuple[str, str]]) -> set[str]:
     return found
 
 
+_AVOIDED = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")
+
+
+def renumbered(settings: Mapping[str, Any], new: Mapping[int, int], size: int) -> dict[str, Any]:
+    """A model's config or generation config with the ids of its tokens, of `size`, renumbered by `new`.
+
+    Numbers that are no token's stay (-1 for none). What is only to be avoided or favoured goes with its tokens. Raises
+    ValueError where another token that has a part is gone.
+    """
+
+    def lost(ids: Any) -> list[int]:
+        if isinstance(ids, list):
+            return [i for part in ids for i in lost(part)]
+        return [ids] if isinstance(ids, int) and 0 <= ids < size and ids not in new else []
+
+    def moved(ids: Any) -> Any:
+        if isinstance(ids, list):
+            return [moved(part) for part in ids]
+        return new.get(ids, ids) if isinstance(ids, int) else ids
+
+    result = dict(settings)
+    for name, ids in settings.items():
+        if name == "sequence_bias" and isinstance(ids, list):
+            result[name] = [[moved(words), bias] for words, bias in ids if not lost(words)]
+        elif name in _AVOIDED and isinstance(ids, list):
+            result[name] = [moved(part) for part in ids if not lost(part)]
+        elif name.endswith("_token_id") or name == "force_words_ids":
+            if gone := lost(ids):
+                raise ValueError(f"tokens leave out {gone[0]}, the model's {name}")
+            result[name] = moved(ids)
+    return result
+
+
 def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
     """A post-processor's JSON with new ids. Raises ValueError for a kind whose ids are not known."""
     if processor is None or processor["type"] == "ByteLevel":

@@ -29,7 +29,7 @@ from peft_jax.distillation.divergence import (
 )
 from peft_jax.distillation.hidden import FEATURES, feature_loss, layer_map, places_of, visible_tokens
 from peft_jax.distillation.match import uld
-from peft_jax.training.generate import continuations
+from peft_jax.training.generate import continuations, outdated
 from peft_jax.training.objective import (
     Apply,
     Objective,
@@ -76,7 +76,7 @@ class OnPolicy(NamedTuple):
     top_k: int = 0
     top_p: float = 1.0
     prompt_tokens: int = 1
-    eos: int = -1
+    eos: tuple[int, ...] = ()
     minillm: bool = False
     teacher_share: float = 0.0
 
@@ -368,7 +368,8 @@ def _written(spec: OnPolicy, apply: Apply, params: Any, batch: Batch, key: Any) 
         apply, params, jnp.where(back >= 0, prompts, 0), (back >= 0).astype(jnp.int32), key, max_tokens=spec.max_tokens,
         eos=spec.eos, temperature=spec.temperature, top_k=spec.top_k, top_p=spec.top_p,
     )  # fmt: skip
-    ended = jnp.cumsum(new == spec.eos, axis=1) - (new == spec.eos) > 0  # after the end token
+    end = jnp.isin(new, jnp.asarray(spec.eos, jnp.int32))
+    ended = jnp.cumsum(end, axis=1) - end > 0  # after the end token
     count = (~ended).sum(1)[:, None]
     at = jnp.arange(T + 1)[None] - n
     whole = jnp.where(
@@ -402,7 +403,13 @@ def _mixed(student: Apply, teacher: Apply, share: float) -> Any:
     empty = lambda batch, length, *dtype: {
         str(i): f.model.empty_cache(batch, length, *dtype) for i, f in enumerate((student, teacher))
     }
-    apply.model = SimpleNamespace(empty_cache=empty)  # type: ignore[attr-defined]
+
+    def either(cache: Any) -> Any:
+        found = [outdated(f.model, cache[str(i)]) for i, f in enumerate((student, teacher))]
+        found = [rows for rows in found if rows is not None]
+        return functools.reduce(jnp.logical_or, found) if found else None
+
+    apply.model = SimpleNamespace(empty_cache=empty, outdated=either)  # type: ignore[attr-defined]
     return apply
 
 

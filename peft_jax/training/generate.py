@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from peft_jax.core.bind import bind
 from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import cache_slots, with_adapter_ids
 from peft_jax.data import unpadded
+from peft_jax.hub.generation_config import end_tokens
 from peft_jax.knowledge.inputs import reads_knowledge
 from peft_jax.models.attention import CACHE_DTYPES
 from peft_jax.training.tables import check_prompts
@@ -50,7 +52,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     stop: Sequence[str] = (),
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     seed: int = 0,
     adapter_ids: Sequence[int] | None = None,
     cache_dtype: Any = None,
@@ -60,14 +62,17 @@ def generate(
 
     `apply_or_model` is a Flax model or the result of `bind`. Temperature 0 is greedy; otherwise tokens are drawn among
     the `top_k` most likely (0: all) and the most likely ones that hold `top_p` of the probability. A continuation ends at
-    the tokenizer's end token, before the first of the `stop` strings, or after `max_tokens`. The draw of a row depends on
+    any of the tokens `eos_token_id`, before the first of the `stop` strings (which may be special tokens), or after
+    `max_tokens`. By default the ends are those of the model's generation config (else its config), of the tokenizer and of
+    a turn in its chat template; an empty list is none. The draw of a row depends on
     the seed and its place in the batch. `adapter_ids` names each row's adapter out of a bank. `cache_dtype` is that of
     the key/value cache ("int8" and "fp8" hold it in 8 bits); None for the model's. Models without a cache (no
     `empty_cache`) run the whole prefix for each token. `beside` gives the prompts' rows (tokens, positions and segment_ids
     [N, T], padded on the right) more fields that say what is known of them (`attach_triples` and `mark_entities` of
     `knowledge.inputs`).
-    Raises ValueError for an empty prompt or list, text without a tokenizer, impossible sampling options, and `beside` of
-    prompts of an encoder-decoder or a model without a cache; for ids and positions that the model has no row for.
+    Raises ValueError for an empty prompt or list, text without a tokenizer, impossible sampling options, an `eos_token_id`
+    that is no token's, `beside` of prompts of an encoder-decoder or a model without a cache, and ids and positions that the
+    model has no row for.
     """
     apply = apply_or_model if not isinstance(apply_or_model, (nn.Module, nnx.Module)) else _bound(apply_or_model)
     ids, as_text = _encode(prompts, tokenizer, stop, keep_end=_encodes(apply.model))
@@ -80,14 +85,9 @@ def generate(
         if len(adapter_ids) != len(ids):
             raise ValueError(f"there are {len(adapter_ids)} adapter_ids for {len(ids)} prompts")
         params = with_adapter_ids(params, np.asarray(adapter_ids, np.int32))
-    if eos_token_id is None and tokenizer is not None:
-        eos_token_id = tokenizer.eos_token_id
     check_prompts(apply.model, params, ids, max_tokens)
-    eos = -1 if eos_token_id is None else eos_token_id
+    ends = _ends(end_tokens(apply.model, tokenizer) if eos_token_id is None else eos_token_id)
     run = _cached_rows if hasattr(apply.model, "empty_cache") or _encodes(apply.model) else _plain_rows
-    sampling = None
-    if temperature > 0:
-        sampling = _Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
     stopped = functools.partial(_stopped, tokenizer, stop) if stop else None
     if cache_dtype is not None and run is _plain_rows:
         raise ValueError("cache_dtype is of no use to a model without a cache")
@@ -97,13 +97,13 @@ def generate(
         apply = reads_knowledge(apply)
     more = {} if cache_dtype is None else {"cache_dtype": CACHE_DTYPES.get(cache_dtype, cache_dtype)}
     more |= {} if beside is None else {"beside": beside}
-    rows = run(apply, params, ids, max_tokens, eos, sampling, jax.random.key(seed), stopped, **more)
-    rows = [_until(row, eos) for row in rows]
-    if not as_text:
+    sampling = _sampling(temperature, top_k, top_p)
+    rows = run(apply, params, ids, max_tokens, ends, sampling, jax.random.key(seed), stopped, **more)
+    rows = [_until(row, ends) for row in rows]
+    if tokenizer is None or not (as_text or stop):
         return rows
-    assert tokenizer is not None  # checked by _encode
-    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-    return [_cut(text, stop) for text in texts]
+    cut = [_before_stop(tokenizer, row, stop) for row in rows]
+    return [text if as_text else row for row, text in cut]
 
 
 @functools.lru_cache(maxsize=16)
@@ -135,26 +135,68 @@ def _encode(prompts: Any, tokenizer: Any, stop: Sequence[str], *, keep_end: bool
     return ids, as_text
 
 
-def _until(row: np.ndarray, eos: int) -> list[int]:
-    ids = row.tolist()
-    return ids[: ids.index(eos)] if eos in ids else ids
+def _ends(tokens: int | Sequence[int]) -> np.ndarray:
+    """Which tokens end a row [E], as an array that is never empty: -1, which no row has, where there are none."""
+    ends = np.atleast_1d(np.asarray(tokens))
+    if ends.ndim > 1 or (ends.size and not np.issubdtype(ends.dtype, np.integer)):
+        raise ValueError(f"eos_token_id must be a token's number, or a list of such, got {tokens!r}")
+    ends = ends[ends >= 0].astype(np.int32)
+    return ends if ends.size else np.asarray([-1], np.int32)
 
 
-def _cut(text: str, stop: Sequence[str]) -> str:
-    ends = [text.index(s) for s in stop if s in text]
-    return text[: min(ends)] if ends else text
+def _is_end(tokens: Any, ends: Any) -> Any:
+    """Whether each of the tokens [...] is one of the ends [E]."""
+    return (tokens[..., None] == ends).any(-1)
+
+
+def _until(row: np.ndarray, ends: np.ndarray) -> list[int]:
+    """The tokens before the first that is an end."""
+    return row[: int(np.append(_is_end(row, ends), True).argmax())].tolist()
+
+
+# Stop strings are looked for in the text as it is given back and in the text with its special tokens.
 
 
 def _stopped(tokenizer: Any, stop: Sequence[str], rows: np.ndarray) -> np.ndarray:
-    texts = tokenizer.batch_decode(np.maximum(rows, 0), skip_special_tokens=True)
-    return np.asarray([any(s in text for s in stop) for text in texts])
+    texts = zip(*(tokenizer.batch_decode(np.maximum(rows, 0), skip_special_tokens=skip) for skip in (True, False)), strict=True)
+    return np.asarray([any(s in text for s in stop for text in both) for both in texts])
+
+
+def _before_stop(tokenizer: Any, row: list[int], stop: Sequence[str]) -> tuple[list[int], str]:
+    """The tokens that are whole before the first of the stop strings, and the text before it without special tokens."""
+    found = [_before_stop_in(tokenizer, row, stop, skip) for skip in (True, False)]
+    return min(found, key=lambda both: len(both[1]))
+
+
+def _before_stop_in(tokenizer: Any, row: list[int], stop: Sequence[str], skip: bool) -> tuple[list[int], str]:
+    """The same for the text with, or (`skip`) without special tokens."""
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=skip)
+    text = decode(row)
+    starts = [text.index(s) for s in stop if s in text]
+    if not starts:
+        return row, tokenizer.decode(row, skip_special_tokens=True)
+    start = min(starts)
+    n = bisect.bisect_right(range(len(row)), start, key=lambda n: len(decode(row[:n]))) - 1
+    if skip:
+        return row[:n], text[:start]
+    begun = "" if row[n] in tokenizer.all_special_ids else text[len(decode(row[:n])) : start]
+    return row[:n], tokenizer.decode(row[:n], skip_special_tokens=True) + begun
+
+
+def _sampling(temperature: float, top_k: int, top_p: float) -> _Sampling | None:
+    """What `sample` is given; None for the greedy choice. A temperature too small for float32 is its smallest number."""
+    if temperature <= 0:
+        return None
+    temperature = max(temperature, float(jnp.finfo(jnp.float32).tiny))
+    return _Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
 
 
 def sample(logits: jax.Array, sampling: _Sampling | None, keys: jax.Array) -> jax.Array:
     """One token for each row of logits [B, V] with a key each; greedy without `sampling`."""
     if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / sampling.temperature
+    logits = logits.astype(jnp.float32)
+    logits = (logits - logits.max(-1, keepdims=True)) / sampling.temperature  # the highest is 0 at any temperature
     whole = (sampling.top_k == 0) & (sampling.top_p >= 1)  # nothing to leave out, so nothing to sort
     logits = jax.lax.cond(whole, lambda x: x, functools.partial(_likeliest, sampling), logits)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
@@ -199,15 +241,16 @@ def _prompt_rows(ids: Sequence[Sequence[int]], beside: Callable[[Any], Any] | No
     return {name: moved(field) for name, field in rows._asdict().items()}
 
 
-def _cached_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped, cache_dtype=None, beside=None) -> np.ndarray:
+def _cached_rows(apply, params, ids, max_tokens, ends, sampling, key, stopped, cache_dtype=None, beside=None) -> np.ndarray:
     chunks = -(-max_tokens // _CHUNK)
     keys = jax.random.split(key, len(ids))
     prefill, decode = _programs(apply)
     rows = _prompt_rows(ids, beside)
-    state = prefill(params, rows, keys, eos, sampling, slots=chunks * _CHUNK, cache_dtype=cache_dtype)
+    state = prefill(params, rows, keys, ends, sampling, slots=chunks * _CHUNK, cache_dtype=cache_dtype)
+    decode = functools.partial(decode, cache_dtype=cache_dtype)
     done = np.zeros(len(ids), bool)
     for _ in range(chunks):
-        state = decode(params, state, done, eos, sampling, max_tokens)
+        state = decode(params, state, rows, done, ends, sampling, max_tokens)
         count = int(state.count)
         done = fetch(state.done)
         if stopped is not None:
@@ -221,48 +264,84 @@ def _cached_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped, ca
 def _programs(apply: Any) -> tuple[Any, Any]:
     """(prefill, decode), compiled once for an `apply` and shapes."""
     prefill = jax.jit(functools.partial(_prefill, apply), static_argnames=("slots", "cache_dtype"))
-    return prefill, jax.jit(functools.partial(_decode, apply), donate_argnums=1)
+    return prefill, jax.jit(functools.partial(_decode, apply), donate_argnums=1, static_argnames="cache_dtype")
 
 
-def _prefill(apply, params, rows: dict[str, Any], keys, eos, sampling, *, slots: int, cache_dtype: Any) -> _State:
+def _prefill(apply, params, rows: dict[str, Any], keys, ends, sampling, *, slots: int, cache_dtype: Any) -> _State:
     tokens, positions = rows["tokens"], rows["positions"]
-    inputs = {name: x for name, x in rows.items() if name != "tokens"}
     B, T = tokens.shape
-    more = [] if cache_dtype is None else [jnp.dtype(cache_dtype)]
+    more = _kind(cache_dtype)
     if _encodes(apply.model):
         cache = apply(params, tokens, rows["segment_ids"], slots, *more, method="start")
         tokens, positions = jnp.full((B, 1), apply.model.config.start_token, jnp.int32), jnp.zeros((B, 1), jnp.int32)
         logits, cache = apply(params, tokens, positions=positions, cache=cache, method="decode")
     else:
         cache = apply.model.empty_cache(B, cache_slots(params) + T + slots, *more)
-        logits, cache = apply(params, tokens, cache=cache, **inputs)
+        logits, cache = apply(params, tokens, cache=cache, **_beside(rows))
     first = sample(logits[:, -1], sampling, jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys))
-    out = jnp.full((B, slots), eos, jnp.int32).at[:, 0].set(first)
-    return _State(out, jnp.int32(1), first, positions[:, -1] + 1, first == eos, cache, keys)
+    out = jnp.full((B, slots), ends[0], jnp.int32).at[:, 0].set(first)
+    return _State(out, jnp.int32(1), first, positions[:, -1] + 1, _is_end(first, ends), cache, keys)
 
 
-def _decode(apply, params, state: _State, done, eos, sampling, most) -> _State:
+def _beside(rows: dict[str, Any]) -> dict[str, Any]:
+    """The rows' fields but the tokens."""
+    return {name: x for name, x in rows.items() if name != "tokens"}
+
+
+def _kind(cache_dtype: Any) -> list[Any]:
+    """The cache's dtype as a further argument, none for the model's own."""
+    return [] if cache_dtype is None else [jnp.dtype(cache_dtype)]
+
+
+def _decode(apply, params, state: _State, rows, done, ends, sampling, most, *, cache_dtype: Any) -> _State:
     """Up to a chunk of further tokens (to the next multiple of it, and to `most`); rows that are `done` get no more."""
     state = state._replace(done=state.done | done)
     end = jnp.minimum((state.count // _CHUNK + 1) * _CHUNK, most)
-    return _decode_until(apply, params, state, eos, sampling, end)
+    return _decode_until(apply, params, state, rows, ends, sampling, end, cache_dtype)
 
 
-def _decode_until(apply, params, state: _State, eos, sampling, end) -> _State:
-    """Further tokens, until there are `end` of them or all rows have ended."""
+def _decode_until(apply, params, state: _State, rows, ends, sampling, end, cache_dtype: Any) -> _State:
+    """Further tokens, until there are `end` of them or all rows have ended; the first of the `ends` after a row's own."""
 
     def more(s: _State) -> jax.Array:
         return (s.count < end) & ~s.done.all()
 
     def one(s: _State) -> _State:
         method = {"method": "decode"} if _encodes(apply.model) else {}
-        logits, cache = apply(params, s.last[:, None], positions=s.position[:, None], cache=s.cache, **method)
+        cache = _current_cache(apply, params, rows, s, cache_dtype)
+        logits, cache = apply(params, s.last[:, None], positions=s.position[:, None], cache=cache, **method)
         keys = jax.vmap(jax.random.fold_in, (0, None))(s.keys, s.count)
-        token = jnp.where(s.done, eos, sample(logits[:, -1], sampling, keys))
+        token = jnp.where(s.done, ends[0], sample(logits[:, -1], sampling, keys))
         tokens = jax.lax.dynamic_update_slice_in_dim(s.tokens, token[:, None], s.count, axis=1)
-        return _State(tokens, s.count + 1, token, s.position + 1, s.done | (token == eos), cache, s.keys)
+        return _State(tokens, s.count + 1, token, s.position + 1, s.done | _is_end(token, ends), cache, s.keys)
 
     return jax.lax.while_loop(more, one, state)
+
+
+def _current_cache(apply, params, rows: dict[str, Any], s: _State, cache_dtype: Any) -> Any:
+    """The state's cache, made anew from the prompts' `rows` and what follows them where the newest token outdates it."""
+    if (old := outdated(apply.model, s.cache)) is None:
+        return s.cache
+    (B, T), N = rows["tokens"].shape, s.tokens.shape[1]
+    column = jnp.arange(N)[None]
+    there = jnp.broadcast_to(column < s.count, (B, N))
+    after = {"tokens": jnp.maximum(s.tokens, 0), "positions": rows["positions"][:, -1:] + 1 + column, "segment_ids": there}
+
+    def again() -> Any:
+        none = jnp.zeros((B, N), jnp.int32)  # of what stands beside prompts
+        parts = {name: jnp.where(there, after.get(name, none), 0) for name in rows}
+        whole = {name: jnp.concatenate([x, parts[name].astype(x.dtype)], axis=1) for name, x in rows.items()}
+        empty = apply.model.empty_cache(B, cache_slots(params) + T + N, *_kind(cache_dtype))
+        made = apply(params, whole["tokens"], cache=empty, **_beside(whole))[1]
+        # Columns to come are padding. The newest token is written once more.
+        return jax.tree.map(lambda new, old: new if new.ndim else old, made, s.cache)
+
+    return jax.lax.cond((old & ~s.done).any(), again, lambda: s.cache)
+
+
+def outdated(model: Any, cache: Any) -> jax.Array | None:
+    """Whether one more token makes what is cached of its row [B] wrong; None for a model of which that is never so."""
+    return model.outdated(cache) if hasattr(model, "outdated") else None
 
 
 def continuations(
@@ -273,26 +352,27 @@ def continuations(
     key: jax.Array,
     *,
     max_tokens: int,
-    eos: int,
+    eos: int | Sequence[int],
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> jax.Array:
-    """`max_tokens` sampled tokens [B, max_tokens] for prompts [B, T] that are padded on the left (segment 0), `eos` after a
-    row's end. To be traced inside a jitted function; temperature 0 is greedy. `eos` of -1 ends no row.
+    """`max_tokens` sampled tokens [B, max_tokens] for prompts [B, T] that are padded on the left (segment 0). A row ends at
+    any of the tokens `eos` (-1, or none: never), after which there is the first of them. To be traced inside a jitted
+    function; temperature 0 is greedy.
     """
     positions = jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0).astype(jnp.int32)
-    sampling = _Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)) if temperature > 0 else None
+    sampling, ends = _sampling(temperature, top_k, top_p), jnp.asarray(_ends(eos))
     keys = jax.random.split(key, tokens.shape[0])
     rows = {"tokens": tokens, "positions": positions, "segment_ids": (segment_ids > 0).astype(jnp.int32)}
-    state = _prefill(apply, params, rows, keys, eos, sampling, slots=max_tokens, cache_dtype=None)
-    return _decode_until(apply, params, state, eos, sampling, max_tokens).tokens
+    state = _prefill(apply, params, rows, keys, ends, sampling, slots=max_tokens, cache_dtype=None)
+    return _decode_until(apply, params, state, rows, ends, sampling, max_tokens, None).tokens
 
 
 # Without a cache: prompts are padded on the right and the whole buffer runs for each token.
 
 
-def _plain_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped) -> np.ndarray:
+def _plain_rows(apply, params, ids, max_tokens, ends, sampling, key, stopped) -> np.ndarray:
     lengths = np.asarray([len(row) for row in ids], np.int32)
     buffer = np.zeros((len(ids), _round_up(int(lengths.max()) + max_tokens, 16)), np.int32)
     for i, row in enumerate(ids):
@@ -300,13 +380,13 @@ def _plain_rows(apply, params, ids, max_tokens, eos, sampling, key, stopped) -> 
     keys = jax.random.split(key, len(ids))
     step = _plain_program(apply)
     done = np.zeros(len(ids), bool)
-    generated = np.full((len(ids), max_tokens), eos, np.int32)
+    generated = np.full((len(ids), max_tokens), ends[0], np.int32)
     for n in range(max_tokens):
         token = fetch(step(params, buffer, lengths + n - 1, jax.vmap(jax.random.fold_in, (0, None))(keys, n), sampling))
-        token = np.where(done, eos, token)
+        token = np.where(done, ends[0], token)
         generated[:, n] = token
         buffer[np.arange(len(ids)), lengths + n] = np.maximum(token, 0)
-        done |= token == eos
+        done |= _is_end(token, ends)
         if stopped is not None and n % _CHUNK == _CHUNK - 1:
             done |= stopped(generated[:, : n + 1])
         if done.all():

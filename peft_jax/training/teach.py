@@ -28,6 +28,7 @@ from peft_jax.distillation.hidden import FEATURES
 from peft_jax.distillation.match import encode_twofold, shared_tokens, tokenizer_hash
 from peft_jax.distillation.remote import remote_top_k
 from peft_jax.hub import load_tokenizer, local_folder
+from peft_jax.hub.generation_config import end_tokens
 from peft_jax.training.checkpoint import fingerprint as fingerprint_of_model
 from peft_jax.training.config import (
     ConfigError,
@@ -132,8 +133,8 @@ def lesson(config: RunConfig, setup: Setup, params: Any, rows: Any) -> Lesson:
         if task != "causal_lm":
             raise ConfigError(f"distill.on_policy is for causal language models, and this one is a {task}")
         check_continued(setup.model, rows, d.on_policy.prompt_tokens, d.on_policy.max_tokens)
-        end = setup.tokenizer.eos_token_id
-        policy = OnPolicy(**dataclasses.asdict(d.on_policy), eos=-1 if end is None else end)  # type: ignore[call-overload]
+        ends = end_tokens(setup.model, setup.tokenizer)
+        policy = OnPolicy(**dataclasses.asdict(d.on_policy), eos=ends)  # type: ignore[call-overload]
     made = distillation(reading, teachers, features=terms, keep=d.top_k, vocabulary=vocabulary, on_policy=policy, **options)
     said["teachers"] = [SELF if t is None else fingerprint_of_model(t.folder) for t in loaded]
     judged = sum(active_parameters(*((setup.model, params) if t is None else (t.model, t.params)))[0] for t in loaded)

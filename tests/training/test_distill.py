@@ -210,7 +210,7 @@ def test_what_the_student_writes_is_what_it_learns_from(setup):
         assert made["targets"][i].tolist() == whole[1:] + [0] * (T + 1 - n)
         assert made["weights"][i].tolist() == [0.0] * (len(prompt) - 1) + [1.0] * 5 + [0.0] * (T + 1 - n)
         assert made["segment_ids"][i].tolist() == [1] * n + [0] * (T - n)
-    ended = write(spec._replace(eos=expected[0][1]))
+    ended = write(spec._replace(eos=(4095, expected[0][1])))
     assert ended["weights"][0].sum() == 1 + (expected[0][0] != expected[0][1])  # to the end token, and with it
 
 

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import peft_jax
 from peft_jax.models.attention import CACHE_DTYPES
 from peft_jax.training import generate as module
 from peft_jax.training.evaluate import bleu, exact_match, generated_metrics, perplexity, prompt_and_answer, rouge
-from peft_jax.training.generate import _likeliest, _Sampling, sample
-from tests.reference import perturb, random_tokens, relative_error
+from peft_jax.training.generate import _likeliest, _Sampling, _sampling, continuations, sample
+from tests.reference import FAMILIES, perturb, random_tokens, relative_error, torch_logits, torch_model
 from tests.third_party import linen_model
 from tests.training.test_loop import tiny_rows
 
@@ -116,6 +117,14 @@ def test_sampling_draws_from_the_right_distribution():
     np.testing.assert_allclose(frequencies(temperature=0.5), squared / squared.sum(), atol=0.03)
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_the_smallest_temperatures_are_greedy(top_p):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(8, 50)) * 30 + 100, jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 8)
+    for temperature in (1e-3, 1e-38, 1e-46, 1e-300):
+        assert sample(logits, _sampling(temperature, 0, top_p), keys).tolist() == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
@@ -181,3 +190,41 @@ def test_filters_keep_what_a_plain_one_keeps(top_k, top_p):
         expected = order if top_p >= 1 else order[before < top_p]
         if np.abs(before - top_p).min() > 1e-5:
             assert set(np.flatnonzero(mine)) == set(expected)
+
+
+@pytest.mark.parametrize(("family", "cached"), [("phi3_longrope", True), ("llama_dynamic", False)])
+def test_what_is_cached_follows_a_rotation_by_length(family, cached, tmp_path):
+    """Against transformers, each row alone: beyond, at, below and across the length (16) where all positions turn anew."""
+    reference = torch_model(FAMILIES[family]())
+    reference.save_pretrained(tmp_path)
+    model, params = peft_jax.load(tmp_path)
+    prompts = [random_tokens(1, n, seed=n)[0].tolist() for n in ((20, 16, 3, 12) if cached else (20, 3, 12))]
+    rows = peft_jax.generate(model, params, prompts, max_tokens=12, eos_token_id=[])
+    for prompt, row in zip(prompts, rows, strict=True):
+        ids, more = torch.tensor([prompt]), {"use_cache": cached, "do_sample": False, "eos_token_id": None}
+        assert row == reference.generate(ids, max_new_tokens=12, **more)[0, len(prompt) :].tolist()
+
+
+def test_sampled_continuations_follow_a_rotation_by_length(tmp_path):
+    """As on-policy distillation traces them, across the length."""
+    torch_model(FAMILIES["phi3_longrope"]()).save_pretrained(tmp_path)
+    model, params = peft_jax.load(tmp_path)
+    apply, prompts = peft_jax.bind(model), random_tokens(2, 12, seed=12)
+    expected = peft_jax.generate(apply, params, prompts.tolist(), max_tokens=12, eos_token_id=[])
+    write = jax.jit(lambda params, key: continuations(
+        apply, params, jnp.asarray(prompts), jnp.ones((2, 12), jnp.int32), key, max_tokens=12, eos=(), temperature=0.0
+    ))  # fmt: skip
+    assert write(params, jax.random.key(0)).tolist() == expected
+
+
+@pytest.mark.parametrize("family", ["phi3_longrope", "llama_dynamic"])
+def test_a_packed_sequence_turns_by_its_own_length(family, tmp_path):
+    reference = torch_model(FAMILIES[family]())
+    reference.save_pretrained(tmp_path)
+    model, params = peft_jax.load(tmp_path)
+    tokens, sizes = random_tokens(1, 30), (10, 20)
+    positions = np.concatenate([np.arange(n) for n in sizes])[None]
+    segments = np.repeat((7, 1000), sizes)[None]
+    out = jax.jit(peft_jax.bind(model))(params, tokens, positions=positions, segment_ids=segments)
+    assert relative_error(out[:, :10], torch_logits(reference, tokens[:, :10])) < 2e-5
+    assert relative_error(out[:, 10:], torch_logits(reference, tokens[:, 10:])) < 2e-5
