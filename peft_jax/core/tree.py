@@ -25,6 +25,8 @@ logger = logging.getLogger("peft_jax")
 STACKS = ("layers", "layer", "h", "block")
 _NUMBERED = re.compile(rf"\b({'|'.join(STACKS)})_(\d+)\b")
 EXPERTS = ("gate_up_proj", "down_proj")  # weights of stacked experts, [E, in, out]
+# Beside an `embedding` [V, D]: what the tied head multiplies with in its place, [V, D].
+OUTPUT_EMBEDDING = "output_embedding"
 OUTPUT_HEADS = (
     "lm_head", "head", "logits", "unembed", "output_projection", "score", "classifier", "qa_outputs",
 )  # fmt: skip

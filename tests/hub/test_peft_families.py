@@ -140,6 +140,73 @@ def with_head(params):
     return map_places(head, params)
 
 
+def classifier(name):
+    config = FAMILIES["llama2"]() if name == "llama" else ENCODERS[name]()
+    config.num_labels = 3
+    config.pad_token_id = 0
+    return config
+
+
+OURS = {
+    "lora": {"rank": 2}, "dora": {"rank": 2}, "adalora": {"rank": 2}, "loha": {"rank": 2}, "lokr": {"rank": 2},
+    "hira": {"rank": 2}, "gralora": {"rank": 4}, "delora": {"rank": 2}, "vera": {"rank": 2}, "randlora": {"rank": 4},
+    "vblora": {"rank": 2, "num_vectors": 16, "vector_length": 4, "top_k": 2}, "oft": {"block_size": 4}, "boft": {"block_size": 4},
+    "ia3": {}, "hra": {"rank": 2}, "road": {"group_size": 4}, "fourierft": {"num_frequencies": 10},
+    "waveft": {"num_frequencies": 10}, "shira": {"rank": 1}, "c3a": {"block_size": 4}, "miss": {"rank": 4},
+    "trainable_tokens": {"ids": [5, 6]}, "ln_tuning": {}, "prompt_tuning": {"num_virtual_tokens": 2},
+    "p_tuning": {"num_virtual_tokens": 2},
+}  # fmt: skip
+TASKS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering"}
+HEADED = [("bert", m, "SEQ_CLS") for m in OURS]
+HEADED += [("bert", "lora", t) for t in TASKS] + [("distilbert", "lora", "SEQ_CLS"), ("roberta", "vera", "SEQ_CLS")]
+HEADED += [("llama", m, "SEQ_CLS") for m in ("lora", "ia3")]
+ALL_HEADED = [(b, m, t) for b in ("bert", "distilbert", "roberta") for m in OURS for t in TASKS]
+
+
+def without_head(model, method, task, tmp_path):
+    """An adapter beside a head that did not train: PEFT wants the head in the file, and it stays as it is here."""
+    auto = getattr(tr, f"AutoModelFor{TASKS[task]}")
+    torch.manual_seed(0)
+    auto.from_config(classifier(model)).save_pretrained(tmp_path / "base")
+    base = lambda: auto.from_pretrained(tmp_path / "base").eval()
+    targets = {"bert": ["query", "value"], "roberta": ["query", "value"], "distilbert": ["q_lin", "v_lin"]}
+    named = {"targets": targets.get(model, ["q_proj", "v_proj"])}
+    if method == "trainable_tokens":
+        named = {"targets": "word_embeddings"}
+    elif method in ("ln_tuning", "prompt_tuning", "p_tuning"):
+        named = {}
+    runner, params = peft_jax.load(tmp_path / "base")
+    ours = perturb(getattr(peft_jax, method)(params, jax.random.key(0), **OURS[method], **named), scale=0.3)
+    run = jax.jit(peft_jax.bind(runner))
+    expected = np.asarray(jax.tree.leaves(run(ours, TOKENS))[0])
+    peft_jax.save_adapter(tmp_path / "ours", ours, task_type=task)
+    back = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    with torch.no_grad():
+        out = back(input_ids=torch.tensor(TOKENS), attention_mask=torch.ones(TOKENS.shape, dtype=torch.long))
+    theirs = out.start_logits if task == "QUESTION_ANS" else out.logits
+    expected = expected[..., 0] if task == "QUESTION_ANS" and expected.ndim == 3 else expected
+    assert relative_error(expected, theirs[:, -TOKENS.shape[1] :] if task != "SEQ_CLS" else theirs) < 1e-4
+    again = peft_jax.load_adapter(params, tmp_path / "ours")
+    assert jax.tree.structure(again) == jax.tree.structure(peft_jax.load_adapter(params, tmp_path / "ours"))
+    assert peft_jax.count(again) == peft_jax.count(ours), "the head does not train"
+    np.testing.assert_allclose(
+        jax.tree.leaves(run(again, TOKENS))[0], jax.tree.leaves(run(ours, TOKENS))[0], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("case", HEADED, ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_did_not_train(case, tmp_path):
+    without_head(*case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ALL_HEADED, ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_heads_that_did_not_train(case, tmp_path):
+    without_head(*case, tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("parameters", [EXPERTS, EXPERTS[1:]], ids=["both", "down"])
 def test_lora_of_experts(bases, parameters, tmp_path):
