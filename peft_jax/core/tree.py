@@ -191,7 +191,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _nothing(kind: str, target: str, candidates: list[str]) -> str:
     names = sorted({p.split("/")[-2] for p in candidates if "/" in p}) or sorted(candidates)
-    return f"{kind} {target!r} matches nothing.{nearest(target, names)} Modules here: {', '.join(names)}"
+    tied = target.rpartition(".")[2] == "lm_head" and any(p.endswith("/embedding") for p in candidates)
+    more = " The head is the embedding; peft_jax.untie(params) gives it one of its own, output_embedding." if tied else ""
+    return f"{kind} {target!r} matches nothing.{nearest(target, names)}{more} Modules here: {', '.join(names)}"
 
 
 def by_pattern(path: str, default: Any, pattern: Mapping[str, Any]) -> Any:

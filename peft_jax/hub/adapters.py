@@ -72,7 +72,7 @@ def _named(params: Any, name: str) -> dict[str, Any]:
 def _whole(params: Any, nodes: Mapping[str, Any], name: str) -> str | None:
     """PEFT's name of a method that is stored for the model as a whole, if that is what the nodes are."""
     of = lambda kind: WHOLE_FORMATS[kind].nodes
-    own = [n for n in nodes.values() if not (isinstance(n, Trainable) and n.saved_as == "module")]
+    own = [n for n in nodes.values() if not (isinstance(n, Trainable) and n.saved_as in ("module", "base"))]
     found = next((k for k in WHOLE_FORMATS if own and all(isinstance(n, of(k)) and _fits(k, n) for n in own)), None)
     return None if found == "PREFIX_TUNING" and not prefixes_fit(params, nodes, name) else found
 

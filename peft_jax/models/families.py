@@ -55,6 +55,7 @@ class Family(NamedTuple):
     head: str
     absent: str = "$^"
     spare: str = r".*\.position_ids"
+    look_ups: tuple[str, ...] = ()  # Hugging Face's modules that look tokens up, where `embedding` is not the one
     own_head: bool = False  # the head is the embedding unless the checkpoint has one
     disk: tuple[tuple[str, str], ...] = ()  # (pattern, replacement): from names of tensors to those in checkpoints
 
@@ -118,6 +119,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "t5": Family(
         T5, t5_config, "T5", ("seq2seq_lm",), "", "shared", "lm_head", own_head=True,
+        look_ups=("encoder.embed_tokens", "decoder.embed_tokens"),
         spare=r"(encoder|decoder)\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     ),
 }  # fmt: skip

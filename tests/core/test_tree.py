@@ -157,3 +157,9 @@ def test_adapters_are_listed_and_dropped_by_name(tmp_path):
     assert jax.tree.structure(peft_jax.drop_adapters(left, ["a"])) == jax.tree.structure(params)
     with pytest.raises(ValueError, match="there is no adapter 'd'"):
         peft_jax.drop_adapters(tree, ["d"])
+
+
+def test_a_target_that_is_the_embedding_says_so():
+    params = {"model": {"embed_tokens": {"embedding": jnp.zeros((8, 4))}, "q_proj": {"kernel": jnp.zeros((4, 4))}}}
+    with pytest.raises(ValueError, match=r"The head is the embedding; peft_jax\.untie\(params\) gives it one of its own"):
+        peft_jax.select(params, "lm_head")

@@ -45,6 +45,8 @@ CASES = [
 ]
 # PEFT 0.21 leaves Gemma's scale of embeddings out of HiRA's part of a look-up (its own merged weights have it).
 CASES = [c for c in CASES if c[:2] != ("gemma", "hira") or c[2] == "head"]
+# PEFT 0.21 cannot run its own model with trainable tokens alone on both of a tied pair.
+CASES = [c for c in CASES if c[1:3] != ("only tokens", "both") or c[0] == "untied"]
 QUICK = [c for c in CASES if c[0] == "llama" and c[1] not in ("mica", "only tokens")]
 QUICK += [c for c in CASES if c[1:] in (("lora", "both", False), ("module", "embedding", False), ("tokens", "head", False))]
 
@@ -117,6 +119,8 @@ def exchange(bases, case, folder, *, checkpoint):
     whole = tr.AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
     assert relative_error(torch_logits(whole, TOKENS), expected) < 1e-4
     assert relative_error(logits(*peft_jax.load(folder / "merged")), expected) < 1e-4
+    if case[1] == "dora":  # an update larger than the weight has no one inverse
+        return
     recovered = peft_jax.unmerge(merged, loaded)
     assert relative_error(logits(model, recovered), expected) < 1e-4
 
@@ -213,27 +217,82 @@ CHECKPOINTS = {
 }
 
 
+OTHERS = {  # (model, PEFT's options); heads of masked language models have a bias
+    "t5 head": ("t5", dict(target_modules=["lm_head"])),
+    "t5 whole head": ("t5", dict(target_modules=["q"], modules_to_save=["lm_head"])),
+    "bert head": ("bert", dict(target_modules=["predictions.decoder"])),
+    "bert embedding": ("bert", dict(target_modules=["word_embeddings"])),
+    "bert whole embedding": ("bert", dict(target_modules=["query"], modules_to_save=["word_embeddings"])),
+    "bert whole head": ("bert", dict(target_modules=["query"], modules_to_save=["predictions.decoder"])),
+    "bert tokens": ("bert", dict(target_modules=["query"], trainable_token_indices={"word_embeddings": IDS})),
+    "distilbert head": ("distilbert", dict(target_modules=["vocab_projector"])),
+}
+
+
+def whole_model(name):
+    torch.manual_seed(0)
+    return CHECKPOINTS[name]().eval()
+
+
+def whole_logits(name, model):
+    more = {"decoder_input_ids": torch.tensor(TOKENS)} if name == "t5" else {}
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(TOKENS), **more).logits.numpy()
+
+
+@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.filterwarnings("ignore")
+def test_exchange_with_other_heads(case, tmp_path):
+    name, options = OTHERS[case]
+    whole_model(name).save_pretrained(tmp_path / "base")
+    model, params = peft_jax.load(tmp_path / "base")
+    theirs = moved(peft.get_peft_model(whole_model(name), peft.LoraConfig(r=2, **options)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = whole_logits(name, theirs)
+    loaded = peft_jax.load_adapter(params, tmp_path / "theirs")
+    assert relative_error(peft_jax.bind(model)(loaded, *[TOKENS] * (2 if name == "t5" else 1)), expected) < 1e-4
+    peft_jax.save_adapter(tmp_path / "ours", loaded, format="peft", task_type=None)
+    back = peft.PeftModel.from_pretrained(whole_model(name), tmp_path / "ours").eval()
+    assert relative_error(whole_logits(name, back), expected) < 1e-4
+    peft_jax.save(tmp_path / "merged", model, peft_jax.merge(loaded))
+    merged = type(whole_model(name)).from_pretrained(tmp_path / "merged").eval()
+    assert relative_error(whole_logits(name, merged), expected) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_embedding_that_nothing_looks_up_in(tmp_path):
+    """T5's encoder and decoder have modules of their own for its `shared`, whose adapter does nothing in PEFT."""
+    whole_model("t5").save_pretrained(tmp_path / "base")
+    _, params = peft_jax.load(tmp_path / "base")
+    moved(peft.get_peft_model(whole_model("t5"), peft.LoraConfig(r=2, target_modules=["shared"]))).save_pretrained(
+        tmp_path / "a"
+    )
+    with pytest.raises(ValueError, match="PEFT's adapter of shared changes nothing"):
+        peft_jax.load_adapter(params, tmp_path / "a")
+    ours = peft_jax.lora(params, jax.random.key(0), rank=2, targets="shared")
+    with pytest.raises(ValueError, match="PEFT's adapter of shared changes nothing"):
+        peft_jax.save_adapter(tmp_path / "ours", ours, format="peft")
+    peft_jax.save_adapter(tmp_path / "ours", ours)
+    peft_jax.load_adapter(params, tmp_path / "ours")
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_with_another_head_keeps_it(name, tmp_path):
     """`tie_word_embeddings` says that head and embedding are one, and the file holds two: transformers 5 keeps them apart."""
-    torch.manual_seed(0)
-    theirs = CHECKPOINTS[name]().eval()
+    theirs = whole_model(name)
     head = theirs.get_output_embeddings()
     head.weight = torch.nn.Parameter(torch.randn_like(head.weight) * 0.3)
     theirs.save_pretrained(tmp_path / "theirs")
     theirs = type(theirs).from_pretrained(tmp_path / "theirs").eval()
     assert not torch.equal(theirs.get_output_embeddings().weight, theirs.get_input_embeddings().weight)
-    more = {"decoder_input_ids": torch.tensor(TOKENS)} if name == "t5" else {}
-    with torch.no_grad():
-        expected = theirs(torch.tensor(TOKENS), **more).logits.numpy()
+    expected = whole_logits(name, theirs)
     args = [TOKENS, TOKENS] if name == "t5" else [TOKENS]
     model, params = peft_jax.load(tmp_path / "theirs")
     assert relative_error(peft_jax.bind(model)(params, *args), expected) < 1e-4
     peft_jax.save(tmp_path / "ours", model, params)
-    with torch.no_grad():
-        again = type(theirs).from_pretrained(tmp_path / "ours").eval()(torch.tensor(TOKENS), **more).logits.numpy()
-    assert relative_error(again, expected) < 1e-4
+    again = type(theirs).from_pretrained(tmp_path / "ours").eval()
+    assert relative_error(whole_logits(name, again), expected) < 1e-4
     model, params = peft_jax.load(tmp_path / "ours")
     assert relative_error(peft_jax.bind(model)(params, *args), expected) < 1e-4
 

@@ -28,7 +28,7 @@ from peft_jax.hub.names import embedding_name, is_conv1d, modules_of, stack_size
 from peft_jax.hub.peft.experts import attach_experts, expert_tensors, experts_config, one_expert
 from peft_jax.hub.peft.formats import COMMON, FORMATS, Config, Format, Module, Tensors
 from peft_jax.hub.peft.prompts import WHOLE_FORMATS, load_whole, saved_modules, trained_place, trained_tensors, whole_modules
-from peft_jax.hub.peft.tied import check_tokens, for_head, own_heads, put_stored, split_tie, tie_of, tied_tensors
+from peft_jax.hub.peft.tied import check_look_up, check_tokens, for_head, own_heads, put_stored, split_tie, tie_of, tied_tensors
 from peft_jax.hub.safetensors_io import open_checkpoint, save_tensors
 from peft_jax.models.families import FAMILIES
 
@@ -88,6 +88,7 @@ def save_peft(
         for module, node in _by_module(path, w).items():
             tensors |= {f"{_PREFIX}{own(module)}.token_adapter.{t}": v for t, v in _TOKENS.write(node, True).items()}
     whole = own_heads(params, task_type) | trained | tied_tensors(params, tie)
+    check_look_up([*(modules if kind is not _TOKENS else ()), *(t.rpartition(".")[0] for t in whole)])
     for tensor, value in whole.items():  # an adapted module keeps what is its own in `base_layer`
         module, _, leaf = own(tensor).rpartition(".")
         tensors[f"{_PREFIX}{module}.{'base_layer.' if module in modules else ''}{leaf}"] = value
@@ -167,7 +168,7 @@ def _by_module(path: str, node: Any) -> dict[str, Any]:
         one = bare if layer is None else jax.tree.map(lambda x, i=layer: x[i], bare)
         if one.gate is None or one.gate > 0:
             one = one.replace(base=shape, in_axes=(-2,), out_axes=(-1,))
-            turned = path.endswith(f"/{OUTPUT_EMBEDDING}") and node.in_axes == (-2,) and not isinstance(node, _TOKENS.nodes)
+            turned = path.endswith(f"/{OUTPUT_EMBEDDING}") and node.in_axes == (-2,) and type(node) not in _TOKENS.nodes
             result[name] = for_head(one, path) if turned else one
     return result
 
@@ -242,6 +243,7 @@ def attach_peft(params: Any, tensors: Tensors, config: Config, name: str, path: 
 
 def _attach_all(params: Any, tensors: Tensors, config: Config, kind: Format, name: str, path: Path) -> Any:
     modules, tokens, shared, extras = _parse(tensors, config, kind, path)
+    check_look_up([*(modules if kind is not _TOKENS else ()), *(t.rpartition(".")[0] for t in extras)])
     params = put_stored(params, extras, config)
     params = split_tie(params, modules, tokens, extras, config, kind)
     known = [n for p, w in places(params).items() for n, _ in modules_of(p, stack_size(p, w))]

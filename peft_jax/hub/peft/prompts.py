@@ -54,7 +54,7 @@ def save_whole(
     task_type: Any,
 ) -> None:
     """Write the adapter `name`, whose nodes are these, as a PEFT folder of the method `kind`."""
-    modules = {p: n for p, n in nodes.items() if isinstance(n, Trainable) and n.saved_as == "module"}
+    modules = {p: n for p, n in nodes.items() if isinstance(n, Trainable) and n.saved_as in ("module", "base")}
     own = {p: n for p, n in nodes.items() if p not in modules}
     tensors, config = WHOLE_FORMATS[kind].write(params, own, name)
     tie = None if task_type == "FEATURE_EXTRACTION" else tie_of(params)

@@ -7,7 +7,7 @@ embedding [V, D] for both; where an adapter tells them apart, the head's comes t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from peft_jax.core.tree import OUTPUT_EMBEDDING, map_places, places
 from peft_jax.core.weight import Trainable, materialize
 from peft_jax.hub.names import embedding_name, stack_size, tensors_of
 from peft_jax.hub.peft.formats import FORMATS, Config, Format, Module, Tensors
-from peft_jax.models.families import tied_head, untie
+from peft_jax.models.families import FAMILIES, tied_head, untie
 
 _IDS = "token_indices"  # with the rows of trainable tokens: the ids that a tied head takes from its embedding
 _ROWS = FORMATS["TRAINABLE_TOKENS"].tensors
@@ -39,6 +39,17 @@ def tie_of(params: Any) -> tuple[str, str] | None:
     return f"{found[0]}/embedding", found[1]
 
 
+def check_look_up(modules: Iterable[str]) -> None:
+    """Raise ValueError for one of Hugging Face's modules that holds the embedding but looks nothing up (T5's `shared`)."""
+    idle = {f.embedding.replace("/", "."): f.look_ups for f in FAMILIES.values() if f.look_ups}
+    for module in modules:
+        if module in idle:
+            raise ValueError(
+                f"PEFT's adapter of {module} changes nothing, since {' and '.join(idle[module])} look tokens up by modules of "
+                "their own; use this package's own format"
+            )
+
+
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
@@ -48,6 +59,8 @@ def put_stored(params: Any, tensors: Tensors, config: Config) -> Any:
     Such are embeddings that were resized, the bases of adapted embeddings, and heads. Raises ValueError for a tied pair of
     which the file holds two different ones.
     """
+    if (found := tied_head(params)) and (name := f"{found[1]}.bias") in tensors and (own := _head_bias(params)):
+        tensors[own] = tensors.pop(name)
     weights = {t.removesuffix(".weight") for t in tensors if t.endswith(".weight")}
     still = {m for m in weights if not _is_saved(m, config.get("modules_to_save") or ())}
     trained = ("bias",) if config.get("bias", "none") != "none" else ()
@@ -71,6 +84,13 @@ def put_stored(params: Any, tensors: Tensors, config: Config) -> Any:
     result = map_places(put, params) if stored else params
     tensors |= stored  # what has no place is said by who reads the rest
     return result
+
+
+def _head_bias(params: Any) -> str | None:
+    """The name of the bias of a tied head that lies beside the head and not in it (BERT's `cls.predictions.bias`)."""
+    found = tied_head(params)
+    outer = found[1].rpartition(".")[0] if found else ""
+    return f"{outer}.bias" if outer and "bias" in module_at(params, outer.replace(".", "/")) else None
 
 
 def _is_saved(module: str, names: Any) -> bool:
@@ -179,7 +199,11 @@ def can_say(params: Any, nodes: Mapping[str, Any], task_type: str | None) -> boo
     """Whether PEFT's format can say what these nodes do to a tied embedding."""
     tie = None if task_type == "FEATURE_EXTRACTION" else tie_of(params)
     node = nodes.get(tie[0]) if tie else None
-    if node is None or isinstance(node, (Trainable, Attachment, *FORMATS["TRAINABLE_TOKENS"].nodes)):
+    if node is None or isinstance(node, (Attachment, *FORMATS["TRAINABLE_TOKENS"].nodes)):
+        return True
+    if any(f.look_ups and f"{f.embedding}/embedding" in nodes for f in FAMILIES.values()):
+        return False
+    if isinstance(node, Trainable):
         return True
     kind = next((f for f in FORMATS.values() if isinstance(node, f.nodes)), None)
     return kind is not None and kind.mirror is not None and kind.mirror(node.replace(base=None)) is not None
@@ -193,7 +217,7 @@ def check_tokens(params: Any, tokens: Mapping[str, Any]) -> None:
     sides = [f"{found[0]}/{leaf}" for leaf in ("embedding", OUTPUT_EMBEDDING)]
     if OUTPUT_EMBEDDING not in module_at(params, found[0]) or sides[0] not in tokens:
         return
-    one, other = (tokens.get(p) for p in sides)
+    one, other = tokens[sides[0]], tokens.get(sides[1])
     if other is None or (np.array_equal(one.ids, other.ids) and not np.array_equal(one.rows, other.rows)):
         raise ValueError(
             f"{sides[0]} has trainable tokens that {sides[1]} has not, and PEFT ties them; use this package's own format"
@@ -201,9 +225,17 @@ def check_tokens(params: Any, tokens: Mapping[str, Any]) -> None:
 
 
 def tied_tensors(params: Any, tie: tuple[str, str] | None) -> Tensors:
-    """The head's tensor where a tied embedding trains whole."""
-    w = places(params)[tie[0]] if tie else None
-    return {f"{tie[1]}.weight": np.asarray(w.value)} if tie and isinstance(w, Trainable) else {}
+    """The head's tensor where a tied embedding trains whole, and its bias, which PEFT has in the head."""
+    found = tied_head(params)
+    if found is None:
+        return {}
+    known = places(params)
+    sides = [known.get(f"{found[0]}/{leaf}") for leaf in ("embedding", OUTPUT_EMBEDDING)]
+    tensors = {f"{found[1]}.weight": np.asarray(sides[0].value)} if tie and isinstance(sides[0], Trainable) else {}
+    whole = isinstance(sides[1], Trainable) or bool(tensors)
+    if whole and (own := _head_bias(params)):
+        tensors[f"{found[1]}.bias"] = np.asarray(materialize(known[own.replace(".", "/")]))
+    return tensors
 
 
 def own_heads(params: Any, task_type: str | None) -> Tensors:
