@@ -48,6 +48,7 @@ from peft_jax.low_rank.trainable_tokens import trainable_tokens
 from peft_jax.low_rank.vblora import vblora
 from peft_jax.low_rank.vera import vera
 from peft_jax.low_rank.waveft import waveft
+from peft_jax.models.families import untie
 from peft_jax.models.layers import stack_layers, unstack_layers
 from peft_jax.pruning.blocks import prune_in_turn
 from peft_jax.pruning.distribution import allocate_sparsity
@@ -198,6 +199,7 @@ __all__ = [
     "unipelt",
     "unmerge",
     "unstack_layers",
+    "untie",
     "vblora",
     "vera",
     "waveft",

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.adapters.adapter import per_row
-from peft_jax.adapters.placing import find_modules, hidden_size, place_attachments
+from peft_jax.adapters.placing import find_modules, hidden_size, module_paths, place_attachments
 from peft_jax.core.attachment import Attachment, module_at
 from peft_jax.core.bind.rules import bias_of, linear
 from peft_jax.core.reparametrised import node
+from peft_jax.core.tree import first_present
 from peft_jax.core.weight import static
 
 
@@ -44,26 +45,21 @@ class AdaptionPrompt(Attachment):
     def linked(self, params: Any, path: str) -> Self:
         attention = module_at(params, path.rpartition("/core/")[0])
 
-        def project(name: str) -> jax.Array:
-            run: Callable[..., jax.Array] = lambda x, layer: linear(
-                x, layer["kernel"], bias_of(layer), dtype=None, precision=None
-            )
-            for _ in self.lead:
-                run = jax.vmap(run)
-            own = {k: attention[name][k] for k in ("kernel", "bias") if k in attention[name]}
-            return run(self.prompt, own)
-
+        project = lambda name: _projected(self.prompt, attention[name], len(self.lead))
         return self.replace(keys=project("k_proj"), values=project("v_proj"))
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        q, k, v = args[:3]
-        out = call(*args, **kwargs)
+        q, k = args[:2]
+        return self.added(call(*args, **kwargs), q, k.shape[-2])
+
+    def added(self, out: jax.Array, q: jax.Array, kv_heads: int) -> jax.Array:
+        """`out` [B, T, H, d] with the prompt's part for the queries q [B, T, H, d]."""
         assert self.keys is not None  # `linked` made them
         assert self.values is not None
-        heads = lambda x: x.reshape(*x.shape[:-1], *k.shape[-2:]).astype(q.dtype)
-        keys, values = heads(self.keys), heads(self.values)  # [P, K, d], or [B, P, K, d] in a bank
         B, T, H, d = q.shape
-        grouped = q.reshape(B, T, k.shape[-2], -1, d)
+        heads = lambda x: x.reshape(*x.shape[:-1], kv_heads, d).astype(q.dtype)
+        keys, values = heads(self.keys), heads(self.values)  # [P, K, d], or [B, P, K, d] in a bank
+        grouped = q.reshape(B, T, kv_heads, -1, d)
         rows = "b" if keys.ndim == 4 else ""
         scores = jnp.einsum(f"btkgd,{rows}pkd->bkgtp", grouped, keys, preferred_element_type=jnp.float32) * d**-0.5
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
@@ -74,6 +70,32 @@ class AdaptionPrompt(Attachment):
             if strength.ndim
             else out + strength.astype(q.dtype) * more
         )
+
+
+@node
+class FusedAdaptionPrompt(AdaptionPrompt):
+    """The same for attention with one projection for queries, keys and values (GPT-2's `c_attn`).
+
+    As in PEFT, the prompt's part is added to what attention puts out, after its output projection.
+    """
+
+    def linked(self, params: Any, path: str) -> Self:
+        layer = module_at(params, f"{path.rpartition('/output/')[0]}/c_attn")
+        _, keys, values = jnp.split(_projected(self.prompt, layer, len(self.lead)), 3, axis=-1)
+        return self.replace(keys=keys, values=values)
+
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        _, q = args
+        out = call(*args, **kwargs)
+        return self.added(out.reshape(q.shape), q, q.shape[-2]).reshape(out.shape)
+
+
+def _projected(prompt: jax.Array, layer: Any, leading: int) -> jax.Array:
+    """The prompt [*lead, P, D] through a dense layer of the tree."""
+    run: Callable[..., jax.Array] = lambda x, layer: linear(x, layer["kernel"], bias_of(layer), dtype=None, precision=None)
+    for _ in range(leading):
+        run = jax.vmap(run)
+    return run(prompt, {k: layer[k] for k in ("kernel", "bias") if k in layer})
 
 
 def adaption_prompt(
@@ -88,14 +110,18 @@ def adaption_prompt(
     """`params` with a prompt of `adapter_len` tokens in the attention of the last `adapter_layers` layers (all but the first
     two by default, one at least), or of `layers`.
 
-    Raises ValueError for a model whose attention has no k_proj and v_proj of its own (PEFT's adaption_prompt has none either).
+    Raises ValueError for a model whose attention has neither k_proj and v_proj of its own nor GPT-2's c_attn (PEFT has
+    none for others either).
     """
     if adapter_len < 1:
         raise ValueError(f"adapter_len must be at least 1, got {adapter_len}")
+    found = first_present(module_paths(params), (["k_proj"], ["c_attn"]))
     try:
-        known = find_modules(params, "k_proj")
+        known = find_modules(params, found)
     except ValueError as error:
-        raise ValueError("adaption_prompt needs attention with k_proj and v_proj, and this model has none") from error
+        raise ValueError(
+            "adaption_prompt needs attention with k_proj and v_proj, or c_attn, and this model has none"
+        ) from error
     count = 1 + max(i for m in known for i in m.numbers)
     if layers is None:
         wanted = max(1, count - 2) if adapter_layers is None else adapter_layers
@@ -104,9 +130,12 @@ def adaption_prompt(
         layers = range(count - wanted, count)
     D = hidden_size(params)
 
+    fused = list(found) == ["c_attn"]
+    cls = FusedAdaptionPrompt if fused else AdaptionPrompt
+
     def make(m: Any, key: jax.Array) -> AdaptionPrompt:
         prompt = jax.random.normal(key, (*m.lead, adapter_len, D))
-        return AdaptionPrompt(prompt=prompt, strength=jnp.zeros(m.lead), gate=m.gate, name=adapter)
+        return cls(prompt=prompt, strength=jnp.zeros(m.lead), gate=m.gate, name=adapter)
 
-    modules = find_modules(params, "self_attn/core", layers=layers)
+    modules = find_modules(params, "attn/output" if fused else "self_attn/core", layers=layers)
     return place_attachments(params, key, make, "adaption", adapter, modules)

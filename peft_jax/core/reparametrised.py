@@ -17,10 +17,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from peft_jax.core.tree import Targets, by_pattern, check_patterns, map_places, places, select_layers, train_extras
+from peft_jax.core.tree import (
+    OUTPUT_EMBEDDING,
+    Targets,
+    by_pattern,
+    check_patterns,
+    map_places,
+    places,
+    select_layers,
+    train_extras,
+)
 from peft_jax.core.weight import Axes, Layout, Weight, from_matrix, materialize, matmul, matrix_shape, static, take, to_matrix
 
 MATRIX: tuple[Axes, Axes] = ((-2,), (-1,))
+TRANSPOSED: tuple[Axes, Axes] = ((-1,), (-2,))
 T = TypeVar("T")
 Product = Callable[[jax.Array], jax.Array]  # x [..., in] -> [..., out]
 
@@ -322,6 +332,11 @@ def find_sites(
     chosen = select_layers(params, targets, exclude, layers, layout)
     known = places(params)
     return {
-        path: Site(path, known[path], *(layout or {}).get(path, MATRIX), names, flags)
+        path: Site(path, known[path], *(layout or {}).get(path, axes_of(path)), names, flags)
         for path, (names, flags) in chosen.items()
     }
+
+
+def axes_of(path: str) -> tuple[Axes, Axes]:
+    """(in_axes, out_axes) of the weight at `path` in a model of this package: a head's embedding maps D to V."""
+    return TRANSPOSED if path.rpartition("/")[2] == OUTPUT_EMBEDDING else MATRIX

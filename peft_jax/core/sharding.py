@@ -38,7 +38,7 @@ RULES: Rules = (
     (r".*experts/down_proj", P("expert", "tensor", "fsdp")),
     (rf".*{_COLUMNS}/kernel", P("fsdp", "tensor")),
     (rf".*{_ROWS}/kernel", P("tensor", "fsdp")),
-    (r".*/embedding", P("tensor", "fsdp")),
+    (r".*/(output_)?embedding", P("tensor", "fsdp")),
     (r".*lm_head/kernel", P("fsdp", "tensor")),
     (rf".*{_COLUMNS}/bias", P("tensor")),
 )

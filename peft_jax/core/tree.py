@@ -25,6 +25,8 @@ logger = logging.getLogger("peft_jax")
 STACKS = ("layers", "layer", "h", "block")
 _NUMBERED = re.compile(rf"\b({'|'.join(STACKS)})_(\d+)\b")
 EXPERTS = ("gate_up_proj", "down_proj")  # weights of stacked experts, [E, in, out]
+# Beside an `embedding` [V, D]: what the tied head multiplies with in its place, [V, D].
+OUTPUT_EMBEDDING = "output_embedding"
 OUTPUT_HEADS = (
     "lm_head", "head", "logits", "unembed", "output_projection", "score", "classifier", "qa_outputs",
 )  # fmt: skip
@@ -202,7 +204,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _nothing(kind: str, target: str, candidates: list[str]) -> str:
     names = sorted({p.split("/")[-2] for p in candidates if "/" in p}) or sorted(candidates)
-    return f"{kind} {target!r} matches nothing.{nearest(target, names)} Modules here: {', '.join(names)}"
+    tied = target.rpartition(".")[2] == "lm_head" and any(p.endswith("/embedding") for p in candidates)
+    more = " The head is the embedding; peft_jax.untie(params) gives it one of its own, output_embedding." if tied else ""
+    return f"{kind} {target!r} matches nothing.{nearest(target, names)}{more} Modules here: {', '.join(names)}"
 
 
 def by_pattern(path: str, default: Any, pattern: Mapping[str, Any]) -> Any:

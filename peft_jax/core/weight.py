@@ -131,7 +131,8 @@ class Trainable(Weight):
 
     trainable: ClassVar[tuple[str, ...]] = ("value",)
     value: jax.Array
-    saved_as: str = static(default="full")  # "full", "module" (PEFT's modules_to_save), "bias" or "norm" (layer-norm tuning)
+    # "full", "module" (PEFT's modules_to_save), "bias", "norm" (layer-norm tuning), or "base": stored beside an adapter
+    saved_as: str = static(default="full")
     name: str = static(default="")  # of the adapter that it is, in layer-norm tuning
     frozen: bool = static(default=False)
 

@@ -16,6 +16,7 @@ from peft_jax.hub.adapterhub import load_adapterhub, save_adapterhub
 from peft_jax.hub.native import FORMAT, load_native, save_native
 from peft_jax.hub.peft import FORMATS, load_peft, save_peft
 from peft_jax.hub.peft.prompts import WHOLE_FORMATS, prefixes_fit, save_whole
+from peft_jax.hub.peft.tied import can_say
 
 logger = logging.getLogger("peft_jax")
 CONFIG = "adapter_config.json"
@@ -41,7 +42,7 @@ def save_adapter(
     nodes = _named(params, name)
     if format not in ("auto", "peft", "adapterhub", "native"):
         raise ValueError(f"unknown format {format!r}; there are auto, peft, adapterhub and native")
-    chosen = _fitting(params, nodes, name) if format == "auto" else format
+    chosen = _fitting(params, nodes, name, task_type) if format == "auto" else format
     if chosen == "peft":
         if whole := _whole(params, nodes, name):
             return save_whole(folder, params, nodes, whole, name=name, base=base, revision=revision, task_type=task_type)
@@ -71,7 +72,7 @@ def _named(params: Any, name: str) -> dict[str, Any]:
 def _whole(params: Any, nodes: Mapping[str, Any], name: str) -> str | None:
     """PEFT's name of a method that is stored for the model as a whole, if that is what the nodes are."""
     of = lambda kind: WHOLE_FORMATS[kind].nodes
-    own = [n for n in nodes.values() if not (isinstance(n, Trainable) and n.saved_as == "module")]
+    own = [n for n in nodes.values() if not (isinstance(n, Trainable) and n.saved_as in ("module", "base"))]
     found = next((k for k in WHOLE_FORMATS if own and all(isinstance(n, of(k)) and _fits(k, n) for n in own)), None)
     return None if found == "PREFIX_TUNING" and not prefixes_fit(params, nodes, name) else found
 
@@ -81,11 +82,12 @@ def _fits(kind: str, node: Any) -> bool:
     return fits is None or fits(node)
 
 
-def _fitting(params: Any, nodes: Mapping[str, Any], name: str) -> str:
+def _fitting(params: Any, nodes: Mapping[str, Any], name: str, task_type: str | None) -> str:
     mine = [n for n in nodes.values() if not isinstance(n, Trainable)]
     kinds = {next((k for k, f in FORMATS.items() if isinstance(n, f.nodes)), None) for n in mine} - {"TRAINABLE_TOKENS"}
     biases_alone = not mine and any(getattr(n, "saved_as", "") == "bias" for n in nodes.values())
-    if _whole(params, nodes, name) or (len(kinds) <= 1 and None not in kinds and not biases_alone):
+    one = len(kinds) <= 1 and None not in kinds and not biases_alone
+    if _whole(params, nodes, name) or (one and can_say(params, nodes, task_type)):
         return "peft"
     return "adapterhub" if mine and all(isinstance(n, Attachment) for n in nodes.values()) else "native"
 

@@ -20,16 +20,16 @@ from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.files import read_json, replacing_folder, write_json
 from peft_jax.core.sharding import RULES, Rules, node_shardings, shard, shard_place
-from peft_jax.core.tree import map_places, nearest, path_str, places, resolve
-from peft_jax.core.weight import Trainable, Weight
+from peft_jax.core.tree import OUTPUT_EMBEDDING, map_places, nearest, path_str, places, resolve
+from peft_jax.core.weight import Trainable, Weight, materialize
 from peft_jax.hub.generation_config import FILE as GENERATION
 from peft_jax.hub.generation_config import read_generation_config
-from peft_jax.hub.names import Tensor, expert_tensors, module_names, stack_size, tensors_of
+from peft_jax.hub.names import Tensor, expert_tensors, modules_of, stack_size, tensors_of
 from peft_jax.hub.quantized import QuantizedReader, quantization_config, writer
 from peft_jax.hub.safetensors_io import Checkpoint, open_checkpoint, write_shards
 from peft_jax.low_rank.svd import Factorized
 from peft_jax.models.blocks import Task, abstract_params, fresh_params
-from peft_jax.models.families import Family, family_of, hf_config_of, task_of
+from peft_jax.models.families import Family, family_of, hf_config_of, task_of, untie
 from peft_jax.quantization.quantized import Quantized
 
 BASE = Path(__file__).parent.parent / "assets" / "base"
@@ -38,6 +38,7 @@ _HEADS = {  # modules of the heads of Hugging Face's classes
     "cls", "lm_head", "score", "classifier", "pre_classifier", "qa_outputs", "pooler", "head", "decoder",
     "vocab_transform", "vocab_layer_norm", "vocab_projector",
 }  # fmt: skip
+_HEAD_TASKS = ("causal_lm", "seq2seq_lm", "masked_lm")  # of models whose head may be the embedding
 Parts = Mapping[str, tuple[Any, list[Tensor]]]  # path -> (array, its tensors)
 _OLD_NAMES = {"gamma": "weight", "beta": "bias"}  # of norms, in BERT's first checkpoints
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -117,11 +118,13 @@ def load(
     with open_checkpoint(folder) as opened:
         checkpoint, architecture = _Renamed(opened, family), family.config(hf_config)
         architecture = dataclasses.replace(architecture, generation_config=read_generation_config(folder))
-        if family.own_head and "lm_head.weight" in checkpoint.names:
+        reader = QuantizedReader(checkpoint, getattr(hf_config, "quantization_config", None))
+        task = task_of(hf_config, task)
+        apart = _head_apart(checkpoint, reader, family, task, architecture.tie_embeddings)
+        if apart and task != "masked_lm":
             architecture = dataclasses.replace(architecture, tie_embeddings=False)
         options = {"scan_layers": scan_layers, "remat": remat, "attention_implementation": attention_implementation}
-        model: Any = family.module(architecture, task=task_of(hf_config, task), dtype=dtype, param_dtype=dtype, **options)
-        reader = QuantizedReader(checkpoint, getattr(hf_config, "quantization_config", None))
+        model: Any = family.module(architecture, task=task, dtype=dtype, param_dtype=dtype, **options)
         abstract = _with_factors(abstract_params(model), checkpoint)
         quantized = {p: names for p, w in places(abstract).items() if (names := _quantized_tensors(reader, p, w))}
         parts = {path: (leaf, tensors) for path, leaf, tensors in _parts(abstract, family, checkpoint.names)}
@@ -145,7 +148,30 @@ def load(
                 return leaf.replace(**factors)
             return read(path, leaf, placed)
 
-        return model, map_places(place, abstract)
+        params = map_places(place, abstract)
+        if apart and task == "masked_lm":  # the module has no head of its own, the tree has
+            params = untie(params)
+            parts = {p: (w, tensors_of(p, None)) for p, w in places(params).items() if p.endswith(OUTPUT_EMBEDDING)}
+            params = map_places(lambda p, w: place(p, w) if p in parts else w, params)
+        return model, params
+
+
+def _head_apart(checkpoint: _Renamed, reader: QuantizedReader, family: Family, task: Task, tied: bool) -> bool:
+    """Whether a checkpoint whose head is to be its embedding holds another head, which `transformers` keeps then."""
+    if not tied or task not in _HEAD_TASKS:
+        return False
+    head, embedding = f"{family.head}.weight", f"{family.embedding.replace('/', '.')}.weight"
+    names = set(checkpoint.names)
+    if reader.tensors(family.head) or (family.own_head and head in names):
+        return True
+    if not {head, embedding} <= names:
+        return False
+    shape = checkpoint.shape(head)
+    if shape != checkpoint.shape(embedding):
+        return True
+    rows = max(1, 2**24 // shape[1])  # a part at a time, so that neither is held whole
+    parts = [(slice(i, min(i + rows, shape[0])), slice(0, shape[1])) for i in range(0, shape[0], rows)]
+    return not all(np.array_equal(checkpoint.read(head, p), checkpoint.read(embedding, p)) for p in parts)
 
 
 def load_fresh(
@@ -240,7 +266,7 @@ def _fresh(missing: list[str], parts: Parts, model: Any, folder: Path, seed: int
 
 def _modules(path: str, leaf: Any) -> list[tuple[str, int | None]]:
     """(Hugging Face module, layer) for each module behind the leaf at `path`."""
-    return module_names(path.rpartition("/")[0], stack_size(path, leaf))
+    return modules_of(path, stack_size(path, leaf))
 
 
 def _quantized_tensors(reader: QuantizedReader, path: str, leaf: Any) -> list[str]:
@@ -381,7 +407,7 @@ def save(
     writes them (NF4, FP4) or as compressed-tensors (the others). The folder appears only when all is written.
     Raises ValueError naming the first node that is neither, or that its format cannot hold.
     """
-    params = map_places(_saved_as, resolve(params))
+    params = _joined(map_places(_saved_as, resolve(params)), model)
     for path, leaf in places(params).items():
         if (isinstance(leaf, Weight) and not isinstance(leaf, (Factorized, Quantized))) or not hasattr(leaf, "dtype"):
             raise ValueError(f"{path} is a {type(leaf).__name__}; call peft_jax.merge(params) before save")
@@ -392,6 +418,9 @@ def save(
             raise ValueError(f"params do not fit the model at {path_str(key)}: expected shape {leaf.shape}")
     config = hf_config_of(model)
     config.pop("quantization_config", None)
+    if "causal_lm" in family_of(model.config.model_type).tasks and model.task == "causal_lm":
+        apart = any(path.endswith(f"/{OUTPUT_EMBEDDING}") for path in known)
+        config["tie_word_embeddings"] = model.config.tie_embeddings and not apart
     config["dtype"] = str(jnp.dtype(next(iter(known.values())).dtype))
     quantized = {path: w for path, w in known.items() if isinstance(w, Quantized)}
     write = None
@@ -405,6 +434,22 @@ def save(
         write_shards(temporary, _export(params, model, write), max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+
+
+def _joined(params: Any, model: Any) -> Any:
+    """The tree without an embedding of the head's own where it is the embedding after all, or the model has no such head."""
+
+    def needless(tree: Mapping[str, Any]) -> bool:
+        one, other = tree["embedding"], tree[OUTPUT_EMBEDDING]
+        return model.task not in _HEAD_TASKS or one is other or bool((materialize(one) == materialize(other)).all())
+
+    def walk(tree: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        drop = OUTPUT_EMBEDDING in tree and needless(tree)
+        return {k: walk(x) for k, x in tree.items() if not (drop and k == OUTPUT_EMBEDDING)}
+
+    return walk(params)
 
 
 def _saved_as(path: str, w: Any) -> Any:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from peft_jax.core.tree import EXPERTS, number_layers, stack_at
+import numpy as np
 
-_WEIGHT_LEAVES = ("kernel", "embedding", "scale")
+from peft_jax.core.tree import EXPERTS, OUTPUT_EMBEDDING, number_layers, stack_at
+from peft_jax.models.families import FAMILIES
+
+_WEIGHT_LEAVES = ("kernel", "embedding", "scale", OUTPUT_EMBEDDING)
 _CONV1D = ("c_attn", "c_proj", "c_fc")  # GPT-2's layers of the class Conv1D, whose weights are [in, out]
 # What all layers share and Hugging Face keeps in the first one.
 _SHARED = re.compile(r"^(encoder|decoder)\.(relative_attention_bias)$")
@@ -54,6 +57,12 @@ class Tensor(NamedTuple):
             value = value[..., i * size : (i + 1) * size]
         return value.swapaxes(-1, -2) if self.transposed else value
 
+    def put(self, leaf: Any, value: Any, where: str) -> None:
+        """Fill its part of a leaf, a NumPy array, from the checkpoint's `value`. Raises ValueError for another shape."""
+        if np.shape(value) != self.stored(leaf.shape):
+            raise ValueError(f"{self.name} in {where} has shape {np.shape(value)}, the model's is {self.stored(leaf.shape)}")
+        leaf[self.index] = (value.swapaxes(-1, -2) if self.transposed else value).astype(leaf.dtype)
+
 
 def stack_size(path: str, w: Any) -> int | None:
     """The number of stacked layers behind a place that holds `w`, None where it is not stacked."""
@@ -66,7 +75,21 @@ def tensors_of(path: str, layers: int | None) -> list[Tensor]:
     expert = leaf in EXPERTS and module.endswith("experts")
     transposed = expert or (leaf == "kernel" and not is_conv1d(module))
     suffix = "weight" if leaf in _WEIGHT_LEAVES else leaf
-    return [Tensor(f"{name}.{suffix}" if name else suffix, layer, transposed) for name, layer in module_names(module, layers)]
+    return [Tensor(f"{name}.{suffix}" if name else suffix, layer, transposed) for name, layer in modules_of(path, layers)]
+
+
+def modules_of(path: str, layers: int | None) -> list[tuple[str, int | None]]:
+    """(Hugging Face module name, layer) for each module behind the place at `path`; see `tensors_of`."""
+    module, _, leaf = path.rpartition("/")
+    if leaf != OUTPUT_EMBEDDING:
+        return module_names(module, layers)
+    heads = {f.embedding: f.head for f in FAMILIES.values()}
+    return [(heads.get(module, f"{module}/{leaf}".replace("/", ".")), None)]
+
+
+def embedding_name(path: str) -> str:
+    """The Hugging Face module name of the embedding at `path`."""
+    return module_names(path.rpartition("/")[0], None)[0][0]
 
 
 def expert_tensors(tensor: Tensor, experts: int) -> list[Tensor]:

@@ -17,13 +17,14 @@ import numpy as np
 from peft_jax.adapters.placing import hidden_size
 from peft_jax.core.attachment import Shared
 from peft_jax.core.files import read_json, replacing_folder, write_json
-from peft_jax.core.tree import data_fields, is_node, places
+from peft_jax.core.tree import OUTPUT_EMBEDDING, data_fields, is_node, places
 from peft_jax.core.weight import Node, Trainable
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
 from peft_jax.hub.safetensors_io import open_checkpoint, save_tensors
+from peft_jax.models.families import untie
 
 CONFIG, WEIGHTS, FORMAT = "adapter_config.json", "adapter_model.safetensors", "peft_jax"
-_LEFT = ("base", "key", "ids", "shared")  # fields that the tree or `bind` fills
+_LEFT = ("base", "key", "shared")  # fields that the tree or `bind` fills, as it does the `ids` of banks
 
 
 def save_native(
@@ -41,6 +42,7 @@ def save_native(
         "base_model_name_or_path": base,
         "revision": revision,
         "hidden_size": _width(params),
+        "untied": any(p.endswith(f"/{OUTPUT_EMBEDDING}") for p in places(params)),
         "nodes": described,
         "trained": {p: _describe(n, p, tensors) for p, n in trained.items()},
         "shared": {p: _describe(n, p, tensors) for p, n in groups.items()},
@@ -61,7 +63,8 @@ def _describe(x: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     """A value of a node's field as JSON; arrays go to `tensors` under `path`."""
     if is_node(x):
         fixed = [f.name for f in dataclasses.fields(x) if f.metadata.get("static") and f.name not in ("name", "frozen")]
-        data = {f: _describe(getattr(x, f), f"{path}.{f}", tensors) for f in data_fields(x) if f not in _LEFT}
+        left = (*_LEFT, "ids") if x.routed else _LEFT
+        data = {f: _describe(getattr(x, f), f"{path}.{f}", tensors) for f in data_fields(x) if f not in left}
         return {"class": type(x).__name__, "options": {f: _plain(getattr(x, f)) for f in fixed}, "fields": data}
     if x is None:
         return None
@@ -98,6 +101,8 @@ def load_native(params: Any, path: Path, name: str) -> Any:
         raise ValueError(f"the adapter in {path} is for a model of {config['hidden_size']} features; this one has {width}")
     with open_checkpoint(path, WEIGHTS, WEIGHTS + ".index.json") as checkpoint:
         tensors = {n: checkpoint.read(n) for n in checkpoint.names}
+    if config.get("untied"):
+        params = untie(params)
     read = lambda part: {p: _restore(s, tensors, name, f"{path / CONFIG}: {p}") for p, s in (config.get(part) or {}).items()}
     nodes = join_layers(params, {p: _named(n, name) for p, n in read("nodes").items()}, name)
     known = places(params)

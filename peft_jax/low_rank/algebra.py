@@ -119,10 +119,7 @@ def _gated(node: Reparametrised) -> jax.Array:
 
 def _as_lora(base: Any, like: Reparametrised, a: jax.Array, b: jax.Array, name: str) -> LoRA:
     scale = jnp.ones(a.shape[:-2], jnp.float32)
-    look_up_only = getattr(like, "look_up_only", False)
-    return LoRA(
-        base=base, a=a, b=b, scale=scale, in_axes=like.in_axes, out_axes=like.out_axes, name=name, look_up_only=look_up_only
-    )
+    return LoRA(base=base, a=a, b=b, scale=scale, in_axes=like.in_axes, out_axes=like.out_axes, name=name)
 
 
 def _truncate(update: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:

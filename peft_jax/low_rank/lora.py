@@ -24,8 +24,7 @@ from peft_jax.low_rank import init as starts
 class LoRA(Additive):
     """`base` + scale * a b. a [*lead, in, r], b [*lead, r, out], scale [*lead]; in and out are flattened sizes.
 
-    `start` holds the factors that a start such as PiSSA begins with: their product is subtracted. With `look_up_only`
-    an embedding's update is left out where its transpose serves as the head, as PEFT does with tied heads.
+    `start` holds the factors that a start such as PiSSA begins with: their product is subtracted.
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("a", "b")
@@ -35,7 +34,6 @@ class LoRA(Additive):
     scale: jax.Array
     start: tuple[jax.Array, jax.Array] | None = None
     rslora: bool = static(default=False)  # how `scale` was made from alpha; kept for export
-    look_up_only: bool = static(default=False)
 
     @property
     def rank(self) -> int:
@@ -71,8 +69,6 @@ class LoRA(Additive):
 
     def transposed(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
         y = matmul(x, self.base, in_axes=in_axes, out_axes=out_axes, precision=precision)
-        if self.look_up_only:
-            return y
         a, b = self.factors(x.dtype)
         x = x.reshape(*x.shape[: x.ndim - len(in_axes)], -1)
         change = jnp.matmul(jnp.matmul(x, b.mT) * self.scale.astype(x.dtype), a.mT).reshape(y.shape)
@@ -93,11 +89,6 @@ class LoRA(Additive):
         rows = take(self.base, ids, dtype)
         a, b = self.factors(rows.dtype)
         return rows + jnp.matmul(jnp.take(a, ids, axis=0) * self.scale.astype(rows.dtype), b)
-
-    def merge(self) -> Any:
-        if self.look_up_only:
-            raise ValueError("this LoRA adapts the look-up of a tied embedding and not the head: no one array can hold that")
-        return self.materialize()
 
 
 def _product32(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Trainable tokens: some rows of an embedding train, the others stay (Hugging Face PEFT's `TrainableTokens`).
 
-A head that is tied to the embedding sees the same new rows.
+A head that is tied to the embedding sees the same new rows. Of a head with a kernel of its own, columns train.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.reparametrised import Reparametrised, Site, node, place_nodes
-from peft_jax.core.tree import Targets
+from peft_jax.core.reparametrised import MATRIX, TRANSPOSED, Reparametrised, Site, node, place_nodes
+from peft_jax.core.tree import OUTPUT_EMBEDDING, OUTPUT_HEADS, Targets, places
 from peft_jax.core.weight import Axes, matmul, take
 
 
@@ -62,12 +62,22 @@ def trainable_tokens(
 
     def make(site: Site, key: jax.Array) -> TrainableTokens:
         lead, size, _ = site.sizes
-        if lead or not site.path.endswith("embedding"):
-            raise ValueError(f"{site.path} is no embedding of shape [V, D]")
+        if lead or site.path not in layout:
+            raise ValueError(f"{site.path} is no embedding of shape [V, D] and no output head")
         if not all(0 <= i < size for i in ids):
             raise ValueError(f"ids must lie between 0 and {size - 1}, got {list(ids)}")
         where = jnp.asarray(ids, jnp.int32)
-        rows = take(site.base, where).astype(jnp.float32)
+        by_row = site.in_axes == MATRIX[0]
+        rows = take(site.base, where).astype(jnp.float32) if by_row else site.matrix()[where]
         return TrainableTokens(**site.common(name=adapter), rows=rows, ids=where, original=rows)
 
-    return place_nodes(params, key, make, targets=targets, modules_to_save=modules_to_save)
+    layout = {p: axes for p in places(params) if (axes := _by_token(p)) is not None}
+    return place_nodes(params, key, make, targets=targets, layout=layout, modules_to_save=modules_to_save)
+
+
+def _by_token(path: str) -> tuple[Axes, Axes] | None:
+    """The axes of the weight at `path` as (tokens, features); None where it has no rows for tokens."""
+    *module, leaf = path.split("/")
+    if leaf in ("embedding", OUTPUT_EMBEDDING):
+        return MATRIX
+    return TRANSPOSED if leaf == "kernel" and module and module[-1] in OUTPUT_HEADS else None

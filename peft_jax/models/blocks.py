@@ -153,11 +153,21 @@ class Residual(nn.Module):
         return x + y
 
 
+class AttentionOutput(nn.Module):
+    """What attention puts out, y [B, T, D], as it is: a module of its own so that something for queries q [B, T, H, d] may be
+    added.
+    """
+
+    def __call__(self, y: jax.Array, q: jax.Array) -> jax.Array:
+        return y
+
+
 # Modules without parameters that something may be attached to, by the name of a module among their neighbours.
 _CORES = ("q_proj", "qkv_proj", "query", "query_proj", "q_lin", "Wqkv", "c_attn", "q")
 _LAYERS = ("self_attn", "attention", "attn")
 _HOOKS = {
     **dict.fromkeys(_CORES, ("core",)),
+    "c_attn": ("core", "output"),
     **dict.fromkeys(_LAYERS, ("attention_residual", "mlp_residual")),
     "SelfAttention": ("attention_residual",),
     "EncDecAttention": ("attention_residual",),

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from peft_jax.core.tree import nearest
+from peft_jax.core.attachment import module_at
+from peft_jax.core.tree import OUTPUT_EMBEDDING, nearest
 from peft_jax.models.bert import Bert, Deberta, Roberta, bert_config, deberta_config
 from peft_jax.models.blocks import Task
 from peft_jax.models.config import DECODERS, decoder_config
@@ -41,8 +42,9 @@ _DECODER_TASKS: tuple[Task, ...] = ("causal_lm", "sequence_classification", "tok
 class Family(NamedTuple):
     """A family: its class of modules, the configuration out of Hugging Face's, Hugging Face's name of it, and its tasks.
 
-    `prefix` is the module that holds everything but the head. `absent` is a pattern of tensors that no checkpoint has,
-    `spare` one of tensors that some have and the model does not need (copies of tied weights, buffers).
+    `prefix` is the module that holds everything but the head, `embedding` the path of the token embedding, and `head`
+    Hugging Face's name of the layer whose weight is the embedding where it is tied. `absent` is a pattern of tensors that no
+    checkpoint has, `spare` one of tensors that some have and the model does not need (copies of tied weights, buffers).
     """
 
     module: type[nn.Module]
@@ -50,15 +52,18 @@ class Family(NamedTuple):
     name: str
     tasks: tuple[Task, ...]
     prefix: str
+    embedding: str
+    head: str
     absent: str = "$^"
     spare: str = r".*\.position_ids"
+    look_ups: tuple[str, ...] = ()  # Hugging Face's modules that look tokens up, where `embedding` is not the one
     own_head: bool = False  # the head is the embedding unless the checkpoint has one
     disk: tuple[tuple[str, str], ...] = ()  # (pattern, replacement): from names of tensors to those in checkpoints
 
 
 def _decoder(name: str) -> Family:
     spare = r".*\.rotary_emb\.inv_freq"  # buffers of old Llama checkpoints
-    return Family(Decoder, decoder_config, name, _DECODER_TASKS, "model", spare=spare)
+    return Family(Decoder, decoder_config, name, _DECODER_TASKS, "model", "model/embed_tokens", "lm_head", spare=spare)
 
 
 _ROBERTA = Family(
@@ -67,6 +72,8 @@ _ROBERTA = Family(
     "Roberta",
     _ENCODER_TASKS,
     "roberta",
+    "roberta/embeddings/word_embeddings",
+    "lm_head.decoder",
     spare=r".*\.position_ids|lm_head\.decoder\..*|roberta\.pooler\..*",
 )
 _NAMES = {("gpt2", "causal_lm"): "GPT2LMHeadModel", ("gemma3_text", "causal_lm"): "Gemma3ForCausalLM"}  # else the rule holds
@@ -86,7 +93,7 @@ FAMILIES: dict[str, Family] = {
         )
     ),
     "bert": Family(
-        Bert, bert_config, "Bert", _ENCODER_TASKS, "bert",
+        Bert, bert_config, "Bert", _ENCODER_TASKS, "bert", "bert/embeddings/word_embeddings", "cls.predictions.decoder",
         spare=r".*\.position_ids|cls\.predictions\.decoder\..*|cls\.seq_relationship\..*|bert\.pooler\..*",
     ),
     "roberta": _ROBERTA,
@@ -94,21 +101,26 @@ FAMILIES: dict[str, Family] = {
     "camembert": _ROBERTA._replace(name="Camembert"),
     "distilbert": Family(
         DistilBert, distilbert_config, "DistilBert", _ENCODER_TASKS, "distilbert",
+        "distilbert/embeddings/word_embeddings", "vocab_projector",
         spare=r".*\.position_ids|vocab_projector\.weight",
     ),
     "deberta-v2": Family(
         Deberta, deberta_config, "DebertaV2", _ENCODER_TASKS, "deberta",
+        "deberta/embeddings/word_embeddings", "cls.predictions.decoder",
         spare=r".*\.position_ids|deberta\.embeddings\.position_embeddings\..*|cls\.predictions\.decoder\..*|(lm|mask)_predictions\..*",
     ),
     "modernbert": Family(
-        ModernBert, modernbert_config, "ModernBert", _ENCODER_TASKS, "model", r"model\.layers\.0\.attn_norm\..*",
+        ModernBert, modernbert_config, "ModernBert", _ENCODER_TASKS, "model",
+        "model/embeddings/tok_embeddings", "decoder", r"model\.layers\.0\.attn_norm\..*",
         r"decoder\.weight",
     ),
     "gpt2": Family(
-        GPT2, gpt2_config, "GPT2", _DECODER_TASKS, "transformer", spare=r".*\.attn\.(bias|masked_bias)",
+        GPT2, gpt2_config, "GPT2", _DECODER_TASKS, "transformer", "transformer/wte", "lm_head",
+        spare=r".*\.attn\.(bias|masked_bias)",
     ),
     "t5": Family(
-        T5, t5_config, "T5", ("seq2seq_lm",), "", own_head=True,
+        T5, t5_config, "T5", ("seq2seq_lm",), "", "shared", "lm_head", own_head=True,
+        look_ups=("encoder.embed_tokens", "decoder.embed_tokens"),
         spare=r"(encoder|decoder)\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     ),
 }  # fmt: skip
@@ -119,6 +131,38 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not supported; supported families: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
+
+
+def tied_head(params: Any) -> tuple[str, str] | None:
+    """(path of the token embedding, Hugging Face's name of the head) of a tree whose head is its embedding; None for others."""
+    if not isinstance(params, Mapping):
+        return None
+    family = next((f for f in FAMILIES.values() if "embedding" in module_at(params, f.embedding)), None)
+    if family is None:
+        return None
+    path = family.head.replace(".", "/")
+    encoder = "masked_lm" in family.tasks  # its head has parameters of its own
+    other = "kernel" in module_at(params, path) or (path.partition("/")[0] in params) != encoder
+    heads: Any = family.module
+    return None if other or (not encoder and set(heads.heads) & set(params)) else (family.embedding, family.head)
+
+
+def untie(params: Any) -> Any:
+    """The tree with an embedding of the head's own beside the embedding, equal at first: `output_embedding` [V, D].
+
+    What looks up and what makes logits can then be adapted apart, as `embed_tokens/embedding` and
+    `embed_tokens/output_embedding`. Raises ValueError for a tree whose head is not its embedding.
+    """
+    found = tied_head(params)
+    if found is None:
+        raise ValueError("the tree has no head that is tied to its embedding")
+
+    def put(tree: Any, parts: list[str]) -> Any:
+        if parts:
+            return {**tree, parts[0]: put(tree[parts[0]], parts[1:])}
+        return {OUTPUT_EMBEDDING: tree["embedding"], **tree}
+
+    return put(params, found[0].split("/"))
 
 
 def task_of(hf_config: Any, task: Task | None = None) -> Task:

@@ -19,6 +19,7 @@ from peft_jax.models.blocks import (
     ACTIVATIONS,
     Architecture,
     AttentionCore,
+    AttentionOutput,
     Block,
     Layers,
     Residual,
@@ -88,6 +89,7 @@ class Attention(Block):
     def __call__(self, x: jax.Array, shared: dict[str, Any], number: Any, cache: Any) -> tuple[jax.Array, Any]:
         c = self.config
         q, k, v = (split_heads(y, c.head_dim) for y in jnp.split(self.dense(3 * c.hidden_size, "c_attn")(x), 3, axis=-1))
+        queries = q
         if c.scale_by_layer:
             q = q / (number + 1)
         if cache is not None:
@@ -95,7 +97,8 @@ class Attention(Block):
             k, v = read_cache(cache, q.dtype)
         scale = c.head_dim**-0.5 if c.scale_attention else 1.0
         y = AttentionCore(scale, None, self.implementation, name="core")(q, k, v, shared["mask"])
-        return self.drop(self.dense(c.hidden_size, "c_proj")(join_heads(y))), cache
+        y = self.drop(self.dense(c.hidden_size, "c_proj")(join_heads(y)))
+        return AttentionOutput(name="output")(y, queries), cache
 
 
 class MLP(Block):

@@ -14,7 +14,7 @@ import numpy as np
 
 from peft_jax.core.packing import codes_per_unit
 from peft_jax.core.reparametrised import Reparametrised, Site, find_sites
-from peft_jax.core.tree import Targets, check_patterns, map_places, matches, places
+from peft_jax.core.tree import OUTPUT_EMBEDDING, Targets, check_patterns, map_places, matches, places
 from peft_jax.core.weight import Axes, Layout, Weight, materialize, matrix_shape, to_matrix
 from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.quantized import Quantized, packed
@@ -68,7 +68,7 @@ def quantize(
 
 def embedding_layout(params: Any) -> dict[str, tuple[Axes, Axes]]:
     """The layout of embeddings by their name."""
-    return {p: EMBEDDING for p in places(params) if p.rpartition("/")[2] == "embedding"}
+    return {p: EMBEDDING for p in places(params) if p.rpartition("/")[2] in ("embedding", OUTPUT_EMBEDDING)}
 
 
 def quantize_base(

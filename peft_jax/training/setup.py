@@ -192,7 +192,7 @@ def _quantize_read(config: RunConfig, format: Format, path: str, w: jax.Array) -
     q = config.quantize
     if not is_target(path, w, q.targets, q.exclude):
         return w
-    in_axes, out_axes = EMBEDDING if path.endswith("/embedding") else MATRIX
+    in_axes, out_axes = EMBEDDING if path.endswith("embedding") else MATRIX
     return quantize_weight(
         path, w, format, rounding=q.rounding, seed=config.train.seed, in_axes=in_axes, out_axes=out_axes, **q.rounding_options
     )

@@ -164,3 +164,9 @@ def test_freezing_what_is_not_there_is_refused():
     with pytest.raises(ValueError, match="freeze 'k_proj' matches nothing"):
         peft_jax.freeze(params, "k_proj")
     assert not jax.tree.leaves(peft_jax.partition(peft_jax.freeze(params, "q_proj"))[0])
+
+
+def test_a_target_that_is_the_embedding_says_so():
+    params = {"model": {"embed_tokens": {"embedding": jnp.zeros((8, 4))}, "q_proj": {"kernel": jnp.zeros((4, 4))}}}
+    with pytest.raises(ValueError, match=r"The head is the embedding; peft_jax\.untie\(params\) gives it one of its own"):
+        peft_jax.select(params, "lm_head")

@@ -12,6 +12,8 @@ import torch
 import transformers as tr
 
 import peft_jax
+from peft_jax.core.tree import map_places, places
+from peft_jax.core.weight import Trainable
 from tests.models.test_encoders import ENCODERS, T5_SIZES
 from tests.reference import FAMILIES, perturb, random_tokens, relative_error
 
@@ -133,11 +135,84 @@ def test_exchange(bases, name, method, tmp_path):
 
 def with_head(params):
     """The tree with its classifier trained too."""
-    from peft_jax.core.tree import map_places
-    from peft_jax.core.weight import Trainable
-
     head = lambda p, w: Trainable(w + 0.1, saved_as="module") if p.startswith("classifier/") else w
     return map_places(head, params)
+
+
+def classifier(name, labels):
+    config = FAMILIES["llama2"]() if name == "llama" else ENCODERS[name]()
+    config.num_labels = labels
+    config.pad_token_id = 0
+    return config
+
+
+OURS = {  # method -> options
+    "lora": {"rank": 2}, "dora": {"rank": 2}, "adalora": {"init_rank": 2, "target_rank": 2}, "loha": {"rank": 2},
+    "lokr": {"rank": 2}, "hira": {"rank": 2}, "gralora": {"rank": 4}, "delora": {"rank": 2}, "vera": {"rank": 2},
+    "randlora": {"rank": 4}, "vblora": {"rank": 2, "vectors": 16, "length": 4}, "oft": {"block_size": 4},
+    "boft": {"block_size": 4}, "ia3": {}, "hra": {"rank": 2}, "road": {"group_size": 4}, "fourierft": {"frequencies": 10},
+    "waveft": {"frequencies": 10}, "shira": {"rank": 1}, "c3a": {"block_size": 4}, "miss": {"rank": 4},
+    "trainable_tokens": {"ids": [5, 6]}, "ln_tuning": {}, "prompt_tuning": {"num_virtual_tokens": 2},
+    "p_tuning": {"num_virtual_tokens": 2},
+}  # fmt: skip
+TASKS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering"}
+HEADED = [("bert", m, "SEQ_CLS") for m in OURS]
+HEADED += [("bert", "lora", t) for t in TASKS] + [("distilbert", "lora", "SEQ_CLS"), ("roberta", "vera", "SEQ_CLS")]
+HEADED += [("llama", m, "SEQ_CLS") for m in ("lora", "ia3")]
+ALL_HEADED = [(b, m, t) for b in ("bert", "distilbert", "roberta") for m in OURS for t in TASKS]
+
+
+@pytest.fixture(scope="module")
+def headed(tmp_path_factory):
+    loaded = {}
+
+    def get(model, task):
+        if (model, task) not in loaded:
+            folder = tmp_path_factory.mktemp(f"{model}_{task}")
+            torch.manual_seed(0)
+            auto = getattr(tr, f"AutoModelFor{TASKS[task]}")
+            auto.from_config(classifier(model, 2 if task == "QUESTION_ANS" else 3)).save_pretrained(folder)
+            loaded[model, task] = auto, folder, *peft_jax.load(folder)
+        return loaded[model, task]
+
+    return get
+
+
+def without_head(headed, model, method, task, folder):
+    """An adapter beside a head that did not train: PEFT wants the head in the file, and it does not train here."""
+    auto, base, runner, params = headed(model, task)
+    targets = {"bert": ["query", "value"], "roberta": ["query", "value"], "distilbert": ["q_lin", "v_lin"]}
+    named = {"targets": targets.get(model, ["q_proj", "v_proj"])}
+    if method == "trainable_tokens":
+        named = {"targets": "word_embeddings"}
+    elif method in ("ln_tuning", "prompt_tuning", "p_tuning"):
+        named = {}
+    key = [] if method == "ln_tuning" else [jax.random.key(0)]
+    ours = perturb(getattr(peft_jax, method)(params, *key, **OURS[method], **named), scale=0.3)
+    run = peft_jax.bind(runner)
+    expected = run(ours, TOKENS)
+    peft_jax.save_adapter(folder, ours, task_type=task)
+    back = peft.PeftModel.from_pretrained(auto.from_pretrained(base), folder).eval()
+    with torch.no_grad():
+        out = back(input_ids=torch.tensor(TOKENS), attention_mask=torch.ones(TOKENS.shape, dtype=torch.long))
+    theirs = torch.stack([out.start_logits, out.end_logits], -1) if task == "QUESTION_ANS" else out.logits
+    assert relative_error(expected, theirs if task == "SEQ_CLS" else theirs[:, -TOKENS.shape[1] :]) < 1e-4
+    again = peft_jax.load_adapter(params, folder)
+    assert not any(isinstance(w, Trainable) and w.saved_as == "module" for w in places(again).values())
+    assert relative_error(run(again, TOKENS), expected) < 1e-5
+
+
+@pytest.mark.parametrize("case", HEADED, ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_did_not_train(headed, case, tmp_path):
+    without_head(headed, *case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ALL_HEADED, ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_heads_that_did_not_train(headed, case, tmp_path):
+    without_head(headed, *case, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")

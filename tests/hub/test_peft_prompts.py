@@ -64,7 +64,7 @@ SLIDING = ("prompt_tuning", "prefix")
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     loaded = {}
-    for family in ("llama2", "qwen2_sliding", "mistral_sliding"):
+    for family in ("llama2", "qwen2_sliding", "mistral_sliding", "gpt2"):
         folder = tmp_path_factory.mktemp(family)
         torch_model(FAMILIES[family]()).save_pretrained(folder)
         model, params = peft_jax.load(folder)
@@ -97,6 +97,7 @@ def same(model, run, params, theirs, tasks):
 
 
 CASES = [(m, FAMILY.get(m, "llama2")) for m in METHODS] + [(m, "mistral_sliding") for m in SLIDING]
+CASES += [("adaption_prompt", "gpt2")]  # one projection for queries, keys and values
 
 
 @pytest.mark.parametrize(("method", "family"), CASES)

@@ -10,9 +10,19 @@ import flax.linen as nn
 import jax
 
 from peft_jax.core.attachment import Attachment
-from peft_jax.core.bind.rules import Rule, attend, bias_of, einsum_layer, embed, find_rule, linear, say_fallback
+from peft_jax.core.bind.rules import (
+    Rule,
+    attend,
+    bias_of,
+    einsum_layer,
+    embed,
+    find_rule,
+    linear,
+    output_embedding,
+    say_fallback,
+)
 from peft_jax.core.capture import CAPTURED, RECORDER, Recorder
-from peft_jax.core.tree import prepare
+from peft_jax.core.tree import OUTPUT_EMBEDDING, prepare
 from peft_jax.core.weight import Weight, materialize
 
 RULES: dict[tuple[type, str], Rule] = {}
@@ -59,10 +69,10 @@ def _intercept(strict: bool, said: set[str], call: Callable[..., Any], args: Any
     if method == "setup":
         return _setup(module, own, call)
     run = call
-    if any(isinstance(w, Weight) for w in own.values()):
+    if OUTPUT_EMBEDDING in own or any(isinstance(w, Weight) for w in own.values()):
         rule = find_rule(RULES, type(module), method)
         if rule is None:
-            names = [k for k, w in own.items() if isinstance(w, Weight)]
+            names = [k for k, w in own.items() if isinstance(w, Weight) or k == OUTPUT_EMBEDDING]
             say_fallback(strict, said, "/".join(module.path), type(module), method, names)
         run = functools.partial(_materialized_call, module, method) if rule is None else functools.partial(rule, module, own)
     for name in sorted(own, reverse=True):
@@ -108,6 +118,8 @@ def _materialized_call(module: nn.Module, method: str, *args: Any, **kwargs: Any
 
     def arrays(variables: Any) -> Any:
         own = {k: w for k, w in variables["params"].items() if not isinstance(w, Attachment)}
+        if method == "attend":
+            own["embedding"] = output_embedding(own)
         return {**variables, "params": {k: materialize(w) if isinstance(w, Weight) else w for k, w in own.items()}}
 
     run = nn.map_variables(lambda m, *a, **k: getattr(m, method)(*a, **k), "params", trans_in_fn=arrays, mutable=False)
@@ -155,7 +167,7 @@ def _embed(module: nn.Embed, params: Mapping[str, Any], inputs: jax.Array) -> ja
 
 
 def _attend(module: nn.Embed, params: Mapping[str, Any], query: jax.Array) -> jax.Array:
-    return attend(query, params["embedding"], dtype=module.dtype)
+    return attend(query, output_embedding(params), dtype=module.dtype)
 
 
 def _conv(module: nn.Conv, params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:

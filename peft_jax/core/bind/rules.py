@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.tree import OUTPUT_EMBEDDING
 from peft_jax.core.weight import Weight, einsum, materialize, matmul, take
 
 logger = logging.getLogger("peft_jax")
@@ -63,6 +64,11 @@ def attend(query: jax.Array, embedding, *, dtype: Any) -> jax.Array:
     """Products of queries [..., D] with every row of an embedding [V, D]."""
     dtype = compute_dtype(dtype, query, embedding)
     return matmul(query.astype(dtype), embedding, in_axes=(-1,), out_axes=(-2,))
+
+
+def output_embedding(params: Mapping[str, Any]) -> Any:
+    """What a head that is tied to an embedding multiplies with: the embedding, unless the tree holds something else for it."""
+    return params.get(OUTPUT_EMBEDDING, params.get("embedding"))
 
 
 def bias_of(params: Mapping[str, Any]) -> jax.Array | None:

@@ -21,19 +21,21 @@ import numpy as np
 from peft_jax.core.adapters import stack_of
 from peft_jax.core.attachment import Shared
 from peft_jax.core.files import read_json, replacing_folder, write_json
-from peft_jax.core.reparametrised import MATRIX
-from peft_jax.core.tree import EXPERTS, is_node, map_places, nearest, places
-from peft_jax.core.weight import Trainable, Weight, matrix_shape
-from peft_jax.hub.names import is_conv1d, module_names, stack_size
+from peft_jax.core.reparametrised import MATRIX, TRANSPOSED
+from peft_jax.core.tree import EXPERTS, OUTPUT_EMBEDDING, is_node, map_places, nearest, places
+from peft_jax.core.weight import Axes, Trainable, Weight, matrix_shape
+from peft_jax.hub.names import embedding_name, is_conv1d, modules_of, stack_size
 from peft_jax.hub.peft.experts import attach_experts, expert_tensors, experts_config, one_expert
 from peft_jax.hub.peft.formats import COMMON, FORMATS, Config, Format, Module, Tensors
 from peft_jax.hub.peft.prompts import WHOLE_FORMATS, load_whole, saved_modules, trained_place, trained_tensors, whole_modules
+from peft_jax.hub.peft.tied import check_look_up, check_tokens, for_head, own_heads, put_stored, split_tie, tie_of, tied_tensors
 from peft_jax.hub.safetensors_io import open_checkpoint, save_tensors
 from peft_jax.models.families import FAMILIES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT, _PREFIX = "base_model.", "base_model.model."
 _TOKENS = FORMATS["TRAINABLE_TOKENS"]
+_ADAPTED = ("kernel", "embedding", OUTPUT_EMBEDDING)  # leaves whose modules PEFT wraps
 _CHANGE_BASE = ("init_lora_weights", "init_weights")  # options under which a method starts from another base
 _HARMLESS_STARTS = (
     True,
@@ -47,6 +49,7 @@ _HARMLESS_STARTS = (
     "bat",
     "mini",
     "lycoris",
+    "mica",
 )
 
 
@@ -73,14 +76,20 @@ def save_peft(
     # Of a model without a head, the trunk is all that there is in PEFT.
     bare = f"{trunk_of(params)}." if task_type == "FEATURE_EXTRACTION" else ""
     own = lambda name: name.removeprefix(bare)
+    tie = None if task_type == "FEATURE_EXTRACTION" else tie_of(params)
+    check_tokens(params, {p: w for p, w in (tokens | nodes).items() if isinstance(w, _TOKENS.nodes)})
     modules = {own(m): n for path, w in nodes.items() for m, n in _by_module(path, w).items()}
     embeddings = {own(m) for path, w in nodes.items() if path.endswith("/embedding") for m in _by_module(path, w)}
+    if tie and tie[0] in nodes and kind is not _TOKENS:
+        modules[tie[1]] = for_head(modules[own(embedding_name(tie[0]))], tie[0])
     tensors = {f"{_PREFIX}{m}.{t}": v for m, n in modules.items() for t, v in kind.write(n, m in embeddings).items()}
     tensors |= {f"{_ROOT}{t}": take(params[f"shared_{_group(nodes)}"]) for t, take in kind.shared.items()}
     for path, w in tokens.items():
         for module, node in _by_module(path, w).items():
             tensors |= {f"{_PREFIX}{own(module)}.token_adapter.{t}": v for t, v in _TOKENS.write(node, True).items()}
-    for tensor, value in trained.items():  # an adapted module keeps what is its own in `base_layer`
+    whole = own_heads(params, task_type) | trained | tied_tensors(params, tie)
+    check_look_up([*(modules if kind is not _TOKENS else ()), *(t.rpartition(".")[0] for t in whole)])
+    for tensor, value in whole.items():  # an adapted module keeps what is its own in `base_layer`
         module, _, leaf = own(tensor).rpartition(".")
         tensors[f"{_PREFIX}{module}.{'base_layer.' if module in modules else ''}{leaf}"] = value
     config = {
@@ -91,9 +100,10 @@ def save_peft(
         "base_model_name_or_path": base,
         "revision": revision,
         "task_type": task_type,
-        **_extras_config(params, peft_type, kind),
+        **_extras_config(params, peft_type, tie),
         **kind.describe(modules | {f"{path} 0": one_expert(path, w) for path, w in experts.items()}),
         **_tokens_config(tokens, peft_type),
+        **({"ensure_weight_tying": _adapts(params, nodes, tie)} if peft_type == "LORA" else {}),
     }
     if experts:
         tensors |= {_PREFIX + own(t): value for t, value in expert_tensors(experts).items()}
@@ -114,17 +124,17 @@ def _collect(params: Any, name: str) -> tuple[dict[str, Any], dict[str, Any], Te
     """(adapter nodes by path, trainable-token nodes by path, other trained tensors by checkpoint name)."""
     nodes, tokens, trained = {}, {}, {}
     for path, w in places(params).items():
-        if isinstance(w, Trainable):
-            if w.saved_as == "full":
-                raise ValueError(f"{path} is fully fine-tuned, which an adapter cannot hold; use merge and save")
-            trained.update(trained_tensors(path, w))
         stack = stack_of(w)
         for i, node in enumerate(stack):
-            if getattr(node, "name", None) == name:
+            if isinstance(node, Trainable):
+                if node.saved_as == "full":
+                    raise ValueError(f"{path} is fully fine-tuned, which an adapter cannot hold; use merge and save")
+                trained.update(trained_tensors(path, node))
+            elif getattr(node, "name", None) == name:
                 if any(getattr(outer, "pruned", False) for outer in stack[:i]):
                     raise ValueError(f"the update at {path} is masked, which PEFT's format cannot say; use merge and save")
                 (tokens if isinstance(node, _TOKENS.nodes) else nodes).setdefault(path, node)
-            elif node.trainable and not node.frozen and not isinstance(node, (Trainable, Shared)) and not hasattr(node, "name"):
+            elif node.trainable and not node.frozen and not isinstance(node, Shared) and not hasattr(node, "name"):
                 raise ValueError(f"{path} holds a {type(node).__name__}, which PEFT's format cannot hold")
     return nodes, tokens, trained
 
@@ -148,21 +158,27 @@ def _group(nodes: Mapping[str, Any]) -> str:
 
 def _by_module(path: str, node: Any) -> dict[str, Any]:
     """Hugging Face module name -> the node of one layer, with NumPy arrays and its base's shape."""
-    module, _, _ = path.rpartition("/")
     layers = stack_size(path, node)
     if len(node.lead) != (layers is not None):
         raise ValueError(f"{path} has leading axes {node.lead} that PEFT's format cannot hold")
     bare = jax.tree.map(np.asarray, node.replace(base=None))
-    shape = jax.ShapeDtypeStruct(node.shape[len(node.lead) :], node.dtype)
+    shape = jax.ShapeDtypeStruct(node.features, node.dtype)
     result = {}
-    for name, layer in module_names(module, layers):
+    for name, layer in modules_of(path, layers):
         one = bare if layer is None else jax.tree.map(lambda x, i=layer: x[i], bare)
         if one.gate is None or one.gate > 0:
-            result[name] = one.replace(base=shape)
+            one = one.replace(base=shape, in_axes=(-2,), out_axes=(-1,))
+            turned = path.endswith(f"/{OUTPUT_EMBEDDING}") and node.in_axes == (-2,) and type(node) not in _TOKENS.nodes
+            result[name] = for_head(one, path) if turned else one
     return result
 
 
-def _extras_config(params: Any, peft_type: str, kind: Format) -> dict[str, Any]:
+def _adapts(params: Any, nodes: Mapping[str, Any], tie: tuple[str, str] | None) -> bool:
+    """Whether a tied embedding is adapted or trained whole, as the head too."""
+    return tie is not None and (tie[0] in nodes or isinstance(places(params)[tie[0]], Trainable))
+
+
+def _extras_config(params: Any, peft_type: str, tie: tuple[str, str] | None) -> dict[str, Any]:
     """The options `bias` and `modules_to_save`."""
     marked = {p: w for p, w in places(params).items() if isinstance(w, Trainable)}
     biases = [p for p in places(params) if p.endswith("/bias")]
@@ -170,7 +186,7 @@ def _extras_config(params: Any, peft_type: str, kind: Format) -> dict[str, Any]:
     if trained and peft_type != "LORA":
         raise ValueError(f"{trained[0]} trains, which PEFT's {peft_type} format cannot hold")
     bias = "none" if not trained else "all" if len(trained) == len(biases) else "lora_only"
-    return {"modules_to_save": saved_modules(params) or None, **({"bias": bias} if trained else {})}
+    return {"modules_to_save": saved_modules(params, tie) or None, **({"bias": bias} if trained else {})}
 
 
 def _tokens_config(tokens: Mapping[str, Any], peft_type: str) -> dict[str, Any]:
@@ -178,7 +194,7 @@ def _tokens_config(tokens: Mapping[str, Any], peft_type: str) -> dict[str, Any]:
         return {}
     if peft_type != "LORA":
         raise ValueError(f"{next(iter(tokens))} has trainable tokens, which PEFT combines with LoRA only, not {peft_type}")
-    names = {path: module_names(path.rpartition("/")[0], None)[0][0].rpartition(".")[2] for path in tokens}
+    names = {path: modules_of(path, None)[0][0].rpartition(".")[2] for path in tokens}
     return {"trainable_token_indices": {names[p]: np.asarray(w.ids).tolist() for p, w in tokens.items()}}
 
 
@@ -186,8 +202,8 @@ def _target_modules(params: Any, modules: Mapping[str, Any]) -> list[str]:
     """Short names where all modules of a name are adapted, full names elsewhere."""
     everywhere: Counter[str] = Counter()
     for path, w in places(params).items():
-        if path.endswith(("/kernel", "/embedding")):
-            names = module_names(path.rpartition("/")[0], stack_size(path, w))
+        if path.rpartition("/")[2] in _ADAPTED:
+            names = modules_of(path, stack_size(path, w))
             everywhere.update(name.rpartition(".")[2] for name, _ in names)
     here = Counter(m.rpartition(".")[2] for m in modules)
     complete = {n for n, count in here.items() if count == everywhere[n]}
@@ -227,8 +243,10 @@ def attach_peft(params: Any, tensors: Tensors, config: Config, name: str, path: 
 
 def _attach_all(params: Any, tensors: Tensors, config: Config, kind: Format, name: str, path: Path) -> Any:
     modules, tokens, shared, extras = _parse(tensors, config, kind, path)
-    known = [n for p, w in places(params).items() for n, _ in module_names(p.rpartition("/")[0], stack_size(p, w))]
-
+    check_look_up([*(modules if kind is not _TOKENS else ()), *(t.rpartition(".")[0] for t in extras)])
+    params = put_stored(params, extras, config)
+    params = split_tie(params, modules, tokens, extras, config, kind)
+    known = [n for p, w in places(params).items() for n, _ in modules_of(p, stack_size(p, w))]
     whole = whole_modules(extras)
 
     def attach(place: str, w: Any) -> Any:
@@ -237,15 +255,10 @@ def _attach_all(params: Any, tensors: Tensors, config: Config, kind: Format, nam
         w = trained_place(place, w, extras, whole)
         if place.rpartition("/")[2] in EXPERTS:
             return attach_experts(place, w, modules, config, name)
-        tied = "lm_head" not in known
-        w = _attach_nodes(place, w, modules, config, kind, name, tied)
-        return _attach_nodes(place, w, tokens, config, _TOKENS, name, tied)
+        w = _attach_nodes(place, w, modules, config, kind, name)
+        return _attach_nodes(place, w, tokens, config, _TOKENS, name)
 
     result = map_places(attach, params)
-    if "lm_head" not in known:  # a tied head has the embedding's trained rows, which PEFT repeats for it
-        for found in (modules, tokens):
-            if set(found.get("lm_head", ())) <= set(_TOKENS.tensors):
-                found.pop("lm_head", None)
     if left := sorted([*modules, *tokens, *extras]):
         raise ValueError(f"the adapter in {path} has {left[0]}, which the model lacks.{nearest(left[0], known)}")
     if kind.read_shared is None:
@@ -310,21 +323,19 @@ def _parse(
     return modules, tokens, shared, extras
 
 
-def _attach_nodes(path: str, w: Any, modules: dict[str, Tensors], config: Config, kind: Format, name: str, tied: bool) -> Any:
+def _attach_nodes(path: str, w: Any, modules: dict[str, Tensors], config: Config, kind: Format, name: str) -> Any:
     """The place with its part of the adapter, which is taken out of `modules`."""
-    module, _, leaf = path.rpartition("/")
-    if leaf not in ("kernel", "embedding"):
+    leaf = path.rpartition("/")[2]
+    if leaf not in _ADAPTED:
         return w
-    names = module_names(module, stack_size(path, w))
+    names = modules_of(path, stack_size(path, w))
     mine = {layer: (m, modules.pop(m)) for m, layer in names if m in modules}
     if not mine:
         return w
-    lead, n_in, n_out = matrix_shape(w.shape, *MATRIX)
+    axes = _axes(leaf, kind)
+    lead, n_in, n_out = matrix_shape(w.shape, *axes)
     group = f"{config['peft_type'].lower()}_{name}" if kind.read_shared else ""
-    read = {
-        i: kind.read(t, config, Module(m, n_in, n_out, leaf == "embedding", tied and leaf == "embedding"))
-        for i, (m, t) in mine.items()
-    }
+    read = {i: kind.read(t, config, Module(m, n_in, n_out, leaf == "embedding")) for i, (m, t) in mine.items()}
     for i, (cls, fields) in read.items():
         make: Any = cls
         _check_shapes(make(base=jax.ShapeDtypeStruct((n_in, n_out), w.dtype), group=group, **fields), mine[i][0])
@@ -332,8 +343,15 @@ def _attach_nodes(path: str, w: Any, modules: dict[str, Tensors], config: Config
     static, arrays = _split_fields(node, next(iter(read.values()))[1])
     fields = _stack_layers([read[i][1] if i in read else None for _, i in names], arrays, path) if lead else arrays
     gate = None if len(mine) == len(names) else jnp.asarray([float(i in mine) for _, i in names], jnp.float32)
-    made = node(base=w, gate=gate, name=name, group=group, **static, **jax.tree.map(_to_jax, fields))
+    where = {"in_axes": axes[0], "out_axes": axes[1]}
+    made = node(base=w, gate=gate, name=name, group=group, **where, **static, **jax.tree.map(_to_jax, fields))
     return kind.finish(made) if kind.finish else made
+
+
+def _axes(leaf: str, kind: Format) -> tuple[Axes, Axes]:
+    """The axes of a weight that a method has as (inputs, outputs): those of trainable tokens are a row for each token."""
+    by_token = leaf == "kernel" if kind is _TOKENS else leaf == OUTPUT_EMBEDDING
+    return TRANSPOSED if by_token else MATRIX
 
 
 def _to_jax(x: Any) -> jax.Array:

@@ -51,14 +51,14 @@ class Module(NamedTuple):
     n_in: int
     n_out: int
     embedding: bool
-    tied: bool = False  # an embedding that is the head too
 
 
 class Format(NamedTuple):
     """How one of PEFT's methods is stored.
 
     `tensors` are the names after the module's, `shared` those of the whole model; `options` the configuration's keys
-    that are understood beyond `COMMON`. `describe` gives those keys for the nodes of an adapter, by module.
+    that are understood beyond `COMMON`. `describe` gives those keys for the nodes of an adapter, by module. `mirror` makes
+    the node that does to the transposed weight what a node does to the weight, or None where no node does.
     """
 
     nodes: tuple[type[Weight], ...]
@@ -70,6 +70,7 @@ class Format(NamedTuple):
     shared: Mapping[str, Callable[[Any], np.ndarray]] = {}  # name -> from the Shared node
     read_shared: Callable[[Tensors, Config, tuple[int, int]], tuple[dict[str, Any], dict[str, Any]]] | None = None
     finish: Callable[[Any], Any] | None = None  # for fields that come from the base
+    mirror: Callable[[Any], Any] | None = None
 
 
 COMMON = frozenset(
@@ -180,7 +181,7 @@ def _read_lora(tensors: Tensors, config: Config, module: Module) -> tuple[type[W
     if not config.get("use_dora"):
         if "lora_magnitude_vector" in tensors:
             raise ValueError(f"{module.name} has lora_magnitude_vector, but the adapter does not say use_dora")
-        return LoRA, fields | {"look_up_only": module.tied and not config.get("ensure_weight_tying")}
+        return LoRA, fields
     if "lora_magnitude_vector" not in tensors:
         raise ValueError(f"{module.name} lacks lora_magnitude_vector, which use_dora needs")
     return DoRA, {**fields, "magnitude": tensors["lora_magnitude_vector"].reshape(-1), "norm": None}
@@ -196,7 +197,6 @@ def _describe_lora(nodes: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("PEFT's use_dora and use_qalora hold for all modules; this adapter has LoRA, DoRA or QA-LoRA in parts")
     kind = kinds.pop()
     blocks = {"qalora_group_size": _one(nodes, "qalora_group_size", lambda n: n.block)} if kind is QALoRA else {}
-    embeddings = [n for n in nodes.values() if getattr(n, "look_up_only", False)]
     return {
         "r": r,
         "lora_alpha": alpha,
@@ -208,8 +208,15 @@ def _describe_lora(nodes: Mapping[str, Any]) -> dict[str, Any]:
         "rank_pattern": exceptions(ranks, r),
         "alpha_pattern": exceptions(alphas, alpha),
         "init_lora_weights": True,
-        "ensure_weight_tying": not embeddings,
     }
+
+
+def _swap_factors(node: Any) -> Any:
+    """The LoRA or HiRA of the transposed weight; None for DoRA and QA-LoRA, whose other arrays belong to one side."""
+    if type(node) not in (LoRA, HiRA):
+        return None
+    node = node.plain()
+    return node.replace(a=np.swapaxes(node.b, -1, -2), b=np.swapaxes(node.a, -1, -2))
 
 
 def _base_norm(axis: int) -> Callable[[Any], Any]:
@@ -657,7 +664,9 @@ def _write_tokens(node: TrainableTokens, embedding: bool) -> Tensors:
 
 
 def _read_tokens(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
-    ids = config.get("token_indices") or config.get("trainable_token_indices")
+    ids: Any = config.get("token_indices") or config.get("trainable_token_indices")
+    if "token_indices" in tensors:  # a tied head's
+        ids = tensors["token_indices"].tolist()
     if isinstance(ids, Mapping):
         ids = pattern({"ids": ids}, "ids", module.name, None)
     rows = tensors.get("token_adapter.trainable_tokens_delta", tensors.get("trainable_tokens_delta"))
@@ -706,7 +715,7 @@ FORMATS: dict[str, Format] = {
     "LORA": Format(
         (LoRA, DoRA, QALoRA),
         ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
-        _write_lora, _read_lora, _describe_lora, _options(_LORA_OPTIONS), finish=_finish_lora,
+        _write_lora, _read_lora, _describe_lora, _options(_LORA_OPTIONS), finish=_finish_lora, mirror=_swap_factors,
     ),
     "ADALORA": Format(
         (AdaLoRA,), ("lora_A", "lora_B", "lora_E"), _write_adalora, _read_adalora, _describe_adalora,
@@ -722,7 +731,7 @@ FORMATS: dict[str, Format] = {
     ),
     "HIRA": Format(
         (HiRA,), ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"), _write_hira, _read_hira, _describe_hira,
-        _options("r rank_pattern hira_dropout"),
+        _options("r rank_pattern hira_dropout"), mirror=_swap_factors,
     ),
     "GRALORA": Format(
         (GraLoRA,), ("gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight"),

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.adapters.llama_adapter import AdaptionPrompt
-from peft_jax.adapters.placing import hidden_size, layers_of, token_stack
+from peft_jax.adapters.llama_adapter import AdaptionPrompt, FusedAdaptionPrompt
+from peft_jax.adapters.placing import hidden_size, layers_of, module_paths, token_stack
 from peft_jax.adapters.prefix import Offset, Prefix, attention_cores, offset_stack
 from peft_jax.adapters.prompt import ContextTokens, EncodedTokens, Prompt, TaskTokens, VirtualTokens, place_prompt
 from peft_jax.core.attachment import Attachment, attach
@@ -19,7 +19,9 @@ from peft_jax.core.files import replacing_folder, write_json
 from peft_jax.core.tree import distribute, map_places, places
 from peft_jax.core.weight import Trainable, materialize
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
-from peft_jax.hub.names import module_names, stack_size, tensors_of
+from peft_jax.hub.names import modules_of, stack_size, tensors_of
+from peft_jax.hub.peft.formats import FORMATS
+from peft_jax.hub.peft.tied import own_heads, put_stored, split_tie, tie_of, tied_tensors
 from peft_jax.hub.safetensors_io import save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,13 +54,15 @@ def save_whole(
     task_type: Any,
 ) -> None:
     """Write the adapter `name`, whose nodes are these, as a PEFT folder of the method `kind`."""
-    modules = {p: n for p, n in nodes.items() if isinstance(n, Trainable) and n.saved_as == "module"}
+    modules = {p: n for p, n in nodes.items() if isinstance(n, Trainable) and n.saved_as in ("module", "base")}
     own = {p: n for p, n in nodes.items() if p not in modules}
     tensors, config = WHOLE_FORMATS[kind].write(params, own, name)
+    tie = None if task_type == "FEATURE_EXTRACTION" else tie_of(params)
     whole = {t: value for path, n in modules.items() for t, value in trained_tensors(path, n).items()}
+    whole = own_heads(params, task_type) | whole | tied_tensors(params, tie)
     tensors |= {(PREFIX if kind in _BY_MODULE else ROOT) + t: value for t, value in whole.items()}
     common = {
-        "modules_to_save": saved_modules(params) or None,
+        "modules_to_save": saved_modules(params, tie) or None,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "peft_type": kind,
@@ -75,11 +79,12 @@ def load_whole(params: Any, tensors: Tensors, config: Config, name: str, path: P
     kind = str(config["peft_type"])
     root = PREFIX if kind in _BY_MODULE else ROOT
     named = set(config.get("modules_to_save") or ())
+    held = {root + t.name for p, w in places(params).items() if hasattr(w, "shape") for t in tensors_of(p, stack_size(p, w))}
     saved = {
         t: tensors.pop(t) for t in list(tensors) if (t.startswith(root) and named & set(t.removeprefix(root).split(".")))
-        or t.removeprefix(root).rpartition(".")[0] in named
+        or t.removeprefix(root).rpartition(".")[0] in named or t in held
     }  # fmt: skip
-    params = put_trained(params, {t.removeprefix(root): value for t, value in saved.items()}, path)
+    params = put_trained(params, {t.removeprefix(root): value for t, value in saved.items()}, config, path)
     try:
         return WHOLE_FORMATS[kind].read(params, tensors, config, name)
     except KeyError as error:
@@ -92,26 +97,30 @@ def trained_tensors(path: str, w: Trainable) -> Tensors:
     return {t.name: t.take(value) for t in tensors_of(path, stack_size(path, w))}
 
 
-def put_trained(params: Any, tensors: Tensors, path: Path) -> Any:
+def put_trained(params: Any, tensors: Tensors, config: Config, path: Path) -> Any:
     """`params` with whole modules (PEFT's `modules_to_save`) from these tensors. Raises ValueError where they do not fit."""
-    left, modules = dict(tensors), whole_modules(tensors)
+    left = dict(tensors)
+    params = put_stored(params, left, config)
+    params = split_tie(params, {}, {}, left, config, FORMATS["LORA"])
+    modules = whole_modules(left)
     result = map_places(lambda place, w: trained_place(place, w, left, modules), params) if left else params
     if left:
         raise ValueError(f"the adapter in {path} has {sorted(left)[0]}, which the model lacks; load it with the adapter's task")
     return result
 
 
-def saved_modules(params: Any) -> list[str]:
+def saved_modules(params: Any, tie: tuple[str, str] | None = None) -> list[str]:
     """PEFT's `modules_to_save`: the modules that train whole, heads by the name of the whole head, others by their full names
-    (PEFT compares ends of names, and "norm" would end "input_layernorm" too).
+    (PEFT compares ends of names, and "norm" would end "input_layernorm" too). `tie` is the place of an embedding and the
+    name of the head that trains with it.
     """
     known = places(params)
     marked = {p: w for p, w in known.items() if isinstance(w, Trainable) and w.saved_as == "module"}
     top = lambda path: path.partition("/")[0]
     heads = {top(p) for p in marked} - {top(p) for p, w in known.items() if p not in marked and not isinstance(w, Attachment)}
-    names = {
-        n for p, w in marked.items() for n, _ in module_names(p.rpartition("/")[0], stack_size(p, w)) if top(p) not in heads
-    }
+    names = {n for p, w in marked.items() for n, _ in modules_of(p, stack_size(p, w)) if top(p) not in heads}
+    if tie and tie[0] in marked:
+        names.add(tie[1])
     return sorted(names | heads)
 
 
@@ -129,10 +138,7 @@ def trained_place(path: str, w: Any, tensors: Tensors, whole: set[str]) -> Any:
         return w
     value = np.array(materialize(w))
     for t in mine:
-        new = tensors.pop(t.name)
-        if new.shape != t.stored(value.shape):
-            raise ValueError(f"{t.name} in the adapter has shape {new.shape}, the model's is {t.stored(value.shape)}")
-        value[t.index] = (new.swapaxes(-1, -2) if t.transposed else new).astype(value.dtype)
+        t.put(value, tensors.pop(t.name), "the adapter")
     alone = path.endswith("/bias") and mine[0].name.rpartition(".")[0] not in whole
     return Trainable(jnp.asarray(value), saved_as="bias" if alone else "module")
 
@@ -306,22 +312,24 @@ def place_prefix(params: Any, flat: np.ndarray, order: list[tuple[str, int]], na
 
 def _write_adaption(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
     split = split_layers(params, nodes, name)
-    cores = [core for core, _ in prefix_places(params)]
+    fused = isinstance(next(iter(nodes.values())), FusedAdaptionPrompt)
+    cores = [f"{core.removesuffix('/core')}/{'output' if fused else 'core'}" for core, _ in prefix_places(params)]
     has = [f"{core}/adaption" in split for core in cores]
     count = sum(has)
     if has != [i >= len(has) - count for i in range(len(has))]:
         raise ValueError("PEFT's adaption prompts stand in the last layers, and this adapter leaves some of them out")
     tensors: Tensors = {}
     for core in cores[len(cores) - count :]:
-        node, module = split[f"{core}/adaption"], core.removesuffix("/core").replace("/", ".")
+        node, module = split[f"{core}/adaption"], core.rpartition("/")[0].replace("/", ".")
         tensors[f"{PREFIX}{module}.adaption_prompt"] = node.prompt[None]
         tensors[f"{PREFIX}{module}.adaption_gate"] = np.reshape(node.strength, 1)
     length = next(iter(split.values())).prompt.shape[0]
-    return tensors, {"adapter_layers": count, "adapter_len": length, "target_modules": "self_attn"}
+    return tensors, {"adapter_layers": count, "adapter_len": length, "target_modules": "attn" if fused else "self_attn"}
 
 
 def _read_adaption(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
     nodes, width = {}, hidden_size(params)
+    paths = module_paths(params)
     for key, prompt in tensors.items():
         if not key.endswith(".adaption_prompt"):
             continue
@@ -329,7 +337,9 @@ def _read_adaption(params: Any, tensors: Tensors, config: Config, name: str) -> 
             raise ValueError(f"tensor {key} has shape {prompt.shape}, expected (1, tokens, {width}) for this model")
         strength = tensors[key.removesuffix("prompt") + "gate"].astype(np.float32).reshape(())
         module = key.removeprefix(PREFIX).removesuffix(".adaption_prompt").replace(".", "/")
-        nodes[f"{module}/core/adaption"] = AdaptionPrompt(prompt=prompt[0].astype(np.float32), strength=strength, name=name)
+        fused = not any(p.endswith("/k_proj") for p in paths)
+        cls, hook = (FusedAdaptionPrompt, "output") if fused else (AdaptionPrompt, "core")
+        nodes[f"{module}/{hook}/adaption"] = cls(prompt=prompt[0].astype(np.float32), strength=strength, name=name)
     if not nodes:
         raise KeyError("adaption_prompt")
     return put_nodes(params, join_layers(params, nodes, name))
@@ -382,6 +392,6 @@ WHOLE_FORMATS: dict[str, WholeFormat] = {
         (Prefix, Offset), _write_prefix, _read_prefix,
         lambda n: isinstance(n, Offset) or (n.part == "both" and n.gating_weight is None and n.offset),
     ),
-    "ADAPTION_PROMPT": WholeFormat((AdaptionPrompt,), _write_adaption, _read_adaption),
+    "ADAPTION_PROMPT": WholeFormat((AdaptionPrompt, FusedAdaptionPrompt), _write_adaption, _read_adaption),
     "LN_TUNING": WholeFormat((Trainable,), _write_norms, _read_norms, lambda n: n.saved_as == "norm"),
 }  # fmt: skip
