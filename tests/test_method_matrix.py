@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import peft_jax
 from peft_jax.core.sharding import make_mesh, shard
@@ -20,7 +21,7 @@ from peft_jax.core.tree import distribute
 from peft_jax.methods import METHODS
 from peft_jax.models.layers import stack_layers, unstack_layers
 from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
-from tests.third_party import VOCAB, linen_model, nnx_model
+from tests.third_party import VOCAB, WIDTH, ListedModel, VisionModel, linen_model, nnx_model
 
 # Options of a method in the matrix, beyond what it needs by default.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -302,3 +303,39 @@ def test_export_round_trip(case, tmp_path):
         peft_jax.save_adapter(tmp_path / "adapter", case.moved)
         params = peft_jax.load_adapter(case.base.params, tmp_path / "adapter")
     assert relative_error(case.apply(params, case.tokens), case.logits) < 1e-6
+
+
+# NNX models whose trees have lists, run without compiling them as a whole; methods that need tokens or a decoder's attention
+# stay away from images.
+IN_LISTS = ELSEWHERE | {
+    "trainable_tokens": {"targets": "embedder"},
+    "bottleneck": {"targets": "layers"},
+    "compacter": {"targets": "layers"},
+    "reft": {"targets": "layers"},
+    "mix_and_match": {"targets": "layers"},
+}
+ON_IMAGES = {n: {"width": WIDTH} for n in ("bottleneck", "compacter", "reft")}
+LISTED = [n for n in METHODS if n not in ("adaption_prompt", "unipelt")]
+SEEN = ("lora", "oft", "bottleneck", "ia3", "reft", "bitfit", "full")
+
+
+@functools.cache
+def listed_model(kind: str) -> Base:
+    model = (ListedModel if kind == "listed" else VisionModel)(nnx.Rngs(0))
+    given = random_tokens(2, 4, vocab=VOCAB) if kind == "listed" else jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    params, apply = peft_jax.nnx_params(model), peft_jax.bind(model)
+    return Base(model, params, peft_jax.layout_of(model), given, apply, apply(params, given))
+
+
+@pytest.mark.parametrize(("kind", "method"), [("listed", n) for n in LISTED] + [("images", n) for n in SEEN])
+def test_models_with_lists_of_modules(kind, method):
+    base = listed_model(kind)
+    options = OPTIONS.get(method, {}) | IN_LISTS.get(method, {}) | (ON_IMAGES.get(method, {}) if kind == "images" else {})
+    layout = {} if method in NO_LAYOUT else {"layout": base.layout}
+    params = METHODS[method](base.params, jax.random.key(1), **options, **layout)
+    if method not in NOT_IDENTITY:
+        assert relative_error(base.apply(params, base.tokens), base.logits) < 1e-5
+    moved = perturb(params)
+    logits = base.apply(moved, base.tokens)
+    assert relative_error(logits, base.logits) > 1e-4
+    assert relative_error(base.apply(peft_jax.merge(moved), base.tokens), logits) < 2e-5

@@ -71,6 +71,55 @@ class NNXModel(nnx.Module):
         return self.embed.attend(x + self.conv(x))
 
 
+class Calls(nnx.Variable):
+    """How often a model was called: a collection of the model's own."""
+
+
+class ListedModel(nnx.Module):
+    """Blocks in a list beside modules with names, as tunix's decoders have them; a list of parameters, and a count."""
+
+    def __init__(self, rngs):
+        self.embedder = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
+        self.layers = nnx.List([NNXBlock(rngs) for _ in range(2)])
+        self.final_norm = nnx.RMSNorm(WIDTH, rngs=rngs)
+        self.mixes = nnx.List([nnx.Param(jnp.eye(WIDTH)), nnx.Param(jnp.eye(WIDTH))])
+        self.calls = Calls(jnp.zeros((), jnp.int32))
+
+    def __call__(self, tokens):
+        self.calls[...] += 1
+        x = self.embedder(tokens)
+        for layer, mix in zip(self.layers, self.mixes, strict=True):
+            x = layer(x) @ mix
+        return self.embedder.attend(self.final_norm(x))
+
+
+class VisionModel(nnx.Module):
+    """A small vision transformer: blocks in nnx.Sequential, parameters of its own, batch statistics and dropout."""
+
+    def __init__(self, rngs):
+        self.patches = nnx.Conv(3, WIDTH, (2, 2), strides=(2, 2), rngs=rngs)
+        self.token = nnx.Param(jnp.ones((1, 1, WIDTH)))
+        self.layers = nnx.Sequential(NNXBlock(rngs), NNXBlock(rngs))
+        self.norm = nnx.BatchNorm(WIDTH, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+        self.head = nnx.Linear(WIDTH, 5, rngs=rngs)
+
+    def __call__(self, images):
+        x = self.patches(images)
+        x = x.reshape(x.shape[0], -1, WIDTH)
+        x = jnp.concatenate([jnp.broadcast_to(self.token, (x.shape[0], 1, WIDTH)), x], axis=1)
+        return self.head(self.dropout(self.norm(self.layers(x))))[:, -1]
+
+
+class LinenNormed(nn.Module):
+    """A model with batch statistics."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(WIDTH, name="up")(x)
+        return nn.Dense(3, name="out")(nn.BatchNorm(use_running_average=not train, name="norm")(x))
+
+
 def linen_model():
     """(model, params, layout of its weights by hand)."""
     model = LinenModel()

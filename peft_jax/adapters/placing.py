@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 
-from peft_jax.core.attachment import Attachment, attach, module_at
+from peft_jax.core.attachment import Attachment, attach, is_list, module_at
 from peft_jax.core.reparametrised import MATRIX, per_layer
 from peft_jax.core.tree import VECTORS, Targets, by_pattern, layer_paths, matches, nearest, places
 from peft_jax.core.weight import Axes, Layout, matrix_shape
@@ -89,13 +90,13 @@ def token_stack(
 
 
 def module_paths(params: Any) -> list[str]:
-    """Paths of all modules of a tree, with the known ones that have no parameters (see `hooks_of`)."""
+    """Paths of all modules of a tree, with the known ones that have no parameters (see `hooks_of`), lists of them left out."""
     found: list[str] = []
 
     def walk(tree: Any, path: str) -> None:
         if not isinstance(tree, Mapping):
             return
-        if path:
+        if path and not is_list(tree):
             found.append(path)
         for name in [*tree, *(h for h in hooks_of(tree) if h not in tree)]:
             walk(tree.get(name, {}), f"{path}/{name}" if path else name)
@@ -112,7 +113,8 @@ def find_modules(
     layout: Layout | None = None,
     width: int | None = None,
 ) -> list[Module]:
-    """The modules that `targets` name, in the order of the tree; targets as in `peft_jax.select`, but of modules.
+    """The modules that `targets` name, in the order of the tree; targets as in `peft_jax.select`, but of modules. The name of a
+    list of modules names those in it.
 
     A module with a `kernel` has that one's features, any other the hidden states' (`width`, by default the token
     embedding's). Raises ValueError for a target that matches nothing and a layer that is not there.
@@ -120,7 +122,7 @@ def find_modules(
     wanted, unwanted = ([t] if isinstance(t, str) else list(t) for t in (targets, exclude))
     paths = module_paths(params)
     named = {p: layers_of(params, p, layout) for p in paths}
-    hits = lambda p, n, t: matches(p + "/", t) or matches(n + "/", t)
+    hits = lambda p, n, t: any(matches(f"{name}/", t) for name in (p, n, _of_list(p)))
     for kind, patterns in (("target", wanted), ("exclude", unwanted)):
         for pattern in patterns:
             if not any(hits(p, n, pattern) for p, (_, names) in named.items() for n, _ in names):
@@ -148,6 +150,11 @@ def find_modules(
     if not found:
         raise ValueError(f"targets {wanted} with exclude {unwanted} leave no module")
     return found
+
+
+def _of_list(path: str) -> str:
+    """The path of the list that a module is in; the module's own where it is in none."""
+    return re.sub(r"(/\d+)+$", "", path)
 
 
 def layers_of(params: Any, path: str, layout: Layout | None = None) -> tuple[tuple[int, ...], list[tuple[str, int | None]]]:

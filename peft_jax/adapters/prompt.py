@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from peft_jax.core.attachment import Attachment, attach
 from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import places
 from peft_jax.core.weight import static, take
+from peft_jax.models.blocks import ScaledEmbed, embedding_scale, scaled
 
 
 @node
@@ -106,9 +107,14 @@ class EncoderPrompt(Prompt):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Virtual(Attachment):
-    """At the embedding: the ids -1, -2, ... stand for the rows of `prompt()`. (What hides a row's prompt is `Prompt.gate`.)"""
+    """At the embedding: the ids -1, -2, ... stand for the rows of `prompt()`. (What hides a row's prompt is `Prompt.gate`.)
+
+    They take the place of what the embedding puts out, after a scale of its own, as in PEFT. `scale` is the one that they
+    start with, where they start from the embedding's rows.
+    """
 
     gate: jax.Array | None = None
+    scale: float | None = static(default=None)
     name: str = static(default="default")
     frozen: bool = static(default=False)
 
@@ -116,6 +122,17 @@ class Virtual(Attachment):
     def lead(self) -> tuple[int, ...]:
         """An embedding has no leading axes."""
         return ()
+
+    def plain(self) -> Self:
+        return self.replace(scale=None)
+
+    def check(self, module: Any) -> None:
+        scale = module.scale if isinstance(module, ScaledEmbed) else 1.0
+        if self.scale not in (None, scale):
+            raise ValueError(
+                f"the prompt {self.name!r} starts from rows of the embedding times {self.scale:g}, and this model multiplies "
+                f"them by {scale:g}; give the method model=model"
+            )
 
     def prompt(self) -> jax.Array:
         """Embeddings of the virtual tokens, [P, D], or [B, P, D] where rows have prompts of their own."""
@@ -238,8 +255,9 @@ def _length(num_virtual_tokens: int) -> int:
     return num_virtual_tokens
 
 
-def _rows_of(weight: Any, ids: jax.Array) -> jax.Array:
-    return take(weight, ids).astype(jnp.float32)
+def _rows_of(weight: Any, ids: jax.Array, scale: float) -> jax.Array:
+    """What the embedding `weight` puts out for `ids`, in float32."""
+    return scaled(take(weight, ids), scale).astype(jnp.float32)
 
 
 def prompt_tuning(
@@ -251,26 +269,29 @@ def prompt_tuning(
     token_ids: Sequence[int] = (),
     adapter: str = "default",
     embedding: str | None = None,
+    model: Any = None,
 ) -> Any:
     """`params` with a prompt of virtual tokens.
 
     init: random draws N(0, 1) scaled to the embedding's deviation, vocabulary takes the embeddings of tokens drawn at random,
     text those of `token_ids` (a text's), repeated or cut to the length. `embedding` names the tokens' embedding where there
-    are several. Raises ValueError for an unknown init, token ids outside the vocabulary, and a tree that has a prompt
-    already.
+    are several. A `model` that scales its embeddings (Gemma) has to be given. Raises ValueError for an unknown init, token
+    ids outside the vocabulary, and a tree that has a prompt already.
     """
+    scale = embedding_scale(model)
     P, weight = _length(num_virtual_tokens), token_embedding(params, embedding)[1]
     V, D = weight.shape
     if init == "random":
-        sample = _rows_of(weight, jax.random.randint(key, (min(V, 256),), 0, V))
+        sample = _rows_of(weight, jax.random.randint(key, (min(V, 256),), 0, V), scale)
         start = jax.random.normal(jax.random.fold_in(key, 1), (P, D)) * sample.std()
     elif init == "vocabulary":
-        start = _rows_of(weight, jax.random.randint(key, (P,), 0, V))
+        start = _rows_of(weight, jax.random.randint(key, (P,), 0, V), scale)
     elif init == "text":
-        start = _rows_of(weight, _checked_ids(list(token_ids), V, "token_ids")[jnp.arange(P) % max(1, len(token_ids))])
+        ids = _checked_ids(list(token_ids), V, "token_ids")
+        start = _rows_of(weight, ids[jnp.arange(P) % len(ids)], scale)
     else:
         raise ValueError(f"unknown init {init!r}; there are random, vocabulary and text")
-    return place_prompt(params, VirtualTokens(embeddings=start, name=adapter), P, embedding)
+    return place_prompt(params, VirtualTokens(embeddings=start, scale=scale, name=adapter), P, embedding)
 
 
 def _checked_ids(ids: list[int], vocabulary: int, option: str) -> jax.Array:
@@ -355,13 +376,15 @@ def cpt(
     format_epsilon: float = 0.1,
     adapter: str = "default",
     embedding: str | None = None,
+    model: Any = None,
 ) -> Any:
     """`params` with a prompt that starts as the context `token_ids` (examples, say), whose embeddings may move a little.
 
     `token_types` (as PEFT's cpt_tokens_type_mask: modulo 4, 1 and 3 are templates, 2 an input, 0 an answer, which stays)
     default to inputs. A token moves by at most `epsilon`, a template's by `format_epsilon`, times sqrt(D / 2048). Training
     differs from PEFT's in one thing: the loss is the data's alone, without the context's own answers. `key` is not used.
-    Raises ValueError for ids outside the vocabulary, types of another length, and a tree that has a prompt already.
+    A `model` that scales its embeddings (Gemma) has to be given. Raises ValueError for ids outside the vocabulary, types of
+    another length, and a tree that has a prompt already.
     """
     weight = token_embedding(params, embedding)[1]
     V, D = weight.shape
@@ -369,8 +392,9 @@ def cpt(
     types = list(token_types) or [2] * len(ids)
     if len(types) != len(ids):
         raise ValueError(f"there are {len(types)} token_types for {len(ids)} token_ids")
-    rows = _rows_of(weight, ids)
-    return place_prompt(params, context_tokens(rows, token_ids, types, epsilon, format_epsilon, adapter), len(types), embedding)
+    scale = embedding_scale(model)
+    context = context_tokens(_rows_of(weight, ids, scale), token_ids, types, epsilon, format_epsilon, adapter)
+    return place_prompt(params, context.replace(scale=scale), len(types), embedding)
 
 
 def context_tokens(

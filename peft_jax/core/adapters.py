@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from peft_jax.core.attachment import Attachment, Shared
 from peft_jax.core.reparametrised import Reparametrised
 from peft_jax.core.tree import data_fields, is_node, nearest, places
@@ -49,7 +51,7 @@ def drop_adapters(params: Any, names: Sequence[str]) -> Any:
 
     def walk(tree: Any) -> Any:
         if not isinstance(tree, Mapping):
-            return without(tree, names)
+            return jax.tree.map(lambda w: without(w, names), tree, is_leaf=is_node)
         kept = {k: x for k, x in tree.items() if not (isinstance(x, Attachment) and getattr(x, "name", None) in names)}
         walked = {k: walk(x) for k, x in kept.items()}
         empty = lambda x: isinstance(x, Mapping) and not x

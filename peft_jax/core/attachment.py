@@ -26,27 +26,43 @@ class Attachment(Node):
         """This node at `path` with what it needs of the rest of the tree, for one call; itself where that is nothing."""
         return self
 
+    def check(self, module: Any) -> None:
+        """Raise ValueError where this node does not fit the bound module that it stands beside."""
+
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `call(*args, **kwargs)` (the module) and return its output, changing either on the way."""
         raise NotImplementedError
 
 
+def key_of(tree: Mapping[Any, Any], part: str) -> Any:
+    """The key of a mapping that a part of a path stands for: a list of NNX modules has integers for keys."""
+    return int(part) if part not in tree and part.isdigit() and int(part) in tree else part
+
+
+def is_list(tree: Any) -> bool:
+    """Whether this part of a tree is a list of modules, which has numbers for keys, and no module itself."""
+    return isinstance(tree, Mapping) and bool(tree) and all(str(k).isdigit() for k in tree)
+
+
 def module_at(params: Any, path: str) -> Any:
     """The part of a tree that belongs to the module at `path`; an empty one where there is none."""
     for part in filter(None, path.split("/")):
-        params = params.get(part, {}) if isinstance(params, Mapping) else {}
+        params = params.get(key_of(params, part), {}) if isinstance(params, Mapping) else {}
     return params
 
 
 def attach(params: Any, nodes: Mapping[str, Mapping[str, Any]]) -> Any:
     """`params` with `nodes[module path][key]` beside the parameters of the module at each path.
 
-    Raises ValueError where a module has an attachment of that key already.
+    Raises ValueError where a module has an attachment of that key already, and for a list of modules.
     """
 
     def put(tree: Any, parts: list[str], path: str, new: Mapping[str, Any]) -> Any:
         if parts:
-            return {**tree, parts[0]: put(tree.get(parts[0], {}), parts[1:], path, new)}
+            key = key_of(tree, parts[0])
+            return {**tree, key: put(tree.get(key, {}), parts[1:], path, new)}
+        if is_list(tree):
+            raise ValueError(f"{path} is a list of modules, which is never called; name the modules in it, {path}/0 the first")
         if clash := set(tree) & set(new):
             kind, _, name = sorted(clash)[0].partition("_")
             raise ValueError(f"{path or 'the top'} has {kind} {name!r} already; give this one another name with adapter=")

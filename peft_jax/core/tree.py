@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 from flax.core import meta
 
 from peft_jax.core.attachment import Attachment, Shared
@@ -31,6 +32,7 @@ OUTPUT_HEADS = (
     "lm_head", "head", "logits", "unembed", "output_projection", "score", "classifier", "qa_outputs",
 )  # fmt: skip
 VECTORS = ("bias", "scale")
+_UNBOX = {meta.AxisMetadata: "flax.linen.meta.unbox", nnx.Variable: "flax.nnx.to_pure_dict"}  # boxes -> what takes them off
 Targets = str | Sequence[str]
 
 
@@ -46,11 +48,10 @@ def path_str(path: Any) -> str:
 
 def places(params: Any) -> dict[str, Any]:
     """path -> array or node, nodes not entered."""
-    stop = lambda x: is_node(x) or isinstance(x, meta.AxisMetadata)
-    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=stop)[0]
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: is_node(x) or isinstance(x, tuple(_UNBOX)))[0]
     for path, leaf in leaves:
-        if isinstance(leaf, meta.AxisMetadata):
-            raise ValueError(f"{path_str(path)} is boxed ({type(leaf).__name__}); call flax.linen.meta.unbox first")
+        if call := next((call for box, call in _UNBOX.items() if isinstance(leaf, box)), None):
+            raise ValueError(f"{path_str(path)} is boxed ({type(leaf).__name__}); call {call} first")
     return {path_str(path): leaf for path, leaf in leaves}
 
 
@@ -159,8 +160,12 @@ def layer_paths(path: str, layers: int | None) -> list[tuple[str, int | None]]:
 
 
 def stack_at(path: str) -> int | None:
-    """Where a layer's number belongs among the parts of a path of stacked layers; None where it has none."""
-    return next((i for i, part in enumerate(path.split("/"), 1) if part in STACKS), None)
+    """Where a layer's number belongs among the parts of a path of stacked layers; None where it has none, or has it already
+    (a list of NNX modules).
+    """
+    parts = path.split("/")
+    at = next((i for i, part in enumerate(parts, 1) if part in STACKS), None)
+    return None if at is not None and at < len(parts) and parts[at].isdigit() else at
 
 
 def layer_axes(params: Any) -> Any:

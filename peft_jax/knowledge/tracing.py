@@ -17,6 +17,7 @@ from peft_jax.core.tree import places
 from peft_jax.core.weight import materialize
 from peft_jax.knowledge.hooks import KEY, Noise, Restore, feed_forward
 from peft_jax.knowledge.requests import Edit, edit_rows
+from peft_jax.models.blocks import embedding_scale
 
 _EMBEDDINGS = ("model/embed_tokens", "transformer/wte")
 _ATTENTION = {"model/layers": "model/layers/self_attn", "transformer/h": "transformer/h/attn"}
@@ -61,7 +62,7 @@ def trace(
     first, last = _subject(tokenizer, fact)
     embedding = next(p for p in _EMBEDDINGS if f"{p}/embedding" in places(params))
     table = np.asarray(materialize(places(params)[f"{embedding}/embedding"]), np.float32)
-    drawn = noise * table.std() * jax.random.normal(jax.random.key(seed), (samples, n, table.shape[1]))
+    drawn = noise * table.std() * embedding_scale(model) * jax.random.normal(jax.random.key(seed), (samples, n, table.shape[1]))
     inside = (jnp.arange(n) >= first) & (jnp.arange(n) <= last)
     blur = jnp.concatenate([jnp.zeros((1, *drawn.shape[1:])), drawn * inside[:, None]])
     blurred = attach(params, {embedding: {KEY: Noise(noise=blur)}})

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.bind import register_rule
+from peft_jax.core.bind.rules import embed as rows_of
 from peft_jax.core.capture import CAPTURED
 from peft_jax.models.attention import Mask, attention
 
@@ -144,6 +146,35 @@ class AttentionCore(nn.Module):
     ) -> jax.Array:
         options = {"scale": self.scale, "softcap": self.softcap, "implementation": self.implementation}
         return attention(q, k, v, mask, sliding=sliding, bias=getattr(bias, "scores", bias), **options)
+
+
+class ScaledEmbed(nn.Embed):
+    """An embedding whose rows are multiplied by `scale` as they are looked up (Gemma), but not where it is the head.
+
+    The scale is the module's, as in transformers: what is attached to the embedding acts on scaled rows.
+    """
+
+    scale: float = 1.0
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return scaled(super().__call__(inputs), self.scale)
+
+
+def scaled(x: jax.Array, scale: float) -> jax.Array:
+    """`x` times a number in x's dtype."""
+    return x * jnp.asarray(scale, x.dtype)
+
+
+def _scaled_embed(module: ScaledEmbed, params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
+    return scaled(rows_of(inputs, params["embedding"], dtype=module.dtype), module.scale)
+
+
+register_rule(ScaledEmbed, _scaled_embed)
+
+
+def embedding_scale(model: Any) -> float:
+    """What a model multiplies the rows of its token embedding by, inside of the embedding."""
+    return getattr(getattr(model, "config", None), "embedding_scale", None) or 1.0
 
 
 class Residual(nn.Module):

@@ -41,7 +41,7 @@ class DecoderConfig(Architecture):
     qk_norm: str | None = None  # "head" (Qwen3, Gemma 3) or "full" (OLMo 2)
     norm_position: str = "pre"  # "pre" (Llama), "post" (OLMo 2), "both" (Gemma 2 and 3)
     norm_offset: float = 0.0  # Gemma stores the RMSNorm scale minus one
-    embedding_scale: float | None = None
+    embedding_scale: float | None = None  # of rows looked up in the embedding (Gemma)
     attention_scale: float | None = None  # None: 1/sqrt(d)
     attention_softcap: float | None = None
     logit_softcap: float | None = None

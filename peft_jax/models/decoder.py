@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.capture import CAPTURED
 from peft_jax.models.attention import Mask, empty_cache, make_mask, read_cache, write_cache
-from peft_jax.models.blocks import ACTIVATIONS, REMAT_POLICIES, AttentionCore, Residual, RMSNorm, Task
+from peft_jax.models.blocks import ACTIVATIONS, REMAT_POLICIES, AttentionCore, Residual, RMSNorm, ScaledEmbed, Task
 from peft_jax.models.config import DecoderConfig
 from peft_jax.models.moe import SparseMLP
 from peft_jax.models.rotary import rotary_table, rotate, sequence_lengths
@@ -170,9 +170,10 @@ class DecoderStack(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed_tokens = nn.Embed(
+        scale = {} if c.embedding_scale is None else {"scale": c.embedding_scale}
+        self.embed_tokens = (ScaledEmbed if scale else nn.Embed)(
             c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype,
-            embedding_init=nn.initializers.normal(0.02),
+            embedding_init=nn.initializers.normal(0.02), **scale,
         )  # fmt: skip
         block: Any = DecoderLayer
         if self.remat != "none":
@@ -199,8 +200,6 @@ class DecoderStack(nn.Module):
         """(hidden states [B, T, D], the new cache). See `cached_mask` for `common`."""
         c = self.config
         x = self.embed_tokens(tokens)
-        if c.embedding_scale is not None:
-            x = x * jnp.asarray(c.embedding_scale, x.dtype)
         at = cached_mask(tokens, positions, segment_ids, cache, window=c.sliding_window, common=common)
         shared = {"mask": at.mask, "index": at.index, "positions": at.positions, "segment_ids": at.segment_ids}
         lengths = at.lengths()

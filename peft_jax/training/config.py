@@ -607,12 +607,15 @@ def check_method(method: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[st
     return METHODS[name], options
 
 
+GIVEN = ("layout", "model", "statistics")  # what a run, or its caller, gives a method
+
+
 def method_options(name: str) -> dict[str, inspect.Parameter]:
     """A method's options: the keyword arguments of its function, with resolved annotations."""
     function = METHODS[name]
     hints = typing.get_type_hints(function)
     parameters = inspect.signature(function).parameters.values()
-    keyword = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("layout", "statistics")]
+    keyword = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN]
     return {p.name: p.replace(annotation=hints.get(p.name, Any)) for p in keyword}
 
 

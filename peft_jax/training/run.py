@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import shutil
 from collections.abc import Mapping
@@ -93,6 +94,8 @@ def add_method(config: RunConfig, setup: Setup, rows: Any = None) -> Any:
     elif statistic := STATISTICS.get(options.get("init", "")):
         rows = make_rows(config, config.data.train, setup) if rows is None else rows
         options["statistics"] = _statistics(config, setup, rows, statistic, options)
+    if "model" in inspect.signature(function).parameters:
+        options["model"] = setup.model
     params = function(setup.params, jax.random.key(config.train.seed), **options)
     if (entities := config.data.knowledge.entities) is not None:
         if any(isinstance(w, Weight) and w.whole for w in places(params).values()):

@@ -13,7 +13,7 @@ from flax import nnx
 import peft_jax
 from peft_jax.core.weight import Weight, static
 from tests.reference import perturb, relative_error
-from tests.third_party import Gate, linen_model, nnx_model
+from tests.third_party import Gate, LinenNormed, ListedModel, VisionModel, linen_model, nnx_model
 
 TOKENS = jnp.arange(10).reshape(2, 5)
 
@@ -224,3 +224,159 @@ def test_weights_have_defaults_for_all_but_materialize():
     tree = {**params, "out": {**params["out"], "kernel": Doubled(params["out"]["kernel"])}}
     assert relative_error(peft_jax.bind(model)(tree, TOKENS), model.apply({"params": peft_jax.merge(tree)}, TOKENS)) < 1e-6
     assert peft_jax.count(tree)[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_an_attachment_at_a_subclass_acts_once(kind):
+    x = jnp.ones((2, 4))
+    if kind == "linen":
+
+        class Scaled(nn.Dense):
+            @nn.compact
+            def __call__(self, x):
+                return 2 * super().__call__(x)
+
+        layer = Scaled(3)
+        params = layer.init(jax.random.key(0), x)["params"]
+    else:
+
+        class Scaled(nnx.Linear):
+            def __call__(self, x):
+                return 2 * super().__call__(x)
+
+        layer = Scaled(4, 3, rngs=nnx.Rngs(0))
+        params = peft_jax.nnx_params(layer)
+    apply = peft_jax.bind(layer)
+    halved = apply({**params, "halve": Halve(jnp.asarray(0.5))}, x)
+    assert relative_error(halved, apply(params, x) / 2) < 1e-6
+
+
+def listed(seed=0):
+    model = ListedModel(nnx.Rngs(seed))
+    return model, peft_jax.nnx_params(model)
+
+
+def test_parameters_in_lists_and_in_values_are_those_of_the_tree():
+    class Held(nnx.Module):
+        def __init__(self):
+            self.many = nnx.List([nnx.Param(jnp.ones((2, 2))), nnx.Param(jnp.ones((2, 2)))])
+            self.named = nnx.Param({"w": jnp.ones((2, 2))})
+
+        def __call__(self, x):
+            return x @ self.many[0] @ self.many[1] @ self.named["w"]
+
+    model, x = Held(), jnp.ones((1, 2))
+    params = peft_jax.nnx_params(model)
+    apply = peft_jax.bind(model)
+    assert relative_error(apply(jax.tree.map(lambda w: 2 * w, params), x), 8 * model(x)) < 1e-6
+    lora = small(params)
+    assert relative_error(apply(lora, x), apply(peft_jax.merge(lora), x)) < 1e-6
+    assert relative_error(apply(lora, x), model(x)) > 1e-3
+
+
+def test_trees_of_an_nnx_model_may_be_states_or_have_numbers_as_text():
+    (model, _), (other, params) = listed(), listed(1)
+    apply = peft_jax.bind(model)
+    expected = other(TOKENS)
+    assert relative_error(apply(nnx.state(other, nnx.Param), TOKENS), expected) < 1e-6
+    as_text = {**params, "layers": {str(i): layer for i, layer in params["layers"].items()}}
+    assert relative_error(apply(as_text, TOKENS), expected) < 1e-6
+    with pytest.raises(ValueError, match="the tree has no mixes/0, which the model has"):
+        apply({k: w for k, w in params.items() if k != "mixes"}, TOKENS)
+    with pytest.raises(ValueError, match=r"is boxed \(Param\); call flax.nnx.to_pure_dict first"):
+        peft_jax.lora(nnx.state(other, nnx.Param), jax.random.key(0))
+
+
+def test_lists_of_modules_have_layers_with_numbers():
+    _, params = listed()
+    tree = peft_jax.bottleneck(params, jax.random.key(0), size=3, targets="layers", layers=[1])
+    assert [p for p in peft_jax.places(tree) if "bottleneck" in p] == ["layers/1/bottleneck_default"]
+    lora = peft_jax.lora(params, jax.random.key(0), rank=2, targets="up", layers=[1])
+    assert [p for p, w in peft_jax.places(lora).items() if isinstance(w, Weight)] == ["layers/1/up/kernel"]
+    back = peft_jax.drop_adapters(tree, ["default"])
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+
+
+def test_an_adapter_in_a_list_is_saved_and_loaded(tmp_path):
+    model, params = listed()
+    tree = perturb(peft_jax.bottleneck(params, jax.random.key(0), size=3, targets="layers"))
+    peft_jax.save_adapter(tmp_path, tree)
+    apply = peft_jax.bind(model)
+    np.testing.assert_array_equal(apply(peft_jax.load_adapter(params, tmp_path), TOKENS), apply(tree, TOKENS))
+
+
+def test_compressed_weights_in_lists():
+    model, params = listed()
+    apply = peft_jax.bind(model)
+    targets = ["layers/*/up", "mixes"]
+    for tree in (peft_jax.quantize(params, "int8", targets=targets), peft_jax.prune(params, 0.5, targets=targets)):
+        assert any(isinstance(w, Weight) for p, w in peft_jax.places(tree).items() if p.startswith("mixes"))
+        assert relative_error(apply(tree, TOKENS), apply(peft_jax.merge(tree), TOKENS)) < 1e-5
+
+
+def test_methods_beside_call_use_the_weights_of_their_module():
+    class Embedder(nnx.Module):
+        def __init__(self, rngs):
+            self.table = nnx.Param(rngs.params.normal((5, 4)))
+
+        def encode(self, ids):
+            return self.table[ids]
+
+    class Whole(nnx.Module):
+        def __init__(self, rngs):
+            self.embedder = Embedder(rngs)
+
+        def __call__(self, ids):
+            return self.embedder.encode(ids)
+
+    model = Whole(nnx.Rngs(0))
+    params = peft_jax.nnx_params(model)
+    lora = small(params)
+    apply = peft_jax.bind(model)
+    assert relative_error(apply(lora, jnp.arange(3)), apply(peft_jax.merge(lora), jnp.arange(3))) < 1e-6
+    with pytest.raises(ValueError, match="embedder/bottleneck_default stands beside no module that has __call__"):
+        apply(peft_jax.bottleneck(params, jax.random.key(0), size=2, targets="embedder", width=4), jnp.arange(3))
+
+
+def test_batch_statistics_of_a_linen_model():
+    model, x = LinenNormed(), jax.random.normal(jax.random.key(0), (6, 4))
+    found = model.init(jax.random.key(1), x)
+    lora = small(found["params"])
+    merged = {"params": peft_jax.merge(lora), "batch_stats": found["batch_stats"]}
+    apply = peft_jax.bind(model)
+    others = {"batch_stats": found["batch_stats"]}
+    assert relative_error(apply(lora, x, variables=others), model.apply(merged, x)) < 1e-5
+    out, changed = apply(lora, x, train=True, variables=others, mutable=["batch_stats"])
+    expected, wanted = model.apply(merged, x, train=True, mutable=["batch_stats"])
+    assert relative_error(out, expected) < 1e-4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), changed, wanted)
+
+
+def test_batch_statistics_and_dropout_of_an_nnx_model():
+    model, twin = VisionModel(nnx.Rngs(0)), VisionModel(nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    params = peft_jax.nnx_params(model)
+    apply = peft_jax.bind(model)
+    out, state = apply(params, images, mutable=nnx.BatchStat)
+    assert relative_error(out, twin(images)) < 1e-6
+    np.testing.assert_allclose(state["norm"]["mean"][...], twin.norm.mean[...], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(model.norm.mean[...], 0)  # the model itself is left alone
+    model.eval()
+    twin.eval()
+    apply = peft_jax.bind(model)
+    assert relative_error(apply(params, images, variables=state), twin(images)) < 1e-5
+    assert relative_error(apply(params, images), twin(images)) > 1e-3
+    model.dropout.deterministic = False
+    apply = peft_jax.bind(model)
+    one, two, again = (apply(params, images, rng=jax.random.key(i)) for i in (0, 1, 0))
+    assert relative_error(one, two) > 1e-3
+    np.testing.assert_array_equal(one, again)
+
+
+def test_a_collection_of_an_nnx_model_goes_on_from_call_to_call():
+    model, params = listed()
+    apply = peft_jax.bind(model)
+    _, state = apply(params, TOKENS, mutable=True)
+    _, state = apply(params, TOKENS, variables=state, mutable=True)
+    assert int(state["calls"][...]) == 2
+    assert int(model.calls[...]) == 0

@@ -16,7 +16,7 @@ COMMON = {"task_type": "CAUSAL_LM"}
 METHODS = {
     "prompt_tuning": (
         lambda: peft.PromptTuningConfig(num_virtual_tokens=P, **COMMON),
-        lambda p: peft_jax.prompt_tuning(p, jax.random.key(0), num_virtual_tokens=P),
+        lambda p, m=None: peft_jax.prompt_tuning(p, jax.random.key(0), num_virtual_tokens=P, model=m),
     ),
     "p_tuning": (
         lambda: peft.PromptEncoderConfig(num_virtual_tokens=P, encoder_hidden_size=12, **COMMON),
@@ -36,7 +36,9 @@ METHODS = {
             opt_projection_epsilon=9.0,
             **COMMON,
         ),
-        lambda p: peft_jax.cpt(p, jax.random.key(0), token_ids=[5, 6, 7, 8], token_types=[1, 2, 3, 4], epsilon=9.0),
+        lambda p, m=None: peft_jax.cpt(
+            p, jax.random.key(0), token_ids=[5, 6, 7, 8], token_types=[1, 2, 3, 4], epsilon=9.0, model=m
+        ),
     ),
     "multitask": (
         lambda: peft.MultitaskPromptTuningConfig(num_virtual_tokens=P, num_tasks=3, num_ranks=2, **COMMON),
@@ -59,12 +61,14 @@ METHODS = {
 }
 FAMILY = {"ia3": "qwen2_sliding"}  # its biases are scaled too
 SLIDING = ("prompt_tuning", "prefix")
+GEMMAS = ("gemma", "gemma2_caps", "gemma3")  # their embeddings are scaled, and in transformers virtual tokens are not
+AT_THE_EMBEDDING = ("prompt_tuning", "p_tuning", "p_tuning_lstm", "cpt", "multitask")
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     loaded = {}
-    for family in ("llama2", "qwen2_sliding", "mistral_sliding", "gpt2"):
+    for family in ("llama2", "qwen2_sliding", "mistral_sliding", "gpt2", *GEMMAS):
         folder = tmp_path_factory.mktemp(family)
         torch_model(FAMILIES[family]()).save_pretrained(folder)
         model, params = peft_jax.load(folder)
@@ -100,6 +104,18 @@ CASES = [(m, FAMILY.get(m, "llama2")) for m in METHODS] + [(m, "mistral_sliding"
 CASES += [("adaption_prompt", "gpt2")]  # one projection for queries, keys and values
 
 
+def theirs_of(family, method, folder):
+    """A model with PEFT's, moved from its start and saved in a folder."""
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(torch_model(FAMILIES[family]()), METHODS[method][0]())
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    theirs.eval().save_pretrained(folder)
+    return theirs
+
+
 @pytest.mark.parametrize(("method", "family"), CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_exchange(bases, method, family, tmp_path):
@@ -107,13 +123,7 @@ def test_exchange(bases, method, family, tmp_path):
     configure, make = METHODS[method]
     tasks = [2, 0] if method == "multitask" else None
     if configure is not None:
-        torch.manual_seed(0)
-        theirs = peft.get_peft_model(torch_model(FAMILIES[family]()), configure())
-        with torch.no_grad():
-            for parameter in theirs.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter) * 0.3)
-        theirs.eval().save_pretrained(tmp_path / "theirs")
+        theirs = theirs_of(family, method, tmp_path / "theirs")
         loaded = peft_jax.load_adapter(params, tmp_path / "theirs")
         expected = same(model, run, loaded, theirs, tasks)
         assert relative_error(run(params, TOKENS), expected) > 1e-3
@@ -122,3 +132,56 @@ def test_exchange(bases, method, family, tmp_path):
     back = peft.PeftModel.from_pretrained(torch_model(FAMILIES[family]()), tmp_path / "ours").eval()
     same(model, run, ours, back, tasks)
     same(model, run, peft_jax.load_adapter(params, tmp_path / "ours", name="again"), back, tasks)
+
+
+@pytest.mark.parametrize("family", GEMMAS)
+@pytest.mark.parametrize("method", AT_THE_EMBEDDING)
+@pytest.mark.filterwarnings("ignore")
+def test_exchange_where_embeddings_are_scaled(bases, method, family, tmp_path):
+    model, params, run = bases[family]
+    tasks = np.asarray([2, 0]) if method == "multitask" else None
+    theirs = theirs_of(family, method, tmp_path / "theirs")
+    loaded = peft_jax.load_adapter(params, tmp_path / "theirs")
+    assert relative_error(run(loaded, TOKENS, adapter_ids=tasks), their_logits(theirs, TOKENS, tasks)) < 1e-5
+    more = (model,) if method in ("prompt_tuning", "cpt") else ()
+    ours = perturb(METHODS[method][1](params, *more), scale=0.3)
+    peft_jax.save_adapter(tmp_path / "ours", ours)
+    back = peft.PeftModel.from_pretrained(torch_model(FAMILIES[family]()), tmp_path / "ours").eval()
+    expected = their_logits(back, TOKENS, tasks)
+    assert relative_error(run(ours, TOKENS, adapter_ids=tasks), expected) < 1e-5
+    again = peft_jax.load_adapter(params, tmp_path / "ours")
+    assert relative_error(run(again, TOKENS, adapter_ids=tasks), expected) < 1e-5
+    if method == "cpt":
+        assert peft_jax.generate(model, ours, TOKENS.tolist(), max_tokens=6) == their_tokens(back, TOKENS)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prompts_start_from_scaled_rows(bases):
+    model, params, run = bases["gemma3"]
+    theirs = peft.get_peft_model(torch_model(FAMILIES["gemma3"]()), METHODS["cpt"][0]()).eval()
+    expected = their_logits(theirs, TOKENS)
+    assert relative_error(run(METHODS["cpt"][1](params, model), TOKENS), expected) < 1e-5
+    text = {"num_virtual_tokens": P, "init": "text", "token_ids": [5, 6, 7, 8]}
+    key = jax.random.key(0)
+    assert relative_error(run(peft_jax.prompt_tuning(params, key, **text, model=model), TOKENS), expected) < 1e-5
+    drawn = peft_jax.prompt_tuning(params, key, num_virtual_tokens=P, init="vocabulary", model=model)
+    rows = theirs.get_input_embeddings()(torch.arange(FAMILIES["gemma3"]().vocab_size)).detach().numpy()
+    found = np.asarray(drawn["model"]["embed_tokens"]["tokens_default"].embeddings)
+    assert np.abs(found[:, None] - rows[None]).max(-1).min(-1).max() < 1e-5
+    with pytest.raises(ValueError, match=r"times 1, and this model multiplies them by 5.65685; give the method model=model"):
+        run(peft_jax.prompt_tuning(params, key, **text), TOKENS)
+
+
+def test_what_is_added_at_a_scaled_embedding_is_not_scaled(bases):
+    from peft_jax.knowledge.inputs import entity_fusion, reads_knowledge
+
+    model, params, _ = bases["gemma3"]
+    fused = perturb(entity_fusion(params, np.eye(2, 3)))
+    entities = np.random.default_rng(0).integers(0, 3, TOKENS.shape)
+    node = fused["model"]["embed_tokens"]["entities_default"]
+    vectors = np.concatenate([np.zeros((1, 32)), np.asarray(node.table @ node.weight)])[entities]
+    theirs = torch_model(FAMILIES["gemma3"]())
+    with torch.no_grad():
+        embedded = theirs.get_input_embeddings()(torch.tensor(TOKENS)) + torch.tensor(vectors, dtype=torch.float32)
+        expected = theirs(inputs_embeds=embedded).logits.numpy()
+    assert relative_error(reads_knowledge(peft_jax.bind(model))(fused, TOKENS, entities=entities), expected) < 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,9 +44,15 @@ def bind_linen(model: nn.Module, *, strict: bool = False) -> Callable[..., Any]:
     said: set[str] = set()
 
     def apply(
-        params: Any, *args: Any, rng: jax.Array | None = None, method: str | None = None, adapter_ids: Any = None, **kwargs: Any
+        params: Any,
+        *args: Any,
+        rng: jax.Array | None = None,
+        method: str | None = None,
+        adapter_ids: Any = None,
+        variables: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Any:
-        variables = {"params": prepare(params, rng, adapter_ids)}
+        variables = {**(variables or {}), "params": prepare(params, rng, adapter_ids)}
         rngs = {} if rng is None else {"dropout": rng}
         recorder = RECORDER.get()
         with nn.intercept_methods(functools.partial(_intercept, strict, said)):
@@ -63,7 +70,7 @@ def bind_linen(model: nn.Module, *, strict: bool = False) -> Callable[..., Any]:
 
 def _intercept(strict: bool, said: set[str], call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     module, method = context.module, context.method_name
-    if module.scope is None or method in _OWN_METHODS:
+    if module.scope is None or method in _OWN_METHODS or _is_super(context):
         return call(*args, **kwargs)
     own: Mapping[str, Any] = module.scope.variables().get("params", {})
     if method == "setup":
@@ -77,12 +84,23 @@ def _intercept(strict: bool, said: set[str], call: Callable[..., Any], args: Any
         run = functools.partial(_materialized_call, module, method) if rule is None else functools.partial(rule, module, own)
     for name in sorted(own, reverse=True):
         if isinstance(own[name], Attachment) and own[name].method == method:
+            own[name].check(module)
             run = functools.partial(own[name].around, run)
     out = run(*args, **kwargs)
     if method == "__call__" and (recorder := RECORDER.get()) is not None:
         for name, value in recorder.of("/".join(module.path), args, out).items():
             module.sow(CAPTURED, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
     return out
+
+
+def _is_super(context: Any) -> bool:
+    """Whether this is the call of a base class's version of a method that the module's class overrides.
+
+    It is part of a call that is intercepted already.
+    """
+    name, called = context.method_name, inspect.unwrap(context.orig_method.func)
+    versions = [inspect.unwrap(vars(c)[name]) for c in type(context.module).__mro__ if name in vars(c)]
+    return called in versions and called is not versions[0]
 
 
 def _collect(recorder: Recorder, tree: Mapping[str, Any], path: str) -> None:

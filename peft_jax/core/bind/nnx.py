@@ -7,13 +7,14 @@ nothing of the user's. The subclass is an NNX module like any other, so `nnx.sca
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
-from peft_jax.core.attachment import Attachment
+from peft_jax.core.attachment import Attachment, key_of, module_at
 from peft_jax.core.bind.rules import (
     MissingRuleError,
     Rule,
@@ -26,10 +27,12 @@ from peft_jax.core.bind.rules import (
     say_fallback,
 )
 from peft_jax.core.capture import RECORDER, Recorder
-from peft_jax.core.tree import is_node, prepare
+from peft_jax.core.tree import is_node, places, prepare
 from peft_jax.core.weight import Weight, materialize
 
 RULES: dict[tuple[type, str], Rule] = {}
+Names = tuple[str, ...]  # a path within a module
+_CONTAINERS = (nnx.List, nnx.Dict)  # modules for the graph, which are never called
 
 
 def register_rule(module_class: type[nnx.Module], rule: Rule, *, method: str = "__call__") -> None:
@@ -38,34 +41,93 @@ def register_rule(module_class: type[nnx.Module], rule: Rule, *, method: str = "
 
 
 def nnx_params(model: nnx.Module) -> Any:
-    """The parameters of an NNX model as a plain tree of dicts."""
+    """The parameters of an NNX model as a plain tree of dicts; a list of modules has numbers for keys."""
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def bind_nnx(model: nnx.Module, *, strict: bool = False) -> Callable[..., Any]:
-    """See `peft_jax.bind`. State other than parameters is taken as it is now and left alone."""
+    """See `peft_jax.bind`."""
     graph, state, rest = nnx.split(model, nnx.Param, ...)
     said: set[str] = set()
 
     def apply(
-        params: Any, *args: Any, rng: jax.Array | None = None, method: str | None = None, adapter_ids: Any = None, **kwargs: Any
+        params: Any,
+        *args: Any,
+        rng: jax.Array | None = None,
+        method: str | None = None,
+        adapter_ids: Any = None,
+        variables: Any = None,
+        mutable: Any = False,
+        **kwargs: Any,
     ) -> Any:
+        params = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
         params = prepare(params, rng, adapter_ids)
-        merged = nnx.merge(graph, state, rest, copy=True)
-        for path, module in list(nnx.iter_modules(merged)):
-            own = _own(params, path)
-            recorder = RECORDER.get()
-            if any(is_node(w) for w in own.values()):
-                _substitute(module, own, "/".join(map(str, path)), strict, said)
-            if recorder is not None and recorder.wants("/".join(map(str, path))):
-                _record(module, "/".join(map(str, path)), recorder)
-            for name, value in own.items():
-                if not isinstance(value, (Mapping, Attachment)) and isinstance(getattr(module, name, None), nnx.Param):
-                    getattr(module, name).set_raw_value(value)
-        return getattr(merged, method or "__call__")(*args, **kwargs)
+        others = _reseeded(rest if variables is None else nnx.merge_state(rest, variables), rng)
+        merged = nnx.merge(graph, _filled(state, params), others, copy=True)
+        _place(merged, params, strict, said)
+        out = getattr(merged, method or "__call__")(*args, **kwargs)
+        return (out, nnx.state(merged, nnx.All(nnx.Not(nnx.Param), mutable))) if mutable else out
 
     apply.model = model  # type: ignore[attr-defined]
     return apply
+
+
+def _filled(state: nnx.State, params: Any) -> nnx.State:
+    """The state of the model's parameters with the values that `params` has. Raises ValueError for one that it lacks."""
+    filled = []
+    for path, variable in nnx.to_flat_state(state):
+        *module, name = map(str, path)
+        own = module_at(params, "/".join(module))
+        if not isinstance(own, Mapping) or (key := key_of(own, name)) not in own:
+            raise ValueError(f"the tree has no {'/'.join(map(str, path))}, which the model has")
+        filled.append((path, variable.replace(own[key])))
+    return nnx.from_flat_state(filled)
+
+
+def _reseeded(rest: nnx.State, rng: jax.Array | None) -> nnx.State:
+    """The state of a model beside its parameters with the keys of its random streams drawn anew from `rng`."""
+    if rng is None:
+        return rest
+    drawn = []
+    for i, (path, variable) in enumerate(nnx.to_flat_state(rest)):
+        if isinstance(variable, nnx.RngKey):
+            key, shape = jax.random.fold_in(rng, i), variable.get_raw_value().shape
+            variable = variable.replace(jax.random.split(key, shape) if shape else key)
+        drawn.append((path, variable))
+    return nnx.from_flat_state(drawn)
+
+
+def _place(merged: nnx.Module, params: Any, strict: bool, said: set[str]) -> None:
+    """Substitute the modules of a merged model that have nodes of their own, or are recorded.
+
+    Raises ValueError for an attachment where no module is called.
+    """
+    recorder = RECORDER.get()
+    modules = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(merged) if not isinstance(m, _CONTAINERS)}
+    weights: dict[str, list[Names]] = {}
+    attached: dict[str, dict[str, Attachment]] = {}
+    for place, x in places(params).items():
+        owner, _, name = place.rpartition("/")
+        if isinstance(x, Weight):
+            owner = _owner(owner, modules)
+            weights.setdefault(owner, []).append(tuple(place.removeprefix(owner).strip("/").split("/")))
+        elif isinstance(x, Attachment) and x.method:
+            if not hasattr(modules.get(owner), x.method):
+                raise ValueError(f"{place} stands beside no module that has {x.method}; name modules that are called")
+            attached.setdefault(owner, {})[name] = x
+    for path, module in modules.items():
+        beside = attached.get(path, {})
+        if path in weights or beside:
+            _substitute(module, weights.get(path, []), [beside[k] for k in sorted(beside)], path, strict, said)
+        if recorder is not None and recorder.wants(path):
+            _record(module, path, recorder)
+
+
+def _owner(path: str, modules: Mapping[str, nnx.Module]) -> str:
+    """The module that a parameter below `path` is of: lists and dicts of parameters are a module's own."""
+    while path not in modules:
+        path = path.rpartition("/")[0]
+    return path
 
 
 def _record(module: nnx.Module, path: str, recorder: Recorder) -> None:
@@ -81,32 +143,33 @@ def _record(module: nnx.Module, path: str, recorder: Recorder) -> None:
     module.__class__ = type(original.__name__, (original,), {"__call__": call})
 
 
-def _own(params: Any, path: tuple[Any, ...]) -> Mapping[str, Any]:
-    for part in path:
-        if not isinstance(params, Mapping) or part not in params:
-            return {}
-        params = params[part]
-    return params if isinstance(params, Mapping) else {}
-
-
-def _substitute(module: nnx.Module, own: Mapping[str, Any], where: str, strict: bool, said: set[str]) -> None:
+def _substitute(
+    module: nnx.Module, weights: list[Names], attached: list[Attachment], where: str, strict: bool, said: set[str]
+) -> None:
     """Give `module` a subclass whose methods use the rules, materialise what has none, and run attachments."""
     original = type(module)
-    weights = [k for k, w in own.items() if isinstance(w, Weight)]
-    attached = [own[k] for k in sorted(own) if isinstance(own[k], Attachment)]
-    methods = {"__call__"} | {m for c, m in RULES if issubclass(original, c)} | {a.method for a in attached}
     for index, attachment in enumerate(attached):  # they travel as the module's state, so that nnx.scan slices them
+        attachment.check(module)
         setattr(module, f"_attached_{index}", nnx.Param(attachment))
     body: dict[str, Any] = {}
-    for method in methods:
+    for method in _methods(original) if weights else {a.method for a in attached}:
         rule = find_rule(RULES, original, method)
         if weights and rule is None and method == "__call__":
-            say_fallback(strict, said, where, original, method, weights)
+            say_fallback(strict, said, where, original, method, ["/".join(names) for names in weights])
         body[method] = _make_method(original, method, rule, weights, [a.method for a in attached])
     module.__class__ = type(original.__name__, (original,), body)
 
 
-def _make_method(original: type, method: str, rule: Rule | None, weights: list[str], attached: list[str]) -> Callable[..., Any]:
+def _methods(module_class: type) -> set[str]:
+    """The names of what may be called on a module of this class and reads its parameters."""
+    own = [c for c in module_class.__mro__ if issubclass(c, nnx.Module) and c is not nnx.Module]
+    functions = {n for c in own for n, f in vars(c).items() if inspect.isfunction(f)}
+    return {n for n in functions if n == "__call__" or not n.startswith("__")}
+
+
+def _make_method(
+    original: type, method: str, rule: Rule | None, weights: list[Names], attached: list[str]
+) -> Callable[..., Any]:
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = functools.partial(_materialized_call, self, original, method, weights)
         if rule is not None and weights:
@@ -119,16 +182,25 @@ def _make_method(original: type, method: str, rule: Rule | None, weights: list[s
     return run
 
 
-def _materialized_call(module: Any, original: type, method: str, weights: list[str], *args: Any, **kwargs: Any) -> Any:
+def _variable(module: Any, names: Names) -> Any:
+    """The parameter of a module that a path within it leads to, or into whose value."""
+    for name in names:
+        if isinstance(module, nnx.Variable):
+            break
+        module = module[int(name)] if isinstance(module, nnx.List) else getattr(module, name)
+    return module
+
+
+def _materialized_call(module: Any, original: type, method: str, weights: list[Names], *args: Any, **kwargs: Any) -> Any:
     """The original method while the module's Weights are arrays."""
-    held = {name: getattr(module, name).get_raw_value() for name in weights}
+    held = [(v, v.get_raw_value()) for v in (_variable(module, names) for names in weights)]
     try:
-        for name, weight in held.items():
-            getattr(module, name).set_raw_value(materialize(weight))
+        for variable, value in held:
+            variable.set_raw_value(jax.tree.map(materialize, value, is_leaf=is_node))
         return getattr(original, method)(module, *args, **kwargs)
     finally:
-        for name, weight in held.items():
-            getattr(module, name).set_raw_value(weight)
+        for variable, value in held:
+            variable.set_raw_value(value)
 
 
 # Rules of Flax's own modules.
@@ -168,7 +240,7 @@ def _attend(module: nnx.Embed, params: Mapping[str, Any], query: jax.Array, **_:
 
 def _materialized(module: nnx.Module, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Convolution kernels are small beside their activations, and norms act element by element."""
-    weights = [name for name, w in params.items() if isinstance(w, Weight)]
+    weights = [(name,) for name, w in params.items() if isinstance(w, Weight)]
     return _materialized_call(module, type(module).__mro__[1], "__call__", weights, *args, **kwargs)
 
 
