@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -41,7 +41,9 @@ class Family(NamedTuple):
     """A family: its class of modules, the configuration out of Hugging Face's, Hugging Face's name of it, and its tasks.
 
     `prefix` is the module that holds everything but the head. `absent` is a pattern of tensors that no checkpoint has,
-    `spare` one of tensors that some have and the model does not need (copies of tied weights, buffers).
+    `spare` one of tensors that some have and the model does not need (copies of tied weights, buffers). `without_kernel`
+    names, by task, the linear module of Hugging Face's class that may have no kernel here (a head that is the embedding, an
+    unused pooler), `float32` the ends of names of modules that transformers keeps in float32 and treats apart.
     """
 
     module: type[nn.Module]
@@ -52,12 +54,14 @@ class Family(NamedTuple):
     absent: str = "$^"
     spare: str = r".*\.position_ids"
     own_head: bool = False  # the head is the embedding unless the checkpoint has one
+    without_kernel: Mapping[Task, str] = MappingProxyType({})
+    float32: tuple[str, ...] = ()
     disk: tuple[tuple[str, str], ...] = ()  # (pattern, replacement): from names of tensors to those in checkpoints
 
 
 def _decoder(name: str) -> Family:
     spare = r".*\.rotary_emb\.inv_freq"  # buffers of old Llama checkpoints
-    return Family(Decoder, decoder_config, name, _DECODER_TASKS, "model", spare=spare)
+    return Family(Decoder, decoder_config, name, _DECODER_TASKS, "model", spare=spare, without_kernel={"causal_lm": "lm_head"})
 
 
 _ROBERTA = Family(
@@ -67,6 +71,7 @@ _ROBERTA = Family(
     _ENCODER_TASKS,
     "roberta",
     spare=r".*\.position_ids|lm_head\.decoder\..*|roberta\.pooler\..*",
+    without_kernel={"masked_lm": "lm_head.decoder", "feature_extraction": "pooler.dense"},
 )
 _NAMES = {("gpt2", "causal_lm"): "GPT2LMHeadModel", ("gemma3_text", "causal_lm"): "Gemma3ForCausalLM"}  # else the rule holds
 _DECODER_NAMES = {
@@ -87,28 +92,32 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(
         Bert, bert_config, "Bert", _ENCODER_TASKS, "bert",
         spare=r".*\.position_ids|cls\.predictions\.decoder\..*|cls\.seq_relationship\..*|bert\.pooler\..*",
+        without_kernel={"masked_lm": "cls.predictions.decoder", "feature_extraction": "pooler.dense"},
     ),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA._replace(name="XLMRoberta"),
     "camembert": _ROBERTA._replace(name="Camembert"),
     "distilbert": Family(
         DistilBert, distilbert_config, "DistilBert", _ENCODER_TASKS, "distilbert",
-        spare=r".*\.position_ids|vocab_projector\.weight",
+        spare=r".*\.position_ids|vocab_projector\.weight", without_kernel={"masked_lm": "vocab_projector"},
     ),
     "deberta-v2": Family(
         Deberta, deberta_config, "DebertaV2", _ENCODER_TASKS, "deberta",
         spare=r".*\.position_ids|deberta\.embeddings\.position_embeddings\..*|cls\.predictions\.decoder\..*|(lm|mask)_predictions\..*",
+        without_kernel={"masked_lm": "cls.predictions.decoder"},
     ),
     "modernbert": Family(
         ModernBert, modernbert_config, "ModernBert", _ENCODER_TASKS, "model", r"model\.layers\.0\.attn_norm\..*",
-        r"decoder\.weight",
+        r"decoder\.weight", without_kernel={"masked_lm": "decoder"},
     ),
     "gpt2": Family(
         GPT2, gpt2_config, "GPT2", _DECODER_TASKS, "transformer", spare=r".*\.attn\.(bias|masked_bias)",
+        without_kernel={"causal_lm": "lm_head"},
     ),
     "t5": Family(
         T5, t5_config, "T5", ("seq2seq_lm",), "", own_head=True,
         spare=r"(encoder|decoder)\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+        without_kernel={"seq2seq_lm": "lm_head"}, float32=("wo",),
     ),
 }  # fmt: skip
 
@@ -145,9 +154,7 @@ def hf_class(model_type: str, task: Task) -> str:
 def hf_config_of(model: Any) -> dict[str, Any]:
     """The Hugging Face config of a model as plain data, its class and labels set."""
     config = json.loads(model.config.hf_config)
-    own = task_of(SimpleNamespace(**config))
-    if own != model.task or not config.get("architectures"):
-        config["architectures"] = [hf_class(model.config.model_type, model.task)]
+    config["architectures"] = [hf_class(model.config.model_type, model.task)]
     count = model.config.num_labels
     if len(config.get("id2label") or {}) != count and model.task.endswith("classification"):
         names = [f"LABEL_{i}" for i in range(count)]
