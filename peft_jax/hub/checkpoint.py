@@ -405,7 +405,7 @@ def save(
     their zeros. Factorized weights are written as their factors
     (`<name>_u`, `<name>_v`), which `load` reads and `transformers` does not. Quantized weights are written as bitsandbytes
     writes them (NF4, FP4) or as compressed-tensors (the others). The folder appears only when all is written.
-    Raises ValueError naming the first node that is neither, or that its format cannot hold.
+    Raises ValueError naming the first node that is neither, or that its format cannot hold or `transformers` not read.
     """
     params = _joined(map_places(_saved_as, resolve(params)), model)
     for path, leaf in places(params).items():
@@ -426,7 +426,7 @@ def save(
     write = None
     if quantized:
         method, write = writer(quantized.values())
-        config["quantization_config"] = _quantization_config(method, write, known)
+        config["quantization_config"] = _quantization_config(method, write, model, known)
     with replacing_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
         if (generation := model.config.generation_config) is not None:
@@ -466,39 +466,49 @@ def _saved_as(path: str, w: Any) -> Any:
     return w.materialize()
 
 
-def _quantization_config(method: str, write: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+def _trunk(model: Any) -> str:
+    """The prefix that names in the model's folder are without: a bare model's is the model itself."""
+    return family_of(model.config.model_type).prefix + "." if model.task == "feature_extraction" else ""
+
+
+def linear_modules(model: Any, params: Any) -> dict[str, str | None]:
+    """The linear modules of Hugging Face's class of this model -> path of the kernel, None where the tree has none."""
+    family, trunk = family_of(model.config.model_type), _trunk(model)
+    kernels = {path: w for path, w in places(params).items() if path.endswith("/kernel")}
+    found = {name.removeprefix(trunk): path for path, w in kernels.items() for name, _ in _modules(path, w)}
+    other = family.without_kernel.get(model.task)
+    return found if other is None else {other: None, **found}
+
+
+def _quantization_config(method: str, write: Any, model: Any, known: Mapping[str, Any]) -> dict[str, Any]:
     """The folder's `quantization_config`; raises ValueError naming the place that the method cannot hold."""
-    modules: dict[str, Quantized] = {}
-    plain: list[str] = []
-    for path, w in known.items():
-        layers = _modules(path, w)
-        names = [name for name, _ in layers]
-        if not isinstance(w, Quantized):
-            plain += names if path.endswith("/kernel") else []
-            continue
+    quantized = {path: w for path, w in known.items() if isinstance(w, Quantized)}
+    for path, w in quantized.items():
         if not path.endswith("/kernel"):
             raise ValueError(f"{path}: {method} folders hold no quantized embeddings and experts; dequantize it first")
         try:
-            write(w if layers[0][1] is None else jax.tree.map(lambda a: a[0], w))
+            write(w if stack_size(path, w) is None else jax.tree.map(lambda a: a[0], w))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        modules |= dict.fromkeys(names, w)
-    return quantization_config(method, modules, plain)
+    linear = linear_modules(model, known)
+    modules = {name: quantized[path] for name, path in linear.items() if path in quantized}
+    plain = [name for name in linear if name not in modules]
+    return quantization_config(method, modules, plain, family_of(model.config.model_type).float32)
 
 
 def _export(params: Any, model: Any, write: Any) -> Iterable[tuple[str, tuple[int, ...], Any, Any]]:
     family = family_of(model.config.model_type)
-    absent, bare = re.compile(family.absent), family.prefix + "." if model.task == "feature_extraction" else ""
+    absent, trunk = re.compile(family.absent), _trunk(model)
     for path, leaf, tensors in _parts(params, family):
         if isinstance(leaf, Quantized):
             for module, layer in _modules(path, leaf):
-                yield from _export_quantized(module.removeprefix(bare), leaf, layer, write)
+                yield from _export_quantized(module.removeprefix(trunk), leaf, layer, write)
             continue
         for tensor in tensors:
             if absent.fullmatch(tensor.name):
                 continue
             reader = functools.partial(lambda leaf, tensor: np.asarray(tensor.take(leaf)), leaf, tensor)
-            yield tensor.name.removeprefix(bare), tensor.stored(leaf.shape), leaf.dtype, reader
+            yield tensor.name.removeprefix(trunk), tensor.stored(leaf.shape), leaf.dtype, reader
 
 
 def _export_quantized(module: str, w: Quantized, layer: int | None, write: Any) -> Iterable[Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.packing import pack, unpack
+from peft_jax.hub.names import is_conv1d
 from peft_jax.hub.safetensors_io import Checkpoint
 from peft_jax.quantization.dynamic_map import BLOCK, DoubleScale, dynamic_map
 from peft_jax.quantization.formats import FP4, FP8, MXFP4, NF4, Format, Int
 from peft_jax.quantization.quantized import Quantized
 
+logger = logging.getLogger("peft_jax")
 Read = Callable[[str], np.ndarray]  # suffix of a module's tensor -> the tensor
 
 
@@ -37,11 +40,15 @@ class Parts(NamedTuple):
 
 
 class Scheme(NamedTuple):
-    """How one tool stores a quantized module: the tensor that marks it, those that belong to it, and its matrix."""
+    """How one tool stores a quantized module: the tensor that marks it, those that belong to it, and its matrix.
+
+    `settle` gives the configuration as a checkpoint bears it out.
+    """
 
     marks: tuple[str, ...]
     tensors: tuple[str, ...]
     read: Callable[[Read, frozenset[str], tuple[int, int], Mapping[str, Any]], Parts]
+    settle: Callable[[Checkpoint, Mapping[str, Any]], Mapping[str, Any]] = lambda checkpoint, config: config
 
 
 class QuantizedReader:
@@ -56,6 +63,8 @@ class QuantizedReader:
         if config and method not in SCHEMES:
             raise ValueError(f"quant_method {method!r} is not supported; supported: {', '.join(SCHEMES)}")
         self._scheme = SCHEMES[method] if config else None
+        if self._scheme is not None:
+            self._config = self._scheme.settle(checkpoint, self._config)
         self._names = set(checkpoint.names)
 
     def tensors(self, module: str) -> list[str]:
@@ -204,6 +213,9 @@ def write_bitsandbytes(w: Quantized) -> dict[str, np.ndarray]:
 # ------------------------------------------------------------------------------------------------- GPTQ and AWQ
 
 
+_GPTQ_BITS = (2, 3, 4, 8)
+
+
 def _integer(bits: Any, group: Any, n_in: int, *, symmetric: bool, known: tuple[int, ...]) -> Int:
     if bits not in known:
         raise ValueError(f"{bits} bits are not supported; supported: {', '.join(map(str, known))}")
@@ -215,12 +227,11 @@ def _integer(bits: Any, group: Any, n_in: int, *, symmetric: bool, known: tuple[
 
 def _gptq(read: Read, names: frozenset[str], shape: tuple[int, int], config: Mapping[str, Any]) -> Parts:
     (n_in, n_out), bits = shape, config.get("bits")
-    format = _integer(bits, config.get("group_size"), n_in, symmetric=bool(config.get("sym", True)), known=(2, 3, 4, 8))
+    format = _integer(bits, config.get("group_size"), n_in, symmetric=bool(config.get("sym", True)), known=_GPTQ_BITS)
     groups = n_in // (format.block_size or n_in)
     words = _expect("qweight", read("qweight"), (n_in * format.bits // 32, n_out), "i")
     packed = np.moveaxis(_words(words.reshape(*words.shape, 1)), -1, 1).reshape(-1, n_out)
-    zeros = _words(_expect("qzeros", read("qzeros"), (groups, n_out * format.bits // 32), "i"))
-    zero = _unpacked(zeros.T, format.bits).T
+    zero = _gptq_zeros(_expect("qzeros", read("qzeros"), (groups, n_out * format.bits // 32), "i"), format.bits)
     if config.get("checkpoint_format", "gptq") == "gptq":  # the first version stores zero points less one
         zero = (zero.astype(np.int32) + 1).astype(np.uint8) & np.uint8(format.levels)
     scale = _expect("scales", read("scales"), (groups, n_out), "f")
@@ -228,6 +239,26 @@ def _gptq(read: Read, names: frozenset[str], shape: tuple[int, int], config: Map
     if order is not None:
         packed = _packed(_unpacked(packed, format.bits)[order], format.bits)
     return _without_zero(format, packed, scale, zero, order)
+
+
+def _gptq_zeros(words: np.ndarray, bits: int) -> np.ndarray:
+    """The zero points [groups, out] as they are stored."""
+    return _unpacked(_words(words).T, bits).T
+
+
+def _gptq_version(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with the version that a symmetric checkpoint holds, whichever it says: its zero points all are the
+    middle, which the first version stores less one.
+    """
+    said, bits = config.get("checkpoint_format", "gptq"), config.get("bits")
+    name = next((n for n in checkpoint.names if n.endswith(".qzeros")), None)
+    if name is None or bits not in _GPTQ_BITS or not config.get("sym", True) or said not in ("gptq", "gptq_v2"):
+        return config
+    stored, middle = _gptq_zeros(checkpoint.read(name), bits), 2 ** (bits - 1)
+    found = next((v for v, zero in (("gptq", middle - 1), ("gptq_v2", middle)) if (stored == zero).all()), said)
+    if found != said:
+        logger.warning(f"checkpoint_format says {said}, and {name} holds the zero points of {found}: it is read as {found}")
+    return {**config, "checkpoint_format": found}
 
 
 def _without_zero(format: Int, packed: np.ndarray, scale: np.ndarray, zero: np.ndarray, order: np.ndarray | None) -> Parts:
@@ -412,22 +443,49 @@ def writer(weights: Iterable[Quantized]) -> tuple[str, Callable[[Quantized], dic
     return ("bitsandbytes", write_bitsandbytes) if tables == {True} else ("compressed-tensors", write_compressed_tensors)
 
 
-def quantization_config(method: str, modules: Mapping[str, Quantized], plain: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of a folder: `modules` are quantized, the linear modules `plain` are not."""
+def quantization_config(
+    method: str, modules: Mapping[str, Quantized], plain: Sequence[str], float32: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The `quantization_config` of a folder: of the linear modules that transformers has, `modules` are quantized and `plain`
+    are not. `float32` are the ends of names of those that it keeps in float32.
+
+    Raises ValueError for a module that transformers would not read as quantized.
+    """
     if method == "bitsandbytes":
-        formats = {w.format for w in modules.values()}
-        if len(formats) > 1:
-            raise ValueError("bitsandbytes folders have one 4-bit format for all weights")
-        format: Any = formats.pop()
-        return {
-            "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True,
-            "_load_in_8bit": False, "bnb_4bit_quant_type": format.kind, "bnb_4bit_use_double_quant": format.double,
-            "bnb_4bit_compute_dtype": str(next(iter(modules.values())).dtype), "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": plain, "llm_int8_threshold": 6.0, "llm_int8_enable_fp32_cpu_offload": False,
-            "llm_int8_has_fp16_weight": False,
-        }  # fmt: skip
+        return _bitsandbytes_config(modules, plain, float32)
+    return _compressed_tensors_config(modules, plain, float32)
+
+
+def _bitsandbytes_config(modules: Mapping[str, Quantized], plain: Sequence[str], float32: Sequence[str]) -> dict[str, Any]:
+    formats = {w.format for w in modules.values()}
+    if len(formats) > 1:
+        raise ValueError("bitsandbytes folders have one 4-bit format for all weights")
+    for module in modules:
+        if name := next((name for name in (*plain, *float32) if _passes_over(name, module)), None):
+            why = "keeps it in float32" if name in float32 else f"passes over it with {name}, which is not quantized"
+            raise ValueError(f"{module}: transformers {why}; quantize with exclude={module.rpartition('.')[2]!r}")
+    format: Any = formats.pop()
+    return {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "_load_in_4bit": True,
+        "_load_in_8bit": False, "bnb_4bit_quant_type": format.kind, "bnb_4bit_use_double_quant": format.double,
+        "bnb_4bit_compute_dtype": str(next(iter(modules.values())).dtype), "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(plain), "llm_int8_threshold": 6.0, "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+    }  # fmt: skip
+
+
+def _passes_over(name: str, module: str) -> bool:
+    """Whether transformers leaves a module as it is where `name` is to be skipped (its `should_convert_module`)."""
+    return module.endswith(name) or module.startswith(name + ".")
+
+
+def _compressed_tensors_config(
+    modules: Mapping[str, Quantized], plain: Sequence[str], float32: Sequence[str]
+) -> dict[str, Any]:
     by_format: dict[Format, list[str]] = {}
     for name, w in modules.items():
+        if is_conv1d(name):
+            raise ValueError(f"{name} is a Conv1D in transformers, which reads no compressed-tensors there; use nf4 or fp4")
         by_format.setdefault(w.format, []).append(name)
     groups, names = {}, set()
     for i, (format, members) in enumerate(by_format.items()):
@@ -435,10 +493,23 @@ def quantization_config(method: str, modules: Mapping[str, Quantized], plain: li
         names.add(name)
         targets = ["Linear"] if len(by_format) == 1 else members
         groups[f"group_{i}"] = {"targets": targets, "output_activations": None, "format": name, **entry}
-    return {
+    config = {
         "quant_method": "compressed-tensors", "format": names.pop() if len(names) == 1 else "mixed-precision",
-        "quantization_status": "compressed", "config_groups": groups, "ignore": plain, "kv_cache_scheme": None,
+        "quantization_status": "compressed", "config_groups": groups, "ignore": list(plain), "kv_cache_scheme": None,
     }  # fmt: skip
+    dense = any(_read_dense(module, w.format, float32) for module, w in modules.items())
+    return config | ({"dequantize": True} if dense else {})
+
+
+def _read_dense(module: str, format: Format, float32: Sequence[str]) -> bool:
+    """Whether transformers 5 must dequantize a module as it loads it.
+
+    It has no room for packed zero points, decodes MXFP4 to bfloat16 whatever the model's dtype, and looks at the dtype of
+    weights that it keeps in float32, which packed modules do not have.
+    """
+    if isinstance(format, MXFP4) or not getattr(format, "symmetric", True):
+        return True
+    return _group(format)[0] == "pack-quantized" and module.endswith(tuple(float32))
 
 
 _BNB = (
@@ -454,7 +525,7 @@ _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandby
 _COMPRESSED = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale")
 SCHEMES: dict[str, Scheme] = {
     "bitsandbytes": Scheme((*_STATES, "SCB"), (*_BNB, *_STATES), _bitsandbytes),
-    "gptq": Scheme(("qweight",), ("qweight", "qzeros", "scales", "g_idx"), _gptq),
+    "gptq": Scheme(("qweight",), ("qweight", "qzeros", "scales", "g_idx"), _gptq, _gptq_version),
     "awq": Scheme(("qweight",), ("qweight", "qzeros", "scales"), _awq),
     "compressed-tensors": Scheme(("weight_packed", "weight_scale"), _COMPRESSED, _compressed_tensors),
 }

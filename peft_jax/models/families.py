@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -45,6 +45,8 @@ class Family(NamedTuple):
     `prefix` is the module that holds everything but the head, `embedding` the path of the token embedding, and `head`
     Hugging Face's name of the layer whose weight is the embedding where it is tied. `absent` is a pattern of tensors that no
     checkpoint has, `spare` one of tensors that some have and the model does not need (copies of tied weights, buffers).
+    `without_kernel` names, by task, the linear module of Hugging Face's class that may have no kernel here (a head that is the
+    embedding, an unused pooler), `float32` the ends of names of modules that transformers keeps in float32 and treats apart.
     """
 
     module: type[nn.Module]
@@ -58,12 +60,17 @@ class Family(NamedTuple):
     spare: str = r".*\.position_ids"
     look_ups: tuple[str, ...] = ()  # Hugging Face's modules that look tokens up, where `embedding` is not the one
     own_head: bool = False  # the head is the embedding unless the checkpoint has one
+    without_kernel: Mapping[Task, str] = MappingProxyType({})
+    float32: tuple[str, ...] = ()
     disk: tuple[tuple[str, str], ...] = ()  # (pattern, replacement): from names of tensors to those in checkpoints
 
 
 def _decoder(name: str) -> Family:
     spare = r".*\.rotary_emb\.inv_freq"  # buffers of old Llama checkpoints
-    return Family(Decoder, decoder_config, name, _DECODER_TASKS, "model", "model/embed_tokens", "lm_head", spare=spare)
+    return Family(
+        Decoder, decoder_config, name, _DECODER_TASKS, "model", "model/embed_tokens", "lm_head", spare=spare,
+        without_kernel={"causal_lm": "lm_head"},
+    )  # fmt: skip
 
 
 _ROBERTA = Family(
@@ -75,6 +82,7 @@ _ROBERTA = Family(
     "roberta/embeddings/word_embeddings",
     "lm_head.decoder",
     spare=r".*\.position_ids|lm_head\.decoder\..*|roberta\.pooler\..*",
+    without_kernel={"masked_lm": "lm_head.decoder", "feature_extraction": "pooler.dense"},
 )
 _NAMES = {("gpt2", "causal_lm"): "GPT2LMHeadModel", ("gemma3_text", "causal_lm"): "Gemma3ForCausalLM"}  # else the rule holds
 _DECODER_NAMES = {
@@ -95,6 +103,7 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(
         Bert, bert_config, "Bert", _ENCODER_TASKS, "bert", "bert/embeddings/word_embeddings", "cls.predictions.decoder",
         spare=r".*\.position_ids|cls\.predictions\.decoder\..*|cls\.seq_relationship\..*|bert\.pooler\..*",
+        without_kernel={"masked_lm": "cls.predictions.decoder", "feature_extraction": "pooler.dense"},
     ),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA._replace(name="XLMRoberta"),
@@ -102,26 +111,28 @@ FAMILIES: dict[str, Family] = {
     "distilbert": Family(
         DistilBert, distilbert_config, "DistilBert", _ENCODER_TASKS, "distilbert",
         "distilbert/embeddings/word_embeddings", "vocab_projector",
-        spare=r".*\.position_ids|vocab_projector\.weight",
+        spare=r".*\.position_ids|vocab_projector\.weight", without_kernel={"masked_lm": "vocab_projector"},
     ),
     "deberta-v2": Family(
         Deberta, deberta_config, "DebertaV2", _ENCODER_TASKS, "deberta",
         "deberta/embeddings/word_embeddings", "cls.predictions.decoder",
         spare=r".*\.position_ids|deberta\.embeddings\.position_embeddings\..*|cls\.predictions\.decoder\..*|(lm|mask)_predictions\..*",
+        without_kernel={"masked_lm": "cls.predictions.decoder"},
     ),
     "modernbert": Family(
         ModernBert, modernbert_config, "ModernBert", _ENCODER_TASKS, "model",
         "model/embeddings/tok_embeddings", "decoder", r"model\.layers\.0\.attn_norm\..*",
-        r"decoder\.weight",
+        r"decoder\.weight", without_kernel={"masked_lm": "decoder"},
     ),
     "gpt2": Family(
         GPT2, gpt2_config, "GPT2", _DECODER_TASKS, "transformer", "transformer/wte", "lm_head",
-        spare=r".*\.attn\.(bias|masked_bias)",
+        spare=r".*\.attn\.(bias|masked_bias)", without_kernel={"causal_lm": "lm_head"},
     ),
     "t5": Family(
         T5, t5_config, "T5", ("seq2seq_lm",), "", "shared", "lm_head", own_head=True,
         look_ups=("encoder.embed_tokens", "decoder.embed_tokens"),
         spare=r"(encoder|decoder)\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+        without_kernel={"seq2seq_lm": "lm_head"}, float32=("wo",),
     ),
 }  # fmt: skip
 
@@ -199,9 +210,7 @@ def remade(config: Any, hf: Mapping[str, Any]) -> Any:
 def hf_config_of(model: Any) -> dict[str, Any]:
     """The Hugging Face config of a model as plain data, its class and labels set."""
     config = json.loads(model.config.hf_config)
-    own = task_of(SimpleNamespace(**config))
-    if own != model.task or not config.get("architectures"):
-        config["architectures"] = [hf_class(model.config.model_type, model.task)]
+    config["architectures"] = [hf_class(model.config.model_type, model.task)]
     count = model.config.num_labels
     if len(config.get("id2label") or {}) != count and model.task.endswith("classification"):
         names = [f"LABEL_{i}" for i in range(count)]

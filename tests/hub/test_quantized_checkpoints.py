@@ -3,6 +3,7 @@
 The packers for GPTQ, AWQ and compressed-tensors are written from their published layouts, in NumPy.
 """
 
+import copy
 import json
 import logging
 
@@ -12,12 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTensorsConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 import peft_jax
 from peft_jax import FP4, FP8, MXFP4, NF4, Int
 from peft_jax.core.sharding import make_mesh
+from peft_jax.hub.checkpoint import linear_modules
+from peft_jax.hub.quantized import quantization_config
+from peft_jax.models.blocks import abstract_params
+from peft_jax.models.families import FAMILIES as OURS
+from peft_jax.models.families import hf_config_of
 from tests.reference import FAMILIES, random_tokens, relative_error, torch_logits, torch_model
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -182,6 +190,21 @@ def test_gptq_folders(dense, tokens, tmp_path, bits, symmetric, act_order, versi
     assert relative_error(peft_jax.bind(model)(params, tokens), logits_with(dense[0], weights, tokens)) < 1e-5
 
 
+@pytest.mark.parametrize(("said", "held"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq")])
+def test_symmetric_gptq_folders_that_say_the_other_version(dense, tokens, tmp_path, caplog, said, held):
+    def pack(w):
+        codes, scales, zeros, back = grouped(w, 4, 32, True)
+        stored = zeros - 1 if held == "gptq" else zeros
+        return {"qweight": words(codes.T, 4, 0), "qzeros": words(stored.T, 4, 1), "scales": scales.T}, back
+
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "checkpoint_format": said}
+    weights = write_folder(dense, tmp_path / "q", pack, config)
+    model, params = peft_jax.load(tmp_path / "q")
+    assert f"checkpoint_format says {said}, and" in caplog.text
+    assert f"it is read as {held}" in caplog.text
+    assert relative_error(peft_jax.bind(model)(params, tokens), logits_with(dense[0], weights, tokens)) < 1e-5
+
+
 def test_awq_folders(dense, tokens, tmp_path):
     def words_of(codes):  # AutoAWQ's gemm layout: nibble i of a word holds column ORDER[i]
         rows, columns = codes.shape
@@ -247,13 +270,163 @@ def test_compressed_tensors_folders_written_here_load_there(dense, tokens, tmp_p
     ours = peft_jax.bind(model)(params, tokens)
     again = peft_jax.load(tmp_path / "q")
     np.testing.assert_array_equal(peft_jax.bind(again[0])(again[1], tokens), ours)
-    # transformers 5 takes zero points when it dequantizes only, and decodes MXFP4 to bfloat16 otherwise.
-    dequantize = isinstance(format, MXFP4) or (isinstance(format, Int) and not format.symmetric)
-    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32, **options)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
     # Quantized activations on the edge between two codes fall either way, and later layers see the difference.
-    found = torch_logits(theirs.to(torch.float32), tokens)
+    found = torch_logits(theirs, tokens)
     assert relative_error(ours, found) < (0.03 if getattr(format, "activations", None) else 1e-4)
+
+
+# --------------------------------------------------------------------------------- families, as transformers has them
+
+_BERT = dict(
+    vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_DECODER = dict(_BERT, num_key_value_heads=2, head_dim=16)
+_MOE = dict(_DECODER, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+_GPT2 = dict(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+_T5 = dict(vocab_size=96, d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16, decoder_start_token_id=0)
+_TINY = {
+    "gpt2": _GPT2, "t5": _T5, "distilbert": dict(vocab_size=96, dim=64, hidden_dim=128, n_layers=2, n_heads=4),
+    "qwen2_moe": _MOE, "qwen3_moe": _MOE,
+    "deberta-v2": dict(_BERT, relative_attention=True, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm"),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "modernbert"), _BERT),
+}  # fmt: skip
+
+
+def tiny_config(family, tied=True):
+    return CONFIG_MAPPING[family](**_TINY.get(family, _DECODER), tie_word_embeddings=tied)
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_the_linear_modules_are_those_of_the_class_in_transformers(family):
+    seen = 0
+    for task in OURS[family].tasks:
+        for tied in (True, False) if OURS[family].prefix in ("model", "transformer") and family != "modernbert" else (True,):
+            config = tiny_config(family, tied)
+            model = OURS[family].module(OURS[family].config(config), task=task)
+            kind = getattr(transformers, hf_config_of(model)["architectures"][0], None)
+            if kind is None:  # transformers has no such class: Gemma 3 and OLMo 2 for tokens
+                continue
+            with torch.device("meta"):
+                theirs = {n for n, m in kind(config).named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+            assert set(linear_modules(model, abstract_params(model))) == theirs, (task, tied)
+            seen += 1
+    assert seen
+
+
+# family, end of the class's name, whether the head is the embedding
+CLASSES = {
+    "qwen3 tied": ("qwen3", "ForCausalLM", True),
+    "qwen3": ("qwen3", "ForCausalLM", False),
+    "gemma3 tied": ("gemma3_text", "ForCausalLM", True),
+    "gemma3": ("gemma3_text", "ForCausalLM", False),
+    "gpt2 tied": ("gpt2", "ForCausalLM", True),
+    "gpt2": ("gpt2", "ForCausalLM", False),
+    "t5 tied": ("t5", "ForSeq2SeqLM", True),
+    "t5": ("t5", "ForSeq2SeqLM", False),
+    "bert tied": ("bert", "ForMaskedLM", True),
+    "bert classifier": ("bert", "ForSequenceClassification", True),
+    "bert trunk": ("bert", "", True),
+}
+STORED = {
+    "int4": Int(bits=4, block_size=32),
+    "int4 zero points": Int(bits=4, block_size=32, symmetric=False),
+    "int3": Int(bits=3, block_size=32),
+    "int2": Int(bits=2, block_size=16),
+    "int8": Int(bits=8),
+    "int8 activations": Int(bits=8, activations="dynamic"),
+    "fp8": FP8(),
+    "fp8 per tensor": FP8(per="tensor"),
+    "fp8 activations": FP8(activations="dynamic"),
+    "mxfp4": MXFP4(),
+    "nf4": NF4(),
+    "fp4": FP4(),
+}
+QUICK = [
+    ("qwen3 tied", "int4 zero points"), ("qwen3 tied", "int8 activations"), ("qwen3 tied", "fp8"), ("qwen3 tied", "nf4"),
+    ("gemma3 tied", "mxfp4"), ("gpt2 tied", "nf4"), ("t5 tied", "int4"), ("t5 tied", "nf4"), ("bert tied", "fp8"),
+    ("bert tied", "nf4"), ("bert trunk", "fp4"),
+]  # fmt: skip
+MATRIX = [pytest.param(c, f, id=f"{c}-{f}", marks=() if (c, f) in QUICK else pytest.mark.slow) for c in CLASSES for f in STORED]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A function from a name of CLASSES to (model, params, function of params, function of a PyTorch model)."""
+    made, tokens = {}, random_tokens(2, 12)
+
+    def build(name):
+        family, end, tied = CLASSES[name]
+        kind = getattr(transformers, f"AutoModel{end}")
+        torch.manual_seed(0)
+        dense = kind.from_config(tiny_config(family, tied))
+        if family == "t5" and not tied:
+            dense.lm_head.weight = torch.nn.Parameter(torch.randn(96, 64))
+        with torch.no_grad():
+            for parameter in dense.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        folder = tmp_path_factory.mktemp("tiny") / "dense"
+        dense.save_pretrained(folder)
+        model, params = peft_jax.load(folder)
+        twice = end == "ForSeq2SeqLM"
+
+        def theirs(model):
+            inputs = {"decoder_input_ids": torch.tensor(tokens)} if twice else {}
+            with torch.no_grad():
+                out = model.eval()(torch.tensor(tokens), **inputs)
+            return (out.logits if "logits" in out else out.last_hidden_state).numpy()
+
+        ours = jax.jit(peft_jax.bind(model))
+        return kind, model, params, lambda p: np.asarray(ours(p, *[tokens] * (2 if twice else 1))), theirs
+
+    def get(name):
+        if name not in made:
+            made[name] = build(name)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize(("name", "stored"), MATRIX)
+def test_transformers_reads_what_is_written(tiny, tmp_path, name, stored):
+    kind, model, params, ours, theirs = tiny(name)
+    format = STORED[stored]
+    bitsandbytes = isinstance(format, (NF4, FP4))
+    # T5's `wo` stays in float32 there.
+    exclude = "wo" if name.startswith("t5") and bitsandbytes else ()
+    params = peft_jax.quantize(params, format, exclude=exclude)
+    if name.startswith("gpt2") and not bitsandbytes:
+        with pytest.raises(ValueError, match="c_attn is a Conv1D in transformers, which reads no compressed-tensors there"):
+            peft_jax.save(tmp_path / "q", model, params)
+        return
+    peft_jax.save(tmp_path / "q", model, params)
+    read, said = kind.from_pretrained(tmp_path / "q", dtype=torch.float32, output_loading_info=True)
+    assert not said["unexpected_keys"]
+    assert {key.partition(".")[0] for key in said["missing_keys"]} <= ({"pooler"} if name == "bert trunk" else set())
+    if bitsandbytes:  # its own product is in bfloat16, and lays the weights out anew
+        assert relative_error(ours(params), theirs(copy.deepcopy(read).dequantize(dtype=torch.float32))) < 1e-5
+    # Activations on the edge between two codes fall either way.
+    activations = getattr(format, "activations", None)
+    assert relative_error(ours(params), theirs(read)) < (0.1 if activations else 0.03 if bitsandbytes else 1e-4)
+
+
+def test_a_head_quantized_on_purpose(tiny, tmp_path):
+    kind, model, params, ours, theirs = tiny("qwen3")
+    params = peft_jax.quantize(params, FP8(), targets=("q_proj", "lm_head"))
+    peft_jax.save(tmp_path / "q", model, params)
+    read = kind.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    assert relative_error(ours(params), theirs(read)) < 1e-4
+
+
+def test_what_transformers_would_pass_over_is_refused():
+    weight = peft_jax.quantize_weight("w", jnp.ones((64, 64)), NF4())
+    with pytest.raises(ValueError, match=r"layer.1.wo: transformers keeps it in float32; quantize with exclude='wo'"):
+        quantization_config("bitsandbytes", {"layer.1.wo": weight}, [], ("wo",))
+    with pytest.raises(ValueError, match="pre_classifier: transformers passes over it with classifier, which is not quantized"):
+        quantization_config("bitsandbytes", {"pre_classifier": weight}, ["classifier"])
+    skipped = quantization_config("bitsandbytes", {"layers.11.q": weight}, ["layers.1", "k"])["llm_int8_skip_modules"]
+    assert skipped == ["layers.1", "k"]
 
 
 def test_a_sharded_load_and_a_quantizing_load(dense, tokens, tmp_path):
