@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peft_jax.data.records import MalformedRecordError, Record
+from peft_jax.data.spans import covers, trimmed, with_offsets
 
 
 class LabelledRows(NamedTuple):
@@ -139,9 +140,9 @@ def encode_questions(
     """
     stride = length // 4 if stride is None else stride
     questions, contexts = [r.value["question"] for r in records], [r.value["context"] for r in records]
-    encoded = tokenizer(
-        questions, contexts, truncation="only_second", max_length=length, stride=stride, padding="max_length",
-        return_overflowing_tokens=True, return_offsets_mapping=True, verbose=False,
+    encoded = with_offsets(
+        tokenizer, questions, contexts, truncation="only_second", max_length=length, stride=stride, padding="max_length",
+        return_overflowing_tokens=True,
     )  # fmt: skip
     types = encoded.get("token_type_ids") or np.zeros((len(encoded["input_ids"]), length))
     labels, origins = [], []
@@ -150,7 +151,7 @@ def encode_questions(
         offsets = np.where(inside[:, None], np.asarray(encoded["offset_mapping"][row]), -1)
         answers = records[record].value["answers"]
         start = answers["answer_start"][0]
-        end = start + len(answers["text"][0])
+        start, end = trimmed(contexts[record], (start, start + len(answers["text"][0])))
         first = np.flatnonzero(inside & (offsets[:, 0] <= start) & (offsets[:, 1] > start))
         last = np.flatnonzero(inside & (offsets[:, 0] < end) & (offsets[:, 1] >= end))
         labels.append((first[0], last[-1]) if len(first) and len(last) else (0, 0))
@@ -170,12 +171,13 @@ def encode_pairs(records: Sequence[Record], tokenizer: Any, length: int) -> Pair
 
 
 def encode_masked(records: Sequence[Record], tokenizer: Any, length: int) -> MaskedRows:
-    """Rows of text for a masked language model, long texts in several; of a fact in words ({"prompt", "completion", "object"})
-    only its object may be masked. Raises ValueError for a tokenizer without a mask.
+    """Rows of text for a masked language model, long texts in several; of facts in words ({"prompt", "completion",
+    "object_at"}) only the object, the characters `object_at` of the completion, may be masked. Raises ValueError for a
+    tokenizer without a mask.
     """
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token, which a masked language model needs")
-    if "object" in records[0].value:
+    if "object_at" in records[0].value:
         return _masked_objects(records, tokenizer, length)
     encoded, (tokens, seen, _) = _texts(
         tokenizer, length, [r.value["text"] for r in records], return_overflowing_tokens=True, return_special_tokens_mask=True
@@ -186,11 +188,13 @@ def encode_masked(records: Sequence[Record], tokenizer: Any, length: int) -> Mas
 def _masked_objects(records: Sequence[Record], tokenizer: Any, length: int) -> MaskedRows:
     values = [r.value for r in records]
     texts = [v["prompt"] + v["completion"] for v in values]
-    encoded, (tokens, seen, _) = _texts(tokenizer, length, texts, return_offsets_mapping=True)
-    starts = np.asarray([len(v["prompt"]) + v["completion"].index(v["object"]) for v in values])[:, None]
-    ends = starts + np.asarray([len(v["object"]) for v in values])[:, None]
-    first, last = np.moveaxis(np.asarray(encoded["offset_mapping"]), -1, 0)
-    return MaskedRows(tokens, seen, ((last > starts) & (first < ends) & (last > first)).astype(np.float32))
+    encoded = with_offsets(tokenizer, texts, truncation=True, max_length=length, padding="max_length")
+    tokens, seen, offsets = (np.asarray(encoded[n], np.int32) for n in ("input_ids", "attention_mask", "offset_mapping"))
+    weights = np.zeros(tokens.shape, np.float32)
+    for i, (value, text) in enumerate(zip(values, texts, strict=True)):
+        start, end = (len(value["prompt"]) + at for at in value["object_at"])
+        weights[i] = covers(offsets[i], trimmed(text, (start, end)))
+    return MaskedRows(tokens, seen, weights)
 
 
 def encode_sources(
