@@ -1,5 +1,6 @@
 """Tests run on the CPU with 8 virtual devices; PyTorch (for references) is kept to one thread a worker."""
 
+import functools
 import gc
 import os
 import shutil
@@ -54,6 +55,28 @@ def tiny_folder(tmp_path_factory):
     from tests.reference import tiny_llama_folder
 
     return tiny_llama_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_of(request, tiny_folder):
+    """kind -> the embedded model's tokenizer, or a real byte-level, WordPiece or SentencePiece one of the shared data."""
+    import transformers
+
+    import peft_jax
+
+    kinds = {
+        "gpt2": transformers.GPT2TokenizerFast,
+        "bert_uncased": transformers.BertTokenizerFast,
+        "mistral_v1": transformers.LlamaTokenizerFast,
+    }
+
+    @functools.cache
+    def load(kind):
+        if kind == "embedded":
+            return peft_jax.load_tokenizer(tiny_folder)
+        return kinds[kind].from_pretrained(request.getfixturevalue("shared_data") / "tokenizers" / kind)
+
+    return load
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from peft_jax.data.records import Kind, MalformedRecordError, Record
+from peft_jax.data.spans import with_offsets
 
 logger = logging.getLogger("peft_jax")
 TooLong = Literal["skip", "truncate", "stop"]
@@ -100,7 +101,7 @@ def _chat(record: Record, tokenizer: Any) -> Example:
             if not (text.startswith(before) and text.startswith(after)):
                 raise MalformedRecordError(f"{record.origin}: the chat template rewrites earlier turns")
             spans.append((len(before), len(after)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = with_offsets(tokenizer, text, add_special_tokens=False)
     learn = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
     return Example(np.asarray(encoded["input_ids"], np.int32), np.asarray(learn, bool))
 

@@ -7,6 +7,7 @@ again. N rows, T tokens, U target tokens.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peft_jax.data.records import MalformedRecordError, Record
+from peft_jax.data.spans import covers, trimmed, with_offsets
 
 logger = logging.getLogger("peft_jax")
 
@@ -142,9 +144,10 @@ def _padded(rows: Sequence[Any], length: int, value: Any = 0) -> np.ndarray:
     return out
 
 
-def _texts(tokenizer: Any, length: int, *texts: Any, **options: Any) -> Any:
+def _texts(tokenizer: Any, length: int, *texts: Any, offsets: bool = False, **options: Any) -> Any:
     """(the encoding, tokens, segments and types [N, T]); what pads a row is 0 where the tokenizer has no token for that."""
-    encoded = tokenizer(*texts, **{"truncation": True, "max_length": length, "verbose": False, **options})
+    run = functools.partial(with_offsets, tokenizer) if offsets else functools.partial(tokenizer, verbose=False)
+    encoded = run(*texts, **{"truncation": True, "max_length": length, **options})
     ids = encoded["input_ids"]
     types = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
     arrays = [_padded(ids, length, tokenizer.pad_token_id or 0), _padded([[1] * len(row) for row in ids], length)]
@@ -236,7 +239,7 @@ def encode_questions(
     questions, contexts = [r.value["question"] for r in records], [r.value["context"] for r in records]
     encoded, (tokens, seen, kinds) = _texts(
         tokenizer, length, questions, contexts, truncation="only_second", stride=stride,
-        return_overflowing_tokens=True, return_offsets_mapping=True,
+        return_overflowing_tokens=True, offsets=True,
     )  # fmt: skip
     places = _padded(encoded["offset_mapping"], length)
     labels, origins = [], []
@@ -254,11 +257,10 @@ def encode_questions(
 
 
 def _answer(record: Record) -> tuple[int, int]:
-    """Where the first answer begins and ends in its context, blanks around it left out, as tokens have none."""
-    answers = record.value["answers"]
-    text, start = answers["text"][0], answers["answer_start"][0]
-    start += len(text) - len(text.lstrip())
-    return start, start + len(text.strip())
+    """Where the first answer begins and ends in its context."""
+    context, answers = record.value["context"], record.value["answers"]
+    start = answers["answer_start"][0]
+    return trimmed(context, (start, start + len(answers["text"][0])))
 
 
 def encode_pairs(records: Sequence[Record], tokenizer: Any, length: int) -> PairRows:
@@ -270,12 +272,13 @@ def encode_pairs(records: Sequence[Record], tokenizer: Any, length: int) -> Pair
 
 
 def encode_masked(records: Sequence[Record], tokenizer: Any, length: int) -> MaskedRows:
-    """Rows of text for a masked language model, long texts in several; of a fact in words ({"prompt", "completion", "object"})
-    only its object may be masked. Raises ValueError for a tokenizer without a mask.
+    """Rows of text for a masked language model, long texts in several; of facts in words ({"prompt", "completion",
+    "object_at"}) only the object, the characters `object_at` of the completion, may be masked. Raises ValueError for a
+    tokenizer without a mask.
     """
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token, which a masked language model needs")
-    if "object" in records[0].value:
+    if "object_at" in records[0].value:
         return _masked_objects(records, tokenizer, length)
     encoded, (tokens, seen, _) = _texts(
         tokenizer, length, [r.value["text"] for r in records], return_overflowing_tokens=True, return_special_tokens_mask=True
@@ -287,11 +290,13 @@ def encode_masked(records: Sequence[Record], tokenizer: Any, length: int) -> Mas
 def _masked_objects(records: Sequence[Record], tokenizer: Any, length: int) -> MaskedRows:
     values = [r.value for r in records]
     texts = [v["prompt"] + v["completion"] for v in values]
-    encoded, (tokens, seen, _) = _texts(tokenizer, length, texts, return_offsets_mapping=True)
-    starts = np.asarray([len(v["prompt"]) + v["completion"].index(v["object"]) for v in values])[:, None]
-    ends = starts + np.asarray([len(v["object"]) for v in values])[:, None]
-    first, last = np.moveaxis(_padded(encoded["offset_mapping"], length), -1, 0)
-    return MaskedRows(tokens, seen, ((last > starts) & (first < ends) & (last > first)).astype(np.float32))
+    encoded, (tokens, seen, _) = _texts(tokenizer, length, texts, offsets=True)
+    offsets = _padded(encoded["offset_mapping"], length)
+    weights = np.zeros(tokens.shape, np.float32)
+    for i, (value, text) in enumerate(zip(values, texts, strict=True)):
+        start, end = (len(value["prompt"]) + at for at in value["object_at"])
+        weights[i] = covers(offsets[i], trimmed(text, (start, end)))
+    return MaskedRows(tokens, seen, weights)
 
 
 def encode_sources(

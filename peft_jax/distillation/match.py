@@ -6,7 +6,6 @@ in Boizard et al. 2024, at the tokens of the same number ("position").
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.data import Record
+from peft_jax.data.spans import bytes_of_characters, with_offsets
 
 logger = logging.getLogger("peft_jax")
 Alignment = Literal["span", "position"]
@@ -71,19 +71,11 @@ def shared_tokens(student: Any, teacher: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray([ours[t] for t in common], np.int32), np.asarray([theirs[t] for t in common], np.int32)
 
 
-@functools.lru_cache(maxsize=1)
-def _bytes_of_characters() -> dict[str, int]:
-    """The character that stands for each byte in byte-level tokenizers (Radford et al. 2019), inverted."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
 def _by_text(tokenizer: Any) -> dict[str | bytes, int]:
     """What each token stands for (bytes; special tokens by their role) -> its id."""
     found: dict[str | bytes, int] = {}
     special = {tokenizer.bos_token_id: "<bos>", tokenizer.eos_token_id: "<eos>"}
-    known, hidden = _bytes_of_characters(), set(tokenizer.all_special_ids)
+    known, hidden = bytes_of_characters(), set(tokenizer.all_special_ids)
     byte_level = any("\u0120" in token for token in tokenizer.get_vocab())
     for token, i in sorted(tokenizer.get_vocab().items(), key=lambda x: x[1]):
         if i in special:
@@ -135,9 +127,7 @@ def _tokens(tokenizer: Any, text: str, most: int, context: str = "") -> tuple[np
     """(token ids, how many characters of the text have been read with each, -1 before the end of a context). Special tokens
     stand before the text, or after it. The context's tokens are its own, so that the text's are those of the text alone.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets, which comparing tokenizers needs")
-    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not context, verbose=False)
+    encoded = with_offsets(tokenizer, text, add_special_tokens=not context)
     ids, ends = list(encoded["input_ids"]), [b for _, b in encoded["offset_mapping"]]
     special = set(tokenizer.all_special_ids)
     before = next((i for i, token in enumerate(ids) if token not in special), len(ids))

@@ -23,6 +23,7 @@ from peft_jax.core.capture import capture, input_of, output_of
 from peft_jax.core.tree import map_places, nearest, places
 from peft_jax.core.weight import materialize
 from peft_jax.data import evaluation_batches
+from peft_jax.data.spans import fill
 from peft_jax.knowledge.evaluation import answer_nll
 from peft_jax.knowledge.hooks import KEY, AddAt, FeedForward, feed_forward
 from peft_jax.knowledge.requests import Edit, EditRows, check_edits, edit_rows
@@ -292,10 +293,11 @@ class _Work:
 
     def rows(self, edits: Sequence[Edit], *, answers: bool) -> EditRows:
         """[N P, T] rows: each fact after each of the P prefixes."""
-        prompts = [f"{p}{' ' if p else ''}{e.question}" for e in edits for p in self.prefixes]
-        subjects = [e.subject for e in edits for _ in self.prefixes]
-        targets = [e.target if answers else "" for e in edits for _ in self.prefixes]
-        return edit_rows(self.tokenizer, prompts, targets, subjects)
+        before = [f"{p} " if p else "" for p in self.prefixes]
+        prompts = [f"{p}{e.question}" for e in edits for p in before]
+        places = [(len(p) + e.place[0], len(p) + e.place[1]) for e in edits for p in before]
+        targets = [e.target if answers else "" for e in edits for _ in before]
+        return edit_rows(self.tokenizer, prompts, targets, places)
 
     def keys(self, edits: Sequence[Edit], layers: Sequence[int]) -> np.ndarray:
         """[len(layers), N, F] what goes into the weight at the subject's last token, averaged over prefixes."""
@@ -317,7 +319,8 @@ class _Work:
 
     def _search(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
         rows, P = self.rows(edits, answers=True), len(self.prefixes)
-        essence = edit_rows(self.tokenizer, [f"{e.subject} is a" for e in edits], [""] * len(edits), [e.subject for e in edits])
+        essences, places = zip(*(fill("{} is a", e.subject) for e in edits), strict=True)
+        essence = edit_rows(self.tokenizer, essences, [""] * len(edits), places)
         norms = np.linalg.norm(self._outputs(edits, layer, self.place.module), axis=-1)
         run = _searching(self.apply, self.place.module, self.place.layers, P, self.search)
         delta, nll = run(self.params, jnp.int32(layer), rows, essence, jnp.asarray(norms, jnp.float32))
@@ -326,7 +329,7 @@ class _Work:
 
     def _outputs(self, edits: Sequence[Edit], layer: int, module: str) -> np.ndarray:
         """[N, D] what a layer's module puts out at the subject's last token, without prefixes."""
-        rows = edit_rows(self.tokenizer, [e.question for e in edits], [""] * len(edits), [e.subject for e in edits])
+        rows = edit_rows(self.tokenizer, [e.question for e in edits], [""] * len(edits), [e.place for e in edits])
         return _read(self.apply, self.params, rows, output_of(module))[layer].astype(np.float64)
 
     def descend(

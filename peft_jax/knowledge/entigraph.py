@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from peft_jax.data import Record
+from peft_jax.data.spans import find_names, make_names
 
 Write = Callable[[list[str]], list[str]]  # prompts -> what a language model goes on with
 
@@ -25,15 +26,18 @@ RELATE = (
 
 
 def extract_entities(write: Write, documents: Sequence[str], *, most: int = 30) -> list[list[str]]:
-    """The entities of each document, as the model lists them: those that do stand in the document, each once, in its order."""
+    """The entities of each document, as the model lists them: those that do stand in it, as whole words, each once and in its
+    order.
+    """
     answers = write([EXTRACT.format(document=d) for d in documents])
     return [_listed(f"- {answer}", document)[:most] for answer, document in zip(answers, documents, strict=True)]
 
 
 def _listed(answer: str, document: str) -> list[str]:
     lines = [re.sub(r"^\s*(?:[-*•]|\d+[.)])\s*", "", line).strip(" \"'.,;") for line in answer.splitlines()]
-    there = [name for name in dict.fromkeys(lines) if name and name.casefold() in document.casefold()]
-    return sorted(there, key=lambda name: document.casefold().index(name.casefold()))
+    folded = document.casefold()
+    places = {name: find_names(make_names([(name.casefold(), 0)]), folded) for name in lines}
+    return sorted((name for name in places if places[name]), key=lambda name: places[name][0])
 
 
 def entigraph(

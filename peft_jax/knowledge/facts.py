@@ -15,7 +15,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from peft_jax.core.tree import nearest
 from peft_jax.data import Record
 
-_OBJECT = "\x00"  # stands for the object while a template is split where it comes
+_OBJECT, _SUBJECT = "\x00", "\x01"  # stand for the two while it is seen where a template has them
 
 
 def read_templates(path: Path) -> dict[str, list[str]]:
@@ -47,10 +47,10 @@ def _compiled(template: str) -> Template:
 def _split(relation: str, template: str, subject: str) -> tuple[str, str]:
     """(what a template says before the object, and after it)."""
     try:
-        said = _compiled(template).render(subject=subject, object=_OBJECT)
+        said, marked = (_compiled(template).render(subject=name, object=_OBJECT) for name in (subject, _SUBJECT))
     except (TemplateError, TypeError, ValueError) as error:
         raise ValueError(f"template {template!r} of {relation!r}: {error}") from error
-    if said.count(_OBJECT) != 1 or subject.lower() not in said.lower():
+    if said.count(_OBJECT) != 1 or (said == marked and subject != _SUBJECT):
         needed = "{{ subject }} and {{ object }}, the object once"
         raise ValueError(f"template {template!r} of {relation!r} needs {needed}")
     before, _, after = said.partition(_OBJECT)
@@ -63,8 +63,8 @@ def verbalise(
     """Completions of facts: each said by each template of its relation but the last `held_out`, or, `asking`, by these alone.
 
     A subject is called by its name and, in training, by each of its `aliases` too. Where a template goes on after the object,
-    that is part of what is to be completed. Raises ValueError naming the relation for one without templates, or with too few to
-    hold some out.
+    that is part of what is to be completed; `object_at` are the object's characters in it. Raises ValueError naming the
+    relation for one without templates, or with too few to hold some out.
     """
     made = []
     for fact in facts:
@@ -81,6 +81,7 @@ def verbalise(
                     space = " " if before.endswith(" ") else ""
                     value = {"prompt": before.rstrip(" "), "completion": f"{space}{fact.value['object']}{after}"}
                     kept = {n: fact.value[n] for n in ("relation", "object", "rule") if n in fact.value}
+                    kept["object_at"] = (len(space), len(space) + len(fact.value["object"]))
                     made.append(Record(value | kept, fact.origin))
     if not made:
         raise ValueError("no template leaves anything to be completed: let the object come after the subject")
@@ -131,7 +132,9 @@ def question_of(fact: Record, templates: Mapping[str, Sequence[str]], held_out: 
     relation, subject = fact.value["relation"], fact.value["subject"]
     texts = templates.get(relation, ())
     for text in texts[: len(texts) - held_out]:
-        before, after = _split(relation, text, subject)
-        if subject in before and not after.strip(" ."):
-            return before.rstrip().replace(subject, "{}", 1), subject
+        (said, after), (marked, _) = (_split(relation, text, name) for name in (subject, _SUBJECT))
+        as_it_is = _SUBJECT in marked and said == marked.replace(_SUBJECT, subject)
+        if as_it_is and "{}" not in said and not after.strip(" ."):
+            ahead, _, behind = marked.rstrip().rpartition(_SUBJECT)  # where it is said last, more is known of it
+            return f"{ahead.replace(_SUBJECT, subject)}{{}}{behind}", subject
     raise ValueError(f"{fact.origin}: no template of {relation!r} names its subject as it is and ends with the object")

@@ -6,9 +6,9 @@ The rows of any task get more fields, and the model attachments that read them; 
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -24,53 +24,48 @@ from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import map_places
 from peft_jax.core.weight import static
 from peft_jax.data import Record, with_fields
+from peft_jax.data.spans import BREAK, UNKNOWN, Names, find_names, make_names, text_of, token_bytes, tokens_of
 from peft_jax.knowledge.hooks import KEY
 
-_BLANKS = "ĠĊĉč▁"  # how pieces of a vocabulary write a blank, line breaks and a tab
+logger = logging.getLogger("peft_jax")
 
 
 class Lexicon(NamedTuple):
-    """Names as tokens: `by_first` maps a first token to (tokens, number of the name), the longest first; `inside` [V] says
-    which tokens go on with a word.
-    """
+    """Names, numbered, as a tokenizer writes them, and what each of its tokens adds to a text."""
 
-    by_first: dict[int, list[tuple[tuple[int, ...], int]]]
-    inside: np.ndarray
+    names: Names
+    pieces: list[bytes]
 
 
 def make_lexicon(tokenizer: Any, names: Iterable[str | Sequence[str]]) -> Lexicon:
-    """Of names, or lists of a thing's names (aliases), numbered in their order, as they stand at a text's start and in it."""
-    found: dict[int, dict[tuple[int, ...], int]] = collections.defaultdict(dict)
+    """Of names, or lists of a thing's names (aliases), numbered in their order.
+
+    Warns of names that the tokenizer cannot say, which are never found. Raises ValueError for a tokenizer without offsets.
+    """
+    pieces, said, unsaid = token_bytes(tokenizer), [], []
     for number, aliases in enumerate(names):
         for name in [aliases] if isinstance(aliases, str) else aliases:
-            for text in (name, f" {name}"):
-                if ids := tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]):
-                    found[ids[0]].setdefault(ids, number)
-    longest = {first: sorted(some.items(), key=lambda x: -len(x[0])) for first, some in found.items()}
-    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    marked = any(p.startswith("##") for p in pieces)  # WordPiece marks what goes on, others what begins
-    goes_on = (lambda p: p.startswith("##")) if marked else (lambda p: p[:1].isalnum() and p[0] not in _BLANKS)
-    return Lexicon(longest, np.asarray([goes_on(p) for p in pieces]))
+            ids = tokenizer(name, add_special_tokens=False, verbose=False)["input_ids"]
+            text = text_of(pieces, ids, [1] * len(ids))[0].removeprefix(BREAK)
+            (unsaid if {BREAK, UNKNOWN} & set(text) else said).append((text, name, number))
+    if unsaid:
+        logger.warning("%d names hold what the tokenizer cannot say and are never found: %r ...", len(unsaid), unsaid[0][1])
+    return Lexicon(make_names((text, number) for text, _, number in said), pieces)
 
 
-def find_mentions(lexicon: Lexicon, tokens: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(first token, end, number of the name) of each mention, from the left, the longest name at a place; whole words only."""
-    found, at, ids = [], 0, tuple(map(int, tokens))
-    while at < len(ids):
-        end, name = _name_at(lexicon, ids, at)
-        if end > at:
-            found.append((at, end, name))
-        at = max(end, at + 1)
+def find_mentions(lexicon: Lexicon, tokens: Any, segments: Any = None) -> list[tuple[int, int, int]]:
+    """(first token, end, number of the name) of each mention in tokens [T], from the left, the longest name at a place; whole
+    words of one of the `segments` [T] only (0: of none). Of two mentions in one token the first is told.
+    """
+    ids = np.asarray(tokens).tolist()
+    text, spans = text_of(lexicon.pieces, ids, [1] * len(ids) if segments is None else np.asarray(segments).tolist())
+    found, done = [], 0
+    for *span, name in find_names(lexicon.names, text):
+        start, end = tokens_of(text, spans, (span[0], span[1]))
+        if start >= done:
+            found.append((start, end, name))
+            done = end
     return found
-
-
-def _name_at(lexicon: Lexicon, ids: tuple[int, ...], at: int) -> tuple[int, int]:
-    """(end, number) of the longest name that begins at a place; no longer than nothing where none does."""
-    for name, number in lexicon.by_first.get(ids[at], ()):
-        end = at + len(name)
-        if ids[at:end] == name and (end == len(ids) or not lexicon.inside[ids[end]]):
-            return end, number
-    return at, 0
 
 
 class Triples(NamedTuple):
@@ -135,7 +130,7 @@ def _woven(triples: Triples, tokens: np.ndarray, segments: np.ndarray, most: int
     places: list[tuple[int, int, int, int]] = []  # order, soft, branch, mention
     said: list[int] = []
     done = branch = 0
-    for number, (start, end, name) in enumerate(find_mentions(triples.lexicon, tokens[segments > 0]), 1):
+    for number, (start, end, name) in enumerate(find_mentions(triples.lexicon, tokens, segments), 1):
         places += [(at, 0, 0, number if at >= start else 0) for at in range(done, end - 1)]
         for text in triples.said[name][:most]:
             if len(said) + len(text) <= room:
@@ -236,7 +231,7 @@ def mark_entities(rows: Any, lexicon: Lexicon, *, everywhere: bool = False) -> A
     """
     marked = np.zeros(rows.tokens.shape, np.int32)
     for i, (tokens, segments) in enumerate(zip(rows.tokens, rows.segment_ids, strict=True)):
-        for start, end, name in find_mentions(lexicon, tokens[segments > 0]):
+        for start, end, name in find_mentions(lexicon, tokens, segments):
             marked[i, start if everywhere else end - 1 : end] = name + 1
     return with_fields(rows, entities=marked)
 

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from peft_jax.data.spans import Span, fill, tokens_of, with_offsets
+
 
 class Edit(NamedTuple):
-    """A fact: `prompt` with {} for the `subject`, what is to follow (`target`), and what does (`true`), where known.
+    """A fact: `prompt` with one {} for the `subject`, what is to follow (`target`), and what does (`true`), where known.
 
     `paraphrases` are whole prompts that ask the same, `neighbours` whole prompts of which `true` is and stays the answer,
     `portability` whole prompts with answers that follow from the fact in one step more.
@@ -27,8 +29,13 @@ class Edit(NamedTuple):
 
     @property
     def question(self) -> str:
-        """The prompt with its subject."""
-        return self.prompt.replace("{}", self.subject, 1)
+        """The prompt with its subject. Raises ValueError unless it has {} once."""
+        return fill(self.prompt, self.subject)[0]
+
+    @property
+    def place(self) -> Span:
+        """Where the subject stands in the question."""
+        return fill(self.prompt, self.subject)[1]
 
 
 class EditRows(NamedTuple):
@@ -84,8 +91,10 @@ def _edit(value: Any, where: str) -> Edit:
     hops = value.get("portability", [])
     if not isinstance(hops, list) or not all(isinstance(h, list) and [type(x) for x in h] == [str, str] for h in hops):
         raise ValueError(f"{where}: 'portability' should be a list of [prompt, answer]")
-    if "{}" not in value["prompt"]:
-        raise ValueError(f"{where}: the prompt {value['prompt']!r} has no {{}} for its subject")
+    try:
+        fill(value["prompt"], value["subject"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     return Edit(
         value["prompt"], value["subject"], value["target"], value.get("true") or "",
         tuple(value.get("paraphrases", [])), tuple(value.get("neighbours", [])), tuple((p, a) for p, a in hops),
@@ -93,7 +102,9 @@ def _edit(value: Any, where: str) -> Edit:
 
 
 def check_edits(edits: Sequence[Edit]) -> None:
-    """Raise ValueError where there is none, or two want different answers to one question."""
+    """Raise ValueError where there is none, a prompt has not one {} for its subject, or two want different answers to one
+    question.
+    """
     if not edits:
         raise ValueError("there are no edits")
     wanted: dict[str, str] = {}
@@ -103,23 +114,17 @@ def check_edits(edits: Sequence[Edit]) -> None:
             raise ValueError(f"the edits of {edit.question!r} contradict each other: {both}")
 
 
-def edit_rows(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], subjects: Sequence[str] = ()) -> EditRows:
-    """Rows of prompts, each with a blank and its answer; `subjects`, where given, are looked for from the right.
+def edit_rows(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], places: Sequence[Span] = ()) -> EditRows:
+    """Rows of prompts, each with a blank and its answer; `places`, where given, are the subjects' characters in the prompts.
 
-    Rows are as long as the longest, and at most 7 tokens more. Raises ValueError where a subject is not in its prompt.
+    Rows are as long as the longest, and at most 7 tokens more. Raises ValueError where no token stands for a subject.
     """
     made = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         whole = f"{prompt} {answer}" if answer else prompt
-        encoded = tokenizer(whole, return_offsets_mapping=True, verbose=False)
+        encoded = with_offsets(tokenizer, whole)
         ids, spans = _without_end(encoded["input_ids"], encoded["offset_mapping"], tokenizer)
-        at = len(ids) - 1
-        if subjects:
-            start = prompt.rfind(subjects[i])
-            if start < 0:
-                raise ValueError(f"the subject {subjects[i]!r} is not in the prompt {prompt!r}")
-            last = start + len(subjects[i]) - 1
-            at = next(j for j, (a, b) in enumerate(spans) if a <= last < b)
+        at = tokens_of(prompt, spans, places[i])[1] - 1 if places else len(ids) - 1
         answers_ids = np.asarray([b > len(prompt) for _, b in spans])
         made.append((np.asarray(ids, np.int32), answers_ids, at))
     T, N = -(-max(len(ids) for ids, _, _ in made) // 8) * 8, len(made)  # few lengths, few programs

@@ -15,6 +15,7 @@ from peft_jax.core.attachment import attach
 from peft_jax.core.bind import bind
 from peft_jax.core.tree import places
 from peft_jax.core.weight import materialize
+from peft_jax.data.spans import tokens_of, with_offsets
 from peft_jax.knowledge.hooks import KEY, Noise, Restore, feed_forward
 from peft_jax.knowledge.requests import Edit, edit_rows
 from peft_jax.models.blocks import embedding_scale
@@ -55,15 +56,16 @@ def trace(
     """
     stack = feed_forward(params).stack
     module = {"states": stack, "feed_forward": feed_forward(params).module, "attention": _ATTENTION[stack]}[what]
-    rows = edit_rows(tokenizer, [fact.question], [fact.target], [fact.subject])
+    rows = edit_rows(tokenizer, [fact.question], [fact.target], [fact.place])
     n = int(rows.segment_ids.sum()) - int(rows.weights.sum())  # the prompt's tokens
     tokens = rows.tokens[:, :n]
     target = int(rows.targets[0, n - 1])
-    first, last = _subject(tokenizer, fact)
+    offsets = with_offsets(tokenizer, f"{fact.question} {fact.target}")["offset_mapping"]
+    first, end = tokens_of(fact.question, offsets, fact.place)
     embedding = next(p for p in _EMBEDDINGS if f"{p}/embedding" in places(params))
     table = np.asarray(materialize(places(params)[f"{embedding}/embedding"]), np.float32)
     drawn = noise * table.std() * embedding_scale(model) * jax.random.normal(jax.random.key(seed), (samples, n, table.shape[1]))
-    inside = (jnp.arange(n) >= first) & (jnp.arange(n) <= last)
+    inside = (jnp.arange(n) >= first) & (jnp.arange(n) < end)
     blur = jnp.concatenate([jnp.zeros((1, *drawn.shape[1:])), drawn * inside[:, None]])
     blurred = attach(params, {embedding: {KEY: Noise(noise=blur)}})
     run = _runner(bind(model), module)
@@ -77,15 +79,7 @@ def trace(
             mask[max(0, layer - window // 2) : layer - window // 2 + window, t] = True
             restored[t, layer] = run(blurred, batch, target, mask)[1]
     words = [tokenizer.decode([i]) for i in tokens[0].tolist()]
-    return Trace(float(clean), float(corrupted), restored, words, (first, last))
-
-
-def _subject(tokenizer: Any, fact: Edit) -> tuple[int, int]:
-    """The first and the last token of the subject."""
-    start = fact.question.rfind(fact.subject)
-    spans = tokenizer(fact.question, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    inside = [i for i, (a, b) in enumerate(spans) if a < start + len(fact.subject) and b > start]
-    return inside[0], inside[-1]
+    return Trace(float(clean), float(corrupted), restored, words, (first, end - 1))
 
 
 @functools.lru_cache(maxsize=8)

@@ -9,7 +9,8 @@ import pytest
 
 import peft_jax
 from peft_jax.core.capture import capture, input_of, output_of
-from peft_jax.knowledge.editing import METHODS, Search, alphaedit_update, edit, memit_update, rome_update, with_deltas
+from peft_jax.knowledge.editing import METHODS, Search, _Work, alphaedit_update, edit, memit_update, rome_update, with_deltas
+from peft_jax.knowledge.hooks import feed_forward
 from peft_jax.knowledge.requests import Edit, edit_rows, read_edits
 from peft_jax.training.objective import next_token
 from peft_jax.training.step import init_state, make_step
@@ -145,7 +146,7 @@ def test_keys_give_their_values_after_rome(setup, tokenizer):
     delta = np.asarray(peft_jax.places(edited)[WEIGHT].delta()[1], np.float64)
     assert relative_error(key @ delta, change) < 1e-4
     assert not np.asarray(peft_jax.places(edited)[WEIGHT].delta())[[0, 2]].any()
-    rows = edit_rows(tokenizer, [FACTS[0].question], [""], [FACTS[0].subject])
+    rows = edit_rows(tokenizer, [FACTS[0].question], [""], [FACTS[0].place])
     place = {"k": input_of("model/layers/mlp/down_proj"), "h": output_of("model/layers")}
     _, found = capture(peft_jax.bind(model), place)(params, rows.tokens, segment_ids=rows.segment_ids)
     assert relative_error(found["k"][1, 0, rows.subject_at[0]], key) < 1e-5
@@ -200,6 +201,7 @@ def test_edits_are_read_and_bad_ones_refused(tmp_path):
     for change, message in (
         ({"target": 3}, r"edits.jsonl:2: 'target' should be a text, got 3"),
         ({"prompt": "Rome is in"}, r"edits.jsonl:2: the prompt 'Rome is in' has no {} for its subject"),
+        ({"prompt": "{} is in {}"}, r"edits.jsonl:2: the prompt '{} is in {}' has {} 2 times"),
         ({"target": "Italy"}, "the edits of 'Rome is in' contradict each other: 'Spain' and 'Italy'"),
         ({"paraphrases": "x"}, "'paraphrases' should be a list of texts"),
         ({"portability": [["x"]]}, r"'portability' should be a list of \[prompt, answer\]"),
@@ -210,6 +212,17 @@ def test_edits_are_read_and_bad_ones_refused(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
         read_edits(path)
+
+
+def test_an_edit_is_made_at_its_subject(setup, tokenizer):
+    """Where {} is: not inside of Annecy, not at an Ann that the prompt says too, and behind each prefix that names her."""
+    model, params, _ = setup
+    prefixes = ("", "Ann said.")
+    work = _Work(model, params, tokenizer, feed_forward(params), prefixes, Search(), 8)
+    facts = [Edit("{} plays in Annecy, the city of", "Ann", "x"), Edit("Ann's town, where {} lives, is", "Ann", "x")]
+    for facts_rows in (work.rows(facts, answers=False), work.rows(facts, answers=True)):
+        said = [tokenizer.decode(t[1 : at + 1]) for t, at in zip(facts_rows.tokens, facts_rows.subject_at, strict=True)]
+        assert said == ["Ann", "Ann said. Ann", "Ann's town, where Ann", "Ann said. Ann's town, where Ann"]
 
 
 def test_what_cannot_be_edited_is_refused(setup, tokenizer):
@@ -223,6 +236,8 @@ def test_what_cannot_be_edited_is_refused(setup, tokenizer):
         run(method="rome", layers=[0, 1], covariances=covariances)
     with pytest.raises(ValueError, match="memit needs covariances of model/layers/mlp/down_proj/kernel"):
         run(method="memit")
+    with pytest.raises(ValueError, match=r"the prompt '{} and {}' has {} 2 times"):
+        run(edits=[Edit("{} and {}", "France", "Rome")])
     with pytest.raises(ValueError, match="there are no edits"):
         run(edits=[])
     with pytest.raises(ValueError, match="no direction of layer 0's keys has a mean square below threshold=0"):

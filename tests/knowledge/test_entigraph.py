@@ -13,6 +13,8 @@ DOCUMENT = "Anna met Boris in Rome. Boris knew Clara."
 def test_entities_are_those_of_the_document():
     write = lambda prompts: ["Boris\n2. Anna\n* Rome.\n- Boris\n- Dora\n" for _ in prompts]
     assert extract_entities(write, [DOCUMENT]) == [["Anna", "Boris", "Rome"]]
+    write = lambda prompts: ["Rom\n- Bo\n- ROME\n- knew clara" for _ in prompts]
+    assert extract_entities(write, [DOCUMENT]) == [["ROME", "knew clara"]]  # nothing inside of a word
 
 
 def test_groups_are_related_and_named_by_their_document():

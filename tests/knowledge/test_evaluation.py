@@ -96,6 +96,9 @@ def test_what_is_restored_comes_back(setup, tmp_path):
     assert found.restored[-1, -1] == pytest.approx(found.clean, rel=1e-4)
     for early in range(found.subject[0]):  # these tokens have not seen the subject
         np.testing.assert_allclose(found.restored[early], found.corrupted, rtol=1e-4)
+    again = trace(model, params, tokenizer, Edit("{} lives in Frances, near", "France", "Paris"), samples=3)
+    assert again.subject[0] == 1  # behind <s>, not inside of Frances
+    assert "".join(again.tokens[1 : again.subject[1] + 1]) == "France"
     whole = trace(model, params, tokenizer, fact, what="feed_forward", window=3, samples=3)
     single = trace(model, params, tokenizer, fact, what="feed_forward", samples=3)
     assert not np.allclose(whole.restored, single.restored, rtol=1e-5)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from peft_jax.data import Record, read_records
-from peft_jax.knowledge.facts import read_templates, verbalise
+from peft_jax.knowledge.facts import question_of, read_templates, verbalise
 from peft_jax.training.config import parse_config
 from peft_jax.training.run import run_training
 
@@ -29,6 +29,22 @@ def test_facts_are_said_in_words_some_of_which_are_held_out():
     assert values(verbalise(FACTS, TEMPLATES, held_out=2, asking=True)) == values(verbalise(FACTS, TEMPLATES, asking=True))
     training, asked = (values(verbalise(FACTS, TEMPLATES, asking=a)) for a in (False, True))
     assert not set(training) & set(asked)
+
+
+def test_an_object_and_a_subject_are_known_by_their_places():
+    """A subject whose name the template says too, an object that its completion says before."""
+    texts = {"home": ["I an Italian, {{ subject }}, live in {{ object }}.", "{{ subject }}: {{ object }}"]}
+    fact = Record({"subject": "Ian", "relation": "home", "object": "It"}, "x:1")
+    assert question_of(fact, {"home": ["In Italian Iana, {{ subject }} is in {{ object }}", "-"]}) == (
+        "In Italian Iana, {} is in", "Ian"
+    )  # fmt: skip
+    assert question_of(fact, {"home": ["{{ subject }}, {{ subject }}! In {{ object }}", "-"]}) == ("Ian, {}! In", "Ian")
+    for template in ("{{ subject | upper }} is in {{ object }}", "{} {{ subject }} in {{ object }}"):
+        with pytest.raises(ValueError, match="no template of 'home' names its subject as it is and ends"):
+            question_of(fact, {"home": [template, "-"]})
+    for made in verbalise([fact], texts) + verbalise([fact], texts, asking=True):
+        start, end = made.value["object_at"]
+        assert (made.value["completion"][:start], made.value["completion"][start:end]) == (" ", "It")
 
 
 def test_triples_are_read_from_tables_and_rdf(tmp_path):
@@ -61,6 +77,7 @@ def test_triples_are_read_from_tables_and_rdf(tmp_path):
         ("capital: ['{{ subject }} {{ thing }} {{ object }}']", "'thing' is undefined"),
         ("capital: ['{{ subject } {{ object }}']", "template .* of 'capital': "),
         ("capital: ['{{ subject }}']", "needs {{ subject }} and {{ object }}, the object once"),
+        ("capital: ['the subject of {{ object }}']", "needs {{ subject }} and {{ object }}, the object once"),
         ("capital: word", "should map each relation to a list of templates"),
         ("capital: [", "is not valid YAML"),
         ("capital: ['{{ subject.__class__.__mro__ }} {{ object }}']", "template .* of 'capital': "),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from tokenizers import Tokenizer, models
 
 import peft_jax
 from peft_jax.core.attachment import attach
@@ -71,6 +72,49 @@ def test_mentions_are_the_longest_whole_words(decoder):
     ]
     assert found("Peru and New York, not Peruvian Yorkshire") == [(0, "Peru"), (1, "New York")]
     assert found("in Gotham or York.") == [(1, "Gotham"), (2, "York")]
+
+
+MENTIONS = [  # names, text, mentions
+    ("Go", "Google and Gogo; Go, and Go", ["Go", "Go"]),
+    ("Peru,Lima", "(Peru) “Lima”… Peru’s, XPeru Peruvian", ["Peru", "Lima", "Peru"]),
+    ("Ann,Annecy", "Annecy is not Ann", ["Annecy", "Ann"]),
+    ("Per,Łód", "Perú, Łódź", []),
+    ("東京", "我在東京都", ["東京"]),
+]
+
+
+@pytest.mark.parametrize("kind", ["embedded", "gpt2", "bert_uncased", "mistral_v1"])
+@pytest.mark.parametrize(("names", "text", "wanted"), MENTIONS)
+def test_mentions_are_found_by_every_kind_of_tokenizer(names, text, wanted, kind, tokenizer_of):
+    """Byte-level, WordPiece and SentencePiece; the words are those of the text, whose tokens the tokenizer's offsets tell."""
+    tokenizer = tokenizer_of(kind)
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    lexicon = make_lexicon(tokenizer, names.split(","))
+    found = []
+    for start, end, name in find_mentions(lexicon, encoded["input_ids"]):
+        a, b = encoded["offset_mapping"][start][0], encoded["offset_mapping"][end - 1][1]
+        assert names.split(",")[name] in text[a:b]
+        found.append(names.split(",")[name])
+    assert found == wanted
+
+
+def test_mentions_end_with_their_segment_and_padding_is_on_either_side(decoder):
+    tokenizer = decoder[2]
+    ids = tokenizer("in New York", add_special_tokens=False)["input_ids"]
+    lexicon = make_lexicon(tokenizer, ["New York", "York"])
+    found = lambda ids, segments: [(tokenizer.decode(ids[a:b]).strip(), n) for a, b, n in find_mentions(lexicon, ids, segments)]
+    assert found([0, 0, *ids], [0, 0] + [1] * len(ids)) == [("New York", 0)]
+    new = len(tokenizer("in New", add_special_tokens=False)["input_ids"])
+    assert found(ids, [1] * new + [2] * (len(ids) - new)) == [("York", 1)]
+
+
+def test_names_that_a_tokenizer_cannot_say_are_told(decoder, caplog):
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"[UNK]": 0, "Peru": 1}, unk_token="[UNK]")), unk_token="[UNK]"
+    )
+    lexicon = make_lexicon(tokenizer, ["Chile", "Peru"])
+    assert "1 names hold what the tokenizer cannot say and are never found: 'Chile'" in caplog.text
+    assert find_mentions(lexicon, [0, 1, 0]) == [(1, 2, 1)]
 
 
 def test_triples_stand_at_their_mentions_with_soft_positions(decoder):

@@ -171,6 +171,13 @@ def test_answers_are_found_again_in_windows(tokenizer):
     assert found == {0, 1}
 
 
+def test_blanks_of_an_answer_are_no_part_of_it(tokenizer):
+    value = {"question": "was it good?", "context": "the film was good", "answers": {"text": [" film "], "answer_start": [3]}}
+    rows, _ = encode_questions(records(value), tokenizer, 14)
+    first, last = rows.labels[0]
+    assert tokenizer.convert_ids_to_tokens(rows.tokens[0, first : last + 1]) == ["film"]
+
+
 def test_masked_rows_spare_special_tokens(tokenizer):
     rows = encode_masked(records({"text": "the film was good " * 6}), tokenizer, 10)
     assert len(rows.tokens) == 3
@@ -507,9 +514,12 @@ def test_an_encoder_learns_facts(task, encoder, tmp_path):
 
 
 def test_only_objects_of_facts_are_masked(tokenizer):
-    value = {"prompt": "the film was", "completion": " good. it", "object": "good", "relation": "was"}
-    rows = encode_masked([Record(value, "")], tokenizer, 12)
-    assert rows.tokens[0][rows.weights[0] > 0].tolist() == tokenizer("good", add_special_tokens=False)["input_ids"]
+    value = {"prompt": "the film was", "completion": " good. it", "object_at": (1, 5), "relation": "was"}
+    again = {"prompt": "a", "completion": " good film was good", "object_at": (15, 19)}  # it is there before, too
+    rows = encode_masked([Record(value, ""), Record(again, "")], tokenizer, 12)
+    for row, (tokens, weights) in enumerate(zip(rows.tokens, rows.weights, strict=True)):
+        assert tokens[weights > 0].tolist() == tokenizer("good", add_special_tokens=False)["input_ids"], row
+    assert weights.argmax() == 5  # after [CLS] a good film was
 
 
 @pytest.mark.parametrize("run", RUNS)
