@@ -185,11 +185,21 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "gptq": ("covariance",), "awq": ("covariance", "mean_abs"), "smoothquant": ("max_abs",),
 }  # fmt: skip
 
+WITHOUT_DATA = {"gptq": "nearest", "awq": "nearest", "smoothquant": "nearest"}  # what is done where there are no statistics
+
 
 def needed_statistics(rounding: str, format: Format) -> tuple[str, ...]:
     """What a rounding, and static activations, need to know of a weight's inputs."""
     static = getattr(format, "activations", None) == "static"
     return tuple(dict.fromkeys((*NEEDS.get(rounding, ()), *(("max_abs",) if static else ()))))
+
+
+def plain_rounding(name: str, w: jax.Array, format: Format, like: Rounded) -> Rounded:
+    """`w` [in, out] as the rounding is done without statistics, with the fields that `like` has."""
+    found = ROUNDINGS[WITHOUT_DATA[name]](w, format)
+    if like.order is not None:
+        found = found._replace(order=jnp.arange(len(w), dtype=like.order.dtype))
+    return found if like.smooth is None else found._replace(smooth=jnp.ones_like(like.smooth))
 
 
 def check_rounding(name: str, options: Iterable[str]) -> None:
