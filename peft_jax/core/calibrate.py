@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.coverage import Calibrated, record_tokens
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, find_sites, node, place_nodes
 from peft_jax.core.tree import Targets, combine, layer_paths, map_places, partition, places
 from peft_jax.core.weight import Layout, Trainable, ragged_matmul, static, to_matrix
@@ -22,29 +23,32 @@ Statistic = Literal["covariance", "second_moment", "mean", "mean_abs", "max_abs"
 
 @node
 class Probe(Reparametrised):
-    """`base`, unchanged; sink [*lead, in, in] or [*lead, in] receives the statistic of its inputs as a gradient."""
+    """`base`, unchanged; sink [*lead, in, in] or [*lead, in] receives the statistic of its inputs as a gradient, and tokens
+    [*lead] their number.
+    """
 
-    trainable: ClassVar[tuple[str, ...]] = ("sink",)
+    trainable: ClassVar[tuple[str, ...]] = ("sink", "tokens")
     stochastic: ClassVar[bool] = False
     sink: jax.Array
+    tokens: jax.Array
     statistic: str = static(default="covariance")
 
     def product(self, x: jax.Array, base: Product) -> jax.Array:
-        return base(_tap(self.statistic, x, self.sink))
+        return base(_tap(self.statistic, x, self.sink, self.tokens))
 
     def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        return ragged_matmul(_ragged_tap(self.statistic, x, sizes, self.sink), self.base, sizes)
+        return ragged_matmul(_ragged_tap(self.statistic, x, sizes, self.sink, self.tokens), self.base, sizes)
 
     def materialize(self) -> jax.Array:
         raise ValueError("a weight that its module materialises cannot be calibrated; register a rule or exclude it")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(statistic: str, x: jax.Array, sink: jax.Array) -> jax.Array:
+def _tap(statistic: str, x: jax.Array, sink: jax.Array, tokens: jax.Array) -> jax.Array:
     return x
 
 
-def _tap_forward(statistic: str, x: jax.Array, sink: jax.Array) -> Any:
+def _tap_forward(statistic: str, x: jax.Array, sink: jax.Array, tokens: jax.Array) -> Any:
     return x, x
 
 
@@ -57,18 +61,19 @@ def _tap_backward(statistic: str, x: jax.Array, grad: jax.Array) -> Any:
         "mean_abs": lambda: jnp.abs(rows).sum(0),
         "max_abs": lambda: jnp.abs(rows).max(0),
     }[statistic]()
-    return jnp.zeros_like(x), value  # nothing flows further back: the statistic is all that is asked for
+    # Nothing flows further back: the statistic is all that is asked for.
+    return jnp.zeros_like(x), value, jnp.float32(len(rows))
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ragged_tap(statistic: str, x: jax.Array, sizes: jax.Array, sink: jax.Array) -> jax.Array:
+def _ragged_tap(statistic: str, x: jax.Array, sizes: jax.Array, sink: jax.Array, tokens: jax.Array) -> jax.Array:
     return x
 
 
-def _ragged_forward(statistic: str, x: jax.Array, sizes: jax.Array, sink: jax.Array) -> Any:
+def _ragged_forward(statistic: str, x: jax.Array, sizes: jax.Array, sink: jax.Array, tokens: jax.Array) -> Any:
     return x, (x, sizes)
 
 
@@ -86,7 +91,7 @@ def _ragged_backward(statistic: str, saved: Any, grad: jax.Array) -> Any:
     else:
         of = {"second_moment": jnp.square, "mean": lambda r: r, "mean_abs": jnp.abs}[statistic]
         value = jax.ops.segment_sum(of(rows), group, E)
-    return jnp.zeros_like(x), None, value
+    return jnp.zeros_like(x), None, value, sizes.astype(jnp.float32)
 
 
 _ragged_tap.defvjp(_ragged_forward, _ragged_backward)
@@ -101,11 +106,12 @@ def calibrate(
     targets: Targets = "all-linear",
     exclude: Targets = (),
     layout: Layout | None = None,
-) -> dict[str, jax.Array]:
+) -> Calibrated:
     """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]), x^2 ("second_moment", [*lead, in]), x
     ("mean") or |x| ("mean_abs"), or the largest |x| ("max_abs"), float32.
 
-    Of stacked experts each has the tokens that it gets, over the number of all tokens. `batches` hold `tokens` [B, T] and what
+    Of stacked experts each has the tokens that it gets, over the number of all tokens; how many those were is in the result's
+    `tokens`, path -> [*lead]. `batches` hold `tokens` [B, T] and what
     else the model's call takes (`positions`, `segment_ids`); every token counts,
     so give rows without padding. Raises ValueError where there is no batch, or a target matches nothing.
     """
@@ -113,20 +119,36 @@ def calibrate(
     def make(site: Site, key: jax.Array) -> Probe:
         lead, n_in, _ = site.sizes
         shape = (*lead, n_in, n_in) if statistic == "covariance" else (*lead, n_in)
-        return Probe(**site.common(), sink=jnp.zeros(shape, jnp.float32), statistic=statistic)
+        return Probe(**site.common(), sink=jnp.zeros(shape), tokens=jnp.zeros(lead), statistic=statistic)
 
     probed = place_nodes(params, jax.random.key(0), make, targets=targets, exclude=exclude, layout=layout)
     inside = {p for p, w in places(probed).items() if isinstance(w, Probe)}
     sinks, rest = partition(map_places(lambda p, w: w if p in inside else _frozen(w), probed))
     largest = statistic == "max_abs"
-    total, count = collect(apply, sinks, rest, batches, add=jnp.maximum if largest else jnp.add)
-    return {path: places(total)[path].sink / (1 if largest else count) for path in sorted(inside)}
+    total, count = collect(apply, sinks, rest, batches, add=functools.partial(_add_probes, largest))
+    probes = {path: places(total)[path] for path in sorted(inside)}
+    tokens = {path: probe.tokens for path, probe in probes.items()}
+    record_tokens(tokens)
+    return Calibrated({path: probe.sink / (1 if largest else count) for path, probe in probes.items()}, tokens)
+
+
+def _add_probes(largest: bool, total: Any, found: Any) -> Any:
+    """Two trees of what probes received as one."""
+
+    def add(a: Probe, b: Probe) -> Probe:
+        return a.replace(sink=(jnp.maximum if largest else jnp.add)(a.sink, b.sink), tokens=a.tokens + b.tokens)
+
+    return jax.tree.map(add, total, found, is_leaf=lambda x: isinstance(x, Probe))
+
+
+def _add(total: Any, found: Any) -> Any:
+    return jax.tree.map(jnp.add, total, found)
 
 
 def collect(
-    apply: Callable[..., Any], sinks: Any, rest: Any, batches: Iterable[Mapping[str, Any]], *, add: Callable[..., Any] = jnp.add
+    apply: Callable[..., Any], sinks: Any, rest: Any, batches: Iterable[Mapping[str, Any]], *, add: Callable[..., Any] = _add
 ) -> tuple[Any, int]:
-    """(what the probes of a tree let flow into `sinks`, added up over the batches, like `sinks`; the number of tokens).
+    """(what the probes of a tree let flow into `sinks`, like `sinks`, joined over the batches by `add`; the number of tokens).
 
     `sinks` and `rest` are the parts of the tree that `partition` gives. Raises ValueError where there is no batch.
     """
@@ -140,7 +162,7 @@ def collect(
     for batch in batches:
         inputs = {k: v for k, v in batch.items() if k in ("positions", "segment_ids")}
         found = run(sinks, rest, batch["tokens"], inputs)
-        total = found if total is None else jax.tree.map(add, total, found)
+        total = found if total is None else add(total, found)
         count += int(jnp.size(batch["tokens"]))
     if total is None:
         raise ValueError("there is no batch to calibrate on")
@@ -149,7 +171,7 @@ def collect(
 
 def calibrate_all(
     apply: Callable[..., Any], params: Any, batches: Iterable[Mapping[str, Any]], statistics: Iterable[str], **where: Any
-) -> dict[str, dict[str, jax.Array]]:
+) -> dict[str, Calibrated]:
     """statistic -> what `calibrate` gives for it; `where` are its targets, exclude and layout."""
     return {name: calibrate(apply, params, batches, statistic=name, **where) for name in statistics}  # type: ignore[arg-type]
 
@@ -203,7 +225,8 @@ def output_errors(
     exclude: Targets = (),
     layout: Layout | None = None,
 ) -> dict[str, jax.Array]:
-    """path -> ||X (W' - W)|| / ||X W|| [*lead] of each weight W of `before` that is W' in `after`, on after's own inputs X.
+    """path -> ||X (W' - W)|| / ||X W|| [*lead] of each weight W of `before` that is W' in `after`, on after's own inputs X;
+    not a number where there are none.
 
     The covariances of one block of layers are held at a time. Raises ValueError as `calibrate` does.
     """
@@ -214,7 +237,8 @@ def output_errors(
         for path in paths:
             old, new = sites[path].matrix(), sites[path]._replace(base=known[path]).matrix()
             energy = lambda w, of=covariances[path]: jnp.maximum(jnp.sum((of @ w) * w, (-2, -1)), 0.0)
-            found[path] = jnp.sqrt(energy(new - old) / jnp.maximum(energy(old), 1e-30))
+            error = jnp.sqrt(energy(new - old) / jnp.maximum(energy(old), 1e-30))
+            found[path] = jnp.where(covariances.tokens[path] > 0, error, jnp.nan)
     return found
 
 

@@ -103,6 +103,12 @@ def edit(
                 f"{method} needs covariances of {place.weight}: calibrate(bind(model), params, batches, targets=...)"
             )
         covariance = np.asarray(covariances[place.weight], np.float64)
+        for layer in layers:
+            if not (np.isfinite(covariance[layer]).all() and covariance[layer].any()):
+                raise ValueError(
+                    f"{method} needs covariances of {place.weight}, and those of layer {layer} are of no tokens or not finite: "
+                    "calibrate on rows of text"
+                )
     work = _Work(model, params, tokenizer, place, tuple(prefixes), search, batch)
     given = {
         "weight": weight,

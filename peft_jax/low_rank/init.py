@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 Factors = tuple[jax.Array, jax.Array]
+WITHOUT_DATA = "kaiming"  # the start where there are no statistics
 STATISTICS = {"eva": "covariance", "corda_kpm": "covariance", "corda_ipm": "covariance", "lora_ga": "gradient"}
 
 

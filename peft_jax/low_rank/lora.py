@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.coverage import choose, ledger, reached, tokens_of
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, dropped, node, place_nodes
 from peft_jax.core.tree import Targets, map_places
 from peft_jax.core.weight import Axes, Layout, by_group, from_matrix, matmul, ragged_matmul, static, take
@@ -121,6 +122,7 @@ def scaling(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
+@ledger()
 def lora(
     params: Any,
     key: jax.Array,
@@ -155,7 +157,7 @@ def lora(
     check_dropout(dropout)
 
     def make(site: Site, key: jax.Array) -> LoRA:
-        a, b, scale = ranks.factors(site, key, init, (statistics or {}).get(site.path))
+        a, b, scale = ranks.factors(site, key, init, (statistics or {}).get(site.path), tokens_of(statistics, site.path))
         return LoRA(
             **site.common(dropout=dropout, name=adapter),
             a=a,
@@ -184,12 +186,22 @@ class Ranks:
         self.rank_pattern, self.alpha_pattern = rank_pattern, alpha_pattern
 
     def factors(
-        self, site: Site, key: jax.Array, init: str, statistic: jax.Array | None = None
+        self, site: Site, key: jax.Array, init: str, statistic: jax.Array | None = None, tokens: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(A, B, scale) of a site. Layers of smaller rank are padded with zeros, which stay zero in training."""
+        """(A, B, scale) of a site. Layers of smaller rank are padded with zeros, which stay zero in training.
+
+        Matrices whose `statistic` is of no tokens start without one.
+        """
         ranks, alphas = site.pattern(self.rank, self.rank_pattern), site.pattern(self.alpha, self.alpha_pattern)
         scale = site.by_layer([scaling(a, r, self.rslora) for a, r in zip(alphas, ranks, strict=True)])
-        a, b = starts.start(init, site.matrix(), max(ranks), scale, key, statistic)
+        begin = functools.partial(starts.start, w=site.matrix(), rank=max(ranks), scale=scale, key=key)
+        a, b = begin(init, statistic=statistic)
+        if init in starts.STATISTICS:
+            assert statistic is not None
+            least = max(ranks) if init == "eva" else 1  # fewer tokens have fewer directions
+            how: dict[str, Any] = {"method": f"init {init!r}", "instead": repr(starts.WITHOUT_DATA)}
+            there = reached(site.path, [statistic], site.sizes[0], tokens=tokens, least=least, **how)
+            a, b = choose(there, (a, b), begin(starts.WITHOUT_DATA))
         if len(set(ranks)) > 1:
             used = jnp.arange(max(ranks)) < site.by_layer(ranks)[..., None]
             a, b = a * used[..., None, :], b * used[..., :, None]

@@ -7,6 +7,7 @@ with X^T X = L L^T, ||X (W - W')|| = ||L^T (W - W')||.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -15,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from peft_jax.core.coverage import ledger, reached, white
 from peft_jax.core.reparametrised import Matrix, Site, find_sites, node, precision_name
 from peft_jax.core.tree import Targets, map_places
 from peft_jax.core.weight import Axes, Layout, from_matrix, static
+
+logger = logging.getLogger("peft_jax")
 
 
 @node
@@ -76,6 +80,7 @@ class Factorized(Matrix):
         return rows if dtype is None else rows.astype(dtype)
 
 
+@ledger()
 def factorize(
     params: Any,
     *,
@@ -93,11 +98,13 @@ def factorize(
 
     Either `keep`, the share of the targets' parameters that may stay, or `error`, the largest relative error of a weight
     (of its outputs, with statistics), sets the ranks. `statistics` are covariances of the inputs by path (`calibrate`):
-    they make the truncation activation-aware, by SVD-LLM's whitening or ASVD's scales. A budget is shared out evenly or
+    they make the truncation activation-aware, by SVD-LLM's whitening or ASVD's scales; what no token reached is truncated
+    plainly, which is said. A budget is shared out evenly or
     by the energy that a rank holds. Stacked layers share a rank; looped ones have each their own. A weight that would
     not become smaller stays as it is. With `train` the factors train.
 
-    Returns (tree, {path: {"rank", "kept" (share of parameters), "error"}}). Raises ValueError unless exactly one of
+    Returns (tree, {path: {"rank", "kept" (share of parameters), "error"}}). Warns (logger `peft_jax`) where weights are cut
+    without statistics. Raises ValueError unless exactly one of
     `keep` in (0, 1] and `error` in [0, 1) is given, and for a place without statistics.
     """
     if (keep is None) == (error is None):
@@ -138,7 +145,13 @@ def factorize(
             frozen=not train,
         )
 
-    return map_places(place, params), report
+    tree = map_places(place, params)
+    if statistics is None and any(row["error"] > 1e-3 for row in report.values()):
+        logger.warning(
+            "plain SVD of whole weights is known to ruin language models even where little is cut off; SVD-LLM, which heeds "
+            "their inputs, is factorize(..., statistics=calibrate(...)), or factorize.activations=true in a configuration"
+        )
+    return tree, report
 
 
 def _decompose(site: Site, covariance: jax.Array | None, whitening: str) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -150,6 +163,9 @@ def _decompose(site: Site, covariance: jax.Array | None, whitening: str) -> tupl
     n = w.shape[-2]
     if covariance.shape[-2:] != (n, n):
         raise ValueError(f"statistics of {site.path} have shape {covariance.shape}, expected covariances [..., {n}, {n}]")
+    name = "ASVD" if whitening == "scale" else "SVD-LLM"
+    there = reached(site.path, [covariance], site.sizes[0], method=name, instead="plain SVD")
+    covariance = white(covariance, there)
     diagonal = jnp.diagonal(covariance, axis1=-2, axis2=-1)
     floor = 1e-5 * diagonal.mean(-1, keepdims=True) + 1e-30  # inputs that never occur must not count for nothing
     if whitening == "scale":

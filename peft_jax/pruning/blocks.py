@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from peft_jax.core.calibrate import calibrate_all, layer_blocks
+from peft_jax.core.coverage import ledger
 from peft_jax.core.reparametrised import find_sites
 from peft_jax.core.tree import Targets
 from peft_jax.core.weight import Layout
@@ -19,6 +20,7 @@ from peft_jax.pruning.prune import check_score, prune
 from peft_jax.pruning.scores import NEEDS, of_gradients
 
 
+@ledger()
 def prune_in_turn(
     apply: Callable[..., Any],
     params: Any,

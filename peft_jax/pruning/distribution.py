@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.coverage import choose, ledger, reached
 from peft_jax.core.reparametrised import Site, find_sites
 from peft_jax.core.tree import Targets, layer_paths
 from peft_jax.core.weight import Layout
@@ -17,7 +18,7 @@ from peft_jax.pruning.pattern import make_pattern
 from peft_jax.pruning.scores import check_options, check_statistics, scores_of
 
 Sparsities = dict[str, np.ndarray]  # path -> [*lead]
-Scores = Callable[[Site], jax.Array]  # -> [*lead, in, out]
+Scores = Callable[[Site], tuple[jax.Array, jax.Array | None]]  # -> [*lead, in, out], and of which [*lead] there are any
 
 NEEDS: dict[str, tuple[str, ...]] = {"owl": ("second_moment",)}
 OF_SCORES = ("global",)  # these compare the scores of all weights, which are then ranked over whole matrices
@@ -47,14 +48,19 @@ def erk(sites: Mapping[str, Site], sparsity: float, **_: Any) -> Sparsities:
 
 
 def overall(sites: Mapping[str, Site], sparsity: float, *, scores: Scores, **_: Any) -> Sparsities:
-    """One threshold for the scores of all weights together ("global")."""
-    found = {path: np.asarray(scores(site)) for path, site in sites.items()}
-    every = np.concatenate([s.ravel() for s in found.values()])
+    """One threshold for the scores of all weights together ("global"); matrices that have none lose the mean share."""
+    found: Sparsities = {}
+    known: dict[str, np.ndarray] = {}
+    for path, site in sites.items():
+        score, there = scores(site)
+        found[path] = np.asarray(score)
+        known[path] = np.ones(site.sizes[0], bool) if there is None else np.asarray(there)
+    every = np.concatenate([s[known[path]].ravel() for path, s in found.items()])
     remove = int(sparsity * every.size + 1e-6)
     if remove == 0:
-        return uniform(sites, 0.0)
+        return uniform(sites, sparsity if every.size == 0 else 0.0)
     threshold = np.partition(every, remove - 1)[remove - 1]
-    return {path: (s <= threshold).mean((-2, -1)) for path, s in found.items()}
+    return {path: np.where(known[path], (s <= threshold).mean((-2, -1)), sparsity) for path, s in found.items()}
 
 
 def owl(
@@ -70,7 +76,10 @@ def owl(
     found: dict[Any, list[float]] = {}
     entries: dict[Any, int] = {}
     for path, site in sites.items():
-        share = np.asarray(_outliers(site.matrix(), statistics["second_moment"][path], outlier))
+        second_moment = statistics["second_moment"][path]
+        there = reached(path, [second_moment], site.sizes[0], method="distribution 'owl'", instead="the size of the weights")
+        second_moment = choose(there, second_moment, jnp.ones_like(second_moment))
+        share = np.asarray(_outliers(site.matrix(), second_moment, outlier))
         size = int(np.prod(site.sizes[1:]))
         for layer, value in zip(names[path], share.reshape(-1), strict=True):
             found.setdefault(layer, []).append(float(value) * size)
@@ -101,6 +110,7 @@ def _layer_names(site: Site) -> list[Any]:
 DISTRIBUTIONS: dict[str, Callable[..., Sparsities]] = {"uniform": uniform, "global": overall, "erk": erk, "owl": owl}
 
 
+@ledger()
 def allocate_sparsity(
     params: Any,
     sparsity: float,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate, collect
+from peft_jax.core.coverage import choose, ledger, reached
 from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import partition
 from peft_jax.core.weight import static
@@ -20,6 +21,7 @@ from peft_jax.models.layers import stacked
 Score = Literal["activation", "fluctuation", "magnitude"]
 
 
+@ledger()
 def importance(
     model: Decoder, params: Any, batches: Iterable[Mapping[str, Any]], *, score: Score = "activation"
 ) -> dict[str, jax.Array]:
@@ -29,7 +31,8 @@ def importance(
     al. 2024, arXiv:2407.14679, section 2.2, with the L2 aggregation), and layers by their influence (`block_influence`).
     fluctuation: units and heads by the variance of their output times the squared norm of the weights that read it (FLAP, An et
     al. 2023, arXiv:2312.11983, equation 4), the rest as activation. magnitude: by the norms of their weights alone; `batches`
-    are not read. Raises ValueError for an unknown score and where there is no batch.
+    are not read. Heads and units of layers that no token reached are by magnitude too, which is said. Raises ValueError for an
+    unknown score and where there is no batch.
     """
     if score not in ("activation", "fluctuation", "magnitude"):
         raise ValueError(f"unknown importance {score!r}; there are activation, fluctuation and magnitude")
@@ -45,18 +48,23 @@ def importance(
     second = calibrate(apply, params, batches, statistic="second_moment", targets=["o_proj", "down_proj", *readers])
     of = lambda module: second[f"model/layers/{module}/kernel"]
     heads, units = of("self_attn/o_proj"), of("mlp/down_proj")
+    known = {
+        path: reached(f"model/layers/{path}/kernel", [of(path)], (model.config.num_layers,), method=f"importance {score!r}",
+                      instead="'magnitude'")
+        for path in ("self_attn/o_proj", "mlp/down_proj")
+    }  # fmt: skip
     if score == "fluctuation":
         mean = calibrate(apply, params, batches, statistic="mean", targets=["o_proj", "down_proj"])
         variance = lambda total, path: total - jnp.square(mean[f"model/layers/{path}/kernel"])
         heads = variance(heads, "self_attn/o_proj") * jnp.square(kernel("self_attn", "o_proj")).sum(-1)
         units = variance(units, "mlp/down_proj") * jnp.square(kernel("mlp", "down_proj")).sum(-1)
     channels = (jnp.sqrt(of(f"self_attn/{readers[0]}")) + jnp.sqrt(of(f"mlp/{readers[1]}"))).sum(0)
-    return {
-        "layers": block_influence(model, params, batches),
-        **_of_heads(model, heads),
-        "units": jnp.sqrt(units),
-        "channels": channels,
-    }
+    found = {**_of_heads(model, heads), "units": jnp.sqrt(units)}
+    plain = _magnitudes(model, params, kernel)
+    for name, score_of in found.items():
+        there = known["mlp/down_proj" if name == "units" else "self_attn/o_proj"]
+        found[name] = choose(there, score_of, plain[name])
+    return {"layers": block_influence(model, params, batches), **found, "channels": channels}
 
 
 def _of_heads(model: Decoder, energy: jax.Array) -> dict[str, jax.Array]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.coverage import choose, ledger
 from peft_jax.core.reparametrised import Reparametrised, Site, find_sites
 from peft_jax.core.tree import Targets, map_places
 from peft_jax.core.weight import Layout, Weight, from_matrix, materialize
@@ -18,13 +19,24 @@ from peft_jax.pruning.distribution import OF_SCORES, allocate_sparsity, check_pa
 from peft_jax.pruning.masked import Masked, base_of, masked, zeros_of
 from peft_jax.pruning.nm import nm_sparse
 from peft_jax.pruning.pattern import NM, Block, Compare, Pattern, make_pattern, removed, select_kept
-from peft_jax.pruning.scores import COMPARE, NEEDS, SCORES, check_options, check_statistics, flat_stack, score_matrix
+from peft_jax.pruning.scores import (
+    COMPARE,
+    NEEDS,
+    SCORES,
+    WITHOUT_DATA,
+    check_options,
+    check_statistics,
+    flat_stack,
+    known,
+    score_matrix,
+)
 from peft_jax.pruning.sparsegpt import sparsegpt
 
 Statistics = Mapping[str, Mapping[str, jax.Array]]  # name of the statistic -> path -> array
 PROCEDURES = {"sparsegpt": sparsegpt}  # they change the weights that stay as well
 
 
+@ledger()
 def prune(
     params: Any,
     sparsity: float | Mapping[str, Any] | None = None,
@@ -47,7 +59,8 @@ def prune(
     asks). `score` is magnitude, random, snip, taylor, movement, wanda, ria or sparsegpt, with its `options`; `statistics` maps
     those that it needs (`NEEDS`) to what `calibrate` and `gradients` give. `pattern` is "2:4" and its like, or blocks as
     "16x16". Entries are ranked within each "output" or the whole "matrix" (`compare`; each score has its paper's). What is
-    masked already stays masked and counts. Layers of a stack are pruned one by one.
+    masked already stays masked and counts. Layers of a stack are pruned one by one. Experts and weights that no token of the
+    statistics reached are pruned by magnitude, which is said.
 
     Raises ValueError naming the place for a pattern that does not divide it, missing statistics, and quantized weights that
     a score would have to change; and for a sparsity outside [0, 1), unknown scores, distributions and options.
@@ -125,11 +138,13 @@ def _prune_base(
             f"{site.path} is a {type(base).__name__}, whose weights {score} cannot change; prune first, or use wanda"
         )
     needed = {name: statistics[name] for name in NEEDS.get(score, ())}
+    there = known(score, site, needed)
     flat, kept, needed, keys = flat_stack(site, w, needed, seed)
+    there = None if there is None else there.reshape(-1)
     n_in, n_out = flat.shape[-2:]
     remove = removed(share.reshape(-1), n_in, n_out, pattern, compare)
     shares = jnp.asarray(share.reshape(-1), jnp.float32)
-    new, kept = _prune_stack(flat, kept, needed, keys, shares, jnp.asarray(remove), score, pattern, compare, options)
+    new, kept = _prune_stack(flat, kept, needed, keys, shares, jnp.asarray(remove), there, score, pattern, compare, options)
     if not bool(jnp.isfinite(new).all()):
         raise ValueError(f"{site.path} holds, or its statistics lead to, numbers that are not finite")
     lead = site.sizes[0]
@@ -139,21 +154,29 @@ def _prune_base(
     return masked(base, kept, in_axes=site.in_axes, out_axes=site.out_axes, pattern=pattern)
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
+@functools.partial(jax.jit, static_argnums=(7, 8, 9, 10))
 def _prune_stack(
-    matrices: jax.Array, kept: jax.Array, statistics: Any, keys: jax.Array, share: jax.Array, remove: jax.Array, score: str,
-    pattern: Pattern, compare: Compare, options: Any,
+    matrices: jax.Array, kept: jax.Array, statistics: Any, keys: jax.Array, share: jax.Array, remove: jax.Array,
+    there: jax.Array | None, score: str, pattern: Pattern, compare: Compare, options: Any,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(matrices as they become, bool of what is kept), both [n, in, out], one matrix after the other."""
+    """(matrices as they become, bool of what is kept), both [n, in, out], one matrix after the other.
 
-    def one(inputs: Any) -> tuple[jax.Array, jax.Array]:
-        w, kept, of, key, share, remove = inputs
-        if score in PROCEDURES:
-            return PROCEDURES[score](w, statistics=of, kept=kept, sparsity=share, pattern=pattern, **dict(options))
-        found = score_matrix(score, w, kept, of, key, dict(options))
+    Where not `there` [n], the score needs no statistics.
+    """
+
+    def by_score(score: str, inputs: Any, options: Any, there: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        w, kept, of, key, _, remove, _ = inputs
+        found = score_matrix(score, w, kept, of, key, options, there)
         return w, select_kept(found, remove, pattern, compare) & kept
 
-    return jax.lax.map(one, (matrices, kept, statistics, keys, share, remove))
+    def one(inputs: Any) -> tuple[jax.Array, jax.Array]:
+        w, kept, of, _, share, _, there = inputs
+        if score not in PROCEDURES:
+            return by_score(score, inputs, dict(options), there)
+        found = PROCEDURES[score](w, statistics=of, kept=kept, sparsity=share, pattern=pattern, **dict(options))
+        return found if there is None else choose(there, found, by_score(WITHOUT_DATA[score], inputs, {}, None))
+
+    return jax.lax.map(one, (matrices, kept, statistics, keys, share, remove, there))
 
 
 def compress(params: Any) -> Any:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.coverage import choose, reached
 from peft_jax.core.reparametrised import Site
 from peft_jax.core.weight import materialize, to_matrix
 from peft_jax.pruning.masked import Masked, base_of
@@ -72,6 +73,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "snip": ("gradient",), "taylor": ("squared_gradient",), "movement": ("gradient",), "wanda": ("second_moment",),
     "ria": ("second_moment",), "sparsegpt": ("covariance",),
 }  # fmt: skip
+WITHOUT_DATA = {name: "magnitude" for name in NEEDS}  # the score where there are no statistics
 COMPARE: dict[str, Compare] = {"wanda": "output"}  # what each paper ranks together, where not the whole matrix
 
 
@@ -112,20 +114,40 @@ def check_statistics(sites: Iterable[Site], names: Iterable[str], statistics: Ma
                 raise ValueError(f"statistics {name!r} of {site.path} have shape {found}, expected {shape}")
 
 
-def scores_of(score: str, site: Site, *, statistics: Mapping[str, Statistics], seed: int = 0) -> jax.Array:
-    """The scores [*lead, in, out] of one place's entries; those that are masked already have the lowest."""
+def known(score: str, site: Site, statistics: Statistics, instead: str | None = None) -> jax.Array | None:
+    """bool [*lead], which of a place's matrices the score has its `statistics` of (see `reached`); None where all."""
+    if score not in NEEDS:
+        return None
+    found, instead = [statistics[name] for name in NEEDS[score]], instead or repr(WITHOUT_DATA[score])
+    return reached(site.path, found, site.sizes[0], method=f"score {score!r}", instead=instead)
+
+
+def scores_of(
+    score: str, site: Site, *, statistics: Mapping[str, Statistics], seed: int = 0
+) -> tuple[jax.Array, jax.Array | None]:
+    """(the scores [*lead, in, out] of one place's entries, of which matrices [*lead] they say anything); see `known`.
+
+    Entries that are masked already have the lowest.
+    """
     check_statistics([site], NEEDS.get(score, ()), statistics, f"score {score!r}")
     here = {name: statistics[name][site.path] for name in NEEDS.get(score, ())}
+    there = known(score, site, here, "the mean sparsity")
     flat, kept, here, keys = flat_stack(site, base_of(site.base), here, seed)
     found = jax.lax.map(lambda a: score_matrix(score, *a), (flat, kept, here, keys))
-    return found.reshape(*site.sizes[0], *found.shape[1:])
+    return found.reshape(*site.sizes[0], *found.shape[1:]), there
 
 
 def score_matrix(
-    score: str, w: jax.Array, kept: jax.Array, statistics: Statistics, key: jax.Array, options: Mapping[str, Any] | None = None
-) -> jax.Array:
-    """The score [in, out] of one matrix; entries that are not `kept` have the lowest there is."""
+    score: str, w: jax.Array, kept: jax.Array, statistics: Statistics, key: jax.Array,
+    options: Mapping[str, Any] | None = None, there: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """The score [in, out] of one matrix; entries that are not `kept` have the lowest there is.
+
+    Where not `there`, a bool, it is the score that needs no statistics.
+    """
     found = SCORES[score](w, **({"statistics": statistics} if score in NEEDS else {"key": key}), **(options or {}))
+    if there is not None:
+        found = choose(there, found, SCORES[WITHOUT_DATA[score]](w))
     return jnp.where(kept, found, -jnp.inf)
 
 

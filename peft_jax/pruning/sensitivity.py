@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from peft_jax.core.calibrate import calibrate_all, layer_blocks
+from peft_jax.core.coverage import ledger
 from peft_jax.core.reparametrised import find_sites
 from peft_jax.core.tree import Targets, layer_paths
 from peft_jax.core.weight import Layout
@@ -16,6 +17,7 @@ from peft_jax.pruning.prune import densify, prune
 from peft_jax.pruning.scores import NEEDS, of_gradients
 
 
+@ledger()
 def sensitivity(
     apply: Callable[..., Any],
     loss: Callable[[Any, Any], jax.Array],

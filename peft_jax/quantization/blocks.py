@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from peft_jax.core.calibrate import calibrate_all, layer_blocks
+from peft_jax.core.coverage import ledger
 from peft_jax.core.reparametrised import find_sites
 from peft_jax.core.tree import Targets, check_patterns, matches
 from peft_jax.core.weight import Layout
@@ -20,6 +21,7 @@ from peft_jax.quantization.quantize import embedding_layout, quantize
 from peft_jax.quantization.rounding import needed_statistics
 
 
+@ledger()
 def quantize_in_turn(
     apply: Callable[..., Any],
     params: Any,

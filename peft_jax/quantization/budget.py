@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from peft_jax.core.coverage import ledger, reached, white
 from peft_jax.core.reparametrised import Site, find_sites
 from peft_jax.core.tree import Targets
 from peft_jax.core.weight import Layout
@@ -16,6 +17,7 @@ from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.quantize import bits_per_weight, check_fits, embedding_layout, quantize_weight
 
 
+@ledger()
 def allocate_bits(
     params: Any,
     formats: Sequence[Format | str],
@@ -29,7 +31,8 @@ def allocate_bits(
     """path -> format, for `quantize`: the least total error with at most `bits` a weight on average, scales included.
 
     The error of a format is that of the weight's outputs on calibration data, from `statistics` (covariances of the inputs
-    by path, from `calibrate`), relative to their size; without them that of the weight itself. Each place starts with the
+    by path, from `calibrate`), relative to their size; without them, and for what no token reached, that of the weight itself.
+    Each place starts with the
     smallest format, and the best bargain (error saved for a bit) is taken until the budget is spent.
     Raises ValueError where even the smallest formats exceed the budget.
     """
@@ -64,6 +67,7 @@ def _try(site: Site, format: Format, covariance: jax.Array | None) -> tuple[floa
     error = w - np.asarray(q.matrix(), np.float64)
     if covariance is None:
         return bits_per_weight(q), float(np.square(error).sum() / np.square(w).sum())
-    c = np.asarray(covariance, np.float64)
+    there = reached(site.path, [covariance], site.sizes[0], method="the budget of bits", instead="the error of the weight")
+    c = np.asarray(white(covariance, there), np.float64)
     energy = lambda m: float(np.einsum("...io,...ij,...jo->", m, c, m, optimize=True))
     return bits_per_weight(q), energy(error) / energy(w)

@@ -12,18 +12,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.coverage import choose, ledger, reached
 from peft_jax.core.packing import codes_per_unit
 from peft_jax.core.reparametrised import Reparametrised, Site, find_sites
 from peft_jax.core.tree import OUTPUT_EMBEDDING, Targets, check_patterns, map_places, matches, places
 from peft_jax.core.weight import Axes, Layout, Weight, materialize, matrix_shape, to_matrix
 from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.quantized import Quantized, packed
-from peft_jax.quantization.rounding import NEEDS, ROUNDINGS, Rounded, check_rounding, needed_statistics
+from peft_jax.quantization.rounding import (
+    NEEDS,
+    ROUNDINGS,
+    WITHOUT_DATA,
+    Rounded,
+    check_rounding,
+    needed_statistics,
+    plain_rounding,
+)
 
 Statistics = Mapping[str, Mapping[str, jax.Array]]  # name of the statistic -> path -> array
 EMBEDDING: tuple[Axes, Axes] = ((-1,), (-2,))  # an embedding [V, D] as the matrix of a head that is tied to it
 
 
+@ledger()
 def quantize(
     params: Any,
     format: Format | str | Mapping[str, Format | str] = "nf4",
@@ -41,7 +51,8 @@ def quantize(
     `format` is a Format or its name, or maps targets to them (the first key that matches a place counts; places that none
     matches stay as they are). `rounding` is nearest, stochastic, gptq, awq, smoothquant or hqq, with its `options`.
     `statistics` maps those that the rounding needs (`NEEDS`) to what `calibrate` gives for them; static activations need
-    "max_abs". Embeddings count as heads: scales run along D. Layers of a stack are rounded one by one.
+    "max_abs". Embeddings count as heads: scales run along D. Layers of a stack are rounded one by one. Experts and weights
+    that no token of the statistics reached are rounded to nearest, which is said.
 
     Raises ValueError naming the place for a block that does not divide its inputs, missing or misshapen statistics,
     weights that are not finite, and for unknown formats, roundings and options.
@@ -100,7 +111,8 @@ def quantize_weight(
     statistics, key = statistics or {}, jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
     check_fits(path, format, matrix_shape(w.shape, in_axes, out_axes)[1])
     array = materialize(w)
-    rounded = _round_stack(to_matrix(array, in_axes, out_axes), dict(statistics), key, format, rounding, tuple(options.items()))
+    matrices, there = to_matrix(array, in_axes, out_axes), _reached(path, array.shape, statistics, rounding, in_axes, out_axes)
+    rounded = _round_stack(matrices, dict(statistics), key, there, format, rounding, tuple(options.items()))
     if not bool(jnp.isfinite(rounded.scale).all()):
         raise ValueError(f"{path} holds numbers that are not finite")
     node = assemble(
@@ -108,6 +120,9 @@ def quantize_weight(
     )
     if getattr(format, "activations", None) == "static":
         largest = statistics["max_abs"] if node.smooth is None else statistics["max_abs"] / node.smooth
+        how = {"method": "static activations", "instead": "a scale for each token"}
+        there = reached(path, [statistics["max_abs"]], node.lead, **how)
+        largest = choose(there, largest, jnp.zeros_like(largest))
         node = node.replace(input_scale=largest.max(-1) / format.largest)  # type: ignore[attr-defined]
     return node
 
@@ -144,25 +159,38 @@ def _whole(zero: jax.Array, format: Format) -> bool:
     return bool((jnp.round(zero) == zero).all() & (zero >= 0).all() & (zero < 2**format.bits).all())
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _reached(
+    path: str, shape: tuple[int, ...], statistics: Mapping[str, jax.Array], rounding: str, in_axes: Axes, out_axes: Axes
+) -> jax.Array | None:
+    """bool [*lead], which matrices a rounding has the statistics of; None where all, or where it needs none."""
+    if rounding not in NEEDS:
+        return None
+    found, lead = [statistics[name] for name in NEEDS[rounding]], matrix_shape(shape, in_axes, out_axes)[0]
+    return reached(path, found, lead, method=f"rounding {rounding!r}", instead=f"{WITHOUT_DATA[rounding]!r}")
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def _round_stack(
-    matrices: jax.Array, statistics: dict[str, jax.Array], key: jax.Array, format: Format, rounding: str, options: Any
-) -> Rounded:
-    """`rounding` of matrices [*lead, in, out], one after the other."""
+    matrices: jax.Array, statistics: dict[str, jax.Array], key: jax.Array, there: jax.Array | None, format: Format,
+    rounding: str, options: Any,
+) -> Rounded:  # fmt: skip
+    """`rounding` of matrices [*lead, in, out], one after the other; where not `there` [*lead], what needs no statistics."""
     lead = matrices.shape[:-2]
     function, needs_key = ROUNDINGS[rounding], rounding == "stochastic"
     wanted = {name: statistics[name] for name in NEEDS.get(rounding, ())}
 
     def one(inputs: Any) -> Rounded:
-        w, of, key = inputs
+        w, of, key, there = inputs
+        w = w.astype(jnp.float32)
         given = {**({"statistics": of} if of else {}), **({"key": key} if needs_key else {})}
-        return function(w.astype(jnp.float32), format, **given, **dict(options))
+        found = function(w, format, **given, **dict(options))
+        return found if there is None else choose(there, found, plain_rounding(rounding, w, format, found))
 
     if not lead:
-        return one((matrices, wanted, key))
+        return one((matrices, wanted, key, there))
     count = math.prod(lead)
-    flat = jax.tree.map(lambda a: a.reshape(count, *a.shape[len(lead) :]), (matrices, wanted))
-    found = jax.lax.map(one, (*flat, jax.random.split(key, count)))
+    flat = jax.tree.map(lambda a: a.reshape(count, *a.shape[len(lead) :]), (matrices, wanted, there))
+    found = jax.lax.map(one, (*flat[:2], jax.random.split(key, count), flat[2]))
     return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), found)
 
 

@@ -30,7 +30,7 @@ class Quantized(Matrix):
     [*lead, groups, out] ([*lead, 1, 1] for one scale a matrix), possibly a `DoubleScale`; zero [*lead, groups, out].
     `order` [*lead, in] says which input each row of codes belongs to (GPTQ's activation order). Inputs are divided by
     `smooth` [*lead, in] (AWQ, SmoothQuant), which the codes make up for. `input_scale` [*lead] is the static scale of
-    quantized activations.
+    quantized activations, or 0 where none is known: there each token has its own.
     """
 
     sharded_together: ClassVar[bool] = True  # else a block could straddle devices
@@ -204,7 +204,9 @@ def _back_tiled(y: jax.Array, w: Quantized, tiles: int, precision: Any) -> jax.A
 def _low_precision(x: jax.Array, w: Quantized) -> jax.Array:
     """The product of quantized inputs and weights, in the backend's own 8-bit product where it has one."""
     format: Any = w.format
-    size = jnp.abs(x.astype(jnp.float32)).max(-1, keepdims=True) / format.largest if w.input_scale is None else w.input_scale
+    size = jnp.abs(x.astype(jnp.float32)).max(-1, keepdims=True) / format.largest
+    if w.input_scale is not None:
+        size = jnp.where(w.input_scale > 0, w.input_scale, size)
     q = format.encode(x.astype(jnp.float32), jnp.where(size == 0, 1.0, size), None)
     total = jnp.int32 if isinstance(format, Int) else jnp.float32
     y = jax.lax.dot_general(q, w.codes, (((q.ndim - 1,), (0,)), ((), ())), preferred_element_type=total)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import gradients, output_errors
+from peft_jax.core.coverage import ledger, tokens_in_words
 from peft_jax.core.tree import layer_paths
 from peft_jax.distillation.students import take_layers
 from peft_jax.pruning.blocks import prune_in_turn
@@ -81,17 +82,33 @@ def _gradients(config: PruneConfig, loss: Loss, params: Any, batches: Batches) -
     }  # fmt: skip
 
 
+def _row(share: np.ndarray, error: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
+    """A weight's numbers, and of stacked experts each one's beside their means; None where no token came to tell an error."""
+    known = lambda values: [None if np.isnan(v) else float(v) for v in values]
+    seen = ~np.isnan(error)
+    row = {
+        "sparsity": float(share.mean()),
+        "error": float(error[seen].mean()) if seen.any() else None,
+        "tokens": tokens.astype(int).tolist(),
+    }
+    return row | ({"experts": {"sparsity": share.tolist(), "error": known(error)}} if share.ndim else {})
+
+
 class Report:
-    """What pruning did to each layer: sparsity and output error of each weight, and how sensitive each layer is."""
+    """What pruning did to each layer: sparsity and output error of each weight, the tokens that tell it, and how sensitive
+    each layer is.
+    """
 
     def __init__(
         self, config: PruneConfig, model: Any, before: Any, after: Any, batches: Batches, seed: int, objective: Objective
     ) -> None:
         """`model` with looped layers, its trees before and after. Sensitivity is of the one before, in `objective`."""
         where: dict[str, Any] = {"targets": config.targets, "exclude": config.exclude}
-        errors = output_errors(bind(model), before, after, batches, **where)
+        with ledger() as book:
+            errors = output_errors(bind(model), before, after, batches, **where)
         shares = sparsity_of(after, **where)
-        self.weights = {p: {"sparsity": float(shares[p]), "error": float(errors[p])} for p in shares}
+        self.tokens = {p: tokens_in_words(book.tokens[p]) for p in shares}
+        self.weights = {p: _row(shares[p], np.asarray(errors[p]), np.asarray(book.tokens[p])) for p in shares}
         self.curves: Curves = {}
         if config.sensitivity and config.pattern is None:
             options = {**_options(config, seed), **config.score_options}
@@ -106,9 +123,10 @@ class Report:
 
     def show(self, console: Console) -> None:
         """Print a table of the weights and one of the sensitivities."""
-        table = Table("weight", "sparsity", "output error")
+        table = Table("weight", "sparsity", "output error", "tokens")
         for path, row in self.weights.items():
-            table.add_row(layer_paths(path, None)[0][0], f"{row['sparsity']:.4f}", f"{row['error']:.4f}")
+            error = "unknown" if row["error"] is None else f"{row['error']:.4f}"
+            table.add_row(layer_paths(path, None)[0][0], f"{row['sparsity']:.4f}", error, self.tokens[path])
         console.print(table)
         if self.curves:
             shares = list(next(iter(self.curves.values())))
@@ -125,13 +143,14 @@ class Report:
             return None
         figure = Figure(figsize=(15 if self.curves else 10, 4), layout="constrained")
         axes = figure.subplots(1, 3 if self.curves else 2)
-        kinds: dict[str, list[tuple[int, dict[str, float]]]] = {}
+        kinds: dict[str, list[tuple[int, dict[str, Any]]]] = {}
         for place, row in self.weights.items():
             number = layer_paths(place, None)[0][1]
             kinds.setdefault(place.split("/")[-2], []).append((-1 if number is None else number, row))
         for axis, name, label in zip(axes, ("sparsity", "error"), ("sparsity", "relative output error"), strict=False):
             for kind, rows in kinds.items():
-                axis.plot([n for n, _ in rows], [row[name] for _, row in rows], marker="o", markersize=3, label=kind)
+                values = [np.nan if row[name] is None else row[name] for _, row in rows]
+                axis.plot([n for n, _ in rows], values, marker="o", markersize=3, label=kind)
             axis.set(xlabel="layer", ylabel=label, ylim=(0, None))
             axis.grid(alpha=0.3)
         axes[0].legend(fontsize="small")

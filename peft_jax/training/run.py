@@ -18,6 +18,7 @@ from rich.console import Console
 
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate, gradients
+from peft_jax.core.coverage import ledger, tokens_in_words
 from peft_jax.core.files import write_json
 from peft_jax.core.sharding import fetch, shard
 from peft_jax.core.tree import combine, count, is_node, map_places, merge, partition, places
@@ -291,14 +292,22 @@ def run_quantization(config: RunConfig, console: Console | None = None) -> Path:
     held = config.data.test or config.data.validation
     plain = set_up(dataclasses.replace(config, quantize=QuantizeConfig()))
     rows = make_rows(config, held, plain) if held else None
-    say(f"before: {_shown(_measure(config, plain, plain.params, rows))}")
+    before = _measure(config, plain, plain.params, rows)
+    say(f"before: {_shown(before)}")
     del plain
-    setup = set_up(config)
+    with ledger() as book:
+        setup = set_up(config)
     nodes = [w for w in places(setup.params).values() if isinstance(w, Quantized)]
     bits = sum(bits_per_weight(w) * math.prod(w.shape) for w in nodes) / sum(math.prod(w.shape) for w in nodes)
-    say(f"after:  {_shown(_measure(config, setup, setup.params, rows))} at {bits:.3f} bits a quantized weight")
+    after = _measure(config, setup, setup.params, rows)
+    say(f"after:  {_shown(after)} at {bits:.3f} bits a quantized weight")
+    for path, tokens in book.tokens.items():
+        if tokens.ndim:
+            say(f"tokens each expert of {path} saw: {tokens_in_words(tokens)}")
     out = Path(config.output) / MODEL
     save(out, setup.model, setup.params, tokenizer=setup.tokenizer)
+    seen = {path: np.asarray(tokens).astype(int).tolist() for path, tokens in book.tokens.items()}
+    write_json(out.parent / "quantization.json", {"before": before, "after": after, "bits": bits, "tokens": seen})
     say(f"written: {out}")
     return out
 

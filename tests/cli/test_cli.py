@@ -224,6 +224,9 @@ def test_quantize_shows_both_perplexities_and_writes_a_folder(options, tmp_path)
     assert "bits a quantized weight" in out
     nodes = peft_jax.places(peft_jax.load(tmp_path / "run" / "model")[1]).values()
     assert any(isinstance(w, peft_jax.Quantized) for w in nodes)
+    numbers = json.loads((tmp_path / "run" / "quantization.json").read_text())
+    assert len(numbers["tokens"]) == 21
+    assert len(set(numbers["tokens"].values())) == 1  # all tokens go through each dense weight
     _, error = run("quantize", *options)
     assert "quantize needs quantize.format" in str(error)
 
@@ -243,6 +246,7 @@ def test_prune_shows_what_became_of_each_weight(options, tmp_path):
         assert text in out
     numbers = json.loads((tmp_path / "run" / "pruning.json").read_text())
     assert len(numbers["weights"]) == 21
+    assert all(row["tokens"] > 0 for row in numbers["weights"].values())
     assert set(numbers["sensitivity"]) == {"layer 0", "layer 1", "layer 2"}
     assert abs(zeros_of(tmp_path / "run" / "model") - 0.5) < 0.01
     assert (tmp_path / "run" / "pruning.png").stat().st_size > 1000

@@ -238,6 +238,9 @@ def test_what_cannot_be_edited_is_refused(setup, tokenizer):
         run(method="memit")
     with pytest.raises(ValueError, match=r"the prompt '{} and {}' has {} 2 times"):
         run(edits=[Edit("{} and {}", "France", "Rome")])
+    unread = {path: c.at[1].set(0.0) for path, c in covariances.items()}
+    with pytest.raises(ValueError, match="those of layer 1 are of no tokens or not finite"):
+        run(method="memit", layers=[0, 1], covariances=unread)
     with pytest.raises(ValueError, match="there are no edits"):
         run(edits=[])
     with pytest.raises(ValueError, match="no direction of layer 0's keys has a mean square below threshold=0"):

@@ -15,7 +15,9 @@ from peft_jax.core.calibrate import calibrate
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.core.weight import ragged_matmul
 from peft_jax.models.moe import load_balancing_loss, mixture
+from peft_jax.training.config import PruneConfig
 from peft_jax.training.objective import next_token
+from peft_jax.training.prune import Report
 from tests.reference import family_checkpoint, perturb, relative_error
 
 N, D, F, E, K = 24, 16, 12, 4, 2
@@ -175,7 +177,8 @@ def test_statistics_of_experts_are_those_of_the_tokens_they_get(root):
     batches = [{"tokens": tokens}]
     place = "model/layers_0/mlp/experts/gate_up_proj"
     apply = peft_jax.bind(model)
-    found = {s: calibrate(apply, params, batches, statistic=s, targets=place)[place] for s in ("covariance", "second_moment")}
+    whole = {s: calibrate(apply, params, batches, statistic=s, targets=place) for s in ("covariance", "second_moment")}
+    found = {s: of[place] for s, of in whole.items()}
     seen = {}
 
     def spy(call, args, kwargs, context):
@@ -188,12 +191,16 @@ def test_statistics_of_experts_are_those_of_the_tokens_they_get(root):
     x, ids, _ = seen["model/layers_0/mlp/experts"]
     rows, ids = x.reshape(-1, x.shape[-1]), ids.reshape(-1, ids.shape[-1])
     expected = np.stack([rows[(ids == e).any(-1)].T @ rows[(ids == e).any(-1)] for e in range(4)]) / tokens.size
+    np.testing.assert_array_equal(whole["covariance"].tokens[place], [(ids == e).any(-1).sum() for e in range(4)])
     assert relative_error(found["covariance"], expected) < 1e-5
     assert relative_error(found["second_moment"], np.einsum("eii->ei", expected)) < 1e-5
     known = {"second_moment": {place: found["second_moment"]}}
     pruned = peft_jax.prune(params, 0.5, score="wanda", targets=place, statistics=known)
     zeros = peft_jax.places(pruned)[place].materialize() == 0
     assert float(zeros.mean()) == pytest.approx(0.5)
+    row = Report(PruneConfig(targets=place, sensitivity=[]), model, params, pruned, batches, 0, next_token).to_dict()["weights"]
+    assert row[place]["tokens"] == [int((ids == e).any(-1).sum()) for e in range(4)]
+    assert row[place]["experts"]["sparsity"] == pytest.approx([0.5] * 4)
 
 
 @pytest.mark.parametrize("name", MOES)
