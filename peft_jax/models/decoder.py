@@ -217,7 +217,7 @@ class DecoderStack(nn.Module):
                 x, updated = layer(x, shared, {}, part)
                 new.append(updated)
             new = {} if at.slots is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
-        return self.norm(x), at.moved(new, tokens.shape[1])
+        return self.norm(at.within(x)), at.moved(new, tokens.shape[1])
 
 
 def layer_kinds(c: DecoderConfig) -> list[LayerKind]:
@@ -246,6 +246,12 @@ class Cached(NamedTuple):
             return lengths
         return jax.lax.dynamic_slice_in_dim(lengths, self.index, self.positions.shape[1], axis=1)
 
+    def within(self, x: jax.Array) -> jax.Array:
+        """`x` [B, T, D] where the call's tokens found room in the cache, NaN where they overwrote its last ones."""
+        if self.slots is None:
+            return x
+        return jnp.where(self.index + self.positions.shape[1] <= self.kv_positions.shape[1], x, jnp.nan)
+
     def moved(self, slots: Any, tokens: int) -> Any:
         """The cache after `tokens` more tokens, whose keys and values are in `slots`; None where there is none."""
         if self.slots is None:
@@ -256,6 +262,7 @@ class Cached(NamedTuple):
 def cached_mask(tokens, positions, segment_ids, cache, *, window: int | None, common: int) -> Cached:
     """Positions and visibility of tokens [B, T] among themselves, or among those in the cache.
 
+    Raises ValueError for tokens that find no room in the cache, where its index is known while tracing; see `Cached.within`.
     The first `common` tokens of each row are seen by all its segments; they have the segment -1.
     """
     B, T = tokens.shape
@@ -272,7 +279,10 @@ def cached_mask(tokens, positions, segment_ids, cache, *, window: int | None, co
         kv_segments = update(cache["segment_ids"], segment_ids.astype(jnp.int32), start, axis=1)
         slots = {name: x for name, x in cache.items() if name in ("k", "v", "k_scale", "v_scale")}
     mask = make_mask(positions, kv_positions, segment_ids, kv_segments, window=window, aligned=cache is None, common=common > 0)
-    return Cached(mask, positions, segment_ids, start, kv_positions, kv_segments, slots)
+    made = Cached(mask, positions, segment_ids, start, kv_positions, kv_segments, slots)
+    if cache is not None and not isinstance(start, jax.core.Tracer) and start + T > kv_positions.shape[1]:
+        raise ValueError(f"{T} tokens from slot {int(start)} on find no room in a cache of {kv_positions.shape[1]} slots")
+    return made
 
 
 class Decoder(nn.Module):
@@ -329,10 +339,16 @@ class Decoder(nn.Module):
         return logits if cache is None else (logits, cache_out)
 
     def hidden(
-        self, tokens: jax.Array, *, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
-    ) -> jax.Array:
-        """The final normalised hidden states [B, T, D]; `unembed` turns them into logits."""
-        return self.model(tokens, positions, segment_ids, None)[0]
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: dict[str, jax.Array] | None = None,
+    ) -> Any:
+        """The final normalised hidden states [B, T, D], which `unembed` turns into logits; with a cache, (these, new cache)."""
+        hidden, cache_out = self.model(tokens, positions, segment_ids, cache)
+        return hidden if cache is None else (hidden, cache_out)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 from hidden states [..., D]."""

@@ -151,7 +151,7 @@ class GPT2Stack(Block):
                 x, updated = layer(x, shared, (i, part))
                 new.append(updated)
             new = {} if at.slots is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
-        return self.ln_f(x), at.moved(new, tokens.shape[1])
+        return self.ln_f(at.within(x)), at.moved(new, tokens.shape[1])
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Products with the token embeddings, [..., V]."""
@@ -203,10 +203,16 @@ class GPT2(Layers, nn.Module):
         return logits if cache is None else (logits, cache_out)
 
     def hidden(
-        self, tokens: jax.Array, *, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
-    ) -> jax.Array:
-        """The final normalised hidden states [B, T, D]; `unembed` turns them into logits."""
-        return self.transformer(tokens, positions, segment_ids, None)[0]
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: dict[str, jax.Array] | None = None,
+    ) -> Any:
+        """As of `Decoder`."""
+        hidden, cache_out = self.transformer(tokens, positions, segment_ids, cache)
+        return hidden if cache is None else (hidden, cache_out)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 from hidden states [..., D]."""

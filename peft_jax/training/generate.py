@@ -277,10 +277,20 @@ def _prefill(apply, params, rows: dict[str, Any], keys, ends, sampling, *, slots
         logits, cache = apply(params, tokens, positions=positions, cache=cache, method="decode")
     else:
         cache = apply.model.empty_cache(B, cache_slots(params) + T + slots, *more)
-        logits, cache = apply(params, tokens, cache=cache, **_beside(rows))
+        logits, cache = _last_logits(apply, params, tokens, cache=cache, **_beside(rows))
     first = sample(logits[:, -1], sampling, jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys))
     out = jnp.full((B, slots), ends[0], jnp.int32).at[:, 0].set(first)
     return _State(out, jnp.int32(1), first, positions[:, -1] + 1, _is_end(first, ends), cache, keys)
+
+
+def _last_logits(apply, params, tokens: jax.Array, **inputs: Any) -> tuple[jax.Array, Any]:
+    """(logits [B, 1, V] of each row's last token, the new cache); those of all tokens [B, T, V] where the model has no
+    `unembed` apart.
+    """
+    if not hasattr(apply.model, "unembed"):
+        return apply(params, tokens, **inputs)
+    hidden, cache = apply(params, tokens, method="hidden", **inputs)
+    return apply(params, hidden[:, -1:], method="unembed"), cache
 
 
 def _beside(rows: dict[str, Any]) -> dict[str, Any]:
@@ -332,7 +342,7 @@ def _current_cache(apply, params, rows: dict[str, Any], s: _State, cache_dtype: 
         parts = {name: jnp.where(there, after.get(name, none), 0) for name in rows}
         whole = {name: jnp.concatenate([x, parts[name].astype(x.dtype)], axis=1) for name, x in rows.items()}
         empty = apply.model.empty_cache(B, cache_slots(params) + T + N, *_kind(cache_dtype))
-        made = apply(params, whole["tokens"], cache=empty, **_beside(whole))[1]
+        made = _last_logits(apply, params, whole["tokens"], cache=empty, **_beside(whole))[1]
         # Columns to come are padding. The newest token is written once more.
         return jax.tree.map(lambda new, old: new if new.ndim else old, made, s.cache)
 

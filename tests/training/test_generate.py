@@ -231,3 +231,31 @@ def test_a_packed_sequence_turns_by_its_own_length(family, tmp_path):
     out = jax.jit(peft_jax.bind(model))(params, tokens, positions=positions, segment_ids=segments)
     assert relative_error(out[:, :10], torch_logits(reference, tokens[:, :10])) < 2e-5
     assert relative_error(out[:, 10:], torch_logits(reference, tokens[:, 10:])) < 2e-5
+
+
+def test_a_prefill_makes_the_last_tokens_logits_alone(setup):
+    """No array of the compiled program holds logits of all the prompt's positions."""
+    model, params, *_ = setup
+    apply = peft_jax.bind(model)
+    rows = {n: jnp.ones((2, 16), jnp.int32) for n in ("tokens", "segment_ids")}
+    rows["positions"] = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))
+    prefill, _ = module._programs(apply)
+    keys = jax.random.split(jax.random.key(0), 2)
+    text = prefill.lower(params, rows, keys, jnp.asarray([-1]), None, slots=32, cache_dtype=None).as_text()
+    vocabulary = model.config.vocab_size
+    assert f"tensor<2x1x{vocabulary}xf32>" in text
+    assert f"2x16x{vocabulary}x" not in text
+
+
+@pytest.mark.parametrize("family", ["llama2", "gpt2"])
+def test_a_full_cache_is_no_place_to_write(family, tmp_path):
+    torch_model(FAMILIES[family]()).save_pretrained(tmp_path)
+    model, params = peft_jax.load(tmp_path)
+    apply = peft_jax.bind(model)
+    tokens = random_tokens(2, 6)
+    _, cache = apply(params, tokens, cache=model.empty_cache(2, 8))
+    with pytest.raises(ValueError, match="3 tokens from slot 6 on find no room in a cache of 8 slots"):
+        apply(params, tokens[:, :3], cache=cache)
+    inside = jax.jit(lambda cache, n: apply(params, tokens[:, :n], cache=cache)[0], static_argnums=1)
+    assert np.isfinite(inside(cache, 2)).all()
+    assert np.isnan(inside(cache, 3)).all()
