@@ -7,6 +7,7 @@ it. So it works wherever gradients do: in scanned, rematerialised and third-part
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.coverage import Calibrated, record_tokens
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, find_sites, node, place_nodes
-from peft_jax.core.tree import Targets, combine, layer_paths, map_places, partition, places
+from peft_jax.core.tree import EXPERTS, Targets, combine, layer_paths, map_places, partition, places
 from peft_jax.core.weight import Layout, Trainable, ragged_matmul, static, to_matrix
 
 Statistic = Literal["covariance", "second_moment", "mean", "mean_abs", "max_abs"]
@@ -24,17 +25,18 @@ Statistic = Literal["covariance", "second_moment", "mean", "mean_abs", "max_abs"
 @node
 class Probe(Reparametrised):
     """`base`, unchanged; sink [*lead, in, in] or [*lead, in] receives the statistic of its inputs as a gradient, and tokens
-    [*lead] their number.
+    [*lead] their number. `collect` fills `seen` (see `seen_of`).
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("sink", "tokens")
     stochastic: ClassVar[bool] = False
     sink: jax.Array
     tokens: jax.Array
+    seen: tuple[jax.Array, ...] = ()
     statistic: str = static(default="covariance")
 
     def product(self, x: jax.Array, base: Product) -> jax.Array:
-        return base(_tap(self.statistic, x, self.sink, self.tokens))
+        return base(_tap(self.statistic, x, seen_of(self.seen, x.shape[:-1]), self.sink, self.tokens))
 
     def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         return ragged_matmul(_ragged_tap(self.statistic, x, sizes, self.sink, self.tokens), self.base, sizes)
@@ -43,17 +45,26 @@ class Probe(Reparametrised):
         raise ValueError("a weight that its module materialises cannot be calibrated; register a rule or exclude it")
 
 
+def seen_of(seen: tuple[jax.Array, ...], shape: tuple[int, ...]) -> jax.Array:
+    """1 for tokens that count and 0 for padding, of this `shape` (rows may lie in one axis): the call's mask of so many tokens,
+    else all count. Of two sequences `collect` sees to it that their numbers differ.
+    """
+    found = next((mask for mask in seen if mask.size == math.prod(shape)), jnp.ones(shape))
+    return found.reshape(shape)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(statistic: str, x: jax.Array, sink: jax.Array, tokens: jax.Array) -> jax.Array:
+def _tap(statistic: str, x: jax.Array, seen: jax.Array, sink: jax.Array, tokens: jax.Array) -> jax.Array:
     return x
 
 
-def _tap_forward(statistic: str, x: jax.Array, sink: jax.Array, tokens: jax.Array) -> Any:
-    return x, x
+def _tap_forward(statistic: str, x: jax.Array, seen: jax.Array, sink: jax.Array, tokens: jax.Array) -> Any:
+    return x, (x, seen)
 
 
-def _tap_backward(statistic: str, x: jax.Array, grad: jax.Array) -> Any:
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+def _tap_backward(statistic: str, saved: Any, grad: jax.Array) -> Any:
+    x, seen = saved
+    rows = jnp.where(seen[..., None] > 0, x.astype(jnp.float32), 0.0).reshape(-1, x.shape[-1])
     value = {
         "covariance": lambda: jnp.matmul(rows.T, rows),
         "second_moment": lambda: jnp.square(rows).sum(0),
@@ -62,7 +73,7 @@ def _tap_backward(statistic: str, x: jax.Array, grad: jax.Array) -> Any:
         "max_abs": lambda: jnp.abs(rows).max(0),
     }[statistic]()
     # Nothing flows further back: the statistic is all that is asked for.
-    return jnp.zeros_like(x), value, jnp.float32(len(rows))
+    return jnp.zeros_like(x), None, value, seen.sum()
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
@@ -110,10 +121,9 @@ def calibrate(
     """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]), x^2 ("second_moment", [*lead, in]), x
     ("mean") or |x| ("mean_abs"), or the largest |x| ("max_abs"), float32.
 
-    Of stacked experts each has the tokens that it gets, over the number of all tokens; how many those were is in the result's
-    `tokens`, path -> [*lead]. `batches` hold `tokens` [B, T] and what
-    else the model's call takes (`positions`, `segment_ids`); every token counts,
-    so give rows without padding. Raises ValueError where there is no batch, or a target matches nothing.
+    Of stacked experts each has the tokens that it gets, padding too, over the number of all tokens; how many those were is in
+    the result's `tokens`, path -> [*lead]. See `collect` for the `batches`. Raises ValueError where there is no batch, or a
+    target matches nothing.
     """
 
     def make(site: Site, key: jax.Array) -> Probe:
@@ -129,7 +139,12 @@ def calibrate(
     probes = {path: places(total)[path] for path in sorted(inside)}
     tokens = {path: probe.tokens for path, probe in probes.items()}
     record_tokens(tokens)
-    return Calibrated({path: probe.sink / (1 if largest else count) for path, probe in probes.items()}, tokens)
+
+    def mean(path: str, probe: Probe) -> jax.Array:
+        n = count if path.rpartition("/")[2] in EXPERTS else jnp.maximum(probe.tokens, 1.0)
+        return probe.sink / jnp.reshape(n, (*jnp.shape(n), *[1] * (probe.sink.ndim - jnp.ndim(n))))
+
+    return Calibrated({path: probe.sink if largest else mean(path, probe) for path, probe in probes.items()}, tokens)
 
 
 def _add_probes(largest: bool, total: Any, found: Any) -> Any:
@@ -150,23 +165,52 @@ def collect(
 ) -> tuple[Any, int]:
     """(what the probes of a tree let flow into `sinks`, like `sinks`, joined over the batches by `add`; the number of tokens).
 
-    `sinks` and `rest` are the parts of the tree that `partition` gives. Raises ValueError where there is no batch.
+    `sinks` and `rest` are the parts of the tree that `partition` gives. `batches` hold `tokens` [B, T] and what else the
+    model's call takes (`positions`, `segment_ids`); an encoder-decoder's `decoder_tokens` and `weights` [B, U] too. What has
+    the segment 0, or as a target the weight 0, is padding and does not count. Raises ValueError where there is no batch.
     """
 
     @jax.jit
-    def run(sinks: Any, rest: Any, tokens: Any, inputs: Any) -> Any:
-        output = lambda s: jnp.sum(jax.tree.leaves(apply(combine(s, rest), tokens, **inputs))[0].astype(jnp.float32))
+    def run(sinks: Any, rest: Any, sequences: Any, inputs: Any, seen: Any) -> Any:
+        def output(sinks: Any) -> jax.Array:
+            told = map_places(functools.partial(_told, seen), combine(sinks, rest))
+            return jnp.sum(jax.tree.leaves(apply(told, *sequences, **inputs))[0].astype(jnp.float32))
+
         return jax.grad(output)(sinks)
 
     total, count = None, 0
     for batch in batches:
         inputs = {k: v for k, v in batch.items() if k in ("positions", "segment_ids")}
-        found = run(sinks, rest, batch["tokens"], inputs)
+        sequences, seen = _sequences(batch)
+        found = run(sinks, rest, sequences, inputs, seen)
         total = found if total is None else add(total, found)
-        count += int(jnp.size(batch["tokens"]))
+        count += int(seen[0].sum())
     if total is None:
         raise ValueError("there is no batch to calibrate on")
     return total, count
+
+
+def _sequences(batch: Mapping[str, Any]) -> tuple[list[Any], tuple[jax.Array, ...]]:
+    """(the sequences of tokens that a model's call takes, which of them count, float32).
+
+    An encoder-decoder's targets get a column of padding where they are as long as the source, so that they differ in number.
+    """
+    tokens = batch["tokens"]
+    segments = batch.get("segment_ids")
+    seen = jnp.ones(jnp.shape(tokens)) if segments is None else jnp.asarray(segments) > 0
+    if "decoder_tokens" not in batch:
+        return [tokens], (seen.astype(jnp.float32),)
+    targets, counts = (jnp.asarray(batch[name]) for name in ("decoder_tokens", "weights"))
+    if targets.shape == jnp.shape(tokens):
+        targets, counts = (jnp.pad(x, ((0, 0), (0, 1))) for x in (targets, counts))
+    return [tokens, targets], tuple((x > 0).astype(jnp.float32) for x in (seen, counts))
+
+
+def _told(seen: tuple[jax.Array, ...], path: str, x: Any) -> Any:
+    """A probe that knows which tokens count."""
+    if not hasattr(x, "seen"):
+        return x
+    return x.replace(seen=tuple(jnp.broadcast_to(mask, (*x.lead, *mask.shape)) for mask in seen))
 
 
 def calibrate_all(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.bind import bind
-from peft_jax.core.calibrate import calibrate, collect
+from peft_jax.core.calibrate import calibrate, collect, seen_of
 from peft_jax.core.coverage import choose, ledger, reached
 from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import partition
@@ -94,33 +94,41 @@ def _magnitudes(model: Decoder, params: Any, kernel: Callable[[str, str], jax.Ar
 
 @node
 class InfluenceProbe(Attachment):
-    """Beside a layer: sink [*lead] receives the sum over tokens of 1 - cos(input, output) as a gradient."""
+    """Beside a layer: sink [*lead] receives the sum over tokens of 1 - cos(input, output) as a gradient. `collect` fills `seen`
+    (see `seen_of`).
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("sink",)
     sink: jax.Array
+    seen: tuple[jax.Array, ...] = ()
     frozen: bool = static(default=False)
 
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Sizes of the leading axes."""
+        return self.sink.shape
+
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output = call(*args, **kwargs)
+        output, seen = call(*args, **kwargs), seen_of(self.seen, args[0].shape[:-1])
         if isinstance(output, tuple):
-            return (_tap(args[0], output[0], self.sink), *output[1:])
-        return _tap(args[0], output, self.sink)
+            return (_tap(args[0], output[0], seen, self.sink), *output[1:])
+        return _tap(args[0], output, seen, self.sink)
 
 
 @jax.custom_vjp
-def _tap(x: jax.Array, y: jax.Array, sink: jax.Array) -> jax.Array:
+def _tap(x: jax.Array, y: jax.Array, seen: jax.Array, sink: jax.Array) -> jax.Array:
     return y
 
 
-def _tap_forward(x: jax.Array, y: jax.Array, sink: jax.Array) -> Any:
-    return y, (x, y)
+def _tap_forward(x: jax.Array, y: jax.Array, seen: jax.Array, sink: jax.Array) -> Any:
+    return y, (x, y, seen)
 
 
 def _tap_backward(saved: Any, grad: jax.Array) -> Any:
-    x, y = saved
+    x, y, seen = saved
     a, b = x.astype(jnp.float32), y.astype(jnp.float32)
     cosine = (a * b).sum(-1) / jnp.maximum(jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1), 1e-12)
-    return jnp.zeros_like(x), jnp.zeros_like(y), (1.0 - cosine).sum()
+    return jnp.zeros_like(x), jnp.zeros_like(y), None, ((1.0 - cosine) * seen).sum()
 
 
 _tap.defvjp(_tap_forward, _tap_backward)

@@ -1,0 +1,80 @@
+"""Statistics of inputs: what pads a row does not count, of whatever model."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import peft_jax
+from peft_jax.core.calibrate import calibrate
+from peft_jax.pruning.importance import block_influence
+from tests.models.test_encoders import T5_SIZES
+from tests.reference import family_checkpoint, random_tokens, relative_error
+
+KINDS = ("covariance", "second_moment", "mean", "mean_abs", "max_abs")
+
+
+def _padded(tokens, length):
+    """The rows with padding after them that is 89% of the whole."""
+    rows = np.zeros((len(tokens), length), np.int32)
+    rows[:, : tokens.shape[1]] = tokens
+    seen = (np.arange(length)[None] < tokens.shape[1]).astype(np.int32) * np.ones((len(tokens), 1), np.int32)
+    return {"tokens": rows, "segment_ids": seen, "positions": np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder, *_ = family_checkpoint("llama2", tmp_path_factory.mktemp("base"))
+    return peft_jax.load(folder)
+
+
+@pytest.mark.parametrize("statistic", KINDS)
+def test_padding_does_not_count(llama, statistic):
+    """Rows with 11% tokens give what these tokens give alone."""
+    model, params = llama
+    tokens, apply = random_tokens(3, 6), peft_jax.bind(model)
+    where = {"statistic": statistic, "targets": ["q_proj", "down_proj"]}
+    alone = calibrate(apply, params, [{"tokens": tokens}], **where)
+    padded = calibrate(apply, params, [_padded(tokens, 54)], **where)
+    for path, found in alone.items():
+        assert relative_error(padded[path], found) < 1e-5
+        np.testing.assert_array_equal(padded.tokens[path], alone.tokens[path])
+
+
+def test_the_influence_of_layers_is_that_of_tokens(llama):
+    model, params = llama
+    tokens = random_tokens(3, 6)
+    alone = block_influence(model, params, [{"tokens": tokens}])
+    assert relative_error(block_influence(model, params, [_padded(tokens, 54)]), alone) < 1e-5
+
+
+def test_an_encoder_decoder_is_calibrated_on_its_targets(tmp_path):
+    """Second moments of the decoder's and the encoder's inputs against those that PyTorch's modules get."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    theirs = T5ForConditionalGeneration(T5Config(**T5_SIZES)).eval()
+    theirs.save_pretrained(tmp_path)
+    model, params = peft_jax.load(tmp_path, scan_layers=False)
+    T = 8
+    tokens, targets = random_tokens(2, T), random_tokens(2, T, seed=1)
+    seen = np.asarray([[1] * T, [1] * 5 + [0] * 3], np.int32)
+    counts = np.asarray([[1] * 6 + [0] * 2, [1] * T], np.float32)
+    batch = {"tokens": tokens, "segment_ids": seen, "decoder_tokens": targets, "weights": counts}
+    found = calibrate(peft_jax.bind(model), params, [batch], statistic="second_moment", targets=["q", "wi"])
+    inputs = {}
+
+    def keep(name, x):
+        inputs[name] = x.detach().numpy()
+
+    for name, module in theirs.named_modules():
+        if name.endswith((".q", ".wi")):
+            module.register_forward_pre_hook(lambda _, x, name=name: keep(name, x[0]))
+    with torch.no_grad():
+        theirs(input_ids=torch.tensor(tokens).long(), attention_mask=torch.tensor(seen).long(),
+               decoder_input_ids=torch.tensor(targets).long())  # fmt: skip
+    assert len(found) == len(inputs) > 4
+    means = sorted(
+        float(np.mean(np.square(x)[(seen if name.startswith("encoder") else counts) > 0])) for name, x in inputs.items()
+    )
+    np.testing.assert_allclose(sorted(float(jnp.mean(x)) for x in found.values()), means, rtol=1e-4)
