@@ -475,9 +475,12 @@ def linear_modules(model: Any, params: Any) -> dict[str, str | None]:
     """The linear modules of Hugging Face's class of this model -> path of the kernel, None where the tree has none."""
     family, trunk = family_of(model.config.model_type), _trunk(model)
     kernels = {path: w for path, w in places(params).items() if path.endswith("/kernel")}
-    found = {name.removeprefix(trunk): path for path, w in kernels.items() for name, _ in _modules(path, w)}
-    other = family.without_kernel.get(model.task)
-    return found if other is None else {other: None, **found}
+    found: dict[str, str | None] = {}
+    if model.task in family.without_kernel:
+        found[family.without_kernel[model.task]] = None
+    for path, w in kernels.items():
+        found |= {name.removeprefix(trunk): path for name, _ in _modules(path, w)}
+    return found
 
 
 def _quantization_config(method: str, write: Any, model: Any, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -491,7 +494,7 @@ def _quantization_config(method: str, write: Any, model: Any, known: Mapping[str
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     linear = linear_modules(model, known)
-    modules = {name: quantized[path] for name, path in linear.items() if path in quantized}
+    modules = {name: quantized[path] for name, path in linear.items() if path is not None and path in quantized}
     plain = [name for name in linear if name not in modules]
     return quantization_config(method, modules, plain, family_of(model.config.model_type).float32)
 

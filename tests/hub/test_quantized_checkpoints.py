@@ -408,7 +408,7 @@ def test_transformers_reads_what_is_written(tiny, tmp_path, name, stored):
         assert relative_error(ours(params), theirs(copy.deepcopy(read).dequantize(dtype=torch.float32))) < 1e-5
     # Activations on the edge between two codes fall either way.
     activations = getattr(format, "activations", None)
-    assert relative_error(ours(params), theirs(read)) < (0.1 if activations else 0.03 if bitsandbytes else 1e-4)
+    assert relative_error(ours(params), theirs(read)) < (0.1 if activations else 0.05 if bitsandbytes else 1e-4)
 
 
 def test_a_head_quantized_on_purpose(tiny, tmp_path):
