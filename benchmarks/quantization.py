@@ -2,6 +2,7 @@
 
     python benchmarks/quantization.py step                            # QLoRA against bfloat16 LoRA, 312 million parameters
     python benchmarks/quantization.py table --data ../shared/data     # every format and rounding, on the embedded base
+    python benchmarks/quantization.py table --model FOLDER --text test.txt.gz --calibration valid.txt.gz --plans "int3.*gptq"
     python benchmarks/quantization.py qlora --seeds 3                 # quality of QLoRA against LoRA
 
 Each prints a Markdown table, with device, versions and commit; `--out` writes it to a file.
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gzip
 import json
 import math
+import re
 import resource
 import statistics
 import subprocess
@@ -158,17 +161,56 @@ PLANS: list[tuple[int, str, Any, str, dict[str, Any]]] = [
     (4, "int4", Int(bits=4, block_size=64), "gptq", {}),
     (4, "int4", Int(bits=4, block_size=64), "awq", {}),
     *[
+        (3, "int3", Int(bits=3, block_size=64), rounding, options)
+        for rounding, options in (
+            ("nearest", {}),
+            ("gptq", {}),
+            ("gptq", {"activation_order": "dynamic"}),
+            ("gptq", {"activation_order": "static"}),
+            ("awq", {}),
+        )
+    ],
+    *[
         (bits, f"int{bits}, zero points", Int(bits=bits, block_size=64, symmetric=False), rounding, options)
         for bits in (4, 3, 2)
-        for rounding, options in (("nearest", {}), ("hqq", {}), ("gptq", {}), ("gptq", {"activation_order": True}), ("awq", {}))
+        for rounding, options in (
+            ("nearest", {}),
+            ("hqq", {}),
+            ("gptq", {}),
+            ("gptq", {"activation_order": "dynamic"}),
+            ("gptq", {"activation_order": "static"}),
+            ("awq", {}),
+        )
     ],
 ]
 
 
+def label_of(rounding: str, options: dict[str, Any]) -> str:
+    """A rounding as the table calls it."""
+    if not options:
+        return rounding
+    return f"{rounding}, {options['activation_order']} activation order"
+
+
+def rows_of_texts(args: argparse.Namespace, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(calibration rows, held-out rows), [rows, 256]: of `--calibration` and `--text`, or what the base was trained on."""
+    if not args.text:
+        return held_out(Path(args.data), tokenizer)
+    parts = []
+    for name, count in ((args.calibration, 16 * args.batches), (args.text, args.rows)):
+        path = Path(name)
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        ids = tokenizer(text[: count * 256 * 8], add_special_tokens=False)["input_ids"]
+        rows = min(count, len(ids) // 256)
+        parts.append(np.asarray(ids[: rows * 256], np.int32).reshape(rows, 256))
+    return parts[0], parts[1]
+
+
 def table(args: argparse.Namespace) -> str:
-    model, params = peft_jax.load("builtin:base", scan_layers=False)
-    tokenizer = peft_jax.load_tokenizer("builtin:base")
-    train, held = held_out(Path(args.data), tokenizer)
+    model, params = peft_jax.load(args.model, scan_layers=False)
+    tokenizer = peft_jax.load_tokenizer(args.model)
+    train, held = rows_of_texts(args, tokenizer)
     batches = [{"tokens": jnp.asarray(train[16 * i : 16 * (i + 1)])} for i in range(args.batches)]
     scanned = model.clone(scan_layers=True)
     dense = perplexity_of(scanned, peft_jax.stack_layers(params), held)
@@ -178,17 +220,22 @@ def table(args: argparse.Namespace) -> str:
         f"| 32 | none | | 32 | {dense:.3f} |",
     ]
     for bits, name, format, rounding, options in PLANS:
+        label = label_of(rounding, options)
+        if not re.search(args.plans, f"{name} {label}"):
+            continue
         quantized = peft_jax.quantize_in_turn(peft_jax.bind(model), params, batches, format, rounding=rounding, **options)
         value = perplexity_of(scanned, peft_jax.stack_layers(quantized), held)
-        label = rounding + (", activation order" if options else "")
         lines.append(f"| {bits} | {name} | {label} | {mean_bits(quantized):.3f} | {value:.3f} |")
         print(lines[-1], flush=True)
+    base = "the novels and plays that the embedded base (5.5 million parameters) was trained on; its"
+    text = f"{Path(args.text).name}, of {Path(args.model).name}; its" if args.text else base
     note = (
-        f"Perplexity on {held.size:,} held-out tokens of the novels and plays that the embedded base (5.5 million parameters) "
-        f"was trained on; its linear layers quantized block by block, calibrated on {16 * args.batches} rows of 256 training "
-        "tokens; blocks of 64 inputs where the format has any (MXFP4: 32)."
+        f"Perplexity on {held.size:,} held-out tokens of {text} linear layers quantized block by block, calibrated on "
+        f"{16 * args.batches} rows of 256 {'tokens of ' + Path(args.calibration).name if args.text else 'training tokens'}; "
+        "blocks of 64 inputs where the format has any (MXFP4: 32)."
     )
-    return heading("Formats and roundings on the embedded base") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
+    name = Path(args.model).name if args.text else "the embedded base"
+    return heading(f"Formats and roundings on {name}") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
 
 
 def mean_bits(tree: Any) -> float:
@@ -247,6 +294,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("step", "table", "qlora", "one-step"))
     parser.add_argument("--data", default="../shared/data", help="folder with gutenberg and tinyshakespeare (table)")
+    parser.add_argument("--model", default="builtin:base", help="a model folder, with --text and --calibration (table)")
+    parser.add_argument("--text", help="a text file, perhaps gzipped, whose perplexity is measured (table)")
+    parser.add_argument("--calibration", help="a text file to calibrate on, with --text (table)")
+    parser.add_argument("--rows", type=int, default=32, help="rows of 256 tokens of --text (table)")
+    parser.add_argument("--plans", default="", help="a regular expression: only formats and roundings that match it (table)")
     parser.add_argument("--batches", type=int, default=8, help="calibration batches of 16 rows (table)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150, help="training steps (qlora)")

@@ -7,6 +7,7 @@ with X^T X = L L^T, ||X (W - W')|| = ||L^T (W - W')||.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +20,8 @@ from peft_jax.core.coverage import ledger, reached, white
 from peft_jax.core.reparametrised import Matrix, Site, find_sites, node, precision_name
 from peft_jax.core.tree import Targets, map_places
 from peft_jax.core.weight import Axes, Layout, from_matrix, static
+
+logger = logging.getLogger("peft_jax")
 
 
 @node
@@ -100,7 +103,8 @@ def factorize(
     by the energy that a rank holds. Stacked layers share a rank; looped ones have each their own. A weight that would
     not become smaller stays as it is. With `train` the factors train.
 
-    Returns (tree, {path: {"rank", "kept" (share of parameters), "error"}}). Raises ValueError unless exactly one of
+    Returns (tree, {path: {"rank", "kept" (share of parameters), "error"}}). Warns (logger `peft_jax`) where weights are cut
+    without statistics. Raises ValueError unless exactly one of
     `keep` in (0, 1] and `error` in [0, 1) is given, and for a place without statistics.
     """
     if (keep is None) == (error is None):
@@ -141,7 +145,13 @@ def factorize(
             frozen=not train,
         )
 
-    return map_places(place, params), report
+    tree = map_places(place, params)
+    if statistics is None and any(row["error"] > 1e-3 for row in report.values()):
+        logger.warning(
+            "plain SVD of whole weights is known to ruin language models even where little is cut off; SVD-LLM, which heeds "
+            "their inputs, is factorize(..., statistics=calibrate(...)), or factorize.activations=true in a configuration"
+        )
+    return tree, report
 
 
 def _decompose(site: Site, covariance: jax.Array | None, whitening: str) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,46 +40,65 @@ def stochastic(w: jax.Array, format: Format, *, key: jax.Array) -> Rounded:
     return _encode(w, format, *format.fit(_blocks(w, format)), noise=jax.random.uniform(key, w.shape))
 
 
+ActivationOrder = Literal["static", "dynamic"]
+
+
 def gptq(
-    w: jax.Array, format: Format, *, statistics: Statistics, damping: float = 0.01, activation_order: bool = False
+    w: jax.Array,
+    format: Format,
+    *,
+    statistics: Statistics,
+    damping: float = 0.01,
+    activation_order: ActivationOrder | bool = False,
 ) -> Rounded:
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323): inputs one by one, each one's error made up for by those that follow.
 
-    The Hessian is the inputs' covariance with `damping` times its mean diagonal added. A block's scale is found when its
-    turn comes, from weights that have taken up earlier errors. `activation_order` begins with the largest inputs (the
-    paper's code: act_order), which is remembered in `order`. Weights that are zero (pruned) stay zero.
+    The Hessian is the inputs' covariance with `damping` times its mean diagonal added. With `activation_order` the largest
+    inputs come first (the paper's code: act_order). "dynamic", or True: blocks are of inputs in the new order, which `order`
+    remembers. "static": blocks are of neighbouring inputs, and their scales are those of the weights as they were (its
+    static_groups), so codes keep the inputs' order. But for "static", a block's scale is found when its turn comes, from
+    weights that have taken up earlier errors. Weights that are zero (pruned) stay zero.
     """
+    if activation_order not in ("static", "dynamic", True, False):
+        raise ValueError(f"activation_order must be 'static', 'dynamic' or false, got {activation_order!r}")
     n_in, n_out = w.shape
     size = format.block_size or n_in
     order = jnp.argsort(-jnp.diagonal(statistics["covariance"]), stable=True) if activation_order else None
     w, hessian = damped(w, statistics["covariance"], damping)
+    whole = jax.tree.map(lambda a: a[:, 0], format.fit(_blocks(w, format)))  # [groups, out]
+    fixed = jax.tree.map(lambda a: jnp.repeat(a, size, axis=0), whole) if activation_order == "static" else None
     if order is not None:
         w, hessian = w[order], hessian[order][:, order]
+        fixed = jax.tree.map(lambda a: a[order], fixed)
     upper, kept = inverse_factor(hessian), w != 0
 
     def block(w: jax.Array, start: jax.Array) -> Any:
-        rows = jax.lax.dynamic_slice_in_dim(w, start, size)
-        stay = jax.lax.dynamic_slice_in_dim(kept, start, size)
+        part = lambda a: jax.lax.dynamic_slice_in_dim(a, start, size)
+        rows, stay = part(w), part(kept)
         factor = jax.lax.dynamic_slice(upper, (start, start), (size, size))
-        scale, zero = format.fit(rows)
+        found = format.fit(rows)  # [1, out]
+        scale, zero = found if fixed is None else jax.tree.map(part, fixed)
 
         def one(i: jax.Array, state: Any) -> Any:
             rows, codes, errors = state
             row = rows[i]
-            code = format.encode(jnp.where(stay[i], row, 0.0), scale[0], None if zero is None else zero[0])
-            back = format.decode(code, None if zero is None else zero[0]) * scale[0]
-            error = (row - back) / factor[i, i]
+            own, offset = jax.tree.map(lambda a: a[i if len(a) > 1 else 0], (scale, zero))
+            code = format.encode(jnp.where(stay[i], row, 0.0), own, offset)
+            error = (row - format.decode(code, offset) * own) / factor[i, i]
             later = jnp.where(jnp.arange(size) > i, factor[i], 0.0)
             return rows - later[:, None] * error, codes.at[i].set(code), errors.at[i].set(error)
 
-        codes = jnp.zeros((size, n_out), format.encode(rows[:1], scale, zero).dtype)
+        codes = jnp.zeros((size, n_out), format.encode(rows, scale, zero).dtype)
         _, codes, errors = jax.lax.fori_loop(0, size, one, (rows, codes, jnp.zeros_like(rows)))
         beside = jax.lax.dynamic_slice_in_dim(upper, start, size)  # [size, in]
         beside = jnp.where(jnp.arange(n_in) >= start + size, beside, 0.0)
-        return w - jnp.matmul(beside.T, errors), (codes, scale[0], None if zero is None else zero[0])
+        return w - jnp.matmul(beside.T, errors), (codes, *jax.tree.map(lambda a: a[0], found))
 
     _, (codes, scale, zero) = jax.lax.scan(block, w, jnp.arange(0, n_in, size))
-    return Rounded(codes.reshape(n_in, n_out), scale, zero, order)
+    codes = codes.reshape(n_in, n_out)
+    if order is None or fixed is None:
+        return Rounded(codes, scale, zero, order)
+    return Rounded(codes[jnp.argsort(order)], *whole)
 
 
 def awq(w: jax.Array, format: Format, *, statistics: Statistics, grid: int = 20, clip: bool = True) -> Rounded:

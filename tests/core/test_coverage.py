@@ -91,7 +91,7 @@ def adapted(init, statistic="covariance"):
 METHODS = {
     "gptq": quantized("gptq"),
     "gptq_nf4": quantized("gptq", peft_jax.NF4(block_size=8, double=False)),
-    "gptq_order": quantized("gptq", activation_order=True),
+    "gptq_order": quantized("gptq", activation_order="dynamic"),
     "awq": quantized("awq", peft_jax.Int(bits=4, block_size=8, symmetric=False)),
     "smoothquant": quantized("smoothquant", peft_jax.Int(bits=8)),
     "wanda": pruned("wanda", "output"),

@@ -58,9 +58,14 @@ def test_calibration_of_models_that_know_nothing_of_it(make):
         peft_jax.calibrate(peft_jax.bind(model), params, [{"tokens": tokens}], targets="conv", layout=layout)
 
 
-def test_plain_truncation_is_numpys(base):
-    _, params, _, _ = base
+def test_plain_truncation_is_numpys(base, caplog):
+    _, params, _, statistics = base
+    peft_jax.factorize(params, keep=1.0, targets="q_proj")
+    peft_jax.factorize(params, keep=0.5, targets="q_proj", statistics=statistics)
+    assert not caplog.records
     tree, report = peft_jax.factorize(params, keep=0.5, targets="q_proj")
+    assert "plain SVD of whole weights is known to ruin language models" in caplog.text
+    assert "SVD-LLM, which heeds their inputs, is factorize(..., statistics=calibrate(...))" in caplog.text
     w = np.asarray(peft_jax.places(params)[Q], np.float64)
     u, s, v = np.linalg.svd(w)
     k = int(0.5 * 32 * 32 / 64)

@@ -97,7 +97,7 @@ def test_the_order_and_the_smoothing_of_inputs_are_made_up_for():
         "mean_abs": {"kernel": jnp.broadcast_to(jnp.abs(x).mean(0), (3, 64))},
         "max_abs": {"kernel": jnp.broadcast_to(jnp.abs(x).max(0), (3, 64))},
     }
-    for rounding, options in (("gptq", {"activation_order": True}), ("awq", {}), ("smoothquant", {})):
+    for rounding, options in (("gptq", {"activation_order": "dynamic"}), ("awq", {}), ("smoothquant", {})):
         tree = peft_jax.quantize({"kernel": w}, Int(bits=8), rounding=rounding, statistics=statistics, **options)
         q = tree["kernel"]
         assert (q.order is not None) == (rounding == "gptq")

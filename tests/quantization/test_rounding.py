@@ -48,8 +48,12 @@ def numpy_gptq(w, x, *, bits, symmetric, group, act_order, damping=0.01):
     w, hessian = w[:, order], hessian[order][:, order]
     inverse = np.linalg.cholesky(np.linalg.inv(hessian)).T
     out = np.zeros_like(w)
+    blocks = w[:, np.argsort(order)].copy()  # as they were, in the inputs' own order
     for i in range(w.shape[1]):
-        if i % group == 0:
+        if act_order == "static":
+            first = order[i] // group * group
+            quantizer = numpy_quantizer(blocks[:, first : first + group].T, bits, symmetric)
+        elif i % group == 0:
             quantizer = numpy_quantizer(w[:, i : i + group].T, bits, symmetric)
         out[:, i] = quantizer(w[:, i])
         error = (w[:, i] - out[:, i]) / inverse[i, i]
@@ -57,7 +61,7 @@ def numpy_gptq(w, x, *, bits, symmetric, group, act_order, damping=0.01):
     return out[:, np.argsort(order)].T
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("act_order", [False, "dynamic", "static"])
 @pytest.mark.parametrize(("bits", "symmetric", "group"), [(4, True, 16), (4, False, 16), (4, True, None), (3, False, 64)])
 def test_gptq_is_the_papers_algorithm(bits, symmetric, group, act_order):
     w, x = problem()
@@ -80,6 +84,18 @@ def test_gptq_is_the_papers_algorithm(bits, symmetric, group, act_order):
     # In float32 a weight on the edge between two codes may fall either way, and those after it then make up for it.
     loss = lambda q: np.square(x @ (w - q)).mean()
     assert loss(back(run(jnp.asarray(w), statistics(x)))) < 1.02 * loss(expected)
+
+
+def test_gptqs_static_order_needs_no_order_beside_the_codes():
+    w, x = problem()
+    run = lambda **options: gptq(jnp.asarray(w), Int(bits=3, block_size=16), statistics=statistics(x), **options)
+    loss = lambda found: np.square(x @ (w - np.asarray(decode(found, Int(bits=3, block_size=16))))).mean()
+    static = run(activation_order="static")
+    assert static.order is None
+    assert loss(static) < loss(run())
+    np.testing.assert_array_equal(run(activation_order=True).order, run(activation_order="dynamic").order)
+    with pytest.raises(ValueError, match="activation_order must be 'static', 'dynamic' or false, got 'desc'"):
+        run(activation_order="desc")
 
 
 def numpy_awq(w, x, *, bits, group, grid=20):
