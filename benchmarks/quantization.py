@@ -164,9 +164,9 @@ PLANS: list[tuple[int, str, Any, str, dict[str, Any]]] = [
         (3, "int3", Int(bits=3, block_size=64), rounding, options)
         for rounding, options in (
             ("nearest", {}),
-            ("gptq", {"activation_order": False}),
-            ("gptq", {"activation_order": "dynamic"}),
             ("gptq", {}),
+            ("gptq", {"activation_order": "dynamic"}),
+            ("gptq", {"activation_order": "static"}),
             ("awq", {}),
         )
     ],
@@ -176,9 +176,9 @@ PLANS: list[tuple[int, str, Any, str, dict[str, Any]]] = [
         for rounding, options in (
             ("nearest", {}),
             ("hqq", {}),
-            ("gptq", {"activation_order": False}),
-            ("gptq", {"activation_order": "dynamic"}),
             ("gptq", {}),
+            ("gptq", {"activation_order": "dynamic"}),
+            ("gptq", {"activation_order": "static"}),
             ("awq", {}),
         )
     ],
@@ -189,7 +189,7 @@ def label_of(rounding: str, options: dict[str, Any]) -> str:
     """A rounding as the table calls it."""
     if not options:
         return rounding
-    return f"{rounding}, {'inputs in their own order' if not options['activation_order'] else 'dynamic activation order'}"
+    return f"{rounding}, {options['activation_order']} activation order"
 
 
 def rows_of_texts(args: argparse.Namespace, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -232,8 +232,7 @@ def table(args: argparse.Namespace) -> str:
     note = (
         f"Perplexity on {held.size:,} held-out tokens of {text} linear layers quantized block by block, calibrated on "
         f"{16 * args.batches} rows of 256 {'tokens of ' + Path(args.calibration).name if args.text else 'training tokens'}; "
-        "blocks of 64 inputs where the format has any (MXFP4: 32). GPTQ takes the largest inputs first, with the scales of the "
-        "weights as they were, where nothing else is said."
+        "blocks of 64 inputs where the format has any (MXFP4: 32)."
     )
     name = Path(args.model).name if args.text else "the embedded base"
     return heading(f"Formats and roundings on {name}") + f"\n{note}\n\n" + "\n".join(lines) + "\n"

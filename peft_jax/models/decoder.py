@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from peft_jax.core.capture import CAPTURED
 from peft_jax.models.attention import Mask, empty_cache, make_mask, read_cache, write_cache
@@ -280,7 +281,7 @@ def cached_mask(tokens, positions, segment_ids, cache, *, window: int | None, co
         slots = {name: x for name, x in cache.items() if name in ("k", "v", "k_scale", "v_scale")}
     mask = make_mask(positions, kv_positions, segment_ids, kv_segments, window=window, aligned=cache is None, common=common > 0)
     made = Cached(mask, positions, segment_ids, start, kv_positions, kv_segments, slots)
-    if cache is not None and not isinstance(start, jax.core.Tracer) and start + T > kv_positions.shape[1]:
+    if cache is not None and not isinstance(start, Tracer) and start + T > kv_positions.shape[1]:
         raise ValueError(f"{T} tokens from slot {int(start)} on find no room in a cache of {kv_positions.shape[1]} slots")
     return made
 

@@ -51,7 +51,7 @@ def memory_bytes() -> int:
 
 def active_parameters(model: Any, params: Any) -> tuple[float, float]:
     """(all, trained) parameters that one token goes through: of a mixture's experts as many as the router picks."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     experts = getattr(config, "num_experts", 0)
     share = config.experts_per_token / experts if experts else 1.0
     total = trained = 0.0

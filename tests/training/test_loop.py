@@ -19,12 +19,13 @@ import peft_jax
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.data import pack
 from peft_jax.data.encode import Example
-from peft_jax.training.config import OptimizerConfig, RunConfig, TrainConfig
+from peft_jax.training.config import OptimizerConfig, RunConfig, TrainConfig, load_config
 from peft_jax.training.loop import TrainingDivergedError, _lowest, _out_of_patience, train
 from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import make_optimizer, make_schedule
 from peft_jax.training.report import active_parameters
 from peft_jax.training.run import train_steps
+from peft_jax.training.setup import calibration_batches
 from tests.reference import family_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -274,3 +275,14 @@ def test_sigterm_saves_and_ends_cleanly(tiny_folder, tmp_path, uninterrupted):
     assert process.returncode == 0, output
     assert "by SIGTERM; the checkpoint is in" in output
     assert [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def test_calibration_on_text_that_nobody_chose_is_said(monkeypatch, caplog):
+    monkeypatch.setattr("peft_jax.training.setup.make_rows", lambda *_: None)
+    monkeypatch.setattr("peft_jax.training.setup.first_batches", lambda *_: [])
+    run = lambda *overrides: calibration_batches(load_config(None, overrides), None, 1)
+    run()
+    run("model.path=some/model", "data.train.path=mine.txt")
+    assert not caplog.records
+    run("model.path=some/model")
+    assert "calibrating on builtin:python-docs, which data.train is by default" in caplog.text
