@@ -316,7 +316,9 @@ IN_LISTS = ELSEWHERE | {
 }
 ON_IMAGES = {n: {"width": WIDTH} for n in ("bottleneck", "compacter", "reft")}
 LISTED = [n for n in METHODS if n not in ("adaption_prompt", "unipelt")]
-SEEN = ("lora", "oft", "bottleneck", "ia3", "reft", "bitfit", "full")
+SEEN = ("lora", "bottleneck", "ia3", "reft", "bitfit", "full")  # one for each way into a tree; the others are slow together
+QUICK = (*SEEN, "trainable_tokens", "cpt", "prefix_tuning", "invertible")
+IN_LISTED = [pytest.param("listed", n, marks=() if n in QUICK else pytest.mark.slow) for n in LISTED]
 
 
 @functools.cache
@@ -327,7 +329,7 @@ def listed_model(kind: str) -> Base:
     return Base(model, params, peft_jax.layout_of(model), given, apply, apply(params, given))
 
 
-@pytest.mark.parametrize(("kind", "method"), [("listed", n) for n in LISTED] + [("images", n) for n in SEEN])
+@pytest.mark.parametrize(("kind", "method"), IN_LISTED + [("images", n) for n in SEEN])
 def test_models_with_lists_of_modules(kind, method):
     base = listed_model(kind)
     options = OPTIONS.get(method, {}) | IN_LISTS.get(method, {}) | (ON_IMAGES.get(method, {}) if kind == "images" else {})
