@@ -1,7 +1,9 @@
 """Adam with moments in 8 bits (Dettmers et al. 2021, arXiv:2110.02861), as an optax transformation.
 
 Both moments are kept in blocks of 256 over the dynamic map, signed for the first and unsigned for the second: 2 bytes a
-trained parameter and 1/32 more, instead of 8. Arrays of fewer than 4,096 numbers keep float32, as in bitsandbytes.
+trained parameter and 1/32 more, instead of 8. Arrays of fewer than 4,096 numbers keep float32, as in bitsandbytes. A second
+moment that is not zero is never kept as zero, by which the next step would be divided (the zero-point problem, Li et al. 2023,
+arXiv:2309.01507).
 """
 
 from __future__ import annotations
@@ -87,4 +89,6 @@ def _store(x: jax.Array, *, signed: bool) -> tuple[jax.Array, jax.Array]:
     if x.size < SMALL:
         return x, jnp.zeros((1,), jnp.float32)
     codes, scale = quantize_blocks(x.reshape(-1), signed=signed)
+    if not signed:  # a root of zero under a first moment that is not: the next step would be of any size
+        codes = jnp.where((codes == 0) & (x.reshape(-1) > 0), jnp.uint8(1), codes)
     return codes.reshape(x.shape), scale

@@ -12,6 +12,7 @@ import torch
 import transformers as tr
 
 import peft_jax
+from peft_jax.core.tree import map_places
 from tests.models.test_encoders import ENCODERS, T5_SIZES
 from tests.reference import FAMILIES, perturb, random_tokens, relative_error
 
@@ -133,11 +134,29 @@ def test_exchange(bases, name, method, tmp_path):
 
 def with_head(params):
     """The tree with its classifier trained too."""
-    from peft_jax.core.tree import map_places
     from peft_jax.core.weight import Trainable
 
     head = lambda p, w: Trainable(w + 0.1, saved_as="module") if p.startswith("classifier/") else w
     return map_places(head, params)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_patterns_name_experts_too(bases, tmp_path):
+    """Ranks and alphas of their own for a parameter, and for one layer of another, as PEFT advises for experts."""
+    params, run, _ = bases("mixtral")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=EXPERTS, use_rslora=True,
+        rank_pattern={"experts.down_proj": 2, r"layers\.1\..*gate_up_proj": 1, "q_proj": 3},
+        alpha_pattern={"experts.gate_up_proj": 30, r"layers\.1\..*down_proj": 3},
+    )  # fmt: skip
+    theirs = moved(peft.get_peft_model(their_base("mixtral"), config))
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded, expected = peft_jax.load_adapter(params, tmp_path / "theirs"), their_logits("mixtral", theirs)
+    assert relative_error(run(loaded, TOKENS), expected) < 1e-4
+    peft_jax.save_adapter(tmp_path / "ours", loaded)
+    back = peft.PeftModel.from_pretrained(their_base("mixtral"), tmp_path / "ours").eval()
+    assert relative_error(their_logits("mixtral", back), expected) < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -168,11 +187,11 @@ def test_experts_that_do_not_fit_are_refused(bases, tmp_path):
     some = peft_jax.lora(params, jax.random.key(0), rank=2, targets="experts/down_proj", layers=[1])
     with pytest.raises(ValueError, match="adapts some of the layers"):
         peft_jax.save_adapter(tmp_path / "some", some)
-    mixed = peft_jax.lora(
-        params, jax.random.key(0), rank=2, targets=["experts/down_proj", "q_proj"], rank_pattern={"q_proj": 3}
-    )
-    with pytest.raises(ValueError, match="PEFT has one rank and alpha"):
-        peft_jax.save_adapter(tmp_path / "mixed", mixed)
+    apart = peft_jax.lora(params, jax.random.key(0), targets="experts/down_proj")
+    uneven = lambda _, w: w.replace(scale=w.scale.at[..., -1].set(5.0)) if hasattr(w, "scale") else w
+    apart = map_places(uneven, apart)
+    with pytest.raises(ValueError, match="experts of different scales"):
+        peft_jax.save_adapter(tmp_path / "apart", apart)
 
 
 def test_an_adapter_of_another_task_is_refused(bases, tmp_path):

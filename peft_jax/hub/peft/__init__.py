@@ -25,7 +25,7 @@ from peft_jax.core.reparametrised import MATRIX
 from peft_jax.core.tree import EXPERTS, is_node, map_places, nearest, places
 from peft_jax.core.weight import Trainable, Weight, matrix_shape
 from peft_jax.hub.names import is_conv1d, module_names, stack_size
-from peft_jax.hub.peft.experts import attach_experts, expert_tensors, experts_config, one_expert
+from peft_jax.hub.peft.experts import as_modules, attach_experts, expert_tensors, experts_config
 from peft_jax.hub.peft.formats import COMMON, FORMATS, Config, Format, Module, Tensors
 from peft_jax.hub.peft.prompts import WHOLE_FORMATS, load_whole, saved_modules, trained_place, trained_tensors, whole_modules
 from peft_jax.hub.safetensors_io import open_checkpoint, save_tensors
@@ -92,12 +92,12 @@ def save_peft(
         "revision": revision,
         "task_type": task_type,
         **_extras_config(params, peft_type, kind),
-        **kind.describe(modules | {f"{path} 0": one_expert(path, w) for path, w in experts.items()}),
+        **kind.describe(modules | {n: lora for path, w in experts.items() for n, lora in as_modules(path, w).items()}),
         **_tokens_config(tokens, peft_type),
     }
     if experts:
         tensors |= {_PREFIX + own(t): value for t, value in expert_tensors(experts).items()}
-        config |= experts_config(experts, config)
+        config |= experts_config(experts)
     if peft_type == "TRAINABLE_TOKENS":
         config = {k: v for k, v in config.items() if k not in ("bias", "modules_to_save", "fan_in_fan_out")}
     with replacing_folder(folder) as temporary:
