@@ -132,7 +132,10 @@ def fit(examples: Iterable[Example], length: int, kind: Kind, too_long: TooLong)
             skipped += 1
     if skipped:
         logger.warning("%d records longer than %d tokens skipped (too_long: truncate keeps their beginning)", skipped, length)
-    result = [e for e in result if len(e.ids) > 1 and e.learn[1:].any()]
+    taught = [e for e in result if len(e.ids) > 1 and e.learn[1:].any()]
+    if len(taught) < len(result):
+        logger.warning("%d records have nothing to learn within %d tokens and are left out", len(result) - len(taught), length)
+    result = taught
     if not result:
         raise ValueError(f"no record fits into sequence_length={length}")
     return result

@@ -2,7 +2,9 @@
 
 Both moments are kept in blocks of 256 over the dynamic map, signed for the first and unsigned for the second: 2 bytes a
 trained parameter and 1/32 more, instead of 8. Arrays of fewer than 4,096 numbers keep float32, as in bitsandbytes. Each of
-the layers stacked in an array is an array of its own here: its size counts, and no block goes on in the next layer.
+the layers stacked in an array is an array of its own here: its size counts, and no block goes on in the next layer. A second
+moment that is not zero is never kept as zero, by which the next step would be divided (the zero-point problem, Li et al. 2023,
+arXiv:2309.01507).
 """
 
 from __future__ import annotations
@@ -105,5 +107,8 @@ def _load(codes: jax.Array, scale: jax.Array, layers: int, *, signed: bool) -> j
 def _store(x: jax.Array, layers: int, *, signed: bool) -> tuple[jax.Array, jax.Array]:
     if _is_small(x, layers):
         return x, jnp.zeros((1,), jnp.float32)
-    codes, scale = jax.vmap(functools.partial(quantize_blocks, signed=signed))(_by_layer(x, layers))
+    rows = _by_layer(x, layers)
+    codes, scale = jax.vmap(functools.partial(quantize_blocks, signed=signed))(rows)
+    if not signed:  # a root of zero under a first moment that is not: the next step would be of any size
+        codes = jnp.where((codes == 0) & (rows > 0), jnp.uint8(1), codes)
     return codes.reshape(x.shape), scale.reshape(-1)

@@ -193,6 +193,13 @@ def test_long_records():
         fit(long, 32, "completion", "skip")
 
 
+def test_completions_that_are_cut_away_are_told(caplog):
+    """A prompt that fills the row leaves nothing to learn: a loss of nothing would look like a good one."""
+    cut, whole = Example(np.arange(9), np.arange(9) > 6), Example(np.arange(4), np.arange(4) > 2)
+    assert fit([cut, whole], 5, "completion", "truncate") == [whole]
+    assert "1 records have nothing to learn within 5 tokens and are left out" in caplog.text
+
+
 def test_batches_depend_on_seed_and_index_alone():
     rows = pack(examples_of([9] * 10), 8, packing=False)
     seen = [batch_at(rows, i, 4, seed=0)["tokens"] for i in range(5)]

@@ -216,6 +216,25 @@ def test_heads_that_did_not_train(headed, case, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_patterns_name_experts_too(bases, tmp_path):
+    """Ranks and alphas of their own for a parameter, and for one layer of another, as PEFT advises for experts."""
+    params, run, _ = bases("mixtral")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=EXPERTS, use_rslora=True,
+        rank_pattern={"experts.down_proj": 2, r"layers\.1\..*gate_up_proj": 1, "q_proj": 3},
+        alpha_pattern={"experts.gate_up_proj": 30, r"layers\.1\..*down_proj": 3},
+    )  # fmt: skip
+    theirs = moved(peft.get_peft_model(their_base("mixtral"), config))
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded, expected = peft_jax.load_adapter(params, tmp_path / "theirs"), their_logits("mixtral", theirs)
+    assert relative_error(run(loaded, TOKENS), expected) < 1e-4
+    peft_jax.save_adapter(tmp_path / "ours", loaded)
+    back = peft.PeftModel.from_pretrained(their_base("mixtral"), tmp_path / "ours").eval()
+    assert relative_error(their_logits("mixtral", back), expected) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("parameters", [EXPERTS, EXPERTS[1:]], ids=["both", "down"])
 def test_lora_of_experts(bases, parameters, tmp_path):
     params, run, _ = bases("mixtral")
@@ -243,11 +262,11 @@ def test_experts_that_do_not_fit_are_refused(bases, tmp_path):
     some = peft_jax.lora(params, jax.random.key(0), rank=2, targets="experts/down_proj", layers=[1])
     with pytest.raises(ValueError, match="adapts some of the layers"):
         peft_jax.save_adapter(tmp_path / "some", some)
-    mixed = peft_jax.lora(
-        params, jax.random.key(0), rank=2, targets=["experts/down_proj", "q_proj"], rank_pattern={"q_proj": 3}
-    )
-    with pytest.raises(ValueError, match="PEFT has one rank and alpha"):
-        peft_jax.save_adapter(tmp_path / "mixed", mixed)
+    apart = peft_jax.lora(params, jax.random.key(0), targets="experts/down_proj")
+    uneven = lambda _, w: w.replace(scale=w.scale.at[..., -1].set(5.0)) if hasattr(w, "scale") else w
+    apart = map_places(uneven, apart)
+    with pytest.raises(ValueError, match="experts of different scales"):
+        peft_jax.save_adapter(tmp_path / "apart", apart)
 
 
 def test_an_adapter_of_another_task_is_refused(bases, tmp_path):

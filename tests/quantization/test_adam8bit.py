@@ -66,6 +66,21 @@ def test_a_step_is_that_of_bitsandbytes():
     assert np.abs(np.asarray(ours["w"]) - parameter.detach().numpy()).mean() < 0.02 * moved
 
 
+def test_no_step_is_divided_by_a_moment_that_was_rounded_away():
+    """Gradients of very different sizes in a block, then none: steps stay of Adam's size."""
+    rng = np.random.default_rng(0)
+    sizes = 10.0 ** -rng.uniform(0, 5, 4096)
+    grads = [*(rng.normal(size=(2, 4096)) * sizes), np.zeros(4096)]
+    largest = []
+    for optimizer in (peft_jax.adamw8bit(1.0), optax.adam(1.0)):
+        state, steps = optimizer.init(jnp.zeros(4096)), []
+        for g in grads:
+            step, state = optimizer.update(jnp.asarray(g, jnp.float32), state, jnp.zeros(4096))
+            steps.append(float(jnp.abs(step).max()))
+        largest.append(steps)
+    assert np.all(np.asarray(largest[0]) < 2.0 * np.asarray(largest[1])), largest
+
+
 def test_moments_are_sharded_with_their_parameters():
     params = peft_jax.full({"q_proj": {"kernel": jax.random.normal(jax.random.key(0), (64, 128))}})
     mesh = make_mesh({"fsdp": 4, "tensor": 2})

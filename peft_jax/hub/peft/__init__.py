@@ -25,7 +25,7 @@ from peft_jax.core.reparametrised import MATRIX, TRANSPOSED
 from peft_jax.core.tree import EXPERTS, OUTPUT_EMBEDDING, is_node, map_places, nearest, places
 from peft_jax.core.weight import Axes, Trainable, Weight, matrix_shape
 from peft_jax.hub.names import embedding_name, is_conv1d, modules_of, stack_size
-from peft_jax.hub.peft.experts import attach_experts, expert_tensors, experts_config, one_expert
+from peft_jax.hub.peft.experts import as_modules, attach_experts, expert_tensors, experts_config
 from peft_jax.hub.peft.formats import COMMON, FORMATS, Config, Format, Module, Tensors
 from peft_jax.hub.peft.prompts import WHOLE_FORMATS, load_whole, saved_modules, trained_place, trained_tensors, whole_modules
 from peft_jax.hub.peft.tied import check_look_up, check_tokens, for_head, own_heads, put_stored, split_tie, tie_of, tied_tensors
@@ -101,13 +101,13 @@ def save_peft(
         "revision": revision,
         "task_type": task_type,
         **_extras_config(params, peft_type, tie),
-        **kind.describe(modules | {f"{path} 0": one_expert(path, w) for path, w in experts.items()}),
+        **kind.describe(modules | {n: lora for path, w in experts.items() for n, lora in as_modules(path, w).items()}),
         **_tokens_config(tokens, peft_type),
         **({"ensure_weight_tying": _adapts(params, nodes, tie)} if peft_type == "LORA" else {}),
     }
     if experts:
         tensors |= {_PREFIX + own(t): value for t, value in expert_tensors(experts).items()}
-        config |= experts_config(experts, config)
+        config |= experts_config(experts)
     if peft_type == "TRAINABLE_TOKENS":
         config = {k: v for k, v in config.items() if k not in ("bias", "modules_to_save", "fan_in_fan_out")}
     with replacing_folder(folder) as temporary:

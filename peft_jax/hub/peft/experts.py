@@ -2,36 +2,53 @@
 
 PEFT wraps a module once for each of its parameters, the later ones around the earlier, so that all but the last have
 `base_layer` in their names. A of expert e are the rows [e r, (e + 1) r) of `lora_A` [E r, in]; B the columns e, e + E, ... of
-`lora_B` [out, r E].
+`lora_B` [out, r E]. Patterns of ranks and alphas match the module's name with the parameter's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.tree import EXPERTS
 from peft_jax.hub.names import module_names, stack_size
-from peft_jax.hub.peft.formats import Config, Tensors, number
+from peft_jax.hub.peft.formats import Config, Tensors, number, pattern
 from peft_jax.low_rank.lora import LoRA, scaling
 
 _A, _B = "lora_A.weight", "lora_B.weight"
 
 
-def one_expert(path: str, node: Any) -> Any:
-    """The node of the first layer's first expert. Raises ValueError for anything but plain LoRA in all layers."""
+def as_modules(path: str, node: Any) -> dict[str, LoRA]:
+    """PEFT's name of the experts of each layer -> their LoRAs as one, A [E in, r] and B [r, E out], for its configuration.
+
+    Raises ValueError for anything but plain LoRA in all layers, of one scale for all experts.
+    """
     if type(node) is not LoRA:
         raise ValueError(f"{path} holds a {type(node).__name__}; of stacked experts PEFT's folders hold LoRA alone")
     if node.gate is not None:
         raise ValueError(f"{path} adapts some of the layers, which PEFT's target_parameters cannot say")
-    bare = node.replace(base=None)
-    for _ in node.lead:
-        bare = jax.tree.map(lambda x: np.asarray(x[0]), bare)
-    return bare.replace(dropout=0.0)
+    module, _, leaf = path.rpartition("/")
+    scales, found = np.asarray(node.scale), {}
+    for name, layer, A, B in _by_layer(path, node):
+        scale = scales if layer is None else scales[layer]
+        if np.ptp(scale):
+            raise ValueError(f"{path} has experts of different scales, and PEFT has one for all experts of a layer")
+        a, b = A.reshape(-1, A.shape[-1]), B.swapaxes(0, 1).reshape(B.shape[1], -1)
+        found[f"{name}.{leaf}"] = LoRA(base=None, a=a, b=b, scale=scale.flat[0], rslora=node.rslora, name=node.name)
+    return found
+
+
+def _by_layer(path: str, node: Any) -> Iterator[tuple[str, int | None, np.ndarray, np.ndarray]]:
+    """(module, number, A [E, in, r], B [E, r, out]) of each layer, without the columns that pad it to the largest rank."""
+    a, b = (np.asarray(f) for f in node.factors())
+    for name, layer in module_names(path.rpartition("/")[0], stack_size(path, node)):
+        A, B = (x if layer is None else x[layer] for x in (a, b))
+        used = A.any(axis=(0, 1)) | B.any(axis=(0, 2))
+        used = used if used.any() else np.ones_like(used)
+        yield name, layer, A[..., used], B[:, used]
 
 
 def expert_tensors(nodes: Mapping[str, Any]) -> Tensors:
@@ -40,21 +57,15 @@ def expert_tensors(nodes: Mapping[str, Any]) -> Tensors:
     for path, node in nodes.items():
         module, _, leaf = path.rpartition("/")
         names = [p for p in EXPERTS if f"{module}/{p}" in nodes]
-        a, b = (np.asarray(f) for f in node.factors())
-        for name, layer in module_names(module, stack_size(path, node)):
-            A, B = (x if layer is None else x[layer] for x in (a, b))  # [E, in, r], [E, r, out]
+        for name, _, A, B in _by_layer(path, node):
             wrapped = name + ".base_layer" * (len(names) - 1 - names.index(leaf))
             tensors[f"{wrapped}.{_A}"] = A.swapaxes(1, 2).reshape(-1, A.shape[1])
             tensors[f"{wrapped}.{_B}"] = B.transpose(2, 1, 0).reshape(B.shape[2], -1)
     return tensors
 
 
-def experts_config(nodes: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """What the configuration says of them. Raises ValueError where ranks differ."""
-    if patterns := {**config["rank_pattern"], **config["alpha_pattern"]}:
-        raise ValueError(
-            f"PEFT has one rank and alpha for experts and all else; this adapter has others at {next(iter(patterns))}"
-        )
+def experts_config(nodes: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configuration says of them, but for ranks and alphas."""
     named = lambda path: ".".join([*module_names(path.rpartition("/")[0], None)[0][0].split(".")[-2:], path.rpartition("/")[2]])
     targets = sorted({named(path) for path in nodes}, key=lambda t: EXPERTS.index(t.rpartition(".")[2]))
     return {"target_parameters": targets, "lora_dropout": 0.0}
@@ -70,21 +81,24 @@ def attach_experts(path: str, w: Any, modules: dict[str, Tensors], config: Confi
     names = [p for p in EXPERTS if p in wanted]
     if leaf not in names:
         return w
-    depth, found = len(names) - 1 - names.index(leaf), []
+    depth, found, scales = len(names) - 1 - names.index(leaf), [], []
     E, n_in, n_out = w.shape[-3:]
-    r = int(number(config, "r"))
+    rslora = bool(config.get("use_rslora"))
     for m, _ in module_names(module, stack_size(path, w)):
         tensors = modules.pop(m + ".base_layer" * depth, {})
         if set(tensors) != {_A, _B}:
             raise ValueError(f"the adapter has no LoRA for {m}.{leaf}, which its target_parameters name")
         a, b = tensors[_A], tensors[_B]
+        r = int(pattern(config, "rank_pattern", f"{m}.{leaf}", number(config, "r")))
+        scales.append(scaling(pattern(config, "alpha_pattern", f"{m}.{leaf}", number(config, "lora_alpha")), r, rslora))
         if a.shape != (E * r, n_in) or b.shape != (n_out, r * E):
             raise ValueError(
                 f"{m}.{leaf} has lora_A {a.shape} and lora_B {b.shape}, expected {(E * r, n_in)} and {(n_out, r * E)}"
             )
         found.append((a.reshape(E, r, n_in).swapaxes(1, 2), b.reshape(n_out, r, E).transpose(2, 1, 0)))
-    stacked = len(w.shape) > 3
-    a, b = (jnp.asarray(np.stack(x) if stacked else x[0], jnp.float32) for x in zip(*found, strict=True))
-    rslora = bool(config.get("use_rslora"))
-    scale = jnp.full(w.shape[:-2], scaling(number(config, "lora_alpha"), r, rslora), jnp.float32)
-    return LoRA(base=w, a=a, b=b, scale=scale, rslora=rslora, name=name)
+    stacked, most = len(w.shape) > 3, max(a.shape[-1] for a, _ in found)
+    widened = lambda x, axis: np.pad(x, [(0, most - n if i == axis else 0) for i, n in enumerate(x.shape)])
+    arrays = zip(*((widened(a, 2), widened(b, 1)) for a, b in found), strict=True)
+    a, b = (jnp.asarray(np.stack(x) if stacked else x[0], jnp.float32) for x in arrays)
+    scale = np.broadcast_to(np.asarray(scales if stacked else scales[0])[..., None], w.shape[:-2])
+    return LoRA(base=w, a=a, b=b, scale=jnp.asarray(scale, jnp.float32), rslora=rslora, name=name)
