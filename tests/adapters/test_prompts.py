@@ -81,7 +81,7 @@ def test_generation_continues_as_the_whole_pass(case):
     for _ in range(5):
         rows = np.concatenate([rows, np.asarray(run(params, rows))[:, -1].argmax(-1)[:, None].astype(np.int32)], axis=1)
     # rows of different lengths, so that one of them is padded
-    out = peft_jax.generate(model, params, [TOKENS[0, :6].tolist(), TOKENS[1, :6].tolist(), [5]], max_tokens=5)
+    out = peft_jax.generate(model, params, [TOKENS[0, :6].tolist(), TOKENS[1, :6].tolist(), [5]], max_tokens=5, eos_token_id=[])
     assert out[:2] == rows[:, 6:].tolist()
 
 

@@ -95,7 +95,7 @@ def same(model, run, params, theirs, tasks):
     ids = {} if tasks is None else {"adapter_ids": np.asarray(tasks)}
     expected = their_logits(theirs, TOKENS, tasks)
     assert relative_error(run(params, TOKENS, **ids), expected) < 1e-4
-    ours = peft_jax.generate(model, params, TOKENS.tolist(), max_tokens=6, adapter_ids=tasks)
+    ours = peft_jax.generate(model, params, TOKENS.tolist(), max_tokens=6, adapter_ids=tasks, eos_token_id=[])
     assert ours == their_tokens(theirs, TOKENS, tasks)
     return expected
 
@@ -152,7 +152,7 @@ def test_exchange_where_embeddings_are_scaled(bases, method, family, tmp_path):
     again = peft_jax.load_adapter(params, tmp_path / "ours")
     assert relative_error(run(again, TOKENS, adapter_ids=tasks), expected) < 1e-5
     if method == "cpt":
-        assert peft_jax.generate(model, ours, TOKENS.tolist(), max_tokens=6) == their_tokens(back, TOKENS)
+        assert peft_jax.generate(model, ours, TOKENS.tolist(), max_tokens=6, eos_token_id=[]) == their_tokens(back, TOKENS)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -204,7 +204,8 @@ def test_virtual_tokens_and_encoder_decoders_take_no_triples(decoder, tmp_path):
     tuned = peft_jax.prompt_tuning(params, jax.random.key(0), num_virtual_tokens=3)
     with pytest.raises(ValueError, match="leave virtual tokens out"):
         peft_jax.generate(model, tuned, ["From Peru"], tokenizer=tokenizer, max_tokens=2, beside=beside)
-    transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_SIZES)).save_pretrained(tmp_path)
+    config = transformers.T5Config(**{**T5_SIZES, "vocab_size": len(tokenizer)})
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     model, params = peft_jax.load(tmp_path)
     with pytest.raises(ValueError, match="read by decoders with a cache alone"):
         peft_jax.generate(model, params, ["From Peru"], tokenizer=tokenizer, max_tokens=2, beside=beside)
