@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from peft_jax.core.files import numbered_lines, open_text
 from peft_jax.data.spans import Span, fill, tokens_of, with_offsets
 
 
@@ -58,12 +59,12 @@ def read_edits(path: Path) -> list[Edit]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"file of edits {path} does not exist")
-    text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".jsonl":
-            values = [(f"{path}:{n}", json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+            values = [(f"{path}:{n}", json.loads(line)) for n, line in numbered_lines(path)]
         else:
-            values = [(f"{path}, record {n}", value) for n, value in enumerate(json.loads(text))]
+            with open_text(path) as file:
+                values = [(f"{path}, record {n}", value) for n, value in enumerate(json.load(file))]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     edits = [_edit(value, where) for where, value in values]
@@ -114,6 +115,11 @@ def check_edits(edits: Sequence[Edit]) -> None:
             raise ValueError(f"the edits of {edit.question!r} contradict each other: {both}")
 
 
+def joined(prompt: str, answer: str) -> str:
+    """A prompt with one blank and its answer, whatever blanks the two bring; the prompt as it is without an answer."""
+    return f"{prompt.rstrip()} {answer.lstrip()}" if answer.strip() else prompt
+
+
 def edit_rows(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], places: Sequence[Span] = ()) -> EditRows:
     """Rows of prompts, each with a blank and its answer; `places`, where given, are the subjects' characters in the prompts.
 
@@ -121,11 +127,11 @@ def edit_rows(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], pl
     """
     made = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        whole = f"{prompt} {answer}" if answer else prompt
-        encoded = with_offsets(tokenizer, whole)
+        encoded = with_offsets(tokenizer, joined(prompt, answer))
         ids, spans = _without_end(encoded["input_ids"], encoded["offset_mapping"], tokenizer)
         at = tokens_of(prompt, spans, places[i])[1] - 1 if places else len(ids) - 1
-        answers_ids = np.asarray([b > len(prompt) for _, b in spans])
+        asked = len(prompt.rstrip()) if answer.strip() else len(prompt)
+        answers_ids = np.asarray([b > asked for _, b in spans])
         made.append((np.asarray(ids, np.int32), answers_ids, at))
     T, N = -(-max(len(ids) for ids, _, _ in made) // 8) * 8, len(made)  # few lengths, few programs
     rows = EditRows(

@@ -17,7 +17,7 @@ from peft_jax.core.tree import places
 from peft_jax.core.weight import materialize
 from peft_jax.data.spans import tokens_of, with_offsets
 from peft_jax.knowledge.hooks import KEY, Noise, Restore, feed_forward
-from peft_jax.knowledge.requests import Edit, edit_rows
+from peft_jax.knowledge.requests import Edit, edit_rows, joined
 from peft_jax.models.blocks import embedding_scale
 
 _EMBEDDINGS = ("model/embed_tokens", "transformer/wte")
@@ -60,7 +60,7 @@ def trace(
     n = int(rows.segment_ids.sum()) - int(rows.weights.sum())  # the prompt's tokens
     tokens = rows.tokens[:, :n]
     target = int(rows.targets[0, n - 1])
-    offsets = with_offsets(tokenizer, f"{fact.question} {fact.target}")["offset_mapping"]
+    offsets = with_offsets(tokenizer, joined(fact.question, fact.target))["offset_mapping"]
     first, end = tokens_of(fact.question, offsets, fact.place)
     embedding = next(p for p in _EMBEDDINGS if f"{p}/embedding" in places(params))
     table = np.asarray(materialize(places(params)[f"{embedding}/embedding"]), np.float32)

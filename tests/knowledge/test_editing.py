@@ -245,3 +245,21 @@ def test_what_cannot_be_edited_is_refused(setup, tokenizer):
         run(edits=[])
     with pytest.raises(ValueError, match="no direction of layer 0's keys has a mean square below threshold=0"):
         run(method="alphaedit", threshold=0.0, covariances=covariances)
+
+
+def test_blanks_and_unicode_separators_of_a_file_of_edits(tmp_path):
+    """An answer has one blank before it, and a line of a file ends with a line feed alone."""
+    tokenizer = peft_jax.load_tokenizer("builtin:base")
+    rows = [
+        edit_rows(tokenizer, [p], [a]) for p, a in (("It was in", "London"), ("It was in", " London"), ("It was in ", "London"))
+    ]
+    for other in rows[1:]:
+        for mine, theirs in zip(rows[0], other, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    expected = tokenizer("It was in London")["input_ids"]
+    assert rows[0].tokens[0, : len(expected)].tolist() == expected
+    path = tmp_path / "edits.jsonl"
+    record = {"prompt": "{} is in", "subject": "Big\u2028Ben", "target": "Rome"}
+    path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8-sig")
+    (edit,) = read_edits(path)
+    assert edit.subject == "Big\u2028Ben"
