@@ -212,16 +212,19 @@ class _Run:
         if self.checkpoints is not None:
             self.checkpoints.save(state, {"evaluations": {str(k): v for k, v in self.evaluations.items()}})
 
+    def _stored_best(self, state: TrainState, number: int) -> TrainState | None:
+        """The best state that the folder holds, None where that is none or the one of step `number`."""
+        assert self.best is not None
+        if not self.config.keep_best or self.best.newest() in (None, number):
+            return None
+        self.best.wait()
+        return self.best.restore(state)[0]
+
     def best_of(self, state: TrainState, number: int) -> TrainState:
         """The state of the best evaluation where that was an earlier one."""
-        step = self.best.newest() if self.best is not None else None if self.held is None else int(self.held.step)
-        if not self.config.keep_best or step in (None, number):
+        best = self.held if self.best is None else self._stored_best(state, number)
+        if not self.config.keep_best or best is None or int(best.step) == number:
             return state
-        best = self.held
-        if self.best is not None:
-            self.best.wait()
-            best = self.best.restore(state)[0]
-        assert best is not None  # one of the two has that step
         state = best._replace(skipped=state.skipped)
         self.say(f"kept the weights of step {int(state.step)}, the best evaluation")
         return state

@@ -200,7 +200,7 @@ def wanted_labels(
     if numbers and field == "label":
         return None if known == 1 else 1
     found = sorted({str(v) for v in values}) if kind == "names" else label_names(records, field)
-    if known is None or known == 1 or isinstance(known, int):
+    if known is None or isinstance(known, int):
         return found
     found, ids = found or [], label_ids(known)
     if strange := [n for n in found if n not in ids and n.casefold() not in ids]:
@@ -305,16 +305,14 @@ def _label_scores(s: Subject, params: Any, records: Sequence[Record], names: Seq
     logits = predict(s, params, rows)
     labels = names_of_labels(s.model)
     regressed = labels is None
-    known: dict[str, Any] = OF_NUMBERS if labels is None else {n: _of_classes(of, len(labels)) for n, of in OF_LABELS.items()}
+    known: dict[str, Any] = OF_NUMBERS
+    if labels is not None:
+        known = {name: functools.partial(of, classes=len(labels)) for name, of in OF_LABELS.items()}
     if wrong := [n for n in names if n not in known]:
         what = "numbers" if regressed else "labels"
         raise ValueError(f"the metric {wrong[0]} is none of {what}; there are {', '.join(known)}")
     predicted = logits[:, 0] if regressed else logits.argmax(-1)
     return {n: known[n](predicted.tolist(), rows.labels.tolist()) for n in names}
-
-
-def _of_classes(metric: Callable[..., float], classes: int) -> Callable[..., float]:
-    return functools.partial(metric, classes=classes)
 
 
 def classify(s: Subject, params: Any, texts: Sequence[str]) -> list[str]:
