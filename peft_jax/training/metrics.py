@@ -84,7 +84,7 @@ def _sklearn() -> Any:
     return metrics
 
 
-OF_LABELS: dict[str, Callable[[Sequence[int], Sequence[int], int], float]] = {
+OF_LABELS: dict[str, Callable[..., float]] = {  # of predicted, gold and the number of classes
     "accuracy": accuracy,
     "f1": f1,
     "matthews": matthews,
