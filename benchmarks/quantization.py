@@ -2,7 +2,7 @@
 
     python benchmarks/quantization.py step                            # QLoRA against bfloat16 LoRA, 312 million parameters
     python benchmarks/quantization.py table --data ../shared/data     # every format and rounding, on the embedded base
-    python benchmarks/quantization.py table --model FOLDER --text test.txt.gz --calibration valid.txt.gz --plans "int3.*gptq"
+    python benchmarks/quantization.py calibrated --model FOLDER --text test.txt.gz --calibration valid.txt.gz  # a real model
     python benchmarks/quantization.py qlora --seeds 3                 # quality of QLoRA against LoRA
 
 Each prints a Markdown table, with device, versions and commit; `--out` writes it to a file.
@@ -33,6 +33,7 @@ from measure import heading, held_out, held_out_loss, perplexity_of, publish, ro
 
 import peft_jax
 from peft_jax import FP4, FP8, MXFP4, NF4, Int
+from peft_jax.data import read_records
 from peft_jax.data.batches import batch_at
 from peft_jax.models.decoder import Decoder
 from peft_jax.training.config import OptimizerConfig
@@ -192,25 +193,9 @@ def label_of(rounding: str, options: dict[str, Any]) -> str:
     return f"{rounding}, {options['activation_order']} activation order"
 
 
-def rows_of_texts(args: argparse.Namespace, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(calibration rows, held-out rows), [rows, 256]: of `--calibration` and `--text`, or what the base was trained on."""
-    if not args.text:
-        return held_out(Path(args.data), tokenizer)
-    parts = []
-    for name, count in ((args.calibration, 16 * args.batches), (args.text, args.rows)):
-        path = Path(name)
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-        ids = tokenizer(text[: count * 256 * 8], add_special_tokens=False)["input_ids"]
-        rows = min(count, len(ids) // 256)
-        parts.append(np.asarray(ids[: rows * 256], np.int32).reshape(rows, 256))
-    return parts[0], parts[1]
-
-
 def table(args: argparse.Namespace) -> str:
-    model, params = peft_jax.load(args.model, scan_layers=False)
-    tokenizer = peft_jax.load_tokenizer(args.model)
-    train, held = rows_of_texts(args, tokenizer)
+    model, params = peft_jax.load("builtin:base", scan_layers=False)
+    train, held = held_out(Path(args.data), peft_jax.load_tokenizer("builtin:base"))
     batches = [{"tokens": jnp.asarray(train[16 * i : 16 * (i + 1)])} for i in range(args.batches)]
     scanned = model.clone(scan_layers=True)
     dense = perplexity_of(scanned, peft_jax.stack_layers(params), held)
@@ -227,21 +212,75 @@ def table(args: argparse.Namespace) -> str:
         value = perplexity_of(scanned, peft_jax.stack_layers(quantized), held)
         lines.append(f"| {bits} | {name} | {label} | {mean_bits(quantized):.3f} | {value:.3f} |")
         print(lines[-1], flush=True)
-    base = "the novels and plays that the embedded base (5.5 million parameters) was trained on; its"
-    text = f"{Path(args.text).name}, of {Path(args.model).name}; its" if args.text else base
     note = (
-        f"Perplexity on {held.size:,} held-out tokens of {text} linear layers quantized block by block, calibrated on "
-        f"{16 * args.batches} rows of 256 {'tokens of ' + Path(args.calibration).name if args.text else 'training tokens'}; "
-        "blocks of 64 inputs where the format has any (MXFP4: 32)."
+        f"Perplexity on {held.size:,} held-out tokens of the novels and plays that the embedded base (5.5 million parameters) "
+        f"was trained on; its linear layers quantized block by block, calibrated on {16 * args.batches} rows of 256 training "
+        "tokens; blocks of 64 inputs where the format has any (MXFP4: 32)."
     )
-    name = Path(args.model).name if args.text else "the embedded base"
-    return heading(f"Formats and roundings on {name}") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
+    return heading("Formats and roundings on the embedded base") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
 
 
 def mean_bits(tree: Any) -> float:
     """Mean bits a quantized weight takes, over the places."""
     nodes = [w for w in peft_jax.places(tree).values() if isinstance(w, peft_jax.Quantized)]
     return statistics.mean(peft_jax.bits_per_weight(w) for w in nodes)
+
+
+# ------------------------------------------------------------------------------------------------------- calibrated
+
+CALIBRATED: list[tuple[str, str, dict[str, Any]]] = [
+    ("nearest", "nearest", {}),
+    ("GPTQ, no cap on tokens", "gptq", {"token_cap": None}),
+    ("GPTQ", "gptq", {}),
+    ("GPTQ, dynamic activation order", "gptq", {"activation_order": "dynamic"}),
+    ("GPTQ, static activation order", "gptq", {"activation_order": "static"}),
+    ("AWQ", "awq", {}),
+]
+
+
+def calibrated(args: argparse.Namespace) -> str:
+    """Roundings of a model folder by the text that they are calibrated on: like what is measured, and not."""
+    model, params = peft_jax.load(args.model, scan_layers=False)
+    scanned, tokenizer = model.clone(scan_layers=True), peft_jax.load_tokenizer(args.model)
+    held = text_rows(read_text(Path(args.text)), tokenizer, args.rows)
+    documents = "\n\n".join(r["text"] for r in read_records("builtin:python-docs", kind="text", split="train"))
+    texts = {Path(args.calibration).name: read_text(Path(args.calibration)), "python-docs": documents}
+    rows = {name: text_rows(text, tokenizer, 16 * args.batches) for name, text in texts.items()}
+    value = lambda tree: perplexity_of(scanned, peft_jax.stack_layers(tree), held)
+    lines = [f"| | {' | '.join(f'{b} bits, {name}' for b in (4, 3) for name in texts)} |", "|---|" + "---|" * 4]
+    for label, rounding, options in CALIBRATED:
+        cells: list[str] = []
+        for bits in (4, 3):
+            format = Int(bits=bits, block_size=64)
+            for name in texts:
+                if rounding == "nearest" and name == "python-docs":
+                    cells.append(cells[-1])
+                    continue
+                batches = [{"tokens": jnp.asarray(rows[name][16 * i : 16 * (i + 1)])} for i in range(args.batches)]
+                start = time.perf_counter()
+                tree = peft_jax.quantize_in_turn(peft_jax.bind(model), params, batches, format, rounding=rounding, **options)
+                cells.append(f"{value(tree):.1f}")
+                print(label, bits, name, cells[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    note = (
+        f"Perplexity of {args.name} on {held.size:,} tokens of {Path(args.text).name}, {value(params):.1f} in float32; "
+        f"symmetric integers, blocks of 64 inputs, all linear layers, quantized one layer after the other; calibrated on "
+        f"{16 * args.batches} rows of 256 tokens of the text that the column names, where the rounding asks for any. python-docs "
+        "is what `data.train` is by default."
+    )
+    return heading("Roundings on a real model") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
+
+
+def read_text(path: Path) -> str:
+    """A text file, perhaps gzipped."""
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+
+
+def text_rows(text: str, tokenizer: Any, count: int) -> np.ndarray:
+    """The first `count` rows of 256 tokens of a text, [count, 256]."""
+    ids = tokenizer(text[: count * 256 * 8], add_special_tokens=False)["input_ids"][: count * 256]
+    return np.asarray(ids, np.int32).reshape(-1, 256)
 
 
 # ------------------------------------------------------------------------------------------------------------ qlora
@@ -292,14 +331,15 @@ def _train(model: Any, params: Any, train: Any, test: Any, steps: int, seed: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "table", "qlora", "one-step"))
+    parser.add_argument("what", choices=("step", "table", "calibrated", "qlora", "one-step"))
     parser.add_argument("--data", default="../shared/data", help="folder with gutenberg and tinyshakespeare (table)")
-    parser.add_argument("--model", default="builtin:base", help="a model folder, with --text and --calibration (table)")
-    parser.add_argument("--text", help="a text file, perhaps gzipped, whose perplexity is measured (table)")
-    parser.add_argument("--calibration", help="a text file to calibrate on, with --text (table)")
-    parser.add_argument("--rows", type=int, default=32, help="rows of 256 tokens of --text (table)")
+    parser.add_argument("--model", help="a model folder (calibrated)")
+    parser.add_argument("--name", default="the model", help="what the table calls --model (calibrated)")
+    parser.add_argument("--text", help="a text file, perhaps gzipped, whose perplexity is measured (calibrated)")
+    parser.add_argument("--calibration", help="a text file to calibrate on (calibrated)")
+    parser.add_argument("--rows", type=int, default=32, help="rows of 256 tokens of --text (calibrated)")
     parser.add_argument("--plans", default="", help="a regular expression: only formats and roundings that match it (table)")
-    parser.add_argument("--batches", type=int, default=8, help="calibration batches of 16 rows (table)")
+    parser.add_argument("--batches", type=int, default=8, help="calibration batches of 16 rows (table, calibrated)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150, help="training steps (qlora)")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each kind (step)")
@@ -309,7 +349,7 @@ def main() -> None:
     if args.what == "one-step":
         print(json.dumps(run_step(args.kind, 4)))
         return
-    publish({"step": step, "table": table, "qlora": qlora}[args.what](args), args.out)
+    publish({"step": step, "table": table, "calibrated": calibrated, "qlora": qlora}[args.what](args), args.out)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from peft_jax.core.adapters import adapter_names, drop_adapters
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.bank import bank, bank_adapter, clear_adapter, run_parallel, set_adapter
 from peft_jax.core.bind import MissingRuleError, bind, layout_of, nnx_params, register_rule
-from peft_jax.core.calibrate import calibrate, gradients, output_errors
+from peft_jax.core.calibrate import calibrate, gradients
 from peft_jax.core.capture import capture, input_of, output_of
+from peft_jax.core.in_turn import output_errors
 from peft_jax.core.sharding import make_mesh, shard, shardings
 from peft_jax.core.tree import combine, count, freeze, full, merge, partition, places, select, unmerge
 from peft_jax.core.weight import Trainable, Weight, einsum, materialize, matmul, take

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.coverage import Calibrated, record_tokens
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, find_sites, node, place_nodes
-from peft_jax.core.tree import EXPERTS, Targets, combine, layer_paths, map_places, partition, places
+from peft_jax.core.tree import EXPERTS, Targets, combine, map_places, partition, places
 from peft_jax.core.weight import Layout, Trainable, ragged_matmul, static, to_matrix
 
 Statistic = Literal["covariance", "second_moment", "mean", "mean_abs", "max_abs"]
@@ -25,7 +25,7 @@ Statistic = Literal["covariance", "second_moment", "mean", "mean_abs", "max_abs"
 @node
 class Probe(Reparametrised):
     """`base`, unchanged; sink [*lead, in, in] or [*lead, in] receives the statistic of its inputs as a gradient, and tokens
-    [*lead] their number. `collect` fills `seen` (see `seen_of`).
+    [*lead] their number. `collect` fills `seen` (see `seen_of`). For `token_cap` see `calibrate`.
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("sink", "tokens")
@@ -34,12 +34,15 @@ class Probe(Reparametrised):
     tokens: jax.Array
     seen: tuple[jax.Array, ...] = ()
     statistic: str = static(default="covariance")
+    token_cap: float | None = static(default=None)
 
     def product(self, x: jax.Array, base: Product) -> jax.Array:
-        return base(_tap(self.statistic, x, seen_of(self.seen, x.shape[:-1]), self.sink, self.tokens))
+        seen = seen_of(self.seen, x.shape[:-1])
+        return base(_tap((self.statistic, self.token_cap), x, seen, self.sink, self.tokens))
 
     def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        return ragged_matmul(_ragged_tap(self.statistic, x, sizes, self.sink, self.tokens), self.base, sizes)
+        what = (self.statistic, self.token_cap)
+        return ragged_matmul(_ragged_tap(what, x, sizes, self.sink, self.tokens), self.base, sizes)
 
     def materialize(self) -> jax.Array:
         raise ValueError("a weight that its module materialises cannot be calibrated; register a rule or exclude it")
@@ -53,18 +56,31 @@ def seen_of(seen: tuple[jax.Array, ...], shape: tuple[int, ...]) -> jax.Array:
     return found.reshape(shape)
 
 
+def capped(rows: jax.Array, cap: float | None, inside: jax.Array) -> jax.Array:
+    """Rows [N, in], the longer ones made shorter: a squared norm is at most `cap` times the median of those `inside` [N]."""
+    if cap is None:
+        return rows
+    energy = jnp.square(rows).sum(-1)
+    limit = cap * jnp.nanmedian(jnp.where(inside, energy, jnp.nan))
+    return rows * jnp.where((energy > limit) & (limit > 0), jnp.sqrt(limit / energy), 1.0)[:, None]
+
+
+What = tuple[str, float | None]  # the statistic, and the cap on what one token adds to it
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(statistic: str, x: jax.Array, seen: jax.Array, sink: jax.Array, tokens: jax.Array) -> jax.Array:
+def _tap(what: What, x: jax.Array, seen: jax.Array, sink: jax.Array, tokens: jax.Array) -> jax.Array:
     return x
 
 
-def _tap_forward(statistic: str, x: jax.Array, seen: jax.Array, sink: jax.Array, tokens: jax.Array) -> Any:
+def _tap_forward(what: What, x: jax.Array, seen: jax.Array, sink: jax.Array, tokens: jax.Array) -> Any:
     return x, (x, seen)
 
 
-def _tap_backward(statistic: str, saved: Any, grad: jax.Array) -> Any:
-    x, seen = saved
+def _tap_backward(what: What, saved: Any, grad: jax.Array) -> Any:
+    (x, seen), (statistic, cap) = saved, what
     rows = jnp.where(seen[..., None] > 0, x.astype(jnp.float32), 0.0).reshape(-1, x.shape[-1])
+    rows = capped(rows, cap, seen.reshape(-1) > 0)
     value = {
         "covariance": lambda: jnp.matmul(rows.T, rows),
         "second_moment": lambda: jnp.square(rows).sum(0),
@@ -80,19 +96,19 @@ _tap.defvjp(_tap_forward, _tap_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ragged_tap(statistic: str, x: jax.Array, sizes: jax.Array, sink: jax.Array, tokens: jax.Array) -> jax.Array:
+def _ragged_tap(what: What, x: jax.Array, sizes: jax.Array, sink: jax.Array, tokens: jax.Array) -> jax.Array:
     return x
 
 
-def _ragged_forward(statistic: str, x: jax.Array, sizes: jax.Array, sink: jax.Array, tokens: jax.Array) -> Any:
+def _ragged_forward(what: What, x: jax.Array, sizes: jax.Array, sink: jax.Array, tokens: jax.Array) -> Any:
     return x, (x, sizes)
 
 
-def _ragged_backward(statistic: str, saved: Any, grad: jax.Array) -> Any:
+def _ragged_backward(what: What, saved: Any, grad: jax.Array) -> Any:
     """The statistic of each group's rows."""
-    (x, sizes), E = saved, saved[1].shape[0]
-    rows = x.astype(jnp.float32)
+    (x, sizes), E, (statistic, cap) = saved, saved[1].shape[0], what
     group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right")  # rows beyond the groups are of none
+    rows = capped(x.astype(jnp.float32), cap, group < E)
     if statistic == "covariance":  # what the gradient of a product with each group's weight is
         _, back = jax.vjp(lambda w: jax.lax.ragged_dot(rows, w, sizes), jnp.zeros((E, x.shape[-1], x.shape[-1])))
         inside = (group < E)[:, None]
@@ -114,37 +130,51 @@ def calibrate(
     batches: Iterable[Mapping[str, Any]],
     *,
     statistic: Statistic = "covariance",
+    token_cap: float | None = None,
     targets: Targets = "all-linear",
     exclude: Targets = (),
     layout: Layout | None = None,
+    within: str = "",
+    compiled: Pass | None = None,
 ) -> Calibrated:
     """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]), x^2 ("second_moment", [*lead, in]), x
     ("mean") or |x| ("mean_abs"), or the largest |x| ("max_abs"), float32.
 
     Of stacked experts each has the tokens that it gets, padding too, over the number of all tokens; how many those were is in
-    the result's `tokens`, path -> [*lead]. See `collect` for the `batches`. Raises ValueError where there is no batch, or a
-    target matches nothing.
+    the result's `tokens`, path -> [*lead]. See `collect` for the `batches`. Of a part of a tree, paths begin `within` it;
+    `compiled`, the `probing` of `apply`, shares programs between calls.
+
+    Language models write some tokens, the first of each row above all, hundreds of times larger than others (Sun et al. 2024,
+    arXiv:2402.17762), and a sum of squares is then theirs alone. With `token_cap` the squared norm of a token counts for at
+    most so many times the median token's of its batch, in "covariance" and "second_moment"; the others are as they are.
+
+    Raises ValueError where there is no batch, a target matches nothing, or the cap is not positive.
     """
+    if token_cap is not None and not token_cap > 0:
+        raise ValueError(f"token_cap must be positive, or None for no cap, got {token_cap}")
+    cap = token_cap if statistic in ("covariance", "second_moment") else None
 
     def make(site: Site, key: jax.Array) -> Probe:
         lead, n_in, _ = site.sizes
         shape = (*lead, n_in, n_in) if statistic == "covariance" else (*lead, n_in)
-        return Probe(**site.common(), sink=jnp.zeros(shape), tokens=jnp.zeros(lead), statistic=statistic)
+        return Probe(**site.common(), sink=jnp.zeros(shape), tokens=jnp.zeros(lead), statistic=statistic, token_cap=cap)
 
     probed = place_nodes(params, jax.random.key(0), make, targets=targets, exclude=exclude, layout=layout)
     inside = {p for p, w in places(probed).items() if isinstance(w, Probe)}
     sinks, rest = partition(map_places(lambda p, w: w if p in inside else _frozen(w), probed))
     largest = statistic == "max_abs"
-    total, count = collect(apply, sinks, rest, batches, add=functools.partial(_add_probes, largest))
+    run = probing(apply) if compiled is None else compiled
+    total, count = collect(run, sinks, rest, batches, add=functools.partial(_add_probes, largest))
     probes = {path: places(total)[path] for path in sorted(inside)}
-    tokens = {path: probe.tokens for path, probe in probes.items()}
-    record_tokens(tokens)
 
     def mean(path: str, probe: Probe) -> jax.Array:
         n = count if path.rpartition("/")[2] in EXPERTS else jnp.maximum(probe.tokens, 1.0)
         return probe.sink / jnp.reshape(n, (*jnp.shape(n), *[1] * (probe.sink.ndim - jnp.ndim(n))))
 
-    return Calibrated({path: probe.sink if largest else mean(path, probe) for path, probe in probes.items()}, tokens)
+    whole = lambda path: f"{within}/{path}" if within else path
+    tokens = {whole(path): probe.tokens for path, probe in probes.items()}
+    record_tokens(tokens)
+    return Calibrated({whole(path): probe.sink if largest else mean(path, probe) for path, probe in probes.items()}, tokens)
 
 
 def _add_probes(largest: bool, total: Any, found: Any) -> Any:
@@ -160,15 +190,11 @@ def _add(total: Any, found: Any) -> Any:
     return jax.tree.map(jnp.add, total, found)
 
 
-def collect(
-    apply: Callable[..., Any], sinks: Any, rest: Any, batches: Iterable[Mapping[str, Any]], *, add: Callable[..., Any] = _add
-) -> tuple[Any, int]:
-    """(what the probes of a tree let flow into `sinks`, like `sinks`, joined over the batches by `add`; the number of tokens).
+Pass = Callable[..., Any]
 
-    `sinks` and `rest` are the parts of the tree that `partition` gives. `batches` hold `tokens` [B, T] and what else the
-    model's call takes (`positions`, `segment_ids`); an encoder-decoder's `decoder_tokens` and `weights` [B, U] too. What has
-    the segment 0, or as a target the weight 0, is padding and does not count. Raises ValueError where there is no batch.
-    """
+
+def probing(apply: Callable[..., Any]) -> Pass:
+    """The compiled pass that gives what flows into the probes of a tree: one program for all trees of like structure."""
 
     @jax.jit
     def run(sinks: Any, rest: Any, sequences: Any, inputs: Any, seen: Any) -> Any:
@@ -178,6 +204,19 @@ def collect(
 
         return jax.grad(output)(sinks)
 
+    return run
+
+
+def collect(
+    run: Pass, sinks: Any, rest: Any, batches: Iterable[Mapping[str, Any]], *, add: Callable[..., Any] = _add
+) -> tuple[Any, int]:
+    """(what the probes of a tree let flow into `sinks`, like `sinks`, joined over the batches by `add`; the number of tokens).
+
+    `run` is the model's `probing`; `sinks` and `rest` are the parts of the tree that `partition` gives. `batches` hold
+    `tokens` [B, T] (of a layer alone its hidden states [B, T, D]) and what else the model's call takes (`positions`,
+    `segment_ids`); an encoder-decoder's `decoder_tokens` and `weights` [B, U] too. What has the segment 0, or as a target the
+    weight 0, is padding and does not count. Raises ValueError where there is no batch.
+    """
     total, count = None, 0
     for batch in batches:
         inputs = {k: v for k, v in batch.items() if k in ("positions", "segment_ids")}
@@ -197,7 +236,7 @@ def _sequences(batch: Mapping[str, Any]) -> tuple[list[Any], tuple[jax.Array, ..
     """
     tokens = batch["tokens"]
     segments = batch.get("segment_ids")
-    seen = jnp.ones(jnp.shape(tokens)) if segments is None else jnp.asarray(segments) > 0
+    seen = jnp.ones(jnp.shape(tokens)[:2]) if segments is None else jnp.asarray(segments) > 0
     if "decoder_tokens" not in batch:
         return [tokens], (seen.astype(jnp.float32),)
     targets, counts = (jnp.asarray(batch[name]) for name in ("decoder_tokens", "weights"))
@@ -214,10 +253,10 @@ def _told(seen: tuple[jax.Array, ...], path: str, x: Any) -> Any:
 
 
 def calibrate_all(
-    apply: Callable[..., Any], params: Any, batches: Iterable[Mapping[str, Any]], statistics: Iterable[str], **where: Any
+    apply: Callable[..., Any], params: Any, batches: Iterable[Mapping[str, Any]], statistics: Iterable[str], **options: Any
 ) -> dict[str, Calibrated]:
-    """statistic -> what `calibrate` gives for it; `where` are its targets, exclude and layout."""
-    return {name: calibrate(apply, params, batches, statistic=name, **where) for name in statistics}  # type: ignore[arg-type]
+    """statistic -> what `calibrate` gives for it; `options` are its others."""
+    return {name: calibrate(apply, params, batches, statistic=name, **options) for name in statistics}  # type: ignore[arg-type]
 
 
 def gradients(
@@ -249,41 +288,6 @@ def gradients(
         raise ValueError("there is no batch to calibrate on")
     known = places(total)
     return {p: to_matrix(known[p].value, s.in_axes, s.out_axes).astype(jnp.float32) / count for p, s in sites.items()}
-
-
-def layer_blocks(paths: Iterable[str]) -> list[list[str]]:
-    """Paths grouped by the number of their layer (`layers_3`), in order; stacked layers and those without a number last."""
-    numbers = {path: layer_paths(path, None)[0][1] for path in paths}
-    ordered = sorted({n for n in numbers.values() if n is not None})
-    blocks = [[p for p, n in numbers.items() if n == number] for number in [*ordered, None]]
-    return [block for block in blocks if block]
-
-
-def output_errors(
-    apply: Callable[..., Any],
-    before: Any,
-    after: Any,
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layout: Layout | None = None,
-) -> dict[str, jax.Array]:
-    """path -> ||X (W' - W)|| / ||X W|| [*lead] of each weight W of `before` that is W' in `after`, on after's own inputs X;
-    not a number where there are none.
-
-    The covariances of one block of layers are held at a time. Raises ValueError as `calibrate` does.
-    """
-    sites = find_sites(before, targets=targets, exclude=exclude, layout=layout)
-    batches, known, found = list(batches), places(after), {}
-    for paths in layer_blocks(sites):
-        covariances = calibrate(apply, after, batches, targets=paths, layout=layout)
-        for path in paths:
-            old, new = sites[path].matrix(), sites[path]._replace(base=known[path]).matrix()
-            energy = lambda w, of=covariances[path]: jnp.maximum(jnp.sum((of @ w) * w, (-2, -1)), 0.0)
-            error = jnp.sqrt(energy(new - old) / jnp.maximum(energy(old), 1e-30))
-            found[path] = jnp.where(covariances.tokens[path] > 0, error, jnp.nan)
-    return found
 
 
 def _frozen(w: Any) -> Any:

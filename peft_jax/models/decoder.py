@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from peft_jax.core.bind import bind
 from peft_jax.core.capture import CAPTURED
+from peft_jax.core.in_turn import Chain
 from peft_jax.models.attention import Mask, empty_cache, make_mask, read_cache, write_cache
 from peft_jax.models.blocks import ACTIVATIONS, REMAT_POLICIES, AttentionCore, Residual, RMSNorm, ScaledEmbed, Task
 from peft_jax.models.config import DecoderConfig
@@ -202,10 +204,7 @@ class DecoderStack(nn.Module):
         c = self.config
         x = self.embed_tokens(tokens)
         at = cached_mask(tokens, positions, segment_ids, cache, window=c.sliding_window, common=common)
-        shared = {"mask": at.mask, "index": at.index, "positions": at.positions, "segment_ids": at.segment_ids}
-        lengths = at.lengths()
-        shared["rope"] = rotary_table(c.rotary, at.positions, lengths)
-        shared["local_rope"] = None if c.local_rotary is None else rotary_table(c.local_rotary, at.positions, lengths)
+        shared = shared_inputs(c, at)
         if self.scan_layers:
             columns = zip(LayerKind._fields, zip(*layer_kinds(c), strict=True), strict=True)
             differing = {name: jnp.asarray(values) for name, values in columns if len(set(values)) > 1}
@@ -219,6 +218,16 @@ class DecoderStack(nn.Module):
                 new.append(updated)
             new = {} if at.slots is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
         return self.norm(at.within(x)), at.moved(new, tokens.shape[1])
+
+
+def shared_inputs(c: DecoderConfig, at: Cached) -> dict[str, Any]:
+    """What all layers are given of one call: who sees whom, and how queries and keys rotate."""
+    lengths = at.lengths()
+    return {
+        "mask": at.mask, "index": at.index, "positions": at.positions, "segment_ids": at.segment_ids,
+        "rope": rotary_table(c.rotary, at.positions, lengths),
+        "local_rope": None if c.local_rotary is None else rotary_table(c.local_rotary, at.positions, lengths),
+    }  # fmt: skip
 
 
 def layer_kinds(c: DecoderConfig) -> list[LayerKind]:
@@ -362,6 +371,31 @@ class Decoder(nn.Module):
         """A fresh key/value cache for `batch` rows of at most `length` tokens; see `attention.empty_cache`."""
         c = self.config
         return empty_cache(c.num_layers, batch, length, c.num_kv_heads, c.head_dim, dtype or self.dtype)
+
+    @nn.nowrap
+    def chain(self) -> Chain | None:
+        """The model taken apart (see `in_turn`); None where its layers are stacked."""
+        if self.scan_layers:
+            return None
+        c = self.config
+        rest = (self.dtype, self.param_dtype, self.attention_implementation)
+
+        def layer_of(kind: LayerKind) -> Any:
+            apply = bind(DecoderLayer(c, kind, *rest))
+
+            def layer(params: Any, x: jax.Array, positions: Any = None, segment_ids: Any = None) -> jax.Array:
+                at = cached_mask(x[..., 0], positions, segment_ids, None, window=c.sliding_window, common=0)
+                return apply(params, x, shared_inputs(c, at), {}, None)[0]
+
+            return layer
+
+        of = {kind: layer_of(kind) for kind in layer_kinds(c)}
+        enter = functools.partial(bind(self), method="embed")
+        return Chain(enter, {f"model/layers_{i}": of[kind] for i, kind in enumerate(layer_kinds(c))})
+
+    def embed(self, tokens: jax.Array, *, positions: Any = None, segment_ids: Any = None) -> jax.Array:
+        """What the first layer is given for tokens [B, T]: [B, T, D]."""
+        return self.model.embed_tokens(tokens)
 
     def outdated(self, cache: dict[str, jax.Array]) -> jax.Array | None:
         """Whether one more token makes what is cached of its row [B] wrong, since all rotate in another way then: it has to

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-from peft_jax.core.calibrate import calibrate_all, layer_blocks
-from peft_jax.core.coverage import ledger
+from peft_jax.core.calibrate import calibrate_all
+from peft_jax.core.coverage import Calibrated, ledger
+from peft_jax.core.in_turn import in_turn
 from peft_jax.core.reparametrised import find_sites
 from peft_jax.core.tree import Targets
 from peft_jax.core.weight import Layout
@@ -41,7 +41,8 @@ def prune_in_turn(
 
     The distribution sees the model as it is; then one block after the other is pruned. A block is a layer: weights whose
     paths have the same number (`layers_3`). Stacked layers are one block; a tree of our decoder is taken apart by
-    `unstack_layers`. The model runs once for each block. Raises ValueError as `prune` and `calibrate` do, and for scores of
+    `unstack_layers`, and then runs once, one layer after the other; of other models the part up to each block runs anew.
+    Raises ValueError as `prune` and `calibrate` do, and for scores of
     gradients, which are of the whole model.
     """
     needed = NEEDS.get(score, ())
@@ -63,10 +64,10 @@ def prune_in_turn(
             **(distribution_options or {}),
         )  # fmt: skip
         options = {"compare": "matrix", **options} if distribution in OF_SCORES else options
-    for paths in layer_blocks(sites):
-        statistics = calibrate_all(apply, params, batches, needed, targets=paths, layout=layout)
+
+    def change(params: Any, paths: list[str], found: dict[str, Calibrated]) -> Any:
         here = {p: np.asarray(sparsity[p]) for p in paths} if isinstance(sparsity, Mapping) else sparsity
         rest: dict[str, Any] = {"targets": paths, "layout": layout, "seed": seed, **options}
-        params = prune(params, here, score=score, pattern=pattern, statistics=statistics, **rest)
-        jax.block_until_ready(params)
-    return params
+        return prune(params, here, score=score, pattern=pattern, statistics=found, **rest)
+
+    return in_turn(apply, params, batches, sites, needed, change, layout=layout)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.bind import bind
-from peft_jax.core.calibrate import calibrate, collect, seen_of
+from peft_jax.core.calibrate import calibrate, collect, probing, seen_of
 from peft_jax.core.coverage import choose, ledger, reached
 from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import partition
@@ -142,5 +142,5 @@ def block_influence(model: Decoder, params: Any, batches: Iterable[Mapping[str, 
     stack = params["model"]["layers"]
     probe = InfluenceProbe(sink=jnp.zeros(model.config.num_layers))
     probed = {**params, "model": {**params["model"], "layers": {**stack, "influence": probe}}}
-    total, count = collect(bind(model), *partition(probed), batches)
+    total, count = collect(probing(bind(model)), *partition(probed), batches)
     return total["model"]["layers"]["influence"].sink / count

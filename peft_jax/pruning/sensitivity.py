@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax.core.calibrate import calibrate_all, layer_blocks
+from peft_jax.core.calibrate import calibrate_all
 from peft_jax.core.coverage import ledger
+from peft_jax.core.in_turn import layer_blocks
 from peft_jax.core.reparametrised import find_sites
 from peft_jax.core.tree import Targets, layer_paths
 from peft_jax.core.weight import Layout

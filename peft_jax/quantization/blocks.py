@@ -1,7 +1,5 @@
-"""Calibrated quantization block by block: each block is calibrated on what the quantized blocks before it pass on.
-
-So later blocks make up for the errors of earlier ones, as in GPTQ's and AWQ's own procedures, and the statistics of one block
-are held at a time, whatever the model's depth.
+"""Calibrated quantization block by block, as in GPTQ's and AWQ's own procedures: each block is calibrated on what the quantized
+blocks before it pass on.
 """
 
 from __future__ import annotations
@@ -9,10 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
-
-from peft_jax.core.calibrate import calibrate_all, layer_blocks
-from peft_jax.core.coverage import ledger
+from peft_jax.core.coverage import Calibrated, ledger
+from peft_jax.core.in_turn import in_turn
 from peft_jax.core.reparametrised import find_sites
 from peft_jax.core.tree import Targets, check_patterns, matches
 from peft_jax.core.weight import Layout
@@ -29,6 +25,7 @@ def quantize_in_turn(
     format: Format | str | Mapping[str, Format | str] = "int4",
     *,
     rounding: str = "gptq",
+    token_cap: float | None = 4.0,
     targets: Targets = "all-linear",
     exclude: Targets = (),
     layout: Layout | None = None,
@@ -38,25 +35,24 @@ def quantize_in_turn(
     """As `quantize`, with the statistics that the rounding needs taken from `batches`, one block after the other.
 
     A block is a layer: weights whose paths have the same number (`layers_3`). Stacked layers are one block; a tree of our
-    decoder is taken apart by `unstack_layers`. Weights outside of layers come last. The model runs once for each block, up
-    to that block. Raises ValueError as `quantize` and `calibrate` do.
+    decoder is taken apart by `unstack_layers`, and then runs once, one layer after the other; of other models the part up to
+    each block runs anew. Weights outside of layers come last. For `token_cap` see `calibrate`; without it the few tokens that
+    a model writes large are all that GPTQ serves. Raises ValueError as `quantize` and `calibrate` do.
     """
     layout = {**embedding_layout(params), **(layout or {})}
     sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
     if isinstance(format, Mapping):
         check_patterns(sites, format=format)
     formats = [make_format(f) for f in (format.values() if isinstance(format, Mapping) else [format])]
-    batches = list(batches)
-    for paths in layer_blocks(sites):
-        wanted = {name for f in formats for name in needed_statistics(rounding, f)}
-        found = calibrate_all(apply, params, batches, sorted(wanted), targets=paths, layout=layout)
+    wanted = sorted({name for f in formats for name in needed_statistics(rounding, f)})
+
+    def change(params: Any, paths: list[str], found: dict[str, Calibrated]) -> Any:
         here = {k: f for k, f in format.items() if _matches_any(k, paths)} if isinstance(format, Mapping) else format
-        if here:
-            params = quantize(
-                params, here, rounding=rounding, statistics=found, targets=paths, layout=layout, seed=seed, **options
-            )
-        jax.block_until_ready(params)
-    return params
+        if not here:
+            return params
+        return quantize(params, here, rounding=rounding, statistics=found, targets=paths, layout=layout, seed=seed, **options)
+
+    return in_turn(apply, params, batches, sites, wanted, change, layout=layout, token_cap=token_cap)
 
 
 def _matches_any(pattern: str, paths: list[str]) -> bool:

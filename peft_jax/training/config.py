@@ -83,6 +83,9 @@ class QuantizeConfig:
     targets: str | list[str] = option("all-linear", "what to quantize")
     exclude: list[str] = option([], "what to leave in high precision")
     calibration_batches: int = option(8, "batches of the training data that a calibrated rounding looks at")
+    token_cap: float | None = option(
+        4.0, "gptq and awq: how many times the median token a token may count for; empty: the few that are written large rule"
+    )
 
 
 @configuration

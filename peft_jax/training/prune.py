@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from peft_jax.core.bind import bind
-from peft_jax.core.calibrate import gradients, output_errors
+from peft_jax.core.calibrate import gradients
 from peft_jax.core.coverage import ledger, tokens_in_words
+from peft_jax.core.in_turn import output_errors
 from peft_jax.core.tree import layer_paths
 from peft_jax.distillation.students import take_layers
 from peft_jax.pruning.blocks import prune_in_turn

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MODEL = ("path", "revision", "dtype", "task", "adapter", "fresh", "config", "scan_layers")
-_QUANTIZE = ("format", "options", "rounding", "rounding_options", "targets", "exclude", "calibration_batches")
+_QUANTIZE = (
+    "format", "options", "rounding", "rounding_options", "targets", "exclude", "calibration_batches", "token_cap",
+)  # fmt: skip
 _PRUNE = (
     "sparsity", "pattern", "score", "score_options", "distribution", "distribution_options", "targets", "exclude",
     "mask_updates", "keep", "keep_parameters", "by", "importance", "compensate", "calibration_batches",

@@ -219,7 +219,7 @@ def quantized_tree(config: RunConfig, setup: Setup, format: Format) -> Any:
     options = {"seed": config.train.seed, "rounding": q.rounding, **where, **q.rounding_options}
     if needed_statistics(q.rounding, format):
         batches = calibration_batches(config, setup, q.calibration_batches)
-        change = lambda looped, tree: quantize_in_turn(bind(looped), tree, batches, format, **options)
+        change = lambda looped, tree: quantize_in_turn(bind(looped), tree, batches, format, token_cap=q.token_cap, **options)
         params = _layer_by_layer(setup.model, setup.params, change)
     else:
         params = quantize(setup.params, format, **options)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import peft_jax
-from peft_jax.core.calibrate import calibrate
+from peft_jax.core.calibrate import calibrate, capped
+from peft_jax.core.weight import matmul
 from peft_jax.pruning.importance import block_influence
 from tests.models.test_encoders import T5_SIZES
 from tests.reference import family_checkpoint, random_tokens, relative_error
@@ -28,17 +29,47 @@ def llama(tmp_path_factory):
     return peft_jax.load(folder)
 
 
-@pytest.mark.parametrize("statistic", KINDS)
-def test_padding_does_not_count(llama, statistic):
+@pytest.mark.parametrize(("statistic", "cap"), [*((kind, None) for kind in KINDS), ("covariance", 0.8), ("second_moment", 0.8)])
+def test_padding_does_not_count(llama, statistic, cap):
     """Rows with 11% tokens give what these tokens give alone."""
     model, params = llama
     tokens, apply = random_tokens(3, 6), peft_jax.bind(model)
-    where = {"statistic": statistic, "targets": ["q_proj", "down_proj"]}
+    where = {"statistic": statistic, "targets": ["q_proj", "down_proj"], "token_cap": cap}
     alone = calibrate(apply, params, [{"tokens": tokens}], **where)
     padded = calibrate(apply, params, [_padded(tokens, 54)], **where)
     for path, found in alone.items():
         assert relative_error(padded[path], found) < 1e-5
         np.testing.assert_array_equal(padded.tokens[path], alone.tokens[path])
+
+
+def _identity_of(rows):
+    """A model of one weight, and its inputs [N, in] in one batch."""
+    apply = lambda params, tokens, **_: matmul(jnp.asarray(rows)[tokens], params["up_proj"]["kernel"])
+    return apply, {"up_proj": {"kernel": jnp.eye(rows.shape[1])}}, [{"tokens": np.arange(len(rows))[None]}]
+
+
+def test_a_token_counts_for_no_more_than_its_cap():
+    """Against the formula in NumPy; the largest values stay what they are."""
+    rows = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    rows[0] *= 300
+    given = _identity_of(rows)
+    energy = np.square(rows).sum(1)
+    short = rows * np.sqrt(np.minimum(1.0, 4 * np.median(energy) / energy))[:, None]
+    found = calibrate(*given, token_cap=4.0)["up_proj/kernel"]
+    assert relative_error(found, short.T @ short / 9) < 1e-6
+    assert relative_error(calibrate(*given)["up_proj/kernel"], short.T @ short / 9) > 100
+    squares = calibrate(*given, token_cap=4.0, statistic="second_moment")["up_proj/kernel"]
+    assert relative_error(squares, np.diag(short.T @ short) / 9) < 1e-6
+    largest = calibrate(*given, token_cap=4.0, statistic="max_abs")["up_proj/kernel"]
+    assert relative_error(largest, np.abs(rows).max(0)) < 1e-6
+
+
+def test_a_cap_of_rows_that_are_mostly_zero_leaves_them():
+    """Where more than half of the tokens are zero the median says nothing."""
+    rows = jnp.zeros((5, 3)).at[0].set(2.0)
+    np.testing.assert_array_equal(capped(rows, 4.0, jnp.ones(5, bool)), rows)
+    with pytest.raises(ValueError, match="token_cap must be positive"):
+        calibrate(*_identity_of(np.eye(3, dtype=np.float32)), token_cap=0.0)
 
 
 def test_the_influence_of_layers_is_that_of_tokens(llama):

@@ -28,7 +28,7 @@ def test_gptq_in_turn_beats_one_pass_and_nearest(base):
     apply, format = peft_jax.bind(model), Int(bits=3, block_size=32)
     where = {"targets": ["*/layers_0/*/kernel", "*/layers_1/*/kernel"]}
     nearest = peft_jax.quantize(params, format, **where)
-    statistics = {"covariance": peft_jax.calibrate(apply, params, batches, **where)}
+    statistics = {"covariance": peft_jax.calibrate(apply, params, batches, token_cap=4.0, **where)}
     at_once = peft_jax.quantize(params, format, rounding="gptq", statistics=statistics, **where)
     in_turn = peft_jax.quantize_in_turn(apply, params, batches, format, rounding="gptq", **where)
     losses = [loss_of(model, tree, params, batches) for tree in (nearest, at_once, in_turn)]
