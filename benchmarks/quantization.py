@@ -243,7 +243,7 @@ def calibrated(args: argparse.Namespace) -> str:
     model, params = peft_jax.load(args.model, scan_layers=False)
     scanned, tokenizer = model.clone(scan_layers=True), peft_jax.load_tokenizer(args.model)
     held = text_rows(read_text(Path(args.text)), tokenizer, args.rows)
-    documents = "\n\n".join(r["text"] for r in read_records("builtin:python-docs", kind="text", split="train"))
+    documents = "\n\n".join(r.value["text"] for r in read_records("builtin:python-docs", kind="text", split="train"))
     texts = {Path(args.calibration).name: read_text(Path(args.calibration)), "python-docs": documents}
     rows = {name: text_rows(text, tokenizer, 16 * args.batches) for name, text in texts.items()}
     value = lambda tree: perplexity_of(scanned, peft_jax.stack_layers(tree), held)
@@ -265,8 +265,8 @@ def calibrated(args: argparse.Namespace) -> str:
     note = (
         f"Perplexity of {args.name} on {held.size:,} tokens of {Path(args.text).name}, {value(params):.1f} in float32; "
         f"symmetric integers, blocks of 64 inputs, all linear layers, quantized one layer after the other; calibrated on "
-        f"{16 * args.batches} rows of 256 tokens of the text that the column names, where the rounding asks for any. python-docs "
-        "is what `data.train` is by default."
+        f"{16 * args.batches} rows of 256 tokens of the text that the column names, where the rounding asks for any. "
+        "python-docs is what `data.train` is by default."
     )
     return heading("Roundings on a real model") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
 
