@@ -125,8 +125,11 @@ def inject(config: str | None, overrides: tuple[str, ...]) -> None:
 def export(config: str | None, overrides: tuple[str, ...], merged: bool) -> None:
     """Write the newest checkpoint of a run as a PEFT adapter, or merged into a Hugging Face model folder."""
     from peft_jax.training.run import run_export
+    from peft_jax.training.setup import start_distributed
 
-    click.echo(run_export(_config(config, overrides), merged=merged))
+    parsed = _config(config, overrides)
+    start_distributed()
+    click.echo(run_export(parsed, merged=merged))
 
 
 _command(click.option("--merged", is_flag=True, help="write the whole model with the adapter merged in")(export))

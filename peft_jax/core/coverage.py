@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from peft_jax.core.sharding import fetch
+
 logger = logging.getLogger("peft_jax")
 
 
@@ -101,7 +103,7 @@ def ledger() -> Iterator[Ledger]:
 
 def tokens_in_words(tokens: jax.Array) -> str:
     """The tokens that one matrix or each of several [*lead] saw, for a table."""
-    seen = np.asarray(tokens).astype(int)
+    seen = fetch(tokens).astype(int)
     if not seen.ndim or seen.min() == seen.max():
         return f"{seen.min():,}"
     none = f", {(seen == 0).sum()} of {seen.size} none" if (seen == 0).any() else ""

@@ -150,7 +150,7 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def fetch(x: Any) -> np.ndarray:
-    """The whole array on this host, gathered from the others where it is spread over several."""
+    """The whole array on this host, gathered from the others where it is spread over several; all of them call it then."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
         from jax.experimental import multihost_utils
 

@@ -21,15 +21,14 @@ from peft_jax.adapters.placing import hidden_size
 from peft_jax.adapters.prefix import Prefix
 from peft_jax.adapters.reft import ReFT
 from peft_jax.core.attachment import Shared
-from peft_jax.core.files import replacing_folder, write_json
 from peft_jax.core.tree import nearest
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
 from peft_jax.hub.peft import attach_peft
 from peft_jax.hub.peft.prompts import WHOLE_FORMATS, place_prefix, prefix_places
-from peft_jax.hub.safetensors_io import open_checkpoint, save_tensors
+from peft_jax.hub.safetensors_io import CONFIG, open_checkpoint, write_adapter
 from peft_jax.low_rank.lora import LoRA
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
+WEIGHTS = "adapter.safetensors"
 Tensors = dict[str, np.ndarray]
 Config = Mapping[str, Any]
 
@@ -274,9 +273,7 @@ def save_adapterhub(
         "name": name,
         "version": "adapters.1.3.0",
     }
-    with replacing_folder(folder) as temporary:
-        write_json(temporary / CONFIG, config)
-        save_tensors(temporary / WEIGHTS, tensors)
+    write_adapter(folder, WEIGHTS, tensors, config)
 
 
 def _write_bottleneck(split: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:

@@ -17,9 +17,9 @@ from peft_jax.hub.native import FORMAT, load_native, save_native
 from peft_jax.hub.peft import FORMATS, load_peft, save_peft
 from peft_jax.hub.peft.prompts import WHOLE_FORMATS, prefixes_fit, save_whole
 from peft_jax.hub.peft.tied import can_say
+from peft_jax.hub.safetensors_io import CONFIG
 
 logger = logging.getLogger("peft_jax")
-CONFIG = "adapter_config.json"
 
 
 def save_adapter(
@@ -37,7 +37,8 @@ def save_adapter(
     auto takes Hugging Face PEFT's format for one of its methods, AdapterHub's for what it can say of bottleneck adapters, and
     this package's own for everything else, several methods together included. What trains beside it (biases,
     `modules_to_save`, trainable tokens) goes along. Raises ValueError naming the place where the tree holds no such adapter,
-    or something that the format cannot say.
+    or something that the format cannot say. On several hosts all of them call this, since what is written is gathered from
+    them (the base stays where it is), and the first one writes.
     """
     nodes = _named(params, name)
     if format not in ("auto", "peft", "adapterhub", "native"):

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.files import read_json, replacing_folder, write_json
-from peft_jax.core.sharding import RULES, Rules, node_shardings, shard, shard_place
+from peft_jax.core.sharding import RULES, Rules, fetch, node_shardings, shard, shard_place
 from peft_jax.core.tree import OUTPUT_EMBEDDING, map_places, nearest, path_str, places, resolve
 from peft_jax.core.weight import Trainable, Weight, materialize
 from peft_jax.hub.generation_config import FILE as GENERATION
@@ -405,6 +405,7 @@ def save(
     their zeros. Factorized weights are written as their factors
     (`<name>_u`, `<name>_v`), which `load` reads and `transformers` does not. Quantized weights are written as bitsandbytes
     writes them (NF4, FP4) or as compressed-tensors (the others). The folder appears only when all is written.
+    On several hosts all of them call this, since tensor by tensor is gathered from them, and the first one writes.
     Raises ValueError naming the first node that is neither, or that its format cannot hold or `transformers` not read.
     """
     params = _joined(map_places(_saved_as, resolve(params)), model)
@@ -427,11 +428,14 @@ def save(
     if quantized:
         method, write = writer(quantized.values())
         config["quantization_config"] = _quantization_config(method, write, model, known)
+    tensors = _export(params, model, write)
+    if jax.process_index() != 0:
+        return write_shards(None, tensors, max_shard_bytes)
     with replacing_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
         if (generation := model.config.generation_config) is not None:
             write_json(temporary / GENERATION, json.loads(generation))
-        write_shards(temporary, _export(params, model, write), max_shard_bytes)
+        write_shards(temporary, tensors, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
 
@@ -490,7 +494,7 @@ def _quantization_config(method: str, write: Any, model: Any, known: Mapping[str
         if not path.endswith("/kernel"):
             raise ValueError(f"{path}: {method} folders hold no quantized embeddings and experts; dequantize it first")
         try:
-            write(w if stack_size(path, w) is None else jax.tree.map(lambda a: a[0], w))
+            write(_layer_of(w, None if stack_size(path, w) is None else 0))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     linear = linear_modules(model, known)
@@ -510,14 +514,19 @@ def _export(params: Any, model: Any, write: Any) -> Iterable[tuple[str, tuple[in
         for tensor in tensors:
             if absent.fullmatch(tensor.name):
                 continue
-            reader = functools.partial(lambda leaf, tensor: np.asarray(tensor.take(leaf)), leaf, tensor)
+            reader = functools.partial(lambda leaf, tensor: fetch(tensor.take(leaf)), leaf, tensor)
             yield tensor.name.removeprefix(trunk), tensor.stored(leaf.shape), leaf.dtype, reader
+
+
+def _layer_of(w: Quantized, layer: int | None) -> Quantized:
+    """One layer of a weight, or the weight where it is not stacked, with NumPy arrays."""
+    return jax.tree.map(lambda a: fetch(a if layer is None else a[layer]), w)
 
 
 def _export_quantized(module: str, w: Quantized, layer: int | None, write: Any) -> Iterable[Any]:
     @functools.lru_cache(maxsize=1)
     def tensors() -> dict[str, np.ndarray]:
-        return write(w if layer is None else jax.tree.map(lambda a: a[layer], w))
+        return write(_layer_of(w, layer))
 
     for suffix, value in tensors().items():
         yield f"{module}.{suffix}", value.shape, value.dtype, lambda suffix=suffix: tensors()[suffix]

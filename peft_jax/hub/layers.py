@@ -15,19 +15,20 @@ import numpy as np
 
 from peft_jax.adapters.placing import layers_of, module_paths
 from peft_jax.core.attachment import Attachment, attach
+from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import map_places, nearest, places
 
 
 def split_layers(params: Any, nodes: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The nodes at these places, one for each layer that has one, with NumPy arrays."""
+    """The nodes at these places, one for each layer that has one, with NumPy arrays and without their bases."""
     found = {}
     for path, node in nodes.items():
         module, _, key = path.rpartition("/")
         key = key.removesuffix(f"_{name}") if isinstance(node, Attachment) else key
-        node = jax.tree.map(np.asarray, node)
+        lead, node = node.lead, jax.tree.map(fetch, node.replace(base=None) if hasattr(node, "base") else node)
         names = [n for n, _ in layers_of(params, module)[1]]
-        if not node.lead or len(set(names)) < len(names):
-            found[f"{names[0] if not node.lead else module}/{key}".strip("/")] = node
+        if not lead or len(set(names)) < len(names):
+            found[f"{names[0] if not lead else module}/{key}".strip("/")] = node
             continue
         gate = getattr(node, "gate", None)
         for i, layer in enumerate(names):

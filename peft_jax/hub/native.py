@@ -16,14 +16,15 @@ import numpy as np
 
 from peft_jax.adapters.placing import hidden_size
 from peft_jax.core.attachment import Shared
-from peft_jax.core.files import read_json, replacing_folder, write_json
+from peft_jax.core.files import read_json
+from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import OUTPUT_EMBEDDING, data_fields, is_node, places
 from peft_jax.core.weight import Node, Trainable
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
-from peft_jax.hub.safetensors_io import open_checkpoint, save_tensors
+from peft_jax.hub.safetensors_io import CONFIG, open_checkpoint, write_adapter
 from peft_jax.models.families import untie
 
-CONFIG, WEIGHTS, FORMAT = "adapter_config.json", "adapter_model.safetensors", "peft_jax"
+WEIGHTS, FORMAT = "adapter_model.safetensors", "peft_jax"
 _LEFT = ("base", "key", "shared")  # fields that the tree or `bind` fills, as it does the `ids` of banks
 
 
@@ -47,9 +48,7 @@ def save_native(
         "trained": {p: _describe(n, p, tensors) for p, n in trained.items()},
         "shared": {p: _describe(n, p, tensors) for p, n in groups.items()},
     }
-    with replacing_folder(folder) as temporary:
-        write_json(temporary / CONFIG, config)
-        save_tensors(temporary / WEIGHTS, tensors)
+    write_adapter(folder, WEIGHTS, tensors, config)
 
 
 def _width(params: Any) -> int | None:
@@ -72,7 +71,7 @@ def _describe(x: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
         return {"tuple": [_describe(y, f"{path}.{i}", tensors) for i, y in enumerate(x)]}
     if isinstance(x, dict):
         return {"dict": {k: _describe(y, f"{path}.{k}", tensors) for k, y in x.items()}}
-    tensors[path] = np.asarray(x)
+    tensors[path] = fetch(x)
     return {"tensor": path}
 
 

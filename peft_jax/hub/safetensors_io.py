@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from peft_jax.core.files import read_json, write_json
+from peft_jax.core.files import read_json, replacing_folder, write_json
 
 _FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG = "adapter_config.json"
 
 
 class Checkpoint:
@@ -101,10 +104,22 @@ def _no_weights(folder: Path, single: str) -> str:
     return f"{folder} holds no {single}"
 
 
+def write_adapter(folder: str | os.PathLike[str], weights: str, tensors: dict[str, np.ndarray], config: Any) -> None:
+    """An adapter's folder of a configuration and one file of weights; of several hosts the first one writes it."""
+    if jax.process_index() != 0:
+        return
+    with replacing_folder(folder) as temporary:
+        write_json(temporary / CONFIG, config)
+        save_tensors(temporary / weights, tensors)
+
+
 def write_shards(
-    folder: Path, tensors: Iterable[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]], limit: int
+    folder: Path | None, tensors: Iterable[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]], limit: int
 ) -> None:
-    """Write (name, shape, dtype, reader) tensors into shards of at most `limit` bytes, with an index where several."""
+    """Write (name, shape, dtype, reader) tensors into shards of at most `limit` bytes, with an index where several.
+
+    Without a folder all is read and nothing written: so do the hosts that only send their part of each tensor.
+    """
     shards: list[list[tuple[str, Callable[[], np.ndarray]]]] = [[]]
     sizes, size = [], 0
     for name, shape, dtype, reader in tensors:
@@ -119,9 +134,11 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(folder / file, {name: reader() for name, reader in shard})
+        arrays = {name: reader() for name, reader in shard}
+        if folder is not None:
+            save_tensors(folder / file, arrays)
         weight_map.update({name: file for name, _ in shard})
-    if len(shards) > 1:
+    if folder is not None and len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
 
 

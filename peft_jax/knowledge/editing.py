@@ -20,6 +20,7 @@ import optax
 from peft_jax.core.attachment import attach
 from peft_jax.core.bind import bind
 from peft_jax.core.capture import capture, input_of, output_of
+from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import map_places, nearest, places
 from peft_jax.core.weight import materialize
 from peft_jax.data import evaluation_batches
@@ -102,7 +103,7 @@ def edit(
             raise ValueError(
                 f"{method} needs covariances of {place.weight}: calibrate(bind(model), params, batches, targets=...)"
             )
-        covariance = np.asarray(covariances[place.weight], np.float64)
+        covariance = fetch(covariances[place.weight]).astype(np.float64)
         for layer in layers:
             if not (np.isfinite(covariance[layer]).all() and covariance[layer].any()):
                 raise ValueError(
@@ -236,7 +237,7 @@ def _tuned(
     start = jnp.asarray(work.weight(layer), jnp.float32)
     put = lambda array, w: array.at[layer].set(w.astype(array.dtype))
     after = work.descend(edits, start, put, learning_rate, steps, lambda w: jnp.clip(w, start - limit, start + limit))
-    change = np.asarray(after, np.float64) - work.weight(layer)
+    change = fetch(after).astype(np.float64) - work.weight(layer)
     return {layer: (np.eye(len(change)), change)}
 
 
@@ -248,7 +249,7 @@ def _low_rank(
     start = jax.random.uniform(jax.random.key(0), (L, F, int(rank)), minval=-bound, maxval=bound), jnp.zeros((L, int(rank), D))
     put = lambda array, ab: array.at[np.asarray(layers)].add((ab[0] @ ab[1]).astype(array.dtype))
     a, b = work.descend(edits, start, put, learning_rate, steps)
-    return {layer: (np.asarray(a[n], np.float64), np.asarray(b[n], np.float64)) for n, layer in enumerate(layers)}
+    return {layer: (fetch(a[n]).astype(np.float64), fetch(b[n]).astype(np.float64)) for n, layer in enumerate(layers)}
 
 
 class Way(NamedTuple):
@@ -280,7 +281,7 @@ class _Work:
     ) -> None:
         self.apply, self.tokenizer, self.place = bind(model), tokenizer, place
         self.prefixes, self.search, self.batch = prefixes, search, batch
-        self.array = np.asarray(materialize(places(params)[place.weight]), np.float64)
+        self.array = fetch(materialize(places(params)[place.weight])).astype(np.float64)
         self.rest = map_places(lambda p, x: jnp.zeros(()) if p == place.weight else x, params)
         self.dtype = places(params)[place.weight].dtype
         self.likelihoods: list[float] = []  # of each searched target, the geometric mean over its tokens
@@ -330,8 +331,8 @@ class _Work:
         norms = np.linalg.norm(self._outputs(edits, layer, self.place.module), axis=-1)
         run = _searching(self.apply, self.place.module, self.place.layers, P, self.search)
         delta, nll = run(self.params, jnp.int32(layer), rows, essence, jnp.asarray(norms, jnp.float32))
-        self.likelihoods += np.exp(-np.asarray(nll)).tolist()
-        return np.asarray(delta, np.float64)
+        self.likelihoods += np.exp(-fetch(nll)).tolist()
+        return fetch(delta).astype(np.float64)
 
     def _outputs(self, edits: Sequence[Edit], layer: int, module: str) -> np.ndarray:
         """[N, D] what a layer's module puts out at the subject's last token, without prefixes."""
@@ -374,7 +375,7 @@ def _picked(apply: Any, params: Any, tokens: jax.Array, segment_ids: jax.Array, 
 
 def _read(apply: Any, params: Any, rows: EditRows, place: Any, size: int = 64) -> np.ndarray:
     """[L, N, ...] of what is at `place` of each layer, at each row's subject."""
-    of = lambda b: np.asarray(_picked(apply, params, b["tokens"], b["segment_ids"], b["subject_at"], place))
+    of = lambda b: fetch(_picked(apply, params, b["tokens"], b["segment_ids"], b["subject_at"], place))
     found = [of(batch) for batch in evaluation_batches(rows, min(size, len(rows.tokens)))]
     return np.concatenate(found, axis=1)[:, : len(rows.tokens)]
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from peft_jax.core.sharding import fetch
 from peft_jax.data import evaluation_batches, unpadded
 from peft_jax.knowledge.requests import Edit, EditRows, edit_rows
 
@@ -36,7 +37,7 @@ def _by_rows(of: Any, apply: Any, params: Any, rows: EditRows, batch: int) -> np
     order = np.argsort((rows.segment_ids > 0).sum(1), kind="stable")
     sorted_rows, count = EditRows(*(x[order] for x in rows)), len(order)
     parts = (unpadded(EditRows(**part)) for part in evaluation_batches(sorted_rows, min(batch, count)))
-    return np.concatenate([np.asarray(of(apply, params, part)) for part in parts])[:count][np.argsort(order)]
+    return np.concatenate([fetch(of(apply, params, part)) for part in parts])[:count][np.argsort(order)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,6 +13,7 @@ import numpy as np
 
 from peft_jax.core.attachment import attach
 from peft_jax.core.bind import bind
+from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import places
 from peft_jax.core.weight import materialize
 from peft_jax.data.spans import tokens_of, with_offsets
@@ -63,7 +64,7 @@ def trace(
     offsets = with_offsets(tokenizer, joined(fact.question, fact.target))["offset_mapping"]
     first, end = tokens_of(fact.question, offsets, fact.place)
     embedding = next(p for p in _EMBEDDINGS if f"{p}/embedding" in places(params))
-    table = np.asarray(materialize(places(params)[f"{embedding}/embedding"]), np.float32)
+    table = fetch(materialize(places(params)[f"{embedding}/embedding"])).astype(np.float32)
     drawn = noise * table.std() * embedding_scale(model) * jax.random.normal(jax.random.key(seed), (samples, n, table.shape[1]))
     inside = (jnp.arange(n) >= first) & (jnp.arange(n) < end)
     blur = jnp.concatenate([jnp.zeros((1, *drawn.shape[1:])), drawn * inside[:, None]])
@@ -71,7 +72,7 @@ def trace(
     run = _runner(bind(model), module)
     batch, layers = jnp.broadcast_to(jnp.asarray(tokens), (samples + 1, n)), feed_forward(params).layers
     nothing = np.zeros((layers, n), bool)
-    clean, corrupted = np.asarray(run(blurred, batch, target, nothing))
+    clean, corrupted = fetch(run(blurred, batch, target, nothing))
     restored = np.zeros((n, layers), np.float32)
     for t in range(n):
         for layer in range(layers):

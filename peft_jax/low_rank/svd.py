@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.coverage import ledger, reached, white
 from peft_jax.core.reparametrised import Matrix, Site, find_sites, node, precision_name
+from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import Targets, map_places
 from peft_jax.core.weight import Axes, Layout, from_matrix, static
 
@@ -115,7 +116,7 @@ def factorize(
     if statistics is not None and (missing := sorted(set(sites) - set(statistics))):
         raise ValueError(f"there are no statistics of {missing[0]}; calibrate with the same targets")
     parts = {p: _decompose(s, None if statistics is None else statistics[p], whitening) for p, s in sites.items()}
-    energies = {p: np.square(np.asarray(s)).reshape(-1, s.shape[-1]).sum(0) for p, (_, s, _) in parts.items()}
+    energies = {p: np.square(fetch(s)).reshape(-1, s.shape[-1]).sum(0) for p, (_, s, _) in parts.items()}
     ranks = _ranks(sites, energies, keep, error, allocation)
     report: dict[str, dict[str, float]] = {}
 

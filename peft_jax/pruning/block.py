@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.reparametrised import node, precision_name
@@ -76,7 +75,7 @@ def block_sparse(w: Masked) -> BlockSparse:
     (rows, columns), (n_in, n_out) = (w.pattern.rows, w.pattern.columns), w.features
     shape = (*w.lead, n_in // rows, rows, n_out // columns, columns)
     kept = jnp.swapaxes(w.kept().reshape(shape)[..., :, 0, :, 0], -1, -2)  # [*lead, column blocks, row blocks]
-    k = max(1, int(np.asarray(kept.sum(-1)).max()))
+    k = max(1, int(kept.sum(-1).max()))
     order = jnp.argsort(~kept, axis=-1, stable=True)[..., :k]
     index = jnp.where(jnp.arange(k) < kept.sum(-1, keepdims=True), order, n_in // rows).astype(jnp.int32)
     dense = to_matrix(materialize(w), w.in_axes, w.out_axes).reshape(shape)

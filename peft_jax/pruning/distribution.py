@@ -12,6 +12,7 @@ import numpy as np
 
 from peft_jax.core.coverage import choose, ledger, reached
 from peft_jax.core.reparametrised import Site, find_sites
+from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import Targets, layer_paths
 from peft_jax.core.weight import Layout
 from peft_jax.pruning.pattern import make_pattern
@@ -53,8 +54,8 @@ def overall(sites: Mapping[str, Site], sparsity: float, *, scores: Scores, **_: 
     known: dict[str, np.ndarray] = {}
     for path, site in sites.items():
         score, there = scores(site)
-        found[path] = np.asarray(score)
-        known[path] = np.ones(site.sizes[0], bool) if there is None else np.asarray(there)
+        found[path] = fetch(score)
+        known[path] = np.ones(site.sizes[0], bool) if there is None else fetch(there)
     every = np.concatenate([s[known[path]].ravel() for path, s in found.items()])
     remove = int(sparsity * every.size + 1e-6)
     if remove == 0:
@@ -79,7 +80,7 @@ def owl(
         second_moment = statistics["second_moment"][path]
         there = reached(path, [second_moment], site.sizes[0], method="distribution 'owl'", instead="the size of the weights")
         second_moment = choose(there, second_moment, jnp.ones_like(second_moment))
-        share = np.asarray(_outliers(site.matrix(), second_moment, outlier))
+        share = fetch(_outliers(site.matrix(), second_moment, outlier))
         size = int(np.prod(site.sizes[1:]))
         for layer, value in zip(names[path], share.reshape(-1), strict=True):
             found.setdefault(layer, []).append(float(value) * size)

@@ -12,6 +12,7 @@ import numpy as np
 
 from peft_jax.core.coverage import choose, ledger
 from peft_jax.core.reparametrised import Reparametrised, Site, find_sites
+from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import Targets, map_places
 from peft_jax.core.weight import Layout, Weight, from_matrix, materialize
 from peft_jax.pruning.block import block_sparse
@@ -207,4 +208,4 @@ def densify(params: Any) -> Any:
 def sparsity_of(params: Any, *, targets: Targets = "all-linear", exclude: Targets = ()) -> dict[str, np.ndarray]:
     """path -> share of zeros [*lead] of each weight that `targets` name: of the mask where there is one, else of the array."""
     sites = find_sites(params, targets=targets, exclude=exclude)
-    return {path: np.asarray(zeros_of(base_of(site.base))) for path, site in sites.items()}
+    return {path: fetch(zeros_of(base_of(site.base))) for path, site in sites.items()}

@@ -18,6 +18,7 @@ import numpy as np
 
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate
+from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import is_node, map_places, places
 from peft_jax.models.blocks import abstract_params
 from peft_jax.models.config import DecoderConfig
@@ -203,7 +204,7 @@ def keep_best(scores: Any, keep: int, name: str = "keep") -> np.ndarray:
 
     Raises ValueError for a number outside 1..n.
     """
-    scores = np.asarray(scores)
+    scores = fetch(scores)
     if not 1 <= keep <= scores.shape[-1]:
         raise ValueError(f"{name} must leave between 1 and {scores.shape[-1]}, got {keep}")
     return np.sort(np.argsort(-scores, axis=-1, kind="stable")[..., :keep], axis=-1)
@@ -239,7 +240,7 @@ def prune_structured(
             kept[name] = keep_best(found[name], keep, name)
     if heads is not None:
         keys = _by_layer("kv_heads", kept.get("kv_heads"), c.num_layers, c.num_kv_heads, c.model_type)
-        kept["heads"] = _best_heads(np.asarray(found["heads"]), keys, heads, c)
+        kept["heads"] = _best_heads(fetch(found["heads"]), keys, heads, c)
     if compensate:
         model, params = _compensated(model, params, batches, kept)
     return shrink(model, params, **kept)

@@ -45,6 +45,11 @@ def _flat(state: TrainState) -> dict[str, Any]:
     return {_key(path): leaf for path, leaf in leaves if leaf.size}
 
 
+def weights_of(state: TrainState) -> TrainState:
+    """The state without the optimizer's, which only a run that goes on reads."""
+    return state._replace(opt_state=None)
+
+
 def _key(path: Any) -> str:
     return path_str(path).replace("/", ".")
 
@@ -71,7 +76,7 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int, identity: dict[str, Any], resume_with: Sequence[str] = ()) -> None:
         self.folder, self._identity, self._resume_with = folder, identity, resume_with
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     def newest(self) -> int | None:
@@ -87,7 +92,7 @@ class Checkpoints:
         if jax.default_backend() == "cpu":  # here host memory is device memory, which the next step may overwrite
             flat = _copy(flat)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(flat),
+            state=ocp.args.PyTreeSave(flat),
             position=ocp.args.JsonSave({"identity": self._identity, **position}),
         )
         self._manager.save(step, args=items, force=True)
@@ -106,18 +111,23 @@ class Checkpoints:
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """(state, position) of the newest checkpoint, with the shardings of `like`; see `check` for what is to be alike.
 
+        The optimizer's part is not read where `like` has none (`weights_of`).
         Raises ValueError where it holds other arrays, as those of another optimizer.
         """
         step, position = self.newest(), self.position()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(like))
         stored = _shapes(self._manager.item_metadata(step)["state"])
+        if like.opt_state is None:
+            stored = {n: shape for n, shape in stored.items() if not n.startswith("opt_state.")}
         wanted = {name: tuple(x.shape) for name, x in abstract.items()}
         if wrong := sorted(n for n in stored.keys() | wanted.keys() if stored.get(n) != wanted.get(n)):
             raise ValueError(
                 f"the checkpoint in {self.folder} holds another state, as {wrong[0]}: of another optimizer, method or model, "
                 "which no resume_with can make up for; use another output or resume=false"
             )
-        flat = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        how = ocp.checkpoint_utils.construct_restore_args(abstract)
+        part = ocp.args.PyTreeRestore(abstract, restore_args=how, partial_restore=True)
+        flat = self._manager.restore(step, args=ocp.args.Composite(state=part))["state"]
         return _unflat(flat, like), position
 
     def wait(self) -> None:

@@ -25,7 +25,7 @@ from peft_jax.core.bind import bind
 from peft_jax.core.sharding import LOGICAL_RULES, ROWS, batch_sharding, shardings
 from peft_jax.core.tree import combine, partition, trainable_mask
 from peft_jax.data import batch_at, evaluation_batches
-from peft_jax.training.checkpoint import Checkpoints
+from peft_jax.training.checkpoint import Checkpoints, weights_of
 from peft_jax.training.config import TrainConfig
 from peft_jax.training.objective import Objective, next_token
 from peft_jax.training.report import Reporter, active_parameters, step_flops_per_token
@@ -140,7 +140,7 @@ class _Run:
     evaluations: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
     checkpoints: Checkpoints | None = None
     best: Checkpoints | None = None
-    held: TrainState | None = None  # the best where there is no folder
+    held: TrainState | None = None  # the best where there is no folder, without the optimizer's part
     reporter: Reporter | None = None
     since: float = 0.0  # start of the interval that the next log line is about
     tokens: int = 0  # and the tokens seen in it
@@ -202,9 +202,9 @@ class _Run:
             self.reporter.evaluation(number, result)
         if self.config.keep_best and result["loss"] <= _lowest(e["loss"] for e in self.evaluations.values()):
             if self.best is None:
-                self.held = jax.tree.map(jnp.copy, state)
+                self.held = jax.tree.map(jnp.copy, weights_of(state))
             else:
-                self.best.save(state, {"evaluations": {}})
+                self.best.save(weights_of(state), {"evaluations": {}})
         self.since += time.monotonic() - start
 
     def keep(self, state: TrainState) -> None:
@@ -218,7 +218,7 @@ class _Run:
         if not self.config.keep_best or self.best.newest() in (None, number):
             return None
         self.best.wait()
-        return self.best.restore(state)[0]
+        return self.best.restore(weights_of(state))[0]
 
     def best_of(self, state: TrainState, number: int) -> TrainState:
         """The state of the best evaluation where that was an earlier one."""

@@ -15,6 +15,7 @@ from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import gradients
 from peft_jax.core.coverage import ledger, tokens_in_words
 from peft_jax.core.in_turn import output_errors
+from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import layer_paths
 from peft_jax.distillation.students import take_layers
 from peft_jax.pruning.blocks import prune_in_turn
@@ -109,7 +110,7 @@ class Report:
             errors = output_errors(bind(model), before, after, batches, **where)
         shares = sparsity_of(after, **where)
         self.tokens = {p: tokens_in_words(book.tokens[p]) for p in shares}
-        self.weights = {p: _row(shares[p], np.asarray(errors[p]), np.asarray(book.tokens[p])) for p in shares}
+        self.weights = {p: _row(shares[p], fetch(errors[p]), fetch(book.tokens[p])) for p in shares}
         self.curves: Curves = {}
         if config.sensitivity and config.pattern is None:
             options = {**_options(config, seed), **config.score_options}

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import yaml
 from rich.console import Console
 
@@ -33,7 +34,7 @@ from peft_jax.pruning.masked import mask_updates
 from peft_jax.pruning.prune import sparsity_of
 from peft_jax.quantization.quantize import bits_per_weight, quantize
 from peft_jax.quantization.quantized import Quantized
-from peft_jax.training.checkpoint import Checkpoints, fingerprint
+from peft_jax.training.checkpoint import Checkpoints, fingerprint, weights_of
 from peft_jax.training.config import (
     ConfigError,
     PruneConfig,
@@ -306,7 +307,7 @@ def run_quantization(config: RunConfig, console: Console | None = None) -> Path:
             say(f"tokens each expert of {path} saw: {tokens_in_words(tokens)}")
     out = Path(config.output) / MODEL
     save(out, setup.model, setup.params, tokenizer=setup.tokenizer)
-    seen = {path: np.asarray(tokens).astype(int).tolist() for path, tokens in book.tokens.items()}
+    seen = {path: fetch(tokens).astype(int).tolist() for path, tokens in book.tokens.items()}
     write_json(out.parent / "quantization.json", {"before": before, "after": after, "bits": bits, "tokens": seen})
     say(f"written: {out}")
     return out
@@ -382,12 +383,12 @@ def _shown(metrics: dict[str, float]) -> str:
 
 
 def export(config: RunConfig, setup: Setup, params: Any, out: Path, *, merged: bool = False) -> Path:
-    """Write what was trained: a PEFT adapter folder, or (full fine-tuning, or `merged`) a Hugging Face model folder."""
-    params = jax.tree.map(fetch, params) if jax.process_count() > 1 else params
+    """Write what was trained: a PEFT adapter folder, or (full fine-tuning, or `merged`) a Hugging Face model folder.
+
+    On several hosts all of them call this.
+    """
     nodes = places(params).values()
     whole = merged or any(isinstance(w, Weight) and w.whole for w in nodes)
-    if jax.process_index() != 0:
-        return out
     if whole:
         arrays = map_places(lambda _, w: _cast(w, setup.model.param_dtype), merge(params))
         save(out / MODEL, setup.model, arrays, tokenizer=setup.tokenizer)
@@ -417,11 +418,10 @@ def run_export(config: RunConfig, *, merged: bool) -> Path:
         raise ConfigError(f"there is no checkpoint in {out}; run `peft-jax train` first")
     setup = set_up(config)
     rows = make_rows(config, config.data.train, setup)
-    params, steps = add_method(config, setup, rows), train_steps(config, rows)
+    params = add_method(config, setup, rows)
     taught = lesson(config, setup, params, rows) if distills(config) else None
     whole = params if taught is None else taught.params
-    optimizer = make_optimizer(config.optimizer, steps, config.method)
-    state = initial_state(whole, optimizer, config.train.seed, setup.mesh)
+    state = weights_of(initial_state(whole, optax.identity(), config.train.seed, setup.mesh))
     how = [name for name in ALTERS if name.startswith(("optimizer.", "train."))]  # it was trained: only what it is counts
     checkpoints = Checkpoints(out / chosen, keep=1, identity=identity(config, setup, rows, taught), resume_with=how)
     try:

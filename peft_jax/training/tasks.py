@@ -373,7 +373,7 @@ def _retrieved(s: Subject, params: Any, records: Sequence[Record], names: Sequen
         parts = [
             run(params, tokens[i : i + s.batch_size], seen[i : i + s.batch_size]) for i in range(0, len(tokens), s.batch_size)
         ]
-        sides.append(np.concatenate(list(map(np.asarray, parts))))
+        sides.append(np.concatenate(list(map(fetch, parts))))
     nearest = (sides[0] @ sides[1].T).argmax(-1)
     same = (rows.other_tokens[nearest] == rows.other_tokens) | (rows.other_segment_ids == 0)
     return {"retrieval": float(np.mean(same.all(-1) & (rows.other_segment_ids[nearest] == rows.other_segment_ids).all(-1)))}

@@ -17,10 +17,12 @@ import transformers
 
 import peft_jax
 from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.tree import partition
 from peft_jax.data import pack
 from peft_jax.data.encode import Example
+from peft_jax.training.checkpoint import Checkpoints, weights_of
 from peft_jax.training.config import OptimizerConfig, RunConfig, TrainConfig, load_config
-from peft_jax.training.loop import TrainingDivergedError, _lowest, _out_of_patience, train
+from peft_jax.training.loop import TrainingDivergedError, _lowest, _out_of_patience, initial_state, train
 from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import make_optimizer, make_schedule
 from peft_jax.training.report import active_parameters
@@ -99,6 +101,24 @@ def test_retention_and_best(setup, tmp_path):
     best = [int(p.name) for p in (tmp_path / "best").iterdir() if p.name.isdigit()]
     assert best == [min(losses, key=lambda k: losses[k])]
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_only_weights_are_kept_of_the_best_and_read_to_export(setup, tmp_path):
+    """A folder that holds an optimizer's state as well, as an older version wrote `best`, is read as one that does not."""
+    config = TrainConfig(eval_every=2, tensorboard=False)
+    result = fit(setup, 2, tmp_path, config=config, validation=tiny_rows(8, 16, seed=5))
+    state = initial_state(setup[1], optax.adamw(0.01), 0)
+    for name in ("best", "checkpoints"):
+        kept = Checkpoints(tmp_path / name, keep=1, identity={})
+        read, _ = kept.restore(weights_of(state))
+        assert read.opt_state is None
+        assert int(read.step) == 2
+        for a, b in zip(jax.tree.leaves(read.trainable), jax.tree.leaves(partition(result.params)[0]), strict=True):
+            np.testing.assert_array_equal(a, b)
+        if name == "best":
+            with pytest.raises(ValueError, match="holds another state, as opt_state"):
+                kept.restore(state)
+        kept.close()
 
 
 def test_early_stopping_ends_with_the_best_weights(setup, tmp_path):

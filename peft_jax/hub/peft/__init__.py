@@ -20,8 +20,9 @@ import numpy as np
 
 from peft_jax.core.adapters import stack_of
 from peft_jax.core.attachment import Shared
-from peft_jax.core.files import read_json, replacing_folder, write_json
+from peft_jax.core.files import read_json
 from peft_jax.core.reparametrised import MATRIX, TRANSPOSED
+from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import EXPERTS, OUTPUT_EMBEDDING, is_node, map_places, nearest, places
 from peft_jax.core.weight import Axes, Trainable, Weight, matrix_shape
 from peft_jax.hub.names import embedding_name, is_conv1d, modules_of, stack_size
@@ -29,10 +30,10 @@ from peft_jax.hub.peft.experts import as_modules, attach_experts, expert_tensors
 from peft_jax.hub.peft.formats import COMMON, FORMATS, Config, Format, Module, Tensors
 from peft_jax.hub.peft.prompts import WHOLE_FORMATS, load_whole, saved_modules, trained_place, trained_tensors, whole_modules
 from peft_jax.hub.peft.tied import check_look_up, check_tokens, for_head, own_heads, put_stored, split_tie, tie_of, tied_tensors
-from peft_jax.hub.safetensors_io import open_checkpoint, save_tensors
+from peft_jax.hub.safetensors_io import CONFIG, open_checkpoint, write_adapter
 from peft_jax.models.families import FAMILIES
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _ROOT, _PREFIX = "base_model.", "base_model.model."
 _TOKENS = FORMATS["TRAINABLE_TOKENS"]
 _ADAPTED = ("kernel", "embedding", OUTPUT_EMBEDDING)  # leaves whose modules PEFT wraps
@@ -110,9 +111,7 @@ def save_peft(
         config |= experts_config(experts)
     if peft_type == "TRAINABLE_TOKENS":
         config = {k: v for k, v in config.items() if k not in ("bias", "modules_to_save", "fan_in_fan_out")}
-    with replacing_folder(folder) as temporary:
-        write_json(temporary / CONFIG, config)
-        save_tensors(temporary / WEIGHTS, tensors)
+    write_adapter(folder, WEIGHTS, tensors, config)
 
 
 def trunk_of(params: Any) -> str | None:
@@ -161,7 +160,7 @@ def _by_module(path: str, node: Any) -> dict[str, Any]:
     layers = stack_size(path, node)
     if len(node.lead) != (layers is not None):
         raise ValueError(f"{path} has leading axes {node.lead} that PEFT's format cannot hold")
-    bare = jax.tree.map(np.asarray, node.replace(base=None))
+    bare = jax.tree.map(fetch, node.replace(base=None))
     shape = jax.ShapeDtypeStruct(node.features, node.dtype)
     result = {}
     for name, layer in modules_of(path, layers):
@@ -195,7 +194,7 @@ def _tokens_config(tokens: Mapping[str, Any], peft_type: str) -> dict[str, Any]:
     if peft_type != "LORA":
         raise ValueError(f"{next(iter(tokens))} has trainable tokens, which PEFT combines with LoRA only, not {peft_type}")
     names = {path: modules_of(path, None)[0][0].rpartition(".")[2] for path in tokens}
-    return {"trainable_token_indices": {names[p]: np.asarray(w.ids).tolist() for p, w in tokens.items()}}
+    return {"trainable_token_indices": {names[p]: fetch(w.ids).tolist() for p, w in tokens.items()}}
 
 
 def _target_modules(params: Any, modules: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import EXPERTS
 from peft_jax.hub.names import module_names, stack_size
 from peft_jax.hub.peft.formats import Config, Tensors, number, pattern
@@ -31,7 +32,7 @@ def as_modules(path: str, node: Any) -> dict[str, LoRA]:
     if node.gate is not None:
         raise ValueError(f"{path} adapts some of the layers, which PEFT's target_parameters cannot say")
     module, _, leaf = path.rpartition("/")
-    scales, found = np.asarray(node.scale), {}
+    scales, found = fetch(node.scale), {}
     for name, layer, A, B in _by_layer(path, node):
         scale = scales if layer is None else scales[layer]
         if np.ptp(scale):
@@ -43,7 +44,7 @@ def as_modules(path: str, node: Any) -> dict[str, LoRA]:
 
 def _by_layer(path: str, node: Any) -> Iterator[tuple[str, int | None, np.ndarray, np.ndarray]]:
     """(module, number, A [E, in, r], B [E, r, out]) of each layer, without the columns that pad it to the largest rank."""
-    a, b = (np.asarray(f) for f in node.factors())
+    a, b = map(fetch, node.factors())
     for name, layer in module_names(path.rpartition("/")[0], stack_size(path, node)):
         A, B = (x if layer is None else x[layer] for x in (a, b))
         used = A.any(axis=(0, 1)) | B.any(axis=(0, 2))

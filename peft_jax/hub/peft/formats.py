@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapters.ia3 import IA3
+from peft_jax.core.sharding import fetch
 from peft_jax.core.weight import Weight
 from peft_jax.low_rank.adalora import AdaLoRA
 from peft_jax.low_rank.boft import BOFT
@@ -744,17 +745,17 @@ FORMATS: dict[str, Format] = {
     "VERA": Format(
         (VeRA,), ("vera_lambda_d", "vera_lambda_b"), _write_vera, _read_vera, _describe_vera,
         _options("r projection_prng_key save_projection d_initial vera_dropout"),
-        {"vera_A": lambda s: np.asarray(s.fixed["a"]).T, "vera_B": lambda s: np.asarray(s.fixed["b"]).T}, _vera_shared,
+        {"vera_A": lambda s: fetch(s.fixed["a"]).T, "vera_B": lambda s: fetch(s.fixed["b"]).T}, _vera_shared,
     ),
     "RANDLORA": Format(
         (RandLoRA,), ("randlora_lambda", "randlora_gamma"), _write_randlora, _read_randlora, _describe_randlora,
         _options("r projection_prng_key save_projection randlora_alpha randlora_dropout sparse very_sparse"),
-        {"randlora_A": lambda s: np.asarray(s.fixed["a"]), "randlora_B": lambda s: np.asarray(s.fixed["b"])}, _randlora_shared,
+        {"randlora_A": lambda s: fetch(s.fixed["a"]), "randlora_B": lambda s: fetch(s.fixed["b"])}, _randlora_shared,
     ),
     "VBLORA": Format(
         (VBLoRA,), ("vblora_logits_A", "vblora_logits_B"), _write_vblora, _read_vblora, _describe_vblora,
         _options("r num_vectors vector_length topk vblora_dropout init_vector_bank_bound init_logits_std"),
-        {"vblora_vector_bank": lambda s: np.asarray(s.trained["bank"])}, _vblora_shared,
+        {"vblora_vector_bank": lambda s: fetch(s.trained["bank"])}, _vblora_shared,
     ),
     "OFT": Format(
         (OFT,), ("oft_R.weight",), _write_oft, _read_oft, _describe_oft,

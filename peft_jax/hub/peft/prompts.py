@@ -15,16 +15,16 @@ from peft_jax.adapters.placing import hidden_size, layers_of, module_paths, toke
 from peft_jax.adapters.prefix import Offset, Prefix, attention_cores, offset_stack
 from peft_jax.adapters.prompt import ContextTokens, EncodedTokens, Prompt, TaskTokens, VirtualTokens, place_prompt
 from peft_jax.core.attachment import Attachment, attach
-from peft_jax.core.files import replacing_folder, write_json
+from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import distribute, map_places, places
 from peft_jax.core.weight import Trainable, materialize
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
 from peft_jax.hub.names import modules_of, stack_size, tensors_of
 from peft_jax.hub.peft.formats import FORMATS
 from peft_jax.hub.peft.tied import own_heads, put_stored, split_tie, tie_of, tied_tensors
-from peft_jax.hub.safetensors_io import save_tensors
+from peft_jax.hub.safetensors_io import write_adapter
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 ROOT, PREFIX = "base_model.", "base_model.model."
 _BY_MODULE = ("ADAPTION_PROMPT", "LN_TUNING")  # methods whose other tensors have the longer prefix
 Tensors = dict[str, np.ndarray]
@@ -69,9 +69,7 @@ def save_whole(
         "revision": revision,
         "task_type": task_type,
     }
-    with replacing_folder(folder) as temporary:
-        write_json(temporary / CONFIG, config | common)
-        save_tensors(temporary / WEIGHTS, tensors)
+    write_adapter(folder, WEIGHTS, tensors, config | common)
 
 
 def load_whole(params: Any, tensors: Tensors, config: Config, name: str, path: Path) -> Any:
@@ -93,7 +91,7 @@ def load_whole(params: Any, tensors: Tensors, config: Config, name: str, path: P
 
 def trained_tensors(path: str, w: Trainable) -> Tensors:
     """Hugging Face's tensors for a place that trains whole, by name."""
-    value = np.asarray(w.value)
+    value = fetch(w.value)
     return {t.name: t.take(value) for t in tensors_of(path, stack_size(path, w))}
 
 
@@ -136,7 +134,7 @@ def trained_place(path: str, w: Any, tensors: Tensors, whole: set[str]) -> Any:
     mine = [t for t in tensors_of(path, stack_size(path, w)) if t.name in tensors]
     if not mine:
         return w
-    value = np.array(materialize(w))
+    value = np.array(fetch(materialize(w)))
     for t in mine:
         t.put(value, tensors.pop(t.name), "the adapter")
     alone = path.endswith("/bias") and mine[0].name.rpartition(".")[0] not in whole
@@ -151,7 +149,7 @@ def _tokens(nodes: Mapping[str, Any]) -> Any:
 
 
 def _write_prompt(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
-    prompt = np.asarray(_tokens(nodes).prompt())
+    prompt = fetch(_tokens(nodes).prompt())
     return {"prompt_embeddings": prompt}, _prompt_config(prompt)
 
 
@@ -199,8 +197,9 @@ def _read_context(params: Any, tensors: Tensors, config: Config, name: str) -> A
 def _write_tasks(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
     t = _tokens(nodes)
     arrays = {"prompt_embeddings": t.embeddings, "prefix_task_cols": t.columns, "prefix_task_rows": t.rows}
+    arrays = {k: fetch(v) for k, v in arrays.items()}
     config = {"num_tasks": t.columns.shape[0], "num_ranks": t.columns.shape[-1]}
-    return {k: np.asarray(v) for k, v in arrays.items()}, _prompt_config(np.asarray(t.embeddings)) | config
+    return arrays, _prompt_config(arrays["prompt_embeddings"]) | config
 
 
 def _read_tasks(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
@@ -355,7 +354,7 @@ def _write_norms(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tens
         for t in tensors_of(path, stack_size(path, w)):
             module, _, leaf = t.name.rpartition(".")
             modules.add(module)
-            tensors[f"{PREFIX}{module}.ln_tuning_layers.{leaf}"] = np.asarray(w.value if t.layer is None else w.value[t.layer])
+            tensors[f"{PREFIX}{module}.ln_tuning_layers.{leaf}"] = fetch(w.value if t.layer is None else w.value[t.layer])
     return tensors, {"target_modules": sorted(modules), "modules_to_save": None}
 
 
@@ -368,7 +367,7 @@ def _read_norms(params: Any, tensors: Tensors, config: Config, name: str) -> Any
         found = [t for t in tensors_of(path, stack_size(path, w)) if t.name in left]
         if not found:
             return w
-        value = np.array(w)
+        value = np.array(fetch(w))
         for t in found:
             new = left.pop(t.name)
             target = value if t.layer is None else value[t.layer]

@@ -15,6 +15,7 @@ import numpy as np
 
 from peft_jax.core.adapters import stack_of
 from peft_jax.core.attachment import Attachment, module_at
+from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import OUTPUT_EMBEDDING, map_places, places
 from peft_jax.core.weight import Trainable, materialize
 from peft_jax.hub.names import embedding_name, stack_size, tensors_of
@@ -75,10 +76,11 @@ def put_stored(params: Any, tensors: Tensors, config: Config) -> Any:
         mine = [t for t in tensors_of(path, stack_size(path, w)) if t.name in stored]
         if not mine:
             return w
-        value = np.array(materialize(w))
+        was = fetch(materialize(w))
+        value = np.array(was)
         for t in mine:
             t.put(value, stored.pop(t.name), "the adapter")
-        same = np.array_equal(value, np.asarray(materialize(w)))
+        same = np.array_equal(value, was)
         return w if same else Trainable(jnp.asarray(value), saved_as="base", frozen=True)
 
     result = map_places(put, params) if stored else params
@@ -218,7 +220,8 @@ def check_tokens(params: Any, tokens: Mapping[str, Any]) -> None:
     if OUTPUT_EMBEDDING not in module_at(params, found[0]) or sides[0] not in tokens:
         return
     one, other = tokens[sides[0]], tokens.get(sides[1])
-    if other is None or (np.array_equal(one.ids, other.ids) and not np.array_equal(one.rows, other.rows)):
+    same = lambda a, b: np.array_equal(fetch(a), fetch(b))
+    if other is None or (same(one.ids, other.ids) and not same(one.rows, other.rows)):
         raise ValueError(
             f"{sides[0]} has trainable tokens that {sides[1]} has not, and PEFT ties them; use this package's own format"
         )
@@ -231,10 +234,10 @@ def tied_tensors(params: Any, tie: tuple[str, str] | None) -> Tensors:
         return {}
     known = places(params)
     sides = [known.get(f"{found[0]}/{leaf}") for leaf in ("embedding", OUTPUT_EMBEDDING)]
-    tensors = {f"{found[1]}.weight": np.asarray(sides[0].value)} if tie and isinstance(sides[0], Trainable) else {}
+    tensors = {f"{found[1]}.weight": fetch(sides[0].value)} if tie and isinstance(sides[0], Trainable) else {}
     whole = isinstance(sides[1], Trainable) or bool(tensors)
     if whole and (own := _head_bias(params)):
-        tensors[f"{found[1]}.bias"] = np.asarray(materialize(known[own.replace(".", "/")]))
+        tensors[f"{found[1]}.bias"] = fetch(materialize(known[own.replace(".", "/")]))
     return tensors
 
 
@@ -255,5 +258,5 @@ def own_heads(params: Any, task_type: str | None) -> Tensors:
                 raise ValueError(
                     f"{path} is adapted, and for the task {task_type} PEFT trains it whole; leave it out of the targets"
                 )
-            found[t.name] = t.take(np.asarray(materialize(w)))
+            found[t.name] = t.take(fetch(materialize(w)))
     return found
