@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
+from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes, scaled
 from peft_jax.core.tree import Targets, first_present, is_target, places
 from peft_jax.core.weight import Layout, static
 
@@ -38,8 +38,7 @@ class IA3(Reparametrised):
         return w / self._factor()
 
     def product(self, x: jax.Array, base: Product) -> jax.Array:
-        scale = self.scale.astype(x.dtype)
-        return base(x * scale) if self.feedforward else base(x) * scale
+        return base(scaled(x, self.scale)) if self.feedforward else scaled(base(x), self.scale)
 
 
 _USUAL = (

@@ -124,6 +124,9 @@ class Offset(Attachment):
     name: str = static(default="default")
     frozen: bool = static(default=False)
 
+    def moves(self, path: str) -> int:
+        return self.length
+
     def around(self, call: Callable[..., Any], tokens, positions, segment_ids, cache, common: int = 0) -> Any:
         if positions is None:
             start = 0 if cache is None else cache["index"]

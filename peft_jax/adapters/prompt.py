@@ -45,6 +45,9 @@ class Prompt(Attachment):
     def slots(self) -> int:  # type: ignore[override]
         return self.length
 
+    def moves(self, path: str) -> int:
+        return self.length
+
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.kind == "decoder":
             return self._decoder(call, *args, **kwargs)
@@ -99,6 +102,9 @@ class EncoderPrompt(Prompt):
     @property
     def slots(self) -> int:  # type: ignore[override]
         return 0
+
+    def moves(self, path: str) -> int:
+        return self.length if path.startswith("encoder/") else 0
 
     def around(self, call: Callable[..., Any], tokens: jax.Array, segment_ids: jax.Array | None = None) -> Any:  # type: ignore[override]
         segment_ids = None if segment_ids is None else self._before(jnp.broadcast_to(segment_ids, tokens.shape), 1)

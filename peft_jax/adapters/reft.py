@@ -7,7 +7,7 @@ LoReFT (equation 2): h + R^T (W h + b - R h), with the rows of R orthonormal; No
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from peft_jax.adapters.adapter import Adapter, affine
 from peft_jax.adapters.bottleneck import ACTIVATIONS, check_options, common
 from peft_jax.adapters.placing import Module, find_modules, place_attachments
+from peft_jax.core.attachment import Attachment
 from peft_jax.core.reparametrised import node
-from peft_jax.core.tree import Targets
+from peft_jax.core.tree import Targets, places
 from peft_jax.core.weight import Layout, static
 
 LAYERS = r"re:.*layers(_\d+)?"
@@ -26,7 +27,8 @@ LAYERS = r"re:.*layers(_\d+)?"
 class ReFT(Adapter):
     """projection R [*lead, D, r], source W [*lead, D, r], source_bias b [*lead, r].
 
-    `first` and `last` are how many tokens at either end of each sequence are edited, None both: all.
+    `first` and `last` are how many tokens at either end of each sequence are edited, None both: all. Virtual tokens are none
+    of them: `before`, which `linked` fills, is how many positions come before the first token.
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("projection", "source", "source_bias")
@@ -38,6 +40,7 @@ class ReFT(Adapter):
     activation: str = static(default="linear")
     first: int | None = static(default=None)
     last: int | None = static(default=None)
+    before: int = static(default=0)
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -59,13 +62,18 @@ class ReFT(Adapter):
             source = source - affine(y, rotation, None)
         return y + self.drop(affine(source, rotation.mT, None))
 
+    def linked(self, params: Any, path: str) -> Self:
+        if self.first is None and self.last is None:
+            return self
+        return self.replace(before=sum(x.moves(path) for x in places(params).values() if isinstance(x, Attachment)))
+
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.first is None and self.last is None:
             return super().around(call, *args, **kwargs)
         output = call(*args, **kwargs)
         y = output[0] if isinstance(output, tuple) else output
         shared = next((a for a in args[1:] if isinstance(a, dict) and "positions" in a), {})
-        chosen = edited(y.shape[:2], self.first or 0, self.last or 0, shared)
+        chosen = edited(y.shape[1], self.first or 0, self.last or 0, self.before, shared)
         changed = self.gated(self.change(args[0], y), y).astype(y.dtype)
         changed = jnp.where(chosen[..., None], changed, y)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
@@ -77,18 +85,23 @@ def orthonormal(m: jax.Array) -> jax.Array:
     return q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
 
 
-def edited(shape: tuple[int, ...], first: int, last: int, shared: Mapping[str, Any]) -> jax.Array:
-    """[B or 1, T]: the first and the last tokens of each sequence, by the positions and segments that layers share."""
-    T = shape[1]
-    t = jnp.arange(T)
-    chosen = shared.get("positions", t[None]) < first
-    if not last or (T == 1 and "kv_segments" in shared):  # a token that is being generated ends nothing
-        return chosen
-    segments = shared.get("segment_ids")
-    if segments is None:
-        return chosen | (t >= T - last)[None]
-    later = (segments[:, :, None] == segments[:, None, :]) & (t[:, None] < t[None])
-    return chosen | ((later.sum(-1) < last) & (segments > 0))
+def edited(length: int, first: int, last: int, before: int, shared: Mapping[str, Any]) -> jax.Array:
+    """[B or 1, T]: the first and the last of the `length` tokens of each sequence, by what layers share: positions, segments
+    and the index of the cache's next slot. Positions count from `before`; what comes before that is virtual.
+    """
+    t = jnp.arange(length)
+    positions = shared.get("positions", t[None])
+    real, chosen = positions >= before, positions < before + first
+    if last:
+        segments = shared.get("segment_ids")
+        if segments is None:
+            ends = (t >= length - last)[None]
+        else:
+            later = (segments[:, :, None] == segments[:, None, :]) & (t[:, None] < t[None])
+            ends = (later.sum(-1) < last) & (segments > 0)
+        index = shared.get("index")
+        chosen |= ends if index is None else ends & (index == 0)  # what goes on from a cache is generated, and ends nothing
+    return real & chosen
 
 
 def reft(

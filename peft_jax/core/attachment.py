@@ -26,6 +26,10 @@ class Attachment(Node):
         """This node at `path` with what it needs of the rest of the tree, for one call; itself where that is nothing."""
         return self
 
+    def moves(self, path: str) -> int:
+        """How many positions it puts before the first token, as the module at `path` counts them."""
+        return 0
+
     def check(self, module: Any) -> None:
         """Raise ValueError where this node does not fit the bound module that it stands beside."""
 

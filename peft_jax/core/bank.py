@@ -115,6 +115,9 @@ class AttachmentBank(Attachment):
         """Sizes of the leading axes."""
         return self.active.shape[:-1]
 
+    def moves(self, path: str) -> int:
+        return self.adapters.moves(path)
+
     def linked(self, params: Any, path: str) -> Any:
         def link(adapter: Any) -> Any:
             return adapter.linked(params, path)

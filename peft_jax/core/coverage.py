@@ -124,12 +124,13 @@ def reached(
     method: str,
     instead: str,
     tokens: jax.Array | None = None,
-    least: int = 1,
+    least: int | jax.Array = 1,
 ) -> jax.Array | None:
     """bool [*lead]: of which matrices the statistics [*lead, ...] say anything; None where of all of them.
 
-    They do where they are finite, not all zero and, if it is known, of at least `least` `tokens`. Notes in the ledger, which
-    warns, that the others take `instead` of `method`; not of traced arrays, for which there is always an array.
+    They do where they are finite, not all zero and, if it is known, of at least `least` `tokens` (a number, or one each).
+    Notes in the ledger, which warns, that the others take `instead` of `method`; not of traced arrays, for which there is
+    always an array.
     """
     there = jnp.ones(lead, bool)
     for array in statistics:

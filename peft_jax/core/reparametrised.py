@@ -216,6 +216,11 @@ class Additive(Reparametrised):
         return w - self.delta()
 
 
+def scaled(y: jax.Array, factor: jax.Array) -> jax.Array:
+    """`y` times a factor, rounded to y's dtype once: a float32 factor near one is not rounded to one in half precision."""
+    return (y * factor).astype(y.dtype)
+
+
 def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """`x` with dropout of this rate, where there is a key."""
     if key is None or rate == 0.0:
@@ -257,6 +262,11 @@ class Site(NamedTuple):
     def sizes(self) -> tuple[tuple[int, ...], int, int]:
         """(leading axes, in, out)."""
         return matrix_shape(self.base.shape, self.in_axes, self.out_axes)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether it is an embedding [V, D], whose inputs are ids of tokens."""
+        return self.path.rpartition("/")[2] == "embedding" and (self.in_axes, self.out_axes) == MATRIX
 
     def matrix(self) -> jax.Array:
         """The weight as [*lead, in, out], float32."""

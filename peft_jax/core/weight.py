@@ -195,11 +195,6 @@ def ragged_matmul(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
     return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes.astype(jnp.int32))
 
 
-def by_group(values: jax.Array, sizes: jax.Array, rows: int) -> jax.Array:
-    """One value a group, [E, ...], as one a row, [rows, ...]."""
-    return jnp.repeat(values, sizes, axis=0, total_repeat_length=rows)
-
-
 def take(w: Any, ids: jax.Array, dtype: Any = None) -> jax.Array:
     """Rows `ids` [...] of the embedding `w` [V, D] in `dtype` -> [..., D]."""
     if isinstance(w, Weight):

@@ -38,8 +38,8 @@ class AdaLoRA(Additive):
         return jnp.matmul(self.a * (self.e * self.scale[..., None])[..., None, :], self.b)
 
     def update(self, x: jax.Array) -> jax.Array:
-        low = jnp.matmul(x, self.a.astype(x.dtype)) * (self.e * self.scale).astype(x.dtype)
-        return jnp.matmul(low, self.b.astype(x.dtype))
+        a = self.a * (self.e * self.scale)
+        return jnp.matmul(jnp.matmul(x, a.astype(x.dtype)), self.b.astype(x.dtype))
 
     def penalty(self) -> jax.Array:
         """orthogonal * (||A^T A - I|| + ||B B^T - I||), summed over leading axes."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
+from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes, scaled
 from peft_jax.core.tree import Targets
 from peft_jax.core.weight import Layout
 from peft_jax.low_rank.oft import cayley
@@ -36,11 +36,12 @@ class BOFT(Reparametrised):
     def _turn(self, w: jax.Array, rotations: jax.Array, factors: Sequence[int]) -> jax.Array:
         """P_i D_i P_i^T for each factor i in turn, times w [*lead, in, n]."""
         count, blocks, b = rotations.shape[-4:-1]
+        turns = (rotations - jnp.eye(b)).astype(w.dtype)  # what differs from one, which half precision would round to one
         for i in factors:
             order = butterfly(blocks * b, blocks, b, i, count)
             rows = w[..., order, :].reshape(*w.shape[:-2], blocks, b, w.shape[-1])
-            turned = jnp.matmul(rotations[..., i, :, :, :], rows).reshape(w.shape)
-            w = turned[..., np.argsort(order), :]
+            turned = jnp.matmul(turns[..., i, :, :, :], rows).reshape(w.shape)
+            w = w + turned[..., np.argsort(order), :]
         return w
 
     def adapt(self, w: jax.Array) -> jax.Array:
@@ -51,9 +52,9 @@ class BOFT(Reparametrised):
         return self._turn(w / self.s[..., None, :], back, range(self.r.shape[-4])[::-1])
 
     def product(self, x: jax.Array, base: Product) -> jax.Array:
-        back = self._rotations().mT.astype(x.dtype)
+        back = self._rotations().mT
         turned = self._turn(x.reshape(-1, x.shape[-1]).T, back, range(self.r.shape[-4])[::-1])  # (x R)^T = R^T x^T
-        return base(turned.T.reshape(x.shape)) * self.s.astype(x.dtype)
+        return scaled(base(turned.T.reshape(x.shape)), self.s)
 
 
 def butterfly(size: int, blocks: int, block_size: int, factor: int, factors: int) -> np.ndarray:

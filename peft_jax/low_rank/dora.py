@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.reparametrised import Product, Site, check_dropout, node, place_nodes
+from peft_jax.core.reparametrised import Product, Site, check_dropout, node, place_nodes, scaled
 from peft_jax.core.tree import Targets
 from peft_jax.core.weight import Layout
 from peft_jax.low_rank.lora import LoRA, Ranks
@@ -20,48 +20,51 @@ from peft_jax.low_rank.lora import LoRA, Ranks
 
 @node
 class DoRA(LoRA):
-    """A LoRA with magnitude [*lead, out]; norm [*lead, out] is the base's own, kept so that merging can be undone."""
+    """A LoRA with magnitude [*lead, out]. Norms are of the base as it is: pruned, quantized or trained since, they follow."""
 
     trainable: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
     magnitude: jax.Array
-    norm: jax.Array
 
     def array_specs(self, into: Any, out: Any) -> dict[str, tuple[Any, ...]]:
-        return {**super().array_specs(into, out), "magnitude": (out,), "norm": (out,)}
+        return {**super().array_specs(into, out), "magnitude": (out,)}
+
+    def _factor(self, direction: jax.Array) -> jax.Array:
+        """m / ||W + s A B|| [*lead, out] of the direction [*lead, in, out]; the norm is a constant in the backward pass."""
+        return self.magnitude / jax.lax.stop_gradient(jnp.linalg.norm(direction, axis=-2))
 
     def adapt(self, w: jax.Array) -> jax.Array:
         direction = w + self.delta()
-        return direction * (self.magnitude / jnp.linalg.norm(direction, axis=-2))[..., None, :]
+        return direction * self._factor(direction)[..., None, :]
 
     def recover(self, w: jax.Array) -> jax.Array:
-        """With u = W'/m a unit vector a column and t = ||W + d||: ||t u - d|| = ||W|| gives t."""
+        """With u = W'/m a unit vector a column and t = ||W + d||: ||t u - d|| = ||W|| gives t.
+
+        A merge loses the length, ||W||, which is read off the node's own base.
+        """
         u, d = w / self.magnitude[..., None, :], self.delta()
-        along = (u * d).sum(-2)
-        t = along + jnp.sqrt(jnp.square(along) - jnp.square(d).sum(-2) + jnp.square(self.norm))
+        along, length = (u * d).sum(-2), jnp.linalg.norm(self.base_matrix(), axis=-2)
+        t = along + jnp.sqrt(jnp.square(along) - jnp.square(d).sum(-2) + jnp.square(length))
         return t[..., None, :] * u - d
 
     def product(self, x: jax.Array, base: Product) -> jax.Array:
-        factor = (self.magnitude / jax.lax.stop_gradient(self._direction_norm(base))).astype(x.dtype)
         dropped = self.drop(x)
         y = base(dropped)
-        result = factor * (y + self.update(dropped))
+        direction = y.astype(jnp.float32) + self.update(dropped)  # rounded once, when it is scaled
+        result = (direction * (self.magnitude / self._direction_norm())).astype(x.dtype)
         return result if dropped is x else result + base(x) - y  # dropout acts on the change alone
 
-    def _direction_norm(self, base: Product) -> jax.Array:
-        """||W + s A B|| over inputs, [out], from products of rank r: the weight is never formed."""
-        a, b = self.factors()
-        b = b * self.scale
-        cross = (base(a.T) * b).sum(0)  # <W, s A B> a column
+    def _direction_norm(self) -> jax.Array:
+        """||W + s A B|| over inputs, [out], from ||W|| and products of rank r: the sum is never formed."""
+        w, a, b = (jax.lax.stop_gradient(m) for m in (self.base_matrix(), *self.scaled_factors(jnp.float32)))
+        cross = (jnp.matmul(a.T, w) * b).sum(0)  # <W, s A B> a column
         square = (jnp.matmul(a.T @ a, b) * b).sum(0)
-        return jnp.sqrt(jnp.square(self.norm) + 2 * cross + square)
+        return jnp.sqrt(jnp.square(w).sum(0) + 2 * cross + square)
 
     def transposed(self, x: jax.Array, **axes: Any) -> jax.Array:
         return super(LoRA, self).transposed(x, **axes)
 
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
-        rows = super().take(ids, dtype)
-        base = lambda x: jnp.matmul(x, self.base_matrix().astype(x.dtype))
-        return rows * (self.magnitude / jax.lax.stop_gradient(self._direction_norm(base))).astype(rows.dtype)
+        return scaled(super().take(ids, dtype), self.magnitude / self._direction_norm())
 
 
 def dora(
@@ -91,7 +94,7 @@ def dora(
         a, b, scale = ranks.factors(site, key, init)
         norm = jnp.linalg.norm(site.matrix(), axis=-2)
         common = site.common(dropout=dropout, name=adapter)
-        return DoRA(**common, a=a, b=b, scale=scale, magnitude=norm, norm=norm, rslora=rslora)
+        return DoRA(**common, a=a, b=b, scale=scale, magnitude=norm, rslora=rslora)
 
     return place_nodes(
         params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, bias=bias,

@@ -48,11 +48,17 @@ def draw_places(lead: tuple[int, ...], size: int, count: int, seed: int) -> jax.
     return jnp.broadcast_to(places, (*lead, count))
 
 
-def check_count(site: Site, count: int) -> None:
-    """Raise ValueError where a matrix has fewer than `count` entries."""
+def count_of(site: Site, frequencies: int, pattern: Mapping[str, int]) -> int:
+    """How many entries of a matrix train. Raises ValueError where it has fewer, or stacked layers differ."""
     _, n_in, n_out = site.sizes
+    count, *others = sorted(set(site.pattern(frequencies, pattern)))
+    if others:
+        raise ValueError(
+            f"frequencies_pattern gives layers stacked at {site.path} {count} and {others[0]}; unstack_layers first"
+        )
     if not 1 <= count <= n_in * n_out:
         raise ValueError(f"frequencies must lie between 1 and {n_in * n_out} at {site.path}, got {count}")
+    return count
 
 
 def fourierft(
@@ -78,8 +84,7 @@ def fourierft(
 
     def make(site: Site, key: jax.Array) -> FourierFT:
         lead, n_in, n_out = site.sizes
-        count = max(site.pattern(frequencies, pattern))
-        check_count(site, count)
+        count = count_of(site, frequencies, pattern)
         return FourierFT(
             **site.common(name=adapter),
             spectrum=jnp.zeros((*lead, count)),

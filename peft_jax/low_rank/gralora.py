@@ -48,13 +48,14 @@ class GraLoRA(Additive):
         return product * self.scale[..., None, None]
 
     def update(self, x: jax.Array) -> jax.Array:
-        a, b = (w.astype(x.dtype) for w in self._blocks())
+        a, b = self._blocks()
+        a, b = a.astype(x.dtype), (b * self.scale).astype(x.dtype)
         low = jnp.einsum("...in,inju->...jiu", x.reshape(*x.shape[:-1], a.shape[0], -1), a)
         y = jnp.einsum("...jiu,jiuo->...jo", low, b).reshape(*x.shape[:-1], -1)
         if self.hybrid is not None:
             u, v = self.hybrid
-            y = y + jnp.matmul(jnp.matmul(x, u.astype(x.dtype)), v.astype(x.dtype))
-        return y * self.scale.astype(x.dtype)
+            y = y + jnp.matmul(jnp.matmul(x, u.astype(x.dtype)), (v * self.scale).astype(x.dtype))
+        return y
 
 
 def gralora(

@@ -29,6 +29,14 @@ def _kaiming(w: jax.Array, rank: int, scale: jax.Array, key: jax.Array) -> Facto
     return kaiming(key, (*lead, n_in, rank), n_in), jnp.zeros((*lead, rank, n_out), jnp.float32)
 
 
+def embedding(w: jax.Array, rank: int, scale: jax.Array, key: jax.Array, statistic: jax.Array | None = None) -> Factors:
+    """A of zeros and B normal, as PEFT starts an `nn.Embedding` whatever the random start: a row of A meets one token alone,
+    and B all tokens.
+    """
+    *lead, n_in, n_out = w.shape
+    return jnp.zeros((*lead, n_in, rank), jnp.float32), jax.random.normal(key, (*lead, rank, n_out))
+
+
 def _gaussian(w: jax.Array, rank: int, scale: jax.Array, key: jax.Array) -> Factors:
     *lead, n_in, n_out = w.shape
     return jax.random.normal(key, (*lead, n_in, rank)) / rank, jnp.zeros((*lead, rank, n_out), jnp.float32)
@@ -111,6 +119,7 @@ _STARTS: dict[str, Callable[[jax.Array, int, jax.Array, jax.Array], Factors]] = 
     "pissa": _pissa,
     "olora": _olora,
 }
+RANDOM = ("kaiming", "gaussian", "orthogonal")  # an embedding has a random start of its own
 NAMES = (*_STARTS, "pissa_niter_N", *STATISTICS)
 
 

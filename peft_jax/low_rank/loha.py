@@ -64,13 +64,14 @@ def loha(
         ranks, alphas = site.pattern(rank, rank_pattern), site.pattern(rank if alpha is None else alpha, alpha_pattern)
         r = max(ranks)
         k1, k2, k3 = jax.random.split(key, 3)
+        small = 1 / jnp.sqrt(site.by_layer(ranks))[..., None, None]  # PEFT's bound of a factor whose inputs are the ranks
         used = (jnp.arange(r) < site.by_layer(ranks)[..., None]).astype(jnp.float32)  # layers may differ in rank
         return LoHa(
             **site.common(name=adapter),
             a1=kaiming(k1, (*lead, n_in, r), n_in) * used[..., None, :],
-            b1=kaiming(k2, (*lead, r, n_out), r) * used[..., :, None],
+            b1=kaiming(k2, (*lead, r, n_out), 1) * small * used[..., :, None],
             a2=jnp.zeros((*lead, n_in, r)),
-            b2=kaiming(k3, (*lead, r, n_out), r) * used[..., :, None],
+            b2=kaiming(k3, (*lead, r, n_out), 1) * small * used[..., :, None],
             scale=site.by_layer([a / r for a, r in zip(alphas, ranks, strict=True)]),
         )
 

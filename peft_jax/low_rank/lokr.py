@@ -44,10 +44,9 @@ class LoKr(Additive):
         return product * self.scale[..., None, None]
 
     def update(self, x: jax.Array) -> jax.Array:
-        w1, w2 = (_whole(w).astype(x.dtype) for w in (self.w1, self.w2))
+        w1, w2 = (_whole(self.w1) * self.scale).astype(x.dtype), _whole(self.w2).astype(x.dtype)
         y = jnp.matmul(x.reshape(*x.shape[:-1], w1.shape[0], w2.shape[0]), w2)  # [..., m, k]
-        y = jnp.einsum("...mk,mo->...ok", y, w1) * self.scale.astype(x.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+        return jnp.einsum("...mk,mo->...ok", y, w1).reshape(*x.shape[:-1], -1)
 
 
 def factorise(size: int, factor: int = -1) -> tuple[int, int]:

@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from peft_jax.core.coverage import choose, ledger, reached, tokens_of
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, dropped, node, place_nodes
 from peft_jax.core.tree import Targets, map_places
-from peft_jax.core.weight import Axes, Layout, by_group, from_matrix, matmul, ragged_matmul, static, take
+from peft_jax.core.weight import Axes, Layout, from_matrix, matmul, ragged_matmul, static, take
 from peft_jax.low_rank import init as starts
 
 
@@ -50,9 +51,9 @@ class LoRA(Additive):
         return product * self.scale[..., None, None]
 
     def update(self, x: jax.Array) -> jax.Array:
-        a, b = self.factors(x.dtype)
+        a, b = self.scaled_factors(x.dtype)
         low: Any = _project(getattr(jax.config, "jax_default_matmul_precision"), x, a)  # noqa: B009 - unknown to type checkers
-        return jnp.matmul(low * self.scale.astype(x.dtype), b)
+        return jnp.matmul(low, b)
 
     def factors(self, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
         """(A, B) whose product times `scale` is the whole update: of twice the rank where there is a `start`."""
@@ -64,32 +65,37 @@ class LoRA(Additive):
             jnp.concatenate([self.b, -b0], -2).astype(dtype),
         )
 
+    def scaled_factors(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """(A, s B): the scale is in B before it is rounded, since rounded by itself it would be off in every product."""
+        a, b = self.factors()
+        return a.astype(dtype), (b * self.scale[..., None, None]).astype(dtype)
+
     def plain(self) -> Self:
         a, b = self.factors()
         return self.replace(a=a, b=b, start=None)
 
     def transposed(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
         y = matmul(x, self.base, in_axes=in_axes, out_axes=out_axes, precision=precision)
-        a, b = self.factors(x.dtype)
+        a, b = self.scaled_factors(x.dtype)
         x = x.reshape(*x.shape[: x.ndim - len(in_axes)], -1)
-        change = jnp.matmul(jnp.matmul(x, b.mT) * self.scale.astype(x.dtype), a.mT).reshape(y.shape)
+        change = jnp.matmul(jnp.matmul(x, b.mT), a.mT).reshape(y.shape)
         return y + change if self.gate is None else jnp.where(self.gate > 0, y + change, y)
 
     def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         if type(self).product is not LoRA.product or type(self).update is not LoRA.update:  # more than a sum (DoRA)
             return super().ragged_matmul(x, sizes)
-        a, b = self.factors(x.dtype)
-        scale = self.scale if self.gate is None else self.scale * (self.gate > 0)
+        a, b = self.scaled_factors(x.dtype)
+        b = b if self.gate is None else jnp.where(self.gate[:, None, None] > 0, b, 0)
         key = None if self.key is None else self.key[0]
-        low = ragged_matmul(dropped(x, self.dropout, key), a, sizes) * by_group(scale, sizes, len(x))[:, None].astype(x.dtype)
+        low = ragged_matmul(dropped(x, self.dropout, key), a, sizes)
         return ragged_matmul(x, self.base, sizes) + ragged_matmul(low, b, sizes)
 
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
         if (self.in_axes, self.out_axes) != ((-2,), (-1,)):
             return super().take(ids, dtype)
         rows = take(self.base, ids, dtype)
-        a, b = self.factors(rows.dtype)
-        return rows + jnp.matmul(jnp.take(a, ids, axis=0) * self.scale.astype(rows.dtype), b)
+        a, b = self.scaled_factors(rows.dtype)
+        return rows + jnp.matmul(jnp.take(a, ids, axis=0), b)
 
 
 def _product32(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -188,24 +194,42 @@ class Ranks:
     def factors(
         self, site: Site, key: jax.Array, init: str, statistic: jax.Array | None = None, tokens: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(A, B, scale) of a site. Layers of smaller rank are padded with zeros, which stay zero in training.
+        """(A, B, scale) of a site; each layer of a stack as if it were alone (see `_by_rank`).
 
         Matrices whose `statistic` is of no tokens start without one.
         """
         ranks, alphas = site.pattern(self.rank, self.rank_pattern), site.pattern(self.alpha, self.alpha_pattern)
         scale = site.by_layer([scaling(a, r, self.rslora) for a, r in zip(alphas, ranks, strict=True)])
-        begin = functools.partial(starts.start, w=site.matrix(), rank=max(ranks), scale=scale, key=key)
-        a, b = begin(init, statistic=statistic)
+        begin = functools.partial(_by_rank, site, ranks, scale, key)
+        a, b = begin(init, statistic)
         if init in starts.STATISTICS:
             assert statistic is not None
-            least = max(ranks) if init == "eva" else 1  # fewer tokens have fewer directions
+            least = site.by_layer(ranks) if init == "eva" else 1  # fewer tokens have fewer directions
             how: dict[str, Any] = {"method": f"init {init!r}", "instead": repr(starts.WITHOUT_DATA)}
             there = reached(site.path, [statistic], site.sizes[0], tokens=tokens, least=least, **how)
-            a, b = choose(there, (a, b), begin(starts.WITHOUT_DATA))
-        if len(set(ranks)) > 1:
-            used = jnp.arange(max(ranks)) < site.by_layer(ranks)[..., None]
-            a, b = a * used[..., None, :], b * used[..., :, None]
+            a, b = choose(there, (a, b), begin(starts.WITHOUT_DATA, None))
         return a, b, scale
+
+
+def _by_rank(
+    site: Site, ranks: Sequence[int], scale: jax.Array, key: jax.Array, init: str, statistic: jax.Array | None
+) -> starts.Factors:
+    """A and B of a site. Layers of a stack that have different ranks start each with its own.
+
+    They are padded with zeros to the largest, which stay zero in training.
+    """
+    begin = starts.embedding if site.looks_up and init in starts.RANDOM else functools.partial(starts.start, init)
+    w = site.matrix()
+    if len(set(ranks)) == 1:
+        return begin(w, ranks[0], scale, key, statistic)
+    (*lead, n_in, n_out), largest = w.shape, max(ranks)
+    a, b = jnp.zeros((*lead, n_in, largest)), jnp.zeros((*lead, largest, n_out))
+    for rank in sorted(set(ranks)):
+        layers = np.flatnonzero(np.equal(ranks, rank))
+        given = None if statistic is None else statistic[layers]
+        own_a, own_b = begin(w[layers], rank, scale[layers], jax.random.fold_in(key, rank), given)
+        a, b = a.at[layers, ..., :rank].set(own_a), b.at[layers, ..., :rank, :].set(own_b)
+    return a, b
 
 
 def rebase(params: Any) -> Any:

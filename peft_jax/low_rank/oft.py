@@ -52,10 +52,11 @@ class OFT(Reparametrised):
 
     def product(self, x: jax.Array, base: Product) -> jax.Array:
         blocks = x.reshape(*x.shape[:-1], -1, self.block_size)
-        rotation = self.rotation().astype(x.dtype)
-        if rotation.shape[0] == 1:
-            return base(jnp.matmul(blocks, rotation[0]).reshape(x.shape))
-        return base(jnp.einsum("...nk,nkc->...nc", blocks, rotation).reshape(x.shape))
+        # What differs from one is rounded to x's dtype: cosines near one would be rounded to one.
+        turn = (self.rotation() - jnp.eye(self.block_size)).astype(x.dtype)
+        shared = turn.shape[0] == 1
+        moved = jnp.matmul(blocks, turn[0]) if shared else jnp.einsum("...nk,nkc->...nc", blocks, turn)
+        return base(x + moved.reshape(x.shape))
 
 
 def skew_matrices(upper: jax.Array, size: int) -> jax.Array:

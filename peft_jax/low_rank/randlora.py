@@ -45,7 +45,7 @@ class RandLoRA(Additive):
 
     def update(self, x: jax.Array) -> jax.Array:
         a, b = self._factors()
-        return jnp.matmul(jnp.matmul(x, a.astype(x.dtype)) * self.scale.astype(x.dtype), b.astype(x.dtype))
+        return jnp.matmul(jnp.matmul(x, a.astype(x.dtype)), (b * self.scale).astype(x.dtype))
 
 
 def randlora(

@@ -49,7 +49,7 @@ class RoAd(Reparametrised):
     def _turn(self, y: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
         pairs = y.reshape(*y.shape[:-1], -1, 2, self.group_size // 2)
         turned = jnp.stack([-pairs[..., 1, :], pairs[..., 0, :]], axis=-2).reshape(y.shape)
-        return y * first.astype(y.dtype) + turned * second.astype(y.dtype)
+        return (y * first + turned * second).astype(y.dtype)
 
     def adapt(self, w: jax.Array) -> jax.Array:
         first, second = (c[..., None, :] for c in self._columns())

@@ -18,21 +18,20 @@ from peft_jax.core.weight import Axes, matmul, take
 
 @node
 class TrainableTokens(Reparametrised):
-    """`base` [V, D] with the rows `ids` [n] replaced by `rows` [n, D]; `original` [n, D] are the rows that were there."""
+    """`base` [V, D] with the rows `ids` [n] replaced by `rows` [n, D]."""
 
     trainable: ClassVar[tuple[str, ...]] = ("rows",)
     rows: jax.Array
     ids: jax.Array
-    original: jax.Array
 
     def array_specs(self, into: Any, out: Any) -> dict[str, tuple[Any, ...]]:
-        return {"rows": (None, out), "original": (None, out)}
+        return {"rows": (None, out)}
 
     def adapt(self, w: jax.Array) -> jax.Array:
         return w.at[self.ids].set(self.rows)
 
     def recover(self, w: jax.Array) -> jax.Array:
-        return w.at[self.ids].set(self.original)
+        return w.at[self.ids].set(self.base_matrix()[self.ids])  # a merge has lost them; the node's own base has them
 
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
         found = ids[..., None] == self.ids
@@ -69,7 +68,7 @@ def trainable_tokens(
         where = jnp.asarray(ids, jnp.int32)
         by_row = site.in_axes == MATRIX[0]
         rows = take(site.base, where).astype(jnp.float32) if by_row else site.matrix()[where]
-        return TrainableTokens(**site.common(name=adapter), rows=rows, ids=where, original=rows)
+        return TrainableTokens(**site.common(name=adapter), rows=rows, ids=where)
 
     layout = {p: axes for p in places(params) if (axes := _by_token(p)) is not None}
     return place_nodes(params, key, make, targets=targets, layout=layout, modules_to_save=modules_to_save)

@@ -16,7 +16,7 @@ import numpy as np
 from peft_jax.core.reparametrised import Additive, Site, node, place_nodes
 from peft_jax.core.tree import Targets
 from peft_jax.core.weight import Layout, static
-from peft_jax.low_rank.fourierft import check_count, draw_places, scatter
+from peft_jax.low_rank.fourierft import count_of, draw_places, scatter
 
 
 @node
@@ -115,8 +115,7 @@ def waveft(
 
     def make(site: Site, key: jax.Array) -> WaveFT:
         lead, n_in, n_out = site.sizes
-        count = max(site.pattern(frequencies, pattern))
-        check_count(site, count)
+        count = count_of(site, frequencies, pattern)
         return WaveFT(
             **site.common(name=adapter),
             spectrum=jnp.zeros((*lead, count)),

@@ -15,7 +15,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peft_jax.models.attention import Mask
 from peft_jax.models.blocks import (
     ACTIVATIONS,
     AttentionCore,
@@ -26,7 +25,7 @@ from peft_jax.models.blocks import (
     run_layers,
     split_heads,
 )
-from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_mask
+from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_shared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,13 +258,13 @@ class LayerStack(Block):
             if c.norm_relative:
                 self.LayerNorm = self.layer_norm()
 
-    def __call__(self, x: jax.Array, mask: Mask) -> jax.Array:
+    def __call__(self, x: jax.Array, shared: dict[str, Any]) -> jax.Array:
         c = self.config
-        shared: dict[str, Any] = {"mask": mask}
         if getattr(c, "relative_attention", False):
             table = self.rel_embeddings(jnp.arange(2 * c.span))
-            shared["relative"] = self.LayerNorm(table) if c.norm_relative else table
-            shared["distance"] = relative_positions(x.shape[1], c.position_buckets, c.max_relative)
+            table = self.LayerNorm(table) if c.norm_relative else table
+            distance = relative_positions(x.shape[1], c.position_buckets, c.max_relative)
+            shared = {**shared, "relative": table, "distance": distance}
         return run_layers(self.layer, x, shared, {})
 
 
@@ -301,7 +300,7 @@ class BertStack(Block):
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         x = self.embeddings(tokens, token_type_ids, positions)
-        return self.encoder(x, encoder_mask(tokens, segment_ids, positions))
+        return self.encoder(x, encoder_shared(tokens, segment_ids, positions))
 
     def pool(self, hidden: jax.Array) -> jax.Array:
         """The sequence's vector [B, D]."""

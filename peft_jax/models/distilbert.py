@@ -19,7 +19,7 @@ from peft_jax.models.blocks import (
     run_layers,
     split_heads,
 )
-from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_mask
+from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_shared
 
 
 def distilbert_config(hf: Any) -> EncoderConfig:
@@ -105,7 +105,7 @@ class DistilBertStack(Block):
         """As of `BertStack`; there are no types."""
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        return self.transformer(self.embeddings(tokens, positions), {"mask": encoder_mask(tokens, segment_ids, positions)})
+        return self.transformer(self.embeddings(tokens, positions), encoder_shared(tokens, segment_ids, positions))
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Products with the word embeddings, [..., V]."""

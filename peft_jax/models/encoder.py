@@ -44,9 +44,21 @@ class EncoderConfig(Architecture):
 
 def encoder_mask(tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array, window: int | None = None) -> Mask:
     """Every token of a segment sees every other one; with a `window` local layers see those nearer than it."""
-    if segment_ids is not None:
-        segment_ids = jnp.broadcast_to(segment_ids, tokens.shape)
+    segment_ids = mask_segments(tokens, segment_ids)
     return make_mask(positions, positions, segment_ids, segment_ids, window=window, aligned=True, causal=False)
+
+
+def encoder_shared(
+    tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array, window: int | None = None
+) -> dict[str, Any]:
+    """What the layers of an encoder share: the mask, and what attachments count tokens by."""
+    mask = encoder_mask(tokens, segment_ids, positions, window)
+    return {"mask": mask, "positions": positions, "segment_ids": mask_segments(tokens, segment_ids)}
+
+
+def mask_segments(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array | None:
+    """Segments [B, T] of each token; None where all are of one."""
+    return None if segment_ids is None else jnp.broadcast_to(segment_ids, tokens.shape)
 
 
 class Encoder(Layers, nn.Module):

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peft_jax.models.attention import Mask, empty_cache, read_cache, write_cache
+from peft_jax.models.attention import empty_cache, read_cache, write_cache
 from peft_jax.models.blocks import (
     ACTIVATIONS,
     Architecture,
@@ -140,7 +140,7 @@ class GPT2Stack(Block):
         """As of `DecoderStack`."""
         c = self.config
         at = cached_mask(tokens, positions, segment_ids, cache, window=None, common=common)
-        shared: dict[str, Mask | Any] = {"mask": at.mask, "index": at.index}
+        shared = {"mask": at.mask, "index": at.index, "positions": at.positions, "segment_ids": at.segment_ids}
         x = self.drop(self.wte(tokens) + self.wpe(at.positions), c.embedding_dropout)
         if not isinstance(self.h, list | tuple):
             x, new = self.h(x, shared, (jnp.arange(c.num_layers), at.slots))

@@ -24,7 +24,7 @@ from peft_jax.models.blocks import (
     split_heads,
 )
 from peft_jax.models.config import rotary_config
-from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_mask
+from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_shared
 from peft_jax.models.rotary import RotaryConfig, rotary_table, rotate, sequence_lengths
 
 
@@ -144,7 +144,7 @@ class ModernBertStack(Block):
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         lengths = sequence_lengths(positions, segment_ids)
         shared = {
-            "mask": encoder_mask(tokens, segment_ids, positions, c.window),
+            **encoder_shared(tokens, segment_ids, positions, c.window),
             "rope": rotary_table(c.rotary, positions, lengths),
             "local_rope": rotary_table(c.local_rotary, positions, lengths),
         }

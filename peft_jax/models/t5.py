@@ -29,7 +29,7 @@ from peft_jax.models.blocks import (
     layer_stack,
     split_heads,
 )
-from peft_jax.models.encoder import encoder_mask
+from peft_jax.models.encoder import encoder_shared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,13 +292,15 @@ class T5(Layers, nn.Module):
             "cross_mask": self._cross_mask(decoder_tokens, encoded.shape[1], segment_ids),
             "mask": make_mask(positions, positions, own, own, window=None, aligned=True),
             "index": None,
+            "positions": positions,
+            "segment_ids": own,
         }
         return self.decoder(self.shared(decoder_tokens), shared, positions, positions)[0]
 
     def encode(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
         """What the encoder makes of tokens [B, T], [B, T, D], and which of it is no padding, as `segment_ids` [B, T]."""
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        shared = {"mask": encoder_mask(tokens, segment_ids, positions), "index": None}
+        shared = {**encoder_shared(tokens, segment_ids, positions), "index": None}
         return self.encoder(self.shared(tokens), shared, positions, positions)[0], segment_ids
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -334,6 +336,8 @@ class T5(Layers, nn.Module):
             "cross_mask": self._cross_mask(tokens, cache["encoded_segments"].shape[1], cache["encoded_segments"]),
             "mask": make_mask(positions, kv_positions, segments, kv_segments, window=None, aligned=False),
             "index": index,
+            "positions": positions,
+            "segment_ids": segments,
         }
         hidden, new = self.decoder(self.shared(tokens), shared, positions, kv_positions, {"self": own, "cross": crossing})
         kept = {"cross_k": new["cross"]["k"], "cross_v": new["cross"]["v"], "encoded_segments": cache["encoded_segments"]}

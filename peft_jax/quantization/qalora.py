@@ -54,7 +54,7 @@ class QALoRA(Additive):
 
     def update(self, x: jax.Array) -> jax.Array:
         pooled = x.reshape(*x.shape[:-1], -1, self.block).mean(-1) * self.a.shape[-2]
-        return jnp.matmul(jnp.matmul(pooled, self.a.astype(x.dtype)) * self.scale.astype(x.dtype), self.b.astype(x.dtype))
+        return jnp.matmul(jnp.matmul(pooled, self.a.astype(x.dtype)), (self.b * self.scale).astype(x.dtype))
 
     def merge(self) -> Any:
         """The quantized base with other zero points, where it has blocks of ours; else an array."""

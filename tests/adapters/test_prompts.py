@@ -1,9 +1,12 @@
 """Prompts and prefixes among packed and padded rows, caches and sliding windows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 
 import peft_jax
 from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
@@ -18,6 +21,8 @@ METHODS = {
     "reft": lambda p: peft_jax.reft(p, KEY, rank=2, first=2, last=2),
 }
 TOKENS = random_tokens(2, 12)
+SIZES = dict(vocab_size=96, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
+T5_SIZES = dict(vocab_size=96, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
 
 
 @pytest.fixture(scope="module", params=["llama2", "mistral_sliding"])
@@ -161,3 +166,73 @@ def test_tasks_of_a_multitask_prompt_go_by_row(base):
 def test_bad_requests_are_refused_by_name(base, make, message):
     with pytest.raises(ValueError, match=message):
         make(base[1])
+
+
+ENDS = {  # family -> the modules whose outputs are edited
+    "llama2": "layers",
+    "gpt2": "re:.*/h",
+    "bert": "re:.*encoder/layer",
+    "t5": "re:encoder/block",
+}
+
+
+@functools.cache
+def ended(family, root):
+    """A model, its tree and a function from a tree to states [2, 12, D] right after its last layer."""
+    folder = root / family
+    if family in ("bert", "t5"):
+        config = transformers.BertConfig(**SIZES) if family == "bert" else transformers.T5Config(**T5_SIZES)
+        made = transformers.BertForMaskedLM if family == "bert" else transformers.T5ForConditionalGeneration
+        made(config).save_pretrained(folder)
+    else:
+        family_checkpoint(family, root)
+    model, params = peft_jax.load(folder)
+    apply = peft_jax.bind(model)
+    if family == "t5":
+        return params, jax.jit(lambda p: apply(p, TOKENS, method="encode")[0])
+    return params, jax.jit(lambda p: apply(p, TOKENS))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("ends")
+
+
+VIRTUAL = ["none", "prompt", "prefix", "prefix_without_offset"]
+
+
+@pytest.mark.parametrize("virtual", VIRTUAL)
+@pytest.mark.parametrize("family", ENDS)
+def test_first_and_last_are_tokens_and_no_virtual_ones(root, family, virtual):
+    """An intervention after the last layer moves the outputs of the tokens that it edits, and of no other one."""
+    params, run = ended(family, root)
+    last = 1 if family == "t5" else 2
+    params = METHODS[virtual](params) if virtual != "none" else params
+    params = peft_jax.reft(params, KEY, rank=2, first=2, last=3, targets=ENDS[family], layers=[last])
+    before = run(params)
+    virtual_ones = before.shape[1] - 12  # T5's encoder keeps them
+    moved = np.abs(np.asarray(run(_intervened(params)) - before)).max((0, 2)) > 1e-6
+    assert not moved[:virtual_ones].any()
+    moved = moved[virtual_ones:]
+    np.testing.assert_array_equal(moved, [True] * 2 + [False] * 7 + [True] * 3)
+
+
+def _intervened(params):
+    """The interventions alone moved."""
+    move = lambda x: x.replace(source_bias=x.source_bias + 1.0) if hasattr(x, "source_bias") else x
+    return jax.tree.map(move, params, is_leaf=lambda x: hasattr(x, "source_bias"))
+
+
+@pytest.mark.parametrize("family", ["llama2", "gpt2"])
+def test_a_generated_token_is_neither_first_nor_last(root, family):
+    """After the last layer an intervention reaches the tokens that it edits alone: of a cached prompt, not of what follows."""
+    params, _ = ended(family, root)
+    model, _ = peft_jax.load(root / family)
+    apply = jax.jit(peft_jax.bind(model))
+    edited = _intervened(peft_jax.reft(params, KEY, rank=2, first=2, last=3, targets=ENDS[family], layers=[2]))
+    cache = model.empty_cache(2, 12)
+    logits, cache = apply(edited, TOKENS[:, :6], cache=cache)
+    whole = apply(params, TOKENS[:, :7])
+    assert relative_error(logits[:, 2:3], whole[:, 2:3]) < 1e-5
+    assert relative_error(logits[:, 3:6], whole[:, 3:6]) > 1e-3
+    assert relative_error(apply(edited, TOKENS[:, 6:7], cache=cache)[0], whole[:, 6:7]) < 1e-5

@@ -343,8 +343,7 @@ def _attach_nodes(path: str, w: Any, modules: dict[str, Tensors], config: Config
     fields = _stack_layers([read[i][1] if i in read else None for _, i in names], arrays, path) if lead else arrays
     gate = None if len(mine) == len(names) else jnp.asarray([float(i in mine) for _, i in names], jnp.float32)
     where = {"in_axes": axes[0], "out_axes": axes[1]}
-    made = node(base=w, gate=gate, name=name, group=group, **where, **static, **jax.tree.map(_to_jax, fields))
-    return kind.finish(made) if kind.finish else made
+    return node(base=w, gate=gate, name=name, group=group, **where, **static, **jax.tree.map(_to_jax, fields))
 
 
 def _axes(leaf: str, kind: Format) -> tuple[Axes, Axes]:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapters.ia3 import IA3
@@ -70,7 +69,6 @@ class Format(NamedTuple):
     options: frozenset[str] = frozenset()
     shared: Mapping[str, Callable[[Any], np.ndarray]] = {}  # name -> from the Shared node
     read_shared: Callable[[Tensors, Config, tuple[int, int]], tuple[dict[str, Any], dict[str, Any]]] | None = None
-    finish: Callable[[Any], Any] | None = None  # for fields that come from the base
     mirror: Callable[[Any], Any] | None = None
 
 
@@ -185,7 +183,7 @@ def _read_lora(tensors: Tensors, config: Config, module: Module) -> tuple[type[W
         return LoRA, fields
     if "lora_magnitude_vector" not in tensors:
         raise ValueError(f"{module.name} lacks lora_magnitude_vector, which use_dora needs")
-    return DoRA, {**fields, "magnitude": tensors["lora_magnitude_vector"].reshape(-1), "norm": None}
+    return DoRA, {**fields, "magnitude": tensors["lora_magnitude_vector"].reshape(-1)}
 
 
 def _describe_lora(nodes: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,14 +216,6 @@ def _swap_factors(node: Any) -> Any:
         return None
     node = node.plain()
     return node.replace(a=np.swapaxes(node.b, -1, -2), b=np.swapaxes(node.a, -1, -2))
-
-
-def _base_norm(axis: int) -> Callable[[Any], Any]:
-    return lambda node: node.replace(norm=jnp.linalg.norm(node.base_matrix(), axis=axis))
-
-
-def _finish_lora(node: Any) -> Any:
-    return _base_norm(-2)(node) if isinstance(node, DoRA) else node
 
 
 _LORA_OPTIONS = (
@@ -675,15 +665,11 @@ def _read_tokens(tensors: Tensors, config: Config, module: Module) -> tuple[type
         raise ValueError(f"{module.name} has rows for trainable tokens that do not fit the token indices {ids}")
     if not all(isinstance(i, int) and 0 <= i < module.n_in for i in ids):
         raise ValueError(f"{module.name} has {module.n_in} tokens; the token indices {ids} lie outside")
-    return TrainableTokens, {"rows": rows, "ids": np.asarray(ids, np.int32), "original": None}
+    return TrainableTokens, {"rows": rows, "ids": np.asarray(ids, np.int32)}
 
 
 def _describe_tokens(nodes: Mapping[str, Any]) -> dict[str, Any]:
     return {"token_indices": list(_one(nodes, "token_indices", lambda n: tuple(np.asarray(n.ids).tolist())))}
-
-
-def _finish_tokens(node: TrainableTokens) -> TrainableTokens:
-    return node.replace(original=node.base_matrix()[node.ids])
 
 
 # -------------------------------------------------------------------------------------------------------------- IA3
@@ -716,7 +702,7 @@ FORMATS: dict[str, Format] = {
     "LORA": Format(
         (LoRA, DoRA, QALoRA),
         ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
-        _write_lora, _read_lora, _describe_lora, _options(_LORA_OPTIONS), finish=_finish_lora, mirror=_swap_factors,
+        _write_lora, _read_lora, _describe_lora, _options(_LORA_OPTIONS), mirror=_swap_factors,
     ),
     "ADALORA": Format(
         (AdaLoRA,), ("lora_A", "lora_B", "lora_E"), _write_adalora, _read_adalora, _describe_adalora,
@@ -788,6 +774,6 @@ FORMATS: dict[str, Format] = {
     ),
     "TRAINABLE_TOKENS": Format(
         (TrainableTokens,), ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta"),
-        _write_tokens, _read_tokens, _describe_tokens, _options("token_indices"), finish=_finish_tokens,
+        _write_tokens, _read_tokens, _describe_tokens, _options("token_indices"),
     ),
 }  # fmt: skip
