@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from peft_jax.core.sharding import fetch
+from peft_jax.core.values import is_traced
 
 logger = logging.getLogger("peft_jax")
 
@@ -138,7 +138,7 @@ def reached(
         there &= jnp.isfinite(array).all(own) & (array != 0).any(own)
     if tokens is not None:
         there &= tokens >= least
-    if isinstance(there, Tracer):
+    if is_traced(there):
         return there
     with ledger() as book:
         book.note(method, instead, path, there)

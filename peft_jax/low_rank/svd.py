@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.coverage import ledger, reached, white
 from peft_jax.core.reparametrised import Matrix, Site, find_sites, node, precision_name
-from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import Targets, map_places
+from peft_jax.core.values import check_concrete, fetched, is_traced
 from peft_jax.core.weight import Axes, Layout, from_matrix, static
 
 logger = logging.getLogger("peft_jax")
@@ -116,7 +116,9 @@ def factorize(
     if statistics is not None and (missing := sorted(set(sites) - set(statistics))):
         raise ValueError(f"there are no statistics of {missing[0]}; calibrate with the same targets")
     parts = {p: _decompose(s, None if statistics is None else statistics[p], whitening) for p, s in sites.items()}
-    energies = {p: np.square(fetch(s)).reshape(-1, s.shape[-1]).sum(0) for p, (_, s, _) in parts.items()}
+    energies = {p: (fetched(s) ** 2).reshape(-1, s.shape[-1]).sum(0) for p, (_, s, _) in parts.items()}
+    if error is not None or allocation != "uniform":
+        check_concrete("ranks by an error or by energy depend on the weights: factorize runs with keep alone", energies)
     ranks = _ranks(sites, energies, keep, error, allocation)
     report: dict[str, dict[str, float]] = {}
 
@@ -125,12 +127,12 @@ def factorize(
             return w
         lead, n_in, n_out = sites[path].sizes
         k = ranks[path]
-        lost = energies[path][k:].sum() / max(energies[path].sum(), 1e-30)
+        lost = energies[path][k:].sum() / (energies[path].sum() + 1e-30)
         dense = k * (n_in + n_out) >= n_in * n_out
         report[path] = {
             "rank": float(min(n_in, n_out) if dense else k),
             "kept": 1.0 if dense else k * (n_in + n_out) / (n_in * n_out),
-            "error": 0.0 if dense else float(np.sqrt(lost)),
+            "error": 0.0 if dense else lost**0.5 if is_traced(lost) else float(lost**0.5),
         }
         if dense:
             return w
@@ -147,7 +149,7 @@ def factorize(
         )
 
     tree = map_places(place, params)
-    if statistics is None and any(row["error"] > 1e-3 for row in report.values()):
+    if statistics is None and any(not is_traced(row) and row["error"] > 1e-3 for row in report.values()):
         logger.warning(
             "plain SVD of whole weights is known to ruin language models even where little is cut off; SVD-LLM, which heeds "
             "their inputs, is factorize(..., statistics=calibrate(...)), or factorize.activations=true in a configuration"

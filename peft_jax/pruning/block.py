@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.reparametrised import node, precision_name
+from peft_jax.core.values import is_traced
 from peft_jax.core.weight import Axes, materialize, static, to_matrix
 from peft_jax.pruning.masked import Masked
 from peft_jax.pruning.pattern import Block
@@ -75,7 +76,8 @@ def block_sparse(w: Masked) -> BlockSparse:
     (rows, columns), (n_in, n_out) = (w.pattern.rows, w.pattern.columns), w.features
     shape = (*w.lead, n_in // rows, rows, n_out // columns, columns)
     kept = jnp.swapaxes(w.kept().reshape(shape)[..., :, 0, :, 0], -1, -2)  # [*lead, column blocks, row blocks]
-    k = max(1, int(kept.sum(-1).max()))
+    # The most that a column of blocks has; traced, it may have all.
+    k = n_in // rows if is_traced(kept) else max(1, int(kept.sum(-1).max()))
     order = jnp.argsort(~kept, axis=-1, stable=True)[..., :k]
     index = jnp.where(jnp.arange(k) < kept.sum(-1, keepdims=True), order, n_in // rows).astype(jnp.int32)
     dense = to_matrix(materialize(w), w.in_axes, w.out_axes).reshape(shape)

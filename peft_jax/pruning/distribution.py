@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,13 +13,13 @@ import numpy as np
 
 from peft_jax.core.coverage import choose, ledger, reached
 from peft_jax.core.reparametrised import Site, find_sites
-from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import Targets, layer_paths
+from peft_jax.core.values import fetched, is_traced
 from peft_jax.core.weight import Layout
 from peft_jax.pruning.pattern import make_pattern
 from peft_jax.pruning.scores import check_options, check_statistics, scores_of
 
-Sparsities = dict[str, np.ndarray]  # path -> [*lead]
+Sparsities = dict[str, Any]  # path -> [*lead]: of NumPy, or traced
 Scores = Callable[[Site], tuple[jax.Array, jax.Array | None]]  # -> [*lead, in, out], and of which [*lead] there are any
 
 NEEDS: dict[str, tuple[str, ...]] = {"owl": ("second_moment",)}
@@ -50,18 +51,33 @@ def erk(sites: Mapping[str, Site], sparsity: float, **_: Any) -> Sparsities:
 
 def overall(sites: Mapping[str, Site], sparsity: float, *, scores: Scores, **_: Any) -> Sparsities:
     """One threshold for the scores of all weights together ("global"); matrices that have none lose the mean share."""
-    found: Sparsities = {}
-    known: dict[str, np.ndarray] = {}
+    found: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for path, site in sites.items():
         score, there = scores(site)
-        found[path] = fetch(score)
-        known[path] = np.ones(site.sizes[0], bool) if there is None else fetch(there)
-    every = np.concatenate([s[known[path]].ravel() for path, s in found.items()])
+        found[path] = fetched(score)
+        known[path] = np.ones(site.sizes[0], bool) if there is None else fetched(there)
+    return (_overall_traced if is_traced(found, known) else _overall)(found, known, sparsity)
+
+
+def _overall(scores: Mapping[str, np.ndarray], known: Mapping[str, np.ndarray], sparsity: float) -> Sparsities:
+    every = np.concatenate([s[known[path]].ravel() for path, s in scores.items()])
     remove = int(sparsity * every.size + 1e-6)
     if remove == 0:
-        return uniform(sites, sparsity if every.size == 0 else 0.0)
+        return {path: np.full(there.shape, sparsity if every.size == 0 else 0.0) for path, there in known.items()}
     threshold = np.partition(every, remove - 1)[remove - 1]
-    return {path: np.where(known[path], (s <= threshold).mean((-2, -1)), sparsity) for path, s in found.items()}
+    return {path: np.where(known[path], (s <= threshold).mean((-2, -1)), sparsity) for path, s in scores.items()}
+
+
+def _overall_traced(scores: Mapping[str, jax.Array], known: Mapping[str, Any], sparsity: float) -> Sparsities:
+    """`_overall` without values: what is not known sorts behind everything, so that sizes are those of all."""
+    ranked = {path: jnp.where(jnp.asarray(known[path])[..., None, None], s, jnp.inf) for path, s in scores.items()}
+    every = jnp.sort(jnp.concatenate([s.ravel() for s in ranked.values()]))
+    count = sum(jnp.sum(known[path]) * math.prod(s.shape[-2:]) for path, s in scores.items())
+    remove = jnp.floor(sparsity * count * (1 + 1e-6)).astype(jnp.int32)
+    threshold = every[jnp.maximum(remove - 1, 0)]
+    share = lambda s: jnp.where(remove > 0, (s <= threshold).mean((-2, -1)), 0.0)
+    return {path: jnp.where(known[path], share(s), jnp.where(count > 0, sparsity, 0.0)) for path, s in ranked.items()}
 
 
 def owl(
@@ -80,18 +96,19 @@ def owl(
         second_moment = statistics["second_moment"][path]
         there = reached(path, [second_moment], site.sizes[0], method="distribution 'owl'", instead="the size of the weights")
         second_moment = choose(there, second_moment, jnp.ones_like(second_moment))
-        share = fetch(_outliers(site.matrix(), second_moment, outlier))
+        share = fetched(_outliers(site.matrix(), second_moment, outlier))
         size = int(np.prod(site.sizes[1:]))
         for layer, value in zip(names[path], share.reshape(-1), strict=True):
-            found.setdefault(layer, []).append(float(value) * size)
+            found.setdefault(layer, []).append((value if is_traced(value) else float(value)) * size)
             entries[layer] = entries.get(layer, 0) + size
     layers = list(found)
-    ratio = np.array([sum(found[layer]) / entries[layer] for layer in layers])
-    weight = np.array([entries[layer] for layer in layers])
-    ratio = (ratio - ratio.min()) / max(ratio.max() - ratio.min(), 1e-30) * 2 * spread
-    density = np.clip(ratio - np.average(ratio, weights=weight) + 1.0 - sparsity, 0.0, 1.0)
+    xp: Any = jnp if is_traced(found) else np
+    ratio = xp.array([sum(found[layer]) / entries[layer] for layer in layers])
+    weight = np.array([entries[layer] for layer in layers], np.float64)
+    ratio = (ratio - ratio.min()) / xp.maximum(ratio.max() - ratio.min(), 1e-30) * 2 * spread
+    density = xp.clip(ratio - xp.average(ratio, weights=weight) + 1.0 - sparsity, 0.0, 1.0)
     of = dict(zip(layers, 1.0 - density, strict=True))
-    return {path: np.array([of[n] for n in names[path]]).reshape(site.sizes[0]) for path, site in sites.items()}
+    return {path: xp.array([of[n] for n in names[path]]).reshape(site.sizes[0]) for path, site in sites.items()}
 
 
 @jax.jit

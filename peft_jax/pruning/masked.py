@@ -12,6 +12,7 @@ import numpy as np
 from peft_jax.core.packing import pack_padded, unpack_padded
 from peft_jax.core.reparametrised import Product, Reparametrised, node
 from peft_jax.core.tree import map_places, trainable_mask
+from peft_jax.core.values import check_concrete
 from peft_jax.core.weight import Axes, Trainable, Weight, from_matrix, materialize, matmul, static, to_matrix
 from peft_jax.pruning.pattern import Pattern
 
@@ -105,13 +106,14 @@ def masked(w: Any, kept: jax.Array, *, in_axes: Axes = (-2,), out_axes: Axes = (
 def mask_from_zeros(params: Any, layout: Mapping[str, tuple[Axes, Axes]] | None = None, *, least: float = 0.05) -> Any:
     """`params` with each matrix of which at least a share `least` is zero made a Masked weight of those zeros.
 
-    For checkpoints that were pruned elsewhere, or before: their zeros are then kept.
+    For checkpoints that were pruned elsewhere, or before: their zeros are then kept. Raises ValueError under `jax.jit`.
     """
 
     def place(path: str, w: Any) -> Any:
         if isinstance(w, Weight) or not hasattr(w, "ndim") or w.ndim < 2 or not path.endswith(("kernel", "embedding")):
             return w
         axes = dict(zip(("in_axes", "out_axes"), (layout or {}).get(path, ((-2,), (-1,))), strict=True))
+        check_concrete("which weights become masked depends on their zeros: mask_from_zeros does not run", w)
         kept = to_matrix(w, **axes) != 0
         return masked(w, kept, **axes) if float(1 - kept.mean()) >= least else w
 

@@ -14,6 +14,7 @@ from peft_jax.core.coverage import choose, ledger
 from peft_jax.core.reparametrised import Reparametrised, Site, find_sites
 from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import Targets, map_places
+from peft_jax.core.values import check_finite, is_traced
 from peft_jax.core.weight import Layout, Weight, from_matrix, materialize
 from peft_jax.pruning.block import block_sparse
 from peft_jax.pruning.distribution import OF_SCORES, allocate_sparsity, check_pattern
@@ -96,7 +97,8 @@ def prune(
             return w
         site = sites[path]
         here = {name: of[path] for name, of in (statistics or {}).items() if path in of}
-        share = np.where(np.asarray(site.by_layer(site.chosen)) > 0, shares[path], 0.0)
+        chosen = np.reshape(site.chosen, (-1, *[1] * (len(site.sizes[0]) - 1))) if site.sizes[0] else site.chosen[0]
+        share = (jnp if is_traced(shares[path]) else np).where(chosen, shares[path], 0.0)
         if isinstance(pattern, NM):
             site.check_whole("follow one pattern")
         return _prune_base(site, w, share, here, score, pattern, compare, seed, tuple(options.items()))
@@ -124,7 +126,7 @@ def _given(sparsity: Mapping[str, Any], sites: Mapping[str, Site]) -> dict[str, 
 
 
 def _prune_base(
-    site: Site, w: Any, share: np.ndarray, statistics: Mapping[str, jax.Array], score: str, pattern: Pattern, compare: Compare,
+    site: Site, w: Any, share: Any, statistics: Mapping[str, jax.Array], score: str, pattern: Pattern, compare: Compare,
     seed: int, options: Any,
 ) -> Any:  # fmt: skip
     """`w`, an array or a Weight, masked; where it is a node over a base, the innermost one is."""
@@ -146,8 +148,7 @@ def _prune_base(
     remove = removed(share.reshape(-1), n_in, n_out, pattern, compare)
     shares = jnp.asarray(share.reshape(-1), jnp.float32)
     new, kept = _prune_stack(flat, kept, needed, keys, shares, jnp.asarray(remove), there, score, pattern, compare, options)
-    if not bool(jnp.isfinite(new).all()):
-        raise ValueError(f"{site.path} holds, or its statistics lead to, numbers that are not finite")
+    check_finite(new, f"{site.path} holds, or its statistics lead to, numbers that are not finite")
     lead = site.sizes[0]
     kept = kept.reshape(*lead, n_in, n_out)
     if score in PROCEDURES:
@@ -183,7 +184,8 @@ def _prune_stack(
 def compress(params: Any) -> Any:
     """Masked weights stored without their zeros: those of N:M patterns as NMSparse, those of blocks as BlockSparse.
 
-    Weights whose mask follows no pattern, or that lie over something other than an array, stay as they are.
+    Weights whose mask follows no pattern, or that lie over something other than an array, stay as they are. Under `jax.jit`
+    blocks are stored with room for all of them, since how many are kept is not known then.
     """
 
     def store(w: Any) -> Any:

@@ -16,10 +16,12 @@ from peft_jax.core.coverage import choose, ledger, reached
 from peft_jax.core.packing import codes_per_unit
 from peft_jax.core.reparametrised import Reparametrised, Site, find_sites
 from peft_jax.core.tree import OUTPUT_EMBEDDING, Targets, check_patterns, map_places, matches, places
+from peft_jax.core.values import check_finite, is_traced
 from peft_jax.core.weight import Axes, Layout, Weight, materialize, matrix_shape, to_matrix
 from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.quantized import Quantized, packed
 from peft_jax.quantization.rounding import (
+    FRACTIONAL,
     NEEDS,
     ROUNDINGS,
     WITHOUT_DATA,
@@ -113,8 +115,7 @@ def quantize_weight(
     array = materialize(w)
     matrices, there = to_matrix(array, in_axes, out_axes), _reached(path, array.shape, statistics, rounding, in_axes, out_axes)
     rounded = _round_stack(matrices, dict(statistics), key, there, format, rounding, tuple(options.items()))
-    if not bool(jnp.isfinite(rounded.scale).all()):
-        raise ValueError(f"{path} holds numbers that are not finite")
+    check_finite(rounded.scale, f"{path} holds numbers that are not finite")
     node = assemble(
         rounded, format, tuple(w.shape[a] for a in in_axes), tuple(w.shape[a] for a in out_axes), in_axes, out_axes, w.dtype
     )
@@ -156,7 +157,8 @@ def assemble(
 
 
 def _whole(zero: jax.Array, format: Format) -> bool:
-    return bool((jnp.round(zero) == zero).all() & (zero >= 0).all() & (zero < 2**format.bits).all())
+    """Whether zero points are whole numbers that codes can be; of traced ones nobody knows."""
+    return not is_traced(zero) and bool((jnp.round(zero) == zero).all() & (zero >= 0).all() & (zero < 2**format.bits).all())
 
 
 def _reached(
@@ -184,7 +186,10 @@ def _round_stack(
         w = w.astype(jnp.float32)
         given = {**({"statistics": of} if of else {}), **({"key": key} if needs_key else {})}
         found = function(w, format, **given, **dict(options))
-        return found if there is None else choose(there, found, plain_rounding(rounding, w, format, found))
+        found = found if there is None else choose(there, found, plain_rounding(rounding, w, format, found))
+        if found.zero is None or rounding in FRACTIONAL:
+            return found
+        return found._replace(zero=found.zero.astype(jnp.uint8))
 
     if not lead:
         return one((matrices, wanted, key, there))

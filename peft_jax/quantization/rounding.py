@@ -204,6 +204,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "gptq": ("covariance",), "awq": ("covariance", "mean_abs"), "smoothquant": ("max_abs",),
 }  # fmt: skip
 
+FRACTIONAL = ("hqq",)  # their zero points lie between codes
 WITHOUT_DATA = {"gptq": "nearest", "awq": "nearest", "smoothquant": "nearest"}  # what is done where there are no statistics
 
 
