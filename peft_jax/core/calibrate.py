@@ -121,8 +121,8 @@ def calibrate(
     """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]), x^2 ("second_moment", [*lead, in]), x
     ("mean") or |x| ("mean_abs"), or the largest |x| ("max_abs"), float32.
 
-    Of stacked experts each has the tokens that it gets, padding too, over the number of all tokens; how many those were is in
-    the result's `tokens`, path -> [*lead]. See `collect` for the `batches`. Raises ValueError where there is no batch, or a
+    Of stacked experts each has the tokens that it gets, over the number of all tokens; how many those were is in the result's
+    `tokens`, path -> [*lead]. See `collect` for the `batches`. Raises ValueError where there is no batch, or a
     target matches nothing.
     """
 
