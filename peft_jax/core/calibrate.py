@@ -140,8 +140,8 @@ def calibrate(
     """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]), x^2 ("second_moment", [*lead, in]), x
     ("mean") or |x| ("mean_abs"), or the largest |x| ("max_abs"), float32.
 
-    Of stacked experts each has the tokens that it gets, padding too, over the number of all tokens; how many those were is in
-    the result's `tokens`, path -> [*lead]. See `collect` for the `batches`. Of a part of a tree, paths begin `within` it;
+    Of stacked experts each has the tokens that it gets, over the number of all tokens; how many those were is in the
+    result's `tokens`, path -> [*lead]. See `collect` for the `batches`. Of a part of a tree, paths begin `within` it;
     `compiled`, the `probing` of `apply`, shares programs between calls.
 
     Language models write some tokens, the first of each row above all, hundreds of times larger than others (Sun et al. 2024,

@@ -169,15 +169,9 @@ class VisibleMatrix(Attachment):
         if mask.width is not None:
             near, far = pairs(jnp.broadcast_to(mask.positions, b.shape))
             local = seen & (jnp.abs(near - far) < mask.width)
-        full, local = (_among(mask, old, new) for old, new in ((mask.full, seen), (mask.local, local)))
-        return call(q, k, v, dataclasses.replace(mask, full=full, local=local, dense=True), *rest, **kwargs)
-
-
-def _among(mask: Any, old: jax.Array, new: jax.Array) -> jax.Array:
-    """`new` visibility [B, 1, T, T], with the prefix of the `old` before it and a cache's slots, empty yet, behind."""
-    before = jnp.broadcast_to(old[..., : mask.prefix], (*new.shape[:-1], mask.prefix))
-    behind = old.shape[-1] - mask.prefix - new.shape[-1]
-    return jnp.pad(jnp.concatenate([before, new], axis=-1), [(0, 0)] * 3 + [(0, behind)])
+        behind = mask.kv_positions.shape[1] - len(place)  # a cache's slots, empty yet
+        given = tuple(jnp.pad(x, [(0, 0)] * 3 + [(0, behind)]) for x in (seen, local))
+        return call(q, k, v, dataclasses.replace(mask, given=given, dense=True), *rest, **kwargs)
 
 
 @node

@@ -22,45 +22,81 @@ _MASKED = -1e30  # finite, so that a fully masked row stays free of NaN
 
 @struct.dataclass
 class Mask:
-    """Who may look at whom, prepared once per forward pass and shared by all layers.
+    """Who may look at whom, shared by all layers: what the boolean arrays are made of, block by block (`visible`), so that
+    none of them is kept for the backward pass.
 
-    `full` and `local` are boolean [B or 1, 1, T, S] (True: visible), for layers without and with a sliding window.
-    `segment_ids` is [B, T], None without padding or packing. `aligned` says that queries and
-    keys are the same tokens in order, which the kernels of GPUs and TPUs ask for. With `dense` it is the boolean arrays
-    alone that say it. `prefix` keys stand before the aligned ones (see `with_prefix`); `bias` [B or 1, 1, T, prefix] is
-    added to their scores. `positions` are those of the queries [B or 1, T], `width` the window of the local layers.
-    Where it is not `causal`, tokens see those behind them too.
+    `positions` [B or 1, T] and `segments` [B, T] are those of the queries, `kv_positions` and `kv_segments` those of the keys;
+    segments are None without padding or packing. `width` is the window of the local layers, `window` the same where any key
+    is further away. `aligned` says that queries and keys are the same tokens in order, which the kernels of GPUs and TPUs ask
+    for. With `dense` it is the boolean arrays alone that say who is seen. `prefix` keys stand before the others (see
+    `with_prefix`): `before` (for full and for local layers, [B or 1, 1, T, prefix]) says who sees them, and `bias`
+    [B or 1, 1, T, prefix] is added to their scores. `given` [B or 1, 1, T, S], a pair too, replaces what positions and
+    segments say of the other keys. Where it is not `causal`, tokens see those behind them too.
     """
 
-    full: jax.Array
-    local: jax.Array
-    segment_ids: jax.Array | None
-    window: int | None = struct.field(pytree_node=False)
-    aligned: bool = struct.field(pytree_node=False)
     positions: jax.Array
+    kv_positions: jax.Array
+    segments: jax.Array | None
+    kv_segments: jax.Array | None
+    window: int | None = struct.field(pytree_node=False)
     width: int | None = struct.field(pytree_node=False)
+    aligned: bool = struct.field(pytree_node=False)
     dense: bool = struct.field(pytree_node=False, default=False)
-    prefix: int = struct.field(pytree_node=False, default=0)
-    bias: jax.Array | None = None
     causal: bool = struct.field(pytree_node=False, default=True)
+    prefix: int = struct.field(pytree_node=False, default=0)
+    before: tuple[jax.Array, jax.Array] | None = None
+    bias: jax.Array | None = None
+    given: tuple[jax.Array, jax.Array] | None = None
+
+    @property
+    def segment_ids(self) -> jax.Array | None:
+        """The segments [B, T] of queries and keys where these are the same tokens."""
+        return self.segments if self.aligned else None
+
+    def visible(self, sliding: bool | jax.Array, queries: slice = slice(None), keys: int | None = None) -> jax.Array:
+        """Whether some of the queries see each of the first `keys` keys (all by default): bool [B or 1, 1, T, keys].
+
+        `sliding` chooses what local layers see, statically or by a traced boolean.
+        """
+        own = None if keys is None else keys - self.prefix
+        if isinstance(sliding, bool):
+            return self._part(sliding, queries, own)
+        return jnp.where(sliding, self._part(True, queries, own), self._part(False, queries, own))
+
+    def _part(self, local: bool, queries: slice, keys: int | None) -> jax.Array:
+        given = self.given
+        seen = self._near(local, queries, keys) if given is None else given[local][..., queries, :keys]
+        return seen if self.before is None else _beside(self.before[local][..., queries, :], seen)
+
+    def _near(self, local: bool, queries: slice, keys: int | None) -> jax.Array:
+        """What positions and segments say."""
+        distance = self.positions[:, None, queries, None] - self.kv_positions[:, None, None, :keys]
+        seen = distance >= 0 if self.causal else jnp.ones_like(distance, bool)
+        if self.segments is not None and self.kv_segments is not None:
+            kv = self.kv_segments[:, None, None, :keys]
+            seen &= (self.segments[:, None, queries, None] == kv) | (kv < 0)
+        if local and self.window is not None:
+            seen &= (distance if self.causal else jnp.abs(distance)) < self.window
+        return seen
 
     def with_prefix(self, length: int, visible: Any = True, bias: jax.Array | None = None, first: int = 0) -> Mask:
         """The mask with `length` keys in front, at the positions first, first + 1, ..., which every segment sees.
 
         `visible` (a boolean that broadcasts to [B, 1, T, length]) hides them; local layers see those in their window.
         """
-        B, _, T, _ = self.full.shape
-        seen = jnp.broadcast_to(visible, (max(B, *np.shape(visible)[:1], 1), 1, T, length))
-        near = seen
+        shape = (1, 1, self.positions.shape[1], length)
+        seen = near = jnp.broadcast_to(visible, np.broadcast_shapes(np.shape(visible), shape))
         if self.width is not None:
             distance = self.positions[:, None, :, None] - (first + jnp.arange(length))
             near = seen & ((distance if self.causal else jnp.abs(distance)) < self.width)
-        full, local = (_beside(a, b) for a, b in ((seen, self.full), (near, self.local)))
+        before = (seen, near)
+        if self.before is not None:
+            before = (_beside(seen, self.before[0]), _beside(near, self.before[1]))
         if bias is not None and self.bias is not None:
             bias = _beside(bias, self.bias)
         elif self.bias is not None:
             bias = jnp.pad(self.bias, [(0, 0)] * 3 + [(length, 0)])
-        return dataclasses.replace(self, full=full, local=local, dense=True, prefix=self.prefix + length, bias=bias)
+        return dataclasses.replace(self, dense=True, prefix=self.prefix + length, before=before, bias=bias)
 
 
 def _beside(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -85,18 +121,22 @@ def make_mask(
     Positions and segments are [B, T] and [B, S]; the segment 0 is padding (and empty cache slots), and keys of the segment
     -1 are seen by all, which `common` has to announce.
     """
-    distance = q_positions[:, None, :, None] - kv_positions[:, None, None, :]
-    full = distance >= 0 if causal else jnp.ones_like(distance, bool)
-    if q_segments is not None and kv_segments is not None:
-        kv = kv_segments[:, None, None, :]
-        full &= (q_segments[:, None, :, None] == kv) | (kv < 0)
     width = window
     if window is not None and window >= kv_positions.shape[1]:
         window = None
-    local = full if window is None else full & ((distance if causal else jnp.abs(distance)) < window)
-    dense = common and q_segments is not None
-    segments = q_segments if aligned else None
-    return Mask(full, local, segments, window, aligned, q_positions, width, dense, causal=causal)
+    if q_segments is None or kv_segments is None:
+        q_segments = kv_segments = None
+    return Mask(
+        q_positions,
+        kv_positions,
+        q_segments,
+        kv_segments,
+        window=window,
+        width=width,
+        aligned=aligned,
+        dense=common and q_segments is not None,
+        causal=causal,
+    )
 
 
 def attention(
@@ -132,12 +172,6 @@ def attention(
     return _xla(q, k, v, mask, sliding, scale, softcap, bias)
 
 
-def _visible(mask: Mask, sliding: bool | jax.Array) -> jax.Array:
-    if isinstance(sliding, bool):
-        return mask.local if sliding else mask.full
-    return jnp.where(sliding, mask.local, mask.full)
-
-
 def _best(q: jax.Array, mask: Mask, sliding: bool | jax.Array, softcap: float | None) -> str:
     backend = jax.default_backend()
     if not mask.aligned or q.shape[1] == 1:
@@ -156,7 +190,11 @@ def _cudnn(q, k, v, mask: Mask, sliding: bool | jax.Array, scale: float) -> jax.
     if plain:
         window = (mask.window - 1, 0) if sliding is True and mask.window else None
         return call(q, k, v, is_causal=True, local_window_size=window)
-    return call(q, k, v, mask=_visible(mask, sliding))
+    if isinstance(sliding, bool):
+        return call(q, k, v, mask=mask.visible(sliding))
+    # The mask of a layer among others that differ is its own: it is made again, and the output with it, where a gradient asks.
+    masked = jax.checkpoint(lambda q, k, v, mask, sliding: call(q, k, v, mask=mask.visible(sliding)))
+    return masked(q, k, v, mask, sliding)
 
 
 def _xla(q, k, v, mask: Mask, sliding: bool | jax.Array, scale: float, softcap: float | None, relative=None) -> jax.Array:
@@ -167,14 +205,15 @@ def _xla(q, k, v, mask: Mask, sliding: bool | jax.Array, scale: float, softcap: 
     # Heads lead and a group's queries are stacked, so each (row, kv head) is one plain matrix product.
     q = jnp.moveaxis((q * scale).reshape(B, T, K, H // K, d), 1, 3)  # [B, K, G, T, d]
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, S, d]
-    bias = jnp.where(_visible(mask, sliding), 0.0, _MASKED)  # [B or 1, 1, T, S]
-    if mask.bias is not None:
-        bias = bias + jnp.pad(mask.bias, [(0, 0)] * 3 + [(0, k.shape[2] - mask.bias.shape[-1])])
-    bias = bias[:, :, None]
+    bias = None if mask.bias is None else mask.bias[:, :, None]  # [B, 1, 1, T, prefix]
     if relative is not None:
+        bias = jnp.zeros(()) if bias is None else jnp.pad(bias, [(0, 0)] * 4 + [(0, k.shape[2] - bias.shape[-1])])
         bias = bias + relative.reshape(relative.shape[0], K, H // K, *relative.shape[2:])
     before = mask.prefix if mask.aligned and mask.causal else None
-    return jnp.moveaxis(_blocked(softcap, before, q, k, v, bias), 3, 1).reshape(B, T, H, d)
+    always = sliding if isinstance(sliding, bool) else None
+    chosen = None if isinstance(sliding, bool) else sliding
+    out = _blocked(softcap, before, always, q, k, v, dataclasses.replace(mask, bias=None), chosen, bias)
+    return jnp.moveaxis(out, 3, 1).reshape(B, T, H, d)
 
 
 def _blocks(T: int, S: int, before: int | None) -> list[tuple[int, int, int]]:
@@ -197,20 +236,34 @@ def _scores(q: jax.Array, k: jax.Array, softcap: float | None) -> jax.Array:
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocked(softcap: float | None, before: int | None, q, k, v, bias) -> jax.Array:
+def _shown(scores: jax.Array, visible: jax.Array, bias: jax.Array | None, queries: slice) -> jax.Array:
+    """A block's scores [B, K, G, t, s], biased and hidden where they are not `visible` [B or 1, 1, t, s]."""
+    if bias is not None:
+        width = min(bias.shape[-1], scores.shape[-1])
+        scores = scores.at[..., :width].add(bias[..., queries, :width])
+    return jnp.where(visible[:, :, None], scores, _MASKED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _blocked(
+    softcap: float | None, before: int | None, always: bool | None, q, k, v, mask: Mask, chosen: jax.Array | None, bias
+) -> jax.Array:
     """Softmax attention by causal query blocks, keeping only the log-sum-exp for the backward pass.
 
-    q [B, K, G, T, d]; k, v [B, K, S, d]; bias [B or 1, K or 1, G or 1, T, S]. The backward pass recomputes the weights of a
-    block (Dao et al. 2022, arXiv:2205.14135, section 3), which is cheaper on a CPU than storing and rereading them.
+    q [B, K, G, T, d]; k, v [B, K, S, d]; bias [B or 1, K or 1, G or 1, T, S or fewer] of the first keys. The layer slides
+    `always`, or as `chosen` says. The backward pass recomputes mask and weights of a block (Dao et al. 2022,
+    arXiv:2205.14135, section 3), which is cheaper on a CPU than storing and rereading them.
     """
-    return _blocked_forward(softcap, before, q, k, v, bias)[0]
+    return _blocked_forward(softcap, before, always, q, k, v, mask, chosen, bias)[0]
 
 
-def _blocked_forward(softcap, before, q, k, v, bias):
+def _blocked_forward(softcap, before, always, q, k, v, mask, chosen, bias):
     outs, sums = [], []
+    sliding = chosen if always is None else always
     for start, end, keys in _blocks(q.shape[3], k.shape[2], before):
-        scores = _scores(q[..., start:end, :], k[:, :, :keys], softcap) + bias[..., start:end, :keys]
+        queries = slice(start, end)
+        scores = _scores(q[..., queries, :], k[:, :, :keys], softcap)
+        scores = _shown(scores, mask.visible(sliding, queries, keys), bias, queries)
         top = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
@@ -218,29 +271,39 @@ def _blocked_forward(softcap, before, q, k, v, bias):
         outs.append((out / total).astype(q.dtype))
         sums.append(top + jnp.log(total))
     out, lse = jnp.concatenate(outs, 3), jnp.concatenate(sums, 3)
-    return out, (q, k, v, bias, out, lse)
+    return out, (q, k, v, mask, chosen, bias, out, lse)
 
 
-def _blocked_backward(softcap, before, saved, grad):
-    q, k, v, bias, out, lse = saved
+def _blocked_backward(softcap, before, always, saved, grad):
+    q, k, v, mask, chosen, bias, out, lse = saved
+    sliding = chosen if always is None else always
     delta = (grad.astype(jnp.float32) * out).sum(-1, keepdims=True)
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    d_bias = jnp.zeros((q.shape[0], *bias.shape[1:]), jnp.float32)  # costs nothing where it is not asked for
-    shared = tuple(axis for axis in (1, 2) if bias.shape[axis] == 1)
+    d_bias = None if bias is None else jnp.zeros((q.shape[0], *bias.shape[1:]), jnp.float32)
     for start, end, keys in _blocks(q.shape[3], k.shape[2], before):
-        q_block, grad_block, k_block = q[..., start:end, :], grad[..., start:end, :], k[:, :, :keys]
+        queries = slice(start, end)
+        q_block, grad_block, k_block = q[..., queries, :], grad[..., queries, :], k[:, :, :keys]
         scores = _scores(q_block, k_block, softcap)
-        weights = jnp.exp(scores + bias[..., start:end, :keys] - lse[..., start:end, :])
-        d_scores = weights * (_product("bkgtd,bksd->bkgts", grad_block, v[:, :, :keys]) - delta[..., start:end, :])
-        d_bias = d_bias.at[..., start:end, :keys].add(d_scores.sum(shared, keepdims=True))
+        weights = jnp.exp(_shown(scores, mask.visible(sliding, queries, keys), bias, queries) - lse[..., queries, :])
+        d_scores = weights * (_product("bkgtd,bksd->bkgts", grad_block, v[:, :, :keys]) - delta[..., queries, :])
+        if d_bias is not None:
+            d_bias = _add_bias(d_bias, d_scores, queries)
         if softcap is not None:
             d_scores *= 1 - jnp.square(scores / softcap)
         d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
         dq.append(_product("bkgts,bksd->bkgtd", d_scores, k_block))
         dk = dk.at[:, :, :keys].add(_product("bkgts,bkgtd->bksd", d_scores, q_block))
         dv = dv.at[:, :, :keys].add(_product("bkgts,bkgtd->bksd", weights, grad_block))
-    d_bias = d_bias if bias.shape[0] > 1 else d_bias.sum(0, keepdims=True)
-    return jnp.concatenate(dq, 3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_bias
+    if bias is not None and bias.shape[0] == 1:
+        d_bias = jnp.sum(d_bias, 0, keepdims=True)
+    return jnp.concatenate(dq, 3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, d_bias
+
+
+def _add_bias(total: jax.Array, d_scores: jax.Array, queries: slice) -> jax.Array:
+    """The gradient of a bias with a block's part of it; axes that it shares are summed over."""
+    shared = tuple(axis for axis in (1, 2) if total.shape[axis] == 1)
+    width = min(total.shape[-1], d_scores.shape[-1])
+    return total.at[..., queries, :width].add(d_scores[..., :width].sum(shared, keepdims=True))
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
@@ -249,9 +312,7 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 CACHE_DTYPES: dict[str, Any] = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
 
 
-def empty_cache(
-    layers: int, batch: int, length: int, kv_heads: int, head_dim: int, dtype: Any = jnp.float32
-) -> dict[str, jax.Array]:
+def empty_cache(layers: int, batch: int, length: int, kv_heads: int, head_dim: int, dtype: Any = jnp.float32) -> dict[str, Any]:
     """A key/value cache of `length` slots: k and v [L, B, S, K, d]; positions and segments [B, S]; the next slot.
 
     In int8 and float8_e4m3fn each token's head has a scale of its own, k_scale and v_scale [L, B, S, K], bfloat16.
@@ -266,7 +327,7 @@ def empty_cache(
         **scales,
         "positions": jnp.zeros((batch, length), jnp.int32),
         "segment_ids": jnp.zeros((batch, length), jnp.int32),
-        "index": jnp.zeros((), jnp.int32),
+        "index": np.zeros((), np.int32),  # no tracer: so a program knows that the cache is empty
     }
 
 
@@ -287,13 +348,13 @@ def write_cache(cache: dict[str, jax.Array], k: jax.Array, v: jax.Array, index: 
     return {name: update(cache[name], value, index, axis=1) for name, value in new.items()}
 
 
-def read_cache(cache: dict[str, jax.Array], dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """k and v [B, S, K, d] of one layer's cache in `dtype`."""
+def read_cache(cache: dict[str, jax.Array], dtype: Any, slots: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """k and v [B, S, K, d] of one layer's cache in `dtype`, of its first `slots` or all."""
 
     def read(name: str) -> jax.Array:
-        x = cache[name]
+        x = cache[name][:, :slots]
         if (scale := cache.get(f"{name}_scale")) is None:
             return x.astype(dtype)
-        return (x.astype(jnp.float32) * scale.astype(jnp.float32)[..., None]).astype(dtype)
+        return (x.astype(jnp.float32) * scale[:, :slots].astype(jnp.float32)[..., None]).astype(dtype)
 
     return read("k"), read("v")

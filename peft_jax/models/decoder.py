@@ -77,7 +77,7 @@ class Attention(nn.Module):
         q, k = self._rotate(q, k, shared, layer)
         if cache is not None:
             cache = write_cache(cache, k, v, shared["index"])
-            k, v = read_cache(cache, q.dtype)
+            k, v = read_cache(cache, q.dtype, k.shape[1] if shared["mask"].aligned else None)
         out = self.core(q, k, v, shared["mask"], self._flag("sliding", layer))
         return self.o_proj(out.reshape(*out.shape[:-2], -1)), cache
 
@@ -266,13 +266,19 @@ class Cached(NamedTuple):
         """The cache after `tokens` more tokens, whose keys and values are in `slots`; None where there is none."""
         if self.slots is None:
             return None
-        return {**slots, "index": self.index + tokens, "positions": self.kv_positions, "segment_ids": self.kv_segments}
+        return {
+            **slots,
+            "index": jnp.asarray(self.index + tokens, jnp.int32),
+            "positions": self.kv_positions,
+            "segment_ids": self.kv_segments,
+        }
 
 
 def cached_mask(tokens, positions, segment_ids, cache, *, window: int | None, common: int) -> Cached:
     """Positions and visibility of tokens [B, T] among themselves, or among those in the cache.
 
     Raises ValueError for tokens that find no room in the cache, where its index is known while tracing; see `Cached.within`.
+    Into a cache that is known while tracing to be empty, tokens look among themselves, not at slots that nothing is in.
     The first `common` tokens of each row are seen by all its segments; they have the segment -1.
     """
     B, T = tokens.shape
@@ -288,7 +294,9 @@ def cached_mask(tokens, positions, segment_ids, cache, *, window: int | None, co
         kv_positions = update(cache["positions"], positions.astype(jnp.int32), start, axis=1)
         kv_segments = update(cache["segment_ids"], segment_ids.astype(jnp.int32), start, axis=1)
         slots = {name: x for name, x in cache.items() if name in ("k", "v", "k_scale", "v_scale")}
-    mask = make_mask(positions, kv_positions, segment_ids, kv_segments, window=window, aligned=cache is None, common=common > 0)
+    empty = cache is None or (not isinstance(start, Tracer) and int(start) == 0)
+    keys = (positions, segment_ids) if empty else (kv_positions, kv_segments)
+    mask = make_mask(positions, keys[0], segment_ids, keys[1], window=window, aligned=empty, common=common > 0)
     made = Cached(mask, positions, segment_ids, start, kv_positions, kv_segments, slots)
     if cache is not None and not isinstance(start, Tracer) and start + T > kv_positions.shape[1]:
         raise ValueError(f"{T} tokens from slot {int(start)} on find no room in a cache of {kv_positions.shape[1]} slots")

@@ -94,7 +94,7 @@ class Attention(Block):
             q = q / (number + 1)
         if cache is not None:
             cache = write_cache(cache, k, v, shared["index"])
-            k, v = read_cache(cache, q.dtype)
+            k, v = read_cache(cache, q.dtype, k.shape[1] if shared["mask"].aligned else None)
         scale = c.head_dim**-0.5 if c.scale_attention else 1.0
         y = AttentionCore(scale, None, self.implementation, name="core")(q, k, v, shared["mask"])
         y = self.drop(self.dense(c.hidden_size, "c_proj")(join_heads(y)))

@@ -24,7 +24,8 @@ from peft_jax.models.blocks import ACTIVATIONS
 def mixture(
     x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Any, down: Any, *, activation: str, first: Any = 0
 ) -> jax.Array:
-    """The experts' outputs [N, D] for tokens x [N, D], summed by `weights` [N, k] over the experts `ids` [N, k].
+    """The experts' outputs [N, D] for tokens x [N, D], summed by `weights` [N, k] over the experts `ids` [N, k]; an id that
+    is no expert's adds nothing.
 
     gate_up [E, D, 2F] and down [E, F, D] are arrays or Weights. They are the experts from the number `first` on; what other
     experts would add is left out.
@@ -136,6 +137,8 @@ class SparseMLP(nn.Module):
         self.sow("router", "chosen", (chosen * seen[..., None]).sum((0, 1)))
         self.sow("router", "probabilities", (probabilities * seen[..., None]).sum((0, 1)))
         self.sow("router", "tokens", seen.sum())
+        if segment_ids is not None:  # what pads a row goes to no expert; virtual tokens, of the segment -1, do
+            ids = jnp.where(jnp.broadcast_to(segment_ids, x.shape[:2])[..., None] != 0, ids, c.num_experts)
         experts = Experts(c.num_experts, c.expert_size, c.activation, self.dtype, self.param_dtype, name="experts")
         y = experts(x, ids, weights.astype(x.dtype))
         if c.shared_expert_size:

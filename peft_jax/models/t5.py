@@ -341,7 +341,11 @@ class T5(Layers, nn.Module):
         }
         hidden, new = self.decoder(self.shared(tokens), shared, positions, kv_positions, {"self": own, "cross": crossing})
         kept = {"cross_k": new["cross"]["k"], "cross_v": new["cross"]["v"], "encoded_segments": cache["encoded_segments"]}
-        where = {"index": index + tokens.shape[1], "positions": kv_positions, "segment_ids": kv_segments}
+        where = {
+            "index": jnp.asarray(index + tokens.shape[1], jnp.int32),
+            "positions": kv_positions,
+            "segment_ids": kv_segments,
+        }
         return self.unembed(hidden), {**new["self"], **kept, **where}
 
     @nn.nowrap

@@ -321,7 +321,8 @@ def _contrasted(rows: dict[str, jax.Array], temperature: float, same: bool) -> t
 
 
 def embed_texts(apply: Apply, params: Any, tokens: jax.Array, segment_ids: jax.Array, rng: Any = None) -> jax.Array:
-    """A vector of length 1 for each text, float32 [B, D]: the mean of its hidden states."""
+    """A vector of length 1 for each text, float32 [B, D]: the mean of its hidden states; zeros where it has no token."""
     hidden = apply(params, tokens, segment_ids=segment_ids, rng=rng, method="hidden").astype(jnp.float32)
     mean = mean_of(hidden, segment_ids)
-    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-9)
+    square = jnp.square(mean).sum(-1, keepdims=True)
+    return mean * jax.lax.rsqrt(jnp.maximum(square, 1e-18))  # a norm has no gradient at zero

@@ -29,12 +29,26 @@ def llama(tmp_path_factory):
     return peft_jax.load(folder)
 
 
-@pytest.mark.parametrize(("statistic", "cap"), [*((kind, None) for kind in KINDS), ("covariance", 0.8), ("second_moment", 0.8)])
-def test_padding_does_not_count(llama, statistic, cap):
-    """Rows with 11% tokens give what these tokens give alone."""
-    model, params = llama
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    folder, *_ = family_checkpoint("mixtral_sliding", tmp_path_factory.mktemp("mixture"))
+    return peft_jax.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "statistic", "cap"),
+    [
+        *(("llama", "q_proj", kind, None) for kind in KINDS),
+        *(("mixture", "gate_up_proj", kind, None) for kind in KINDS),
+        ("llama", "q_proj", "second_moment", 0.8),
+        ("mixture", "gate_up_proj", "covariance", 0.8),
+    ],
+)
+def test_padding_does_not_count(family, target, statistic, cap, request):
+    """Rows with 11% tokens give what these tokens give alone, each expert too."""
+    model, params = request.getfixturevalue(family)
     tokens, apply = random_tokens(3, 6), peft_jax.bind(model)
-    where = {"statistic": statistic, "targets": ["q_proj", "down_proj"], "token_cap": cap}
+    where = {"statistic": statistic, "targets": [target, "down_proj"], "token_cap": cap}
     alone = calibrate(apply, params, [{"tokens": tokens}], **where)
     padded = calibrate(apply, params, [_padded(tokens, 54)], **where)
     for path, found in alone.items():

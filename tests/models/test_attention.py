@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import peft_jax
 from peft_jax.models.attention import attention, make_mask
 from peft_jax.models.splash import splash_attention, splash_supports
-from tests.reference import relative_error
+from tests.reference import FAMILIES, random_tokens, relative_error, torch_model
 
 
 def plain(q, k, v, visible, scale, softcap):
@@ -36,7 +37,7 @@ def test_blocks_equal_plain_softmax_with_gradients(T, packed, window, softcap):
         segments = np.stack([np.r_[np.ones(T // 3), np.full(T - T // 3, 2)], np.ones(T)]).astype(np.int32)
         positions = positions - np.where(segments == 2, T // 3, 0)
     mask = make_mask(jnp.asarray(positions), jnp.asarray(positions), segments, segments, window=window, aligned=True)
-    visible = mask.local if window else mask.full
+    visible = mask.visible(window is not None)
 
     def ours(q, k, v):
         return attention(q, k, v, mask, sliding=window is not None, scale=0.3, softcap=softcap)
@@ -76,7 +77,50 @@ def test_splash_kernel_equals_plain_softmax(window, softcap):
     positions = jnp.arange(256)[None].repeat(2, 0)
     mask = make_mask(positions, positions, segments, segments, window=window, aligned=True)
     out = splash_attention(q, k, v, segments, window=window, scale=0.1, softcap=softcap, interpret=True)
-    expected = plain(q, k, v, mask.local if window else mask.full, 0.1, softcap)
+    expected = plain(q, k, v, mask.visible(window is not None), 0.1, softcap)
     assert relative_error(out, expected) < 2e-3
     assert splash_supports(q.shape)
     assert not splash_supports((1, 100, 4, 128))
+
+
+@pytest.fixture(scope="module", params=["gemma2_caps", "gemma3"])
+def alternating(request, tmp_path_factory):
+    """The folder of a tiny model in which layers with and without a sliding window take turns."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch_model(FAMILIES[request.param]()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_no_mask_is_kept_for_the_backward_pass(alternating, scan, remat):
+    """What a packed and padded call keeps: 72 x 72 is the shape of a mask alone, once or once a layer."""
+    T = 72
+    model, params = peft_jax.load(alternating, scan_layers=scan, remat=remat)
+    tokens, segments = random_tokens(2, T), np.ones((2, T), np.int32)
+    segments[0, 40:], segments[1, 60:] = 2, 0
+    apply = peft_jax.bind(model)
+    kept = jax.eval_shape(lambda p: jax.vjp(lambda p: apply(p, tokens, segment_ids=segments).sum(), p)[1], params)
+    assert len(jax.tree.leaves(kept)) > 10
+    assert [x.shape for x in jax.tree.leaves(kept) if x.shape[-2:] == (T, T)] == []
+
+
+def test_a_kernel_that_needs_a_mask_keeps_none_where_layers_differ(monkeypatch):
+    """With XLA's attention in the place of cuDNN's kernel."""
+    kernel = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *a, implementation, **options: kernel(*a, implementation="xla", **options)
+    )
+    q, k, v = inputs(24)
+    positions = jnp.arange(24)[None]
+    segments = jnp.asarray(np.stack([np.r_[np.ones(10), np.full(14, 2)], np.ones(24)]).astype(np.int32))
+    mask = make_mask(positions, positions, segments, segments, window=5, aligned=True)
+    of = lambda implementation: (
+        lambda q, k, v: attention(q, k, v, mask, sliding=jnp.asarray(True), scale=1.0, implementation=implementation)
+    )
+    out, pull = jax.vjp(of("cudnn"), q, k, v)
+    expected, pull_expected = jax.vjp(of("xla"), q, k, v)
+    assert [x.shape for x in jax.tree.leaves(pull) if x.shape[-2:] == (24, 24)] == []
+    assert relative_error(out, expected) < 1e-5
+    for a, b in zip(pull(out), pull_expected(out), strict=True):
+        assert relative_error(a, b) < 1e-5

@@ -259,3 +259,28 @@ def test_a_full_cache_is_no_place_to_write(family, tmp_path):
     inside = jax.jit(lambda cache, n: apply(params, tokens[:, :n], cache=cache)[0], static_argnums=1)
     assert np.isfinite(inside(cache, 2)).all()
     assert np.isnan(inside(cache, 3)).all()
+
+
+@pytest.mark.parametrize("family", ["llama3_tied_biased", "gemma2_caps", "gpt2"])
+def test_a_prompt_looks_at_its_own_tokens_alone(family, tmp_path):
+    """In an empty cache, and not at all of its slots; keys, values and logits are those of a cache that nothing is known of."""
+    T, S = 40, 72
+    torch_model(FAMILIES[family]()).save_pretrained(tmp_path)
+    model, params = peft_jax.load(tmp_path)
+    apply = peft_jax.bind(model)
+    segments = np.ones((2, T), np.int32)
+    segments[1, :7] = 0
+    positions = np.maximum(np.cumsum(segments, 1) - 1, 0).astype(np.int32)
+    rows = {"tokens": random_tokens(2, T), "positions": positions, "segment_ids": segments}
+    known = lambda params: apply(params, **rows, cache=model.empty_cache(2, S))
+    logits, cache = jax.jit(known)(params)
+    expected, old = jax.jit(lambda params, cache: apply(params, **rows, cache=cache))(params, model.empty_cache(2, S))
+    seen = segments[..., None] > 0
+    assert relative_error(logits * seen, expected * seen) < 1e-6
+    for name in ("k", "v"):
+        assert relative_error(cache[name][:, :, :T] * seen[..., None], old[name][:, :, :T] * seen[..., None]) < 1e-6
+    assert int(cache["index"]) == T
+    assert f"{T},{S}]" not in str(jax.make_jaxpr(known)(params))
+    step = {"tokens": random_tokens(2, 1, seed=1), "positions": positions[:, -1:] + 1}
+    after, before = (jax.jit(apply)(params, **step, cache=c)[0] for c in (cache, old))
+    assert relative_error(after, before) < 1e-6

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,18 @@ import peft_jax
 from peft_jax.data import batch_at
 from peft_jax.knowledge.constraints import constrained
 from peft_jax.training.distill import FeatureTerm, Teacher, beside_teachers, distillation
-from peft_jax.training.objective import TOKENS, balanced, contrast, cross_entropy, embed_texts, next_token
-from peft_jax.training.step import init_state, make_step
+from peft_jax.training.objective import (
+    ANSWERS,
+    LABELS,
+    TOKENS,
+    balanced,
+    contrast,
+    cross_entropy,
+    embed_texts,
+    next_token,
+    squared_error,
+)
+from peft_jax.training.step import init_state, make_evaluation, make_step
 from tests.reference import family_checkpoint, relative_error
 from tests.training.test_loop import tiny_rows
 
@@ -79,14 +90,14 @@ OBJECTIVES = {
 }
 
 
-def _step(model, tree, objective, batch, accumulate):
+def _step(apply, tree, objective, batch, accumulate, seed=0):
     """(metrics, gradients) of one step."""
     trainable, frozen = peft_jax.partition(tree)
-    copy = optax.GradientTransformationExtraArgs(lambda p: (), lambda updates, state, params=None, **_: (updates, state))
-    state = init_state(trainable, copy, 0)
-    step = jax.jit(make_step(objective, peft_jax.bind(model), copy, accumulate=accumulate))
+    keep = optax.GradientTransformationExtraArgs(lambda p: p, lambda updates, state, params=None, **_: (updates, updates))
+    state = init_state(trainable, keep, seed)
+    step = jax.jit(make_step(objective, apply, keep, accumulate=accumulate))
     new, metrics = step(state, frozen, batch)
-    return metrics, jax.tree.map(jnp.subtract, new.trainable, state.trainable)
+    return metrics, new.opt_state
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
@@ -94,14 +105,148 @@ def test_micro_batches_add_up_to_the_batch(setup, batch, pairs, name):
     model, params = setup
     make, tree = OBJECTIVES[name]
     rows, objective, tree = pairs if name.startswith("contrast") else batch, make(model), tree(params)
-    whole, grads = _step(model, tree, objective, rows, 1)
-    metrics, found = _step(model, tree, objective, rows, ROWS if name == "contrast" else 4)
+    apply = peft_jax.bind(model)
+    whole, grads = _step(apply, tree, objective, rows, 1)
+    metrics, found = _step(apply, tree, objective, rows, ROWS if name == "contrast" else 4)
     assert set(metrics) == set(whole)
     for key in set(whole) - {"grad_norm", "skipped", "skipped_in_a_row"}:
         np.testing.assert_allclose(metrics[key], whole[key], rtol=2e-5, atol=1e-6, err_msg=key)
+    assert _largest_error(found, grads) < 2e-5
+
+
+def _largest_error(found, grads):
+    """The largest difference of two trees of gradients, over the largest gradient."""
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
-    errors = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()) / scale, found, grads)
-    assert max(jax.tree.leaves(errors)) < 2e-5
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()) / scale, found, grads)))
+
+
+CLASSES, WORDS, WIDE = 3, 20, 6
+
+
+def _small(classes, by_row=False):
+    """A model [B, T, classes] (or one of its rows, [B, classes]) whose tokens see the mean of their row, padding left out."""
+
+    def apply(params, tokens, *, segment_ids, rng=None, method=None, **_):
+        seen = (segment_ids > 0)[..., None]
+        x = jnp.take(params["table"].value, tokens, axis=0)
+        mean = (x * seen).sum(1) / jnp.maximum(seen.sum(1), 1)
+        hidden = jnp.tanh(x + (mean @ params["mix"].value)[:, None])
+        hidden = (hidden * seen).sum(1) / jnp.maximum(seen.sum(1), 1) if by_row else hidden
+        return hidden if method == "hidden" else hidden @ params["head"].value[:, :classes]
+
+    return apply
+
+
+def _small_tree():
+    rng = np.random.default_rng(3)
+    shapes = {"table": (WORDS, WIDE), "mix": (WIDE, WIDE), "head": (WIDE, WORDS)}
+    return peft_jax.full({name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()})
+
+
+def _small_taught():
+    return beside_teachers(_small_tree(), [jax.tree.map(lambda w: w * 1.1, _small_tree())])
+
+
+def _small_batch(kind):
+    """8 rows of up to 6 tokens with what the objectives of a `kind` read."""
+    rng, N, T = np.random.default_rng(4), 8, 6
+    draw = lambda high, *shape: rng.integers(1, high, shape).astype(np.int32)
+    lengths = rng.integers(2, T + 1, (2, N))
+    own, other = ((np.arange(T) < n[:, None]).astype(np.int32) for n in lengths)
+    batch = {"tokens": draw(WORDS, N, T) * own, "segment_ids": own}
+    ones = np.asarray([1.0, 0.5, 1.0, 1.0, 0.0, 1.0, 2.0, 1.0], np.float32)
+    if kind == "tokens":
+        weights = own * (rng.random((N, T)) < 0.6) * ones[:, None]
+        return batch | {"targets": draw(WORDS, N, T), "weights": weights.astype(np.float32), "rules": draw(3, N, T) - 1}
+    if kind == "tags":
+        return batch | {"labels": draw(CLASSES, N, T), "weights": own * ones[:, None]}
+    if kind == "answers":
+        return batch | {"labels": np.minimum(draw(T, N, 2), lengths[0][:, None] - 1).astype(np.int32), "weights": ones}
+    if kind == "pairs":
+        return batch | {"other_tokens": draw(WORDS, N, T) * other, "other_segment_ids": other, "weights": (ones > 0) * 1.0}
+    labels = draw(CLASSES, N) if kind == "labels" else rng.standard_normal(N).astype(np.float32)
+    return batch | {"labels": labels, "weights": ones}
+
+
+def _pad(batch, rows=16, length=10):
+    """The batch with 4 more columns of padding and 8 more rows of it, so that of 4 micro-batches one is nothing else."""
+    real = [i for i in range(rows) if i % 4 != 2][:8]
+
+    def more(name, x):
+        columns = length - x.shape[1] if x.shape[1:] == batch["tokens"].shape[1:] else 0
+        x = np.pad(x, [(0, 0), (0, columns)] if columns else [(0, 0)] * x.ndim)
+        wide = np.zeros((rows, *x.shape[1:]), x.dtype)
+        wide[real] = x
+        return wide
+
+    return {name: more(name, x) for name, x in batch.items()}
+
+
+# name -> (objective, apply, tree, what its batch has): each line of the tasks' table, and what may take a line's place, but the
+# masked language model's, which draws its masks anew for each micro-batch.
+SMALL = {
+    "tokens": (next_token, _small(WORDS), _small_tree, "tokens"),
+    "tokens in chunks": (functools.partial(next_token, chunk=16), _small(WORDS), _small_tree, "tokens"),
+    "rules": (
+        functools.partial(constrained, TOKENS, {"allowed": (np.arange(2 * WORDS).reshape(2, WORDS) % 3 > 0, 0.5)}),
+        _small(WORDS), _small_tree, "tokens",
+    ),
+    "distillation": (
+        distillation(TOKENS, [Teacher(_small(WORDS))], data_weight=0.3), _small(WORDS), _small_taught, "tokens",
+    ),
+    "labels": (functools.partial(cross_entropy, LABELS), _small(CLASSES, True), _small_tree, "labels"),
+    "numbers": (squared_error, _small(1, True), _small_tree, "numbers"),
+    "tags": (functools.partial(cross_entropy, LABELS), _small(CLASSES), _small_tree, "tags"),
+    "answers": (functools.partial(cross_entropy, ANSWERS), _small(2), _small_tree, "answers"),
+    "pairs": (contrast, _small(WORDS), _small_tree, "pairs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_neither_micro_batches_nor_padding_change_a_step(name):
+    objective, apply, tree, kind = SMALL[name]
+    batch = _small_batch(kind)
+    whole, grads = _step(apply, tree(), objective, batch, 1)
+    assert float(whole["grad_norm"]) > 1e-3
+    for accumulate, rows in ((2, batch), (4, batch), (1, _pad(batch)), (4, _pad(batch))):
+        metrics, found = _step(apply, tree(), objective, rows, accumulate)
+        assert _largest_error(found, grads) < 1e-6, (accumulate, len(rows["tokens"]))
+        for key in set(whole) - {"skipped", "skipped_in_a_row"}:
+            np.testing.assert_allclose(metrics[key], whole[key], rtol=2e-6, atol=1e-7, err_msg=key)
+
+
+class _One(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="dense")(x)
+
+
+def test_dropout_is_of_the_key_and_of_each_micro_batch():
+    """Row i is the i-th unit vector, so row i of the gradient of `a` is zero where dropout took its one feature away."""
+    N, model = 64, _One()
+    params = model.init(jax.random.key(0), jnp.zeros((1, N)))["params"]
+    tree = peft_jax.lora(params, jax.random.key(1), rank=2, dropout=0.5, targets="dense", init="gaussian")
+    tree["dense"]["kernel"] = tree["dense"]["kernel"].replace(b=jnp.ones((2, 4)))
+    batch, apply = {"x": np.eye(N, dtype=np.float32)}, peft_jax.bind(model)
+
+    def objective(apply, params, batch, rng):
+        return apply(params, batch["x"], rng=rng).mean(), {"weight": jnp.float32(len(batch["x"]))}
+
+    def kept(accumulate, seed=0):
+        grads = _step(apply, tree, objective, batch, accumulate, seed)[1]
+        return np.asarray(grads["dense"]["kernel"].a)[:, 0] != 0
+
+    for accumulate in (1, 2, 4):
+        mask = kept(accumulate)
+        assert 0.2 < mask.mean() < 0.8
+        np.testing.assert_array_equal(kept(accumulate), mask)
+        assert (kept(accumulate, seed=1) != mask).any()
+        parts = mask.reshape(-1, accumulate).T
+        assert len({tuple(part) for part in parts}) == accumulate
+    trainable, frozen = peft_jax.partition(tree)
+    loss = jax.jit(make_evaluation(objective, apply))(trainable, frozen, batch)["loss"]
+    plain = model.apply({"params": peft_jax.merge(tree)}, batch["x"]).mean()
+    np.testing.assert_allclose(loss, plain, rtol=1e-5)
 
 
 def test_texts_equal_to_a_pairs_own_are_no_negatives(setup, pairs):
