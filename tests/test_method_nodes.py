@@ -91,6 +91,7 @@ SCHEDULED = {
     "adalora": {"warmup", "final", "every", "beta1", "beta2"},
     "sparse": {"score", "distribution", "schedule", "regrow", "fraction", "begin", "final", "every", "rounds", "decay"},
 }
+NOT_IDENTITY = ("vblora", "qat", "sparse")  # methods that do not promise to change nothing at first
 CASES = [(n, {}) for n in WEIGHTS] + [(n, options) for n, all_of in OPTIONS.items() for options in all_of]
 # What a method took from the base when it was attached and keeps, as a part of the adapter that its folder holds.
 KEEPS = {
@@ -164,13 +165,16 @@ def close(found, expected, tolerance=1e-4):
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_product_merge_and_gradients_agree(case):
-    """The product is that of the array, and of the merge; so are its gradients."""
+    """The product is that of the array, and of the merge; so are its gradients. At the start all are finite."""
     method, options = case
     params = attached(method, tree_of(array(IN, OUT)), options)
-    trainable, frozen = peft_jax.partition(perturb(params))
     x, weight = array(ROWS, IN, seed=1), array(ROWS, OUT, seed=2)
+    y, _, grads, _ = both_ways(*peft_jax.partition(params), "kernel", x, weight)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves((y, grads)))
+    if method not in NOT_IDENTITY and not options.get("orthogonal") and "init" not in options:
+        assert relative_error(y, jnp.matmul(x, array(IN, OUT))) < 1e-5
+    trainable, frozen = peft_jax.partition(perturb(params))
     y, expected, grads, dense = both_ways(trainable, frozen, "kernel", x, weight)
-    assert np.isfinite(y).all()
     assert relative_error(y, expected) < 1e-5
     merged = peft_jax.merge(peft_jax.combine(trainable, frozen))["w"]["kernel"]
     assert relative_error(matmul(x, merged), y) < 1e-5
@@ -242,7 +246,7 @@ def test_a_factor_near_one_is_not_rounded_to_bfloat16(method):
     found = effects(x, start, more(start))
     expected = effects(x.astype(jnp.float32), perturb(whole), more(perturb(whole)))
     share = (found * expected).sum(0) / jnp.square(expected).sum(0)  # of each output; a rounded factor moves by all or nothing
-    assert float(jnp.median(share)) == pytest.approx(1.0, abs=0.15)
+    assert float(jnp.abs(share - 1).mean()) < 0.4
 
 
 @pytest.mark.parametrize("method", [n for n in ADAPTERS if n != "qalora"])
