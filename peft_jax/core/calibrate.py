@@ -41,7 +41,7 @@ class Probe(Reparametrised):
     def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         return ragged_matmul(_ragged_tap(self.statistic, x, sizes, self.sink, self.tokens), self.base, sizes)
 
-    def materialize(self) -> jax.Array:
+    def exact(self) -> jax.Array:
         raise ValueError("a weight that its module materialises cannot be calibrated; register a rule or exclude it")
 
 
