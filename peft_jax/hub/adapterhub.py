@@ -299,7 +299,7 @@ def _write_bottleneck(split: Mapping[str, Any], name: str) -> tuple[Tensors, dic
             arrays |= {} if norm is None else {f"{part}.weight": norm[0], f"{part}.bias": norm[1]}
         arrays |= {} if n.scale is None else {"scaling": n.scale}
         arrays |= {} if n.gating == "none" else {"gate.weight": n.gating_weight.T, "gate.bias": n.gating_bias}
-        tensors |= {own + k: np.asarray(v, order="C") for k, v in arrays.items()}
+        tensors |= {own + k: np.ascontiguousarray(v) for k, v in arrays.items()}
     layers = {p.partition("/layers/")[2].partition("/")[0] for p in split}
     places = {_PLACES[p.split("/")[-2]] for p in split}
     if len(split) != len(layers) * len(places):

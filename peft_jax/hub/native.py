@@ -73,7 +73,7 @@ def _describe(x: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     if isinstance(x, dict):
         return {"dict": {k: _describe(y, f"{path}.{k}", tensors) for k, y in x.items()}}
     tensors[path] = np.asarray(x)
-    return {"tensor": path}
+    return {"tensor": path, "shape": list(np.shape(x))}  # the file has a number as an array of one
 
 
 def _plain(x: Any) -> Any:
@@ -138,7 +138,8 @@ def _restore(spec: Any, tensors: dict[str, np.ndarray], name: str, where: str) -
     if "tensor" in spec:
         if spec["tensor"] not in tensors:
             raise ValueError(f"{where} needs the tensor {spec['tensor']!r}, which {WEIGHTS} lacks")
-        return tensors[spec["tensor"]]
+        array = tensors[spec["tensor"]]
+        return array.reshape(()) if spec.get("shape") == [] and array.size == 1 else array
     if "tuple" in spec:
         return tuple(_restore(s, tensors, name, where) for s in spec["tuple"])
     if "dict" in spec:
