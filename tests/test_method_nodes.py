@@ -8,6 +8,7 @@ embedding, a stack of experts or a convolution. `tests/test_method_matrix.py` ho
 import functools
 import inspect
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,7 @@ SCHEDULED = {
     "adalora": {"warmup", "final", "every", "beta1", "beta2"},
     "sparse": {"score", "distribution", "schedule", "regrow", "fraction", "begin", "final", "every", "rounds", "decay"},
 }
+NOT_IDENTITY = ("vblora", "qat", "sparse")  # methods that do not promise to change nothing at first
 CASES = [(n, {}) for n in WEIGHTS] + [(n, options) for n, all_of in OPTIONS.items() for options in all_of]
 # What a method took from the base when it was attached and keeps, as a part of the adapter that its folder holds.
 KEEPS = {
@@ -132,6 +134,14 @@ def test_every_method_is_here_or_stands_elsewhere():
     assert sorted([*WEIGHTS, *BESIDE]) == sorted(METHODS)
 
 
+def test_every_method_names_its_source():
+    """A row for each in docs/methods_sources.md, in the registry's order, with a paper or an implementation."""
+    text = (Path(__file__).parents[1] / "docs" / "methods_sources.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.*)\|$", text, re.MULTILINE)
+    assert [name for name, _, _ in rows] == list(METHODS)
+    assert all(re.search(r"arXiv:\d{4}\.\d{5}|PEFT `\w+`|ICLR", source) for name, source, _ in rows if name != "full")
+
+
 @pytest.mark.parametrize("method", OPTIONS)
 def test_every_option_is_gone_through(method):
     named = {k for options in (*OPTIONS[method], SMALL[method]) for k in options}
@@ -164,13 +174,16 @@ def close(found, expected, tolerance=1e-4):
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_product_merge_and_gradients_agree(case):
-    """The product is that of the array, and of the merge; so are its gradients."""
+    """The product is that of the array, and of the merge; so are its gradients. At the start all are finite."""
     method, options = case
     params = attached(method, tree_of(array(IN, OUT)), options)
-    trainable, frozen = peft_jax.partition(perturb(params))
     x, weight = array(ROWS, IN, seed=1), array(ROWS, OUT, seed=2)
+    y, _, grads, _ = both_ways(*peft_jax.partition(params), "kernel", x, weight)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves((y, grads)))
+    if method not in NOT_IDENTITY and not options.get("orthogonal") and "init" not in options:
+        assert relative_error(y, jnp.matmul(x, array(IN, OUT))) < 1e-5
+    trainable, frozen = peft_jax.partition(perturb(params))
     y, expected, grads, dense = both_ways(trainable, frozen, "kernel", x, weight)
-    assert np.isfinite(y).all()
     assert relative_error(y, expected) < 1e-5
     merged = peft_jax.merge(peft_jax.combine(trainable, frozen))["w"]["kernel"]
     assert relative_error(matmul(x, merged), y) < 1e-5
@@ -230,6 +243,37 @@ def test_an_update_over_bfloat16_is_as_large_as_over_float32(method):
     assert float((found * expected).sum() / jnp.square(expected).sum()) == pytest.approx(1.0, abs=3e-3)
 
 
+FORMED = [(m, k) for k in ("experts", "masked", "transposed") for m in ("dora", "oft", "lora", "hira")]
+
+
+@pytest.mark.parametrize(("method", "kind"), [c for c in FORMED if c != ("oft", "transposed")])  # turned, halves still cancel
+def test_a_small_update_over_bfloat16_where_the_weight_is_formed(method, kind):
+    """An update far below what bfloat16 resolves of the weight's entries acts as over float32.
+
+    The base's two halves cancel in each product, so that products resolve it.
+    """
+    lead, across = (1,) if kind == "experts" else (), -1 if kind == "transposed" else -2
+    half, x = array(*lead, IN // 2, OUT), array(256, IN // 2, seed=1)
+    if kind == "transposed":
+        half, x = array(IN, OUT // 2), array(256, OUT // 2, seed=1)
+    base, x = jnp.concatenate([half, -half], across).astype(jnp.bfloat16), jnp.tile(x, 2).astype(jnp.bfloat16)
+    products = {
+        "experts": lambda x, w: ragged_matmul(x, w, jnp.asarray([256])),
+        "masked": matmul,
+        "transposed": lambda x, w: matmul(x, w, in_axes=(-1,), out_axes=(-2,)),
+    }
+
+    def effect(dtype):
+        params = tree_of(base.astype(dtype))
+        params = attached(method, peft_jax.prune(params, 0.5) if kind == "masked" else params, {})
+        params = peft_jax.mask_updates(params) if kind == "masked" else params
+        run = lambda p: products[kind](x.astype(dtype), node_of(p)).astype(jnp.float32)
+        return run(perturb(params, scale=3e-4)) - run(params)
+
+    found, expected = effect(jnp.bfloat16), effect(jnp.float32)
+    assert float((found * expected).sum() / jnp.square(expected).sum()) == pytest.approx(1.0, abs=0.02)
+
+
 FACTORS = {"dora": "magnitude", "ia3": "scale", "boft": "s", "road": "alpha"}
 
 
@@ -242,7 +286,7 @@ def test_a_factor_near_one_is_not_rounded_to_bfloat16(method):
     found = effects(x, start, more(start))
     expected = effects(x.astype(jnp.float32), perturb(whole), more(perturb(whole)))
     share = (found * expected).sum(0) / jnp.square(expected).sum(0)  # of each output; a rounded factor moves by all or nothing
-    assert float(jnp.median(share)) == pytest.approx(1.0, abs=0.15)
+    assert float(jnp.abs(share - 1).mean()) < 0.4
 
 
 @pytest.mark.parametrize("method", [n for n in ADAPTERS if n != "qalora"])

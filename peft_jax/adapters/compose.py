@@ -133,7 +133,7 @@ class Router(Reparametrised):
         update = sum(weights[..., i : i + 1] * m.update(flat) for i, m in enumerate(self.members))
         return y + jnp.reshape(update, y.shape)
 
-    def materialize(self) -> jax.Array:
+    def exact(self) -> jax.Array:
         raise ValueError("a routed mixture of adapters depends on its input, so that no one weight stands for it")
 
 

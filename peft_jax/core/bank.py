@@ -80,7 +80,7 @@ class WeightBank(Reparametrised):
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
         return self._by_row(lambda w, row: w.take(row, dtype), ids, take(self.base, ids, dtype))
 
-    def materialize(self) -> jax.Array:
+    def exact(self) -> jax.Array:
         raise ValueError("a bank of adapters is no one weight; take an adapter out with bank_adapter before merging")
 
 

@@ -44,7 +44,7 @@ class Probe(Reparametrised):
         what = (self.statistic, self.token_cap)
         return ragged_matmul(_ragged_tap(what, x, sizes, self.sink, self.tokens), self.base, sizes)
 
-    def materialize(self) -> jax.Array:
+    def exact(self) -> jax.Array:
         raise ValueError("a weight that its module materialises cannot be calibrated; register a rule or exclude it")
 
 

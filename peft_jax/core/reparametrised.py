@@ -27,7 +27,19 @@ from peft_jax.core.tree import (
     select_layers,
     train_extras,
 )
-from peft_jax.core.weight import Axes, Layout, Weight, from_matrix, materialize, matmul, matrix_shape, static, take, to_matrix
+from peft_jax.core.weight import (
+    Axes,
+    Layout,
+    Weight,
+    from_matrix,
+    materialize,
+    matmul,
+    matrix_shape,
+    ragged_matmul,
+    static,
+    take,
+    to_matrix,
+)
 
 MATRIX: tuple[Axes, Axes] = ((-2,), (-1,))
 TRANSPOSED: tuple[Axes, Axes] = ((-1,), (-2,))
@@ -125,14 +137,29 @@ class Reparametrised(Weight):
 
     def base_matrix(self) -> jax.Array:
         """The base as [*lead, in, out], float32."""
-        return to_matrix(materialize(self.base), self.in_axes, self.out_axes).astype(jnp.float32)
+        return to_matrix(exact(self.base), self.in_axes, self.out_axes)
 
-    def materialize(self) -> jax.Array:
+    def exact(self) -> jax.Array:
+        """The array that this weight stands for, float32: before it is rounded to the base's dtype."""
         base = self.base_matrix()
         w = self.adapt(base)
         if self.gate is not None:
             w = jnp.where(self.gate[..., None, None] > 0, w, base)
-        return from_matrix(w, self.shape, self.in_axes, self.out_axes).astype(self.dtype)
+        return from_matrix(w, self.shape, self.in_axes, self.out_axes)
+
+    def materialize(self) -> jax.Array:
+        return self.exact().astype(self.dtype)
+
+    def by_parts(self, x: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+        """`product(x, w)` with this weight as an array.
+
+        In half precision base and change are multiplied apart: together, a change below the base's resolution would be
+        rounded away.
+        """
+        if self.whole or jnp.finfo(x.dtype).bits >= 32:
+            return product(x, self.exact())
+        base = exact(self.base)
+        return product(x, base) + product(x, self.exact() - base)
 
     def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
         if (in_axes, out_axes) != (self.in_axes, self.out_axes):
@@ -159,10 +186,13 @@ class Reparametrised(Weight):
 
     def transposed(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
         """The product with the transpose: the head of a model that ties it to its embedding."""
-        return matmul(x, self.materialize(), in_axes=in_axes, out_axes=out_axes, precision=precision)
+        return self.by_parts(x, lambda x, w: matmul(x, w, in_axes=in_axes, out_axes=out_axes, precision=precision))
+
+    def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        return self.by_parts(x, lambda x, w: ragged_matmul(x, w, sizes))
 
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
-        return take(self.materialize(), ids, dtype)
+        return take(self.exact(), ids, self.dtype if dtype is None else dtype)
 
     def drop(self, x: jax.Array) -> jax.Array:
         """`x` with dropout, where it is on."""
@@ -193,6 +223,11 @@ class Reparametrised(Weight):
         if self.gate is not None:
             base = jnp.where(self.gate[..., None, None] > 0, base, w)
         return self.replace(base=from_matrix(base, self.shape, self.in_axes, self.out_axes).astype(self.dtype))
+
+
+def exact(w: Any) -> jax.Array:
+    """The array behind `w`, an array or a Weight, float32; a change of it is not rounded to its base's dtype."""
+    return w.exact() if isinstance(w, Reparametrised) else materialize(w).astype(jnp.float32)
 
 
 class Additive(Reparametrised):
@@ -270,7 +305,7 @@ class Site(NamedTuple):
 
     def matrix(self) -> jax.Array:
         """The weight as [*lead, in, out], float32."""
-        return to_matrix(materialize(self.base), self.in_axes, self.out_axes).astype(jnp.float32)
+        return to_matrix(exact(self.base), self.in_axes, self.out_axes)
 
     def check_divides(self, n: int, option: str, *, inputs: bool = True, outputs: bool = True) -> None:
         """Raise ValueError where `n`, the value of `option`, does not divide the weight's inputs or outputs."""

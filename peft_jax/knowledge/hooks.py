@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.reparametrised import node
-from peft_jax.core.tree import places
+from peft_jax.core.tree import cache_slots, places
 
 _DOWN = {"down_proj": "model/layers/mlp", "c_proj": "transformer/h/mlp"}  # the module that writes, and the feed-forward
 
@@ -27,6 +27,8 @@ class FeedForward(NamedTuple):
 def feed_forward(params: Any) -> FeedForward:
     """Of a tree with stacked layers, Llama's kin or GPT-2. Raises ValueError for others."""
     known = places(params)
+    if cache_slots(params):
+        raise ValueError("the tree has virtual tokens, which edits would count as a prompt's own; edit the model without them")
     for name, module in _DOWN.items():
         path = f"{module}/{name}/kernel"
         if path in known and known[path].ndim == 3:

@@ -191,8 +191,9 @@ class EntityFusion(Attachment):
         out = call(*args, **kwargs)
         if self.entities is None:
             return out
-        vectors = jnp.take(self.table, jnp.maximum(self.entities - 1, 0), axis=0) @ self.weight
-        return out + jnp.where(self.entities[..., None] > 0, vectors, 0.0).astype(out.dtype)
+        entities = jnp.pad(self.entities, ((0, 0), (out.shape[1] - self.entities.shape[1], 0)))  # virtual tokens stand before
+        vectors = jnp.take(self.table, jnp.maximum(entities - 1, 0), axis=0) @ self.weight
+        return out + jnp.where(entities[..., None] > 0, vectors, 0.0).astype(out.dtype)
 
 
 def entity_fusion(params: Any, table: Any, *, adapter: str = "default") -> Any:

@@ -39,8 +39,8 @@ class DeLoRA(Additive):
         return self.norm[..., None] * jnp.matmul(self.a * self._scales()[..., None, :], self.b)
 
     def update(self, x: jax.Array) -> jax.Array:
-        a = self.norm[:, None] * self.a * self._scales()
-        return jnp.matmul(jnp.matmul(x, a.astype(x.dtype)), self.b.astype(x.dtype))
+        a, b = self.norm[:, None] * self.a, self._scales()[:, None] * self.b
+        return jnp.matmul(jnp.matmul(x, a.astype(x.dtype)), b.astype(x.dtype))
 
 
 def _norm(x: jax.Array, axis: int) -> jax.Array:

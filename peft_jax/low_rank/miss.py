@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.reparametrised import Additive, Reparametrised, Site, check_dropout, node, place_nodes
+from peft_jax.core.reparametrised import Additive, Product, Reparametrised, Site, check_dropout, node, place_nodes
 from peft_jax.core.tree import Targets
 from peft_jax.core.weight import Layout
 
@@ -54,6 +54,10 @@ class BatMiSS(Reparametrised):
 
     def _join(self, blocks: jax.Array) -> jax.Array:
         return jnp.moveaxis(blocks, -1, -3).reshape(*self.lead, *self.features)
+
+    def product(self, x: jax.Array, base: Product) -> jax.Array:
+        w = self.base_matrix()
+        return base(x) + jnp.matmul(x, (self.adapt(w) - w).astype(x.dtype))
 
     def adapt(self, w: jax.Array) -> jax.Array:
         b = self.block[..., None, :, :, :]

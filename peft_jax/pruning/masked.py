@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.packing import pack_padded, unpack_padded
-from peft_jax.core.reparametrised import Product, Reparametrised, node
+from peft_jax.core.reparametrised import Product, Reparametrised, exact, node
 from peft_jax.core.tree import map_places, trainable_mask
 from peft_jax.core.values import check_concrete
 from peft_jax.core.weight import Axes, Trainable, Weight, from_matrix, materialize, matmul, static, to_matrix
@@ -57,16 +57,25 @@ class Masked(Reparametrised):
             return base(x)
 
         def masked(x: jax.Array, w: Masked) -> jax.Array:
-            return jnp.matmul(x, w.adapt(w.base_matrix()).astype(x.dtype))
+            return w.by_parts(x, lambda x, m: jnp.matmul(x, to_matrix(m, w.in_axes, w.out_axes).astype(x.dtype)))
 
         return jax.checkpoint(masked)(x, self)  # made again in the backward pass: no dense copy outlives a product
+
+    def by_parts(self, x: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+        if not isinstance(self.base, Weight):
+            return product(x, self.base)
+        inner = base_of(self.base)
+        if inner is self.base or jnp.finfo(x.dtype).bits >= 32:
+            return product(x, self.exact())
+        bare = self.with_zeros(exact(inner))  # the change is that of the adapters inside
+        return product(x, bare) + product(x, self.exact() - bare)
 
     def materialize(self) -> jax.Array:
         return super().materialize() if isinstance(self.base, Weight) else self.base
 
     def transposed(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
-        product = lambda x, w: matmul(x, w.materialize(), in_axes=in_axes, out_axes=out_axes, precision=precision)
-        return jax.checkpoint(product)(x, self)
+        product = lambda x, m: matmul(x, m, in_axes=in_axes, out_axes=out_axes, precision=precision)
+        return jax.checkpoint(lambda x, w: w.by_parts(x, product))(x, self)
 
     def merge(self) -> Masked:
         """Masked still, over the merged base: zeros stay what they are."""

@@ -9,6 +9,7 @@ import pytest
 import transformers
 
 import peft_jax
+from peft_jax.knowledge.hooks import feed_forward
 from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
 
 KEY = jax.random.key(0)
@@ -236,3 +237,10 @@ def test_a_generated_token_is_neither_first_nor_last(root, family):
     assert relative_error(logits[:, 2:3], whole[:, 2:3]) < 1e-5
     assert relative_error(logits[:, 3:6], whole[:, 3:6]) > 1e-3
     assert relative_error(apply(edited, TOKENS[:, 6:7], cache=cache)[0], whole[:, 6:7]) < 1e-5
+
+
+def test_edits_of_a_tree_with_virtual_tokens_are_refused(root):
+    params, _ = ended("llama2", root)
+    assert feed_forward(METHODS["prefix"](params)).layers == 3  # a prefix leaves places what they are
+    with pytest.raises(ValueError, match="the tree has virtual tokens"):
+        feed_forward(METHODS["prompt"](params))

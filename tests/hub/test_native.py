@@ -35,6 +35,7 @@ def test_a_mixture_comes_back_stacked_and_looped(setting):
     expected = run(tree, TOKENS)
     back = peft_jax.load_adapter(params, folder, name="again")
     np.testing.assert_allclose(run(back, TOKENS), expected, rtol=1e-6, atol=1e-6)
+    assert [x.shape for x in jax.tree.leaves(back)] == [x.shape for x in jax.tree.leaves(tree)], "numbers stay numbers"
     looped = peft_jax.load_adapter(unstack_layers(params), folder)
     assert relative_error(peft_jax.bind(model.clone(scan_layers=False))(looped, TOKENS), expected) < 1e-5
     assert peft_jax.partition(back)[0] is not None

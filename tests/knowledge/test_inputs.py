@@ -17,6 +17,7 @@ from peft_jax.data.labelled import LabelledRows
 from peft_jax.knowledge.constraints import constrained
 from peft_jax.knowledge.hooks import KEY, Noise
 from peft_jax.knowledge.inputs import (
+    EntityFusion,
     attach_triples,
     entity_fusion,
     find_mentions,
@@ -295,3 +296,10 @@ def test_bad_vectors_are_refused(arrays, tmp_path):
     np.savez(tmp_path / "e.npz", **arrays)
     with pytest.raises(ValueError, match=r"e\.npz"):
         read_entities(tmp_path / "e.npz")
+
+
+def test_entities_stand_at_their_tokens_behind_a_prompt():
+    table, out = np.eye(3, dtype=np.float32), np.zeros((1, 6, 3), np.float32)
+    node = EntityFusion(table=table, weight=np.eye(3, dtype=np.float32), entities=np.array([[0, 2, 0, 1]]))
+    fused = node.around(lambda ids: out, np.zeros((1, 6), np.int32))
+    np.testing.assert_array_equal(fused[0], np.stack([out[0, 0], out[0, 0], out[0, 0], table[1], out[0, 0], table[0]]))

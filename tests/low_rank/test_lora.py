@@ -108,6 +108,59 @@ def test_layers_are_chosen_one_by_one_in_a_stacked_tree(base):
     np.testing.assert_array_equal(used.sum(-1), [2, 2, 4])
 
 
+@pytest.mark.parametrize("init", ["kaiming", *STARTS])
+def test_layers_of_different_ranks_start_as_if_alone(base, init):
+    """Of a stack with ranks 2, 2 and 4: what is drawn has each layer's own deviation, what is computed its own directions."""
+    model, params, run, statistics = base
+    given = {"statistics": statistics[NEEDS[init]]} if init in NEEDS else {}
+    options = {"targets": "q_proj", "alpha": 8, "init": init, **given}
+    tree = peft_jax.lora(params, jax.random.key(0), rank=2, rank_pattern={"layers.2.self_attn.q_proj": 4}, **options)
+    assert relative_error(run(tree, TOKENS), run(params, TOKENS)) < 1e-5
+    node, alone = peft_jax.places(tree)[Q], peft_jax.places(peft_jax.lora(params, jax.random.key(0), rank=2, **options))[Q]
+    np.testing.assert_array_equal(node.a[:2, :, 2:], 0)
+    if init in ("kaiming", "gaussian", "orthogonal", "pissa_niter_4"):
+        assert float(node.a[:2, :, :2].std()) == pytest.approx(float(alone.a[:2].std()), rel=0.3)
+    else:
+        np.testing.assert_allclose((node.a @ node.b)[:2], (alone.a @ alone.b)[:2], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_an_embedding_starts_as_in_peft(base, init):
+    """A is zero and B normal, so that a row of A moves at the first step: for LoRA, DoRA and HiRA."""
+    _, params, _, _ = base
+    start = {"kaiming": True}.get(init, init)
+    config = peft.LoraConfig(r=8, target_modules=["embed_tokens"], init_lora_weights=start)
+    layer = peft.get_peft_model(torch_model(FAMILIES["llama2"]()), config).base_model.model.model.embed_tokens
+    a, b = (getattr(layer, f"lora_embedding_{n}")["default"].detach().numpy() for n in "AB")
+    assert np.abs(a).max() == 0
+    nodes = {
+        method: peft_jax.places(getattr(peft_jax, method)(params, jax.random.key(0), rank=8, targets="embed_tokens"))
+        for method in ("lora", "dora", "hira")
+    }
+    nodes["lora"] = peft_jax.places(peft_jax.lora(params, jax.random.key(0), rank=8, targets="embed_tokens", init=init))
+    for method, found in nodes.items():
+        node = found["model/embed_tokens/embedding"]
+        assert float(jnp.abs(node.a).max()) == 0, method
+        assert float(node.b.std()) == pytest.approx(b.std(), rel=0.15), method
+
+
+def test_loha_of_different_ranks_starts_as_if_alone(base):
+    _, params, _, _ = base
+    options = {"rank": 2, "targets": "q_proj", "rank_pattern": {"layers.2.self_attn.q_proj": 32}}
+    node = peft_jax.places(peft_jax.loha(params, jax.random.key(0), **options))[Q]
+    assert float(jnp.abs(node.b1[:2]).max()) == pytest.approx(2**-0.5, rel=0.1)  # uniform within 1 / sqrt(rank)
+    assert float(jnp.abs(node.b1[2]).max()) == pytest.approx(32**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["fourierft", "waveft"])
+def test_stacked_layers_have_one_number_of_frequencies(base, method):
+    _, params, _, _ = base
+    options = {"frequencies": 8, "targets": "q_proj", "frequencies_pattern": {"layers.2.self_attn.q_proj": 12}}
+    with pytest.raises(ValueError, match="stacked at model/layers/self_attn/q_proj/kernel 8 and 12; unstack_layers first"):
+        getattr(peft_jax, method)(params, jax.random.key(0), **options)
+
+
 def test_lora_plus_speeds_b_up(base):
     _, params, _, _ = base
     trainable, _ = peft_jax.partition(peft_jax.lora(params, jax.random.key(0), rank=2, targets="q_proj"))
