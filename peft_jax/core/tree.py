@@ -301,7 +301,7 @@ def merge(params: Any) -> Any:
             "before training keeps them"
         )
     whole = distribute(params)
-    beside = _biases(whole)
+    beside = biased(whole)
 
     def fold(path: str, x: Any) -> Any:
         if isinstance(x, Attachment):
@@ -316,7 +316,7 @@ def merge(params: Any) -> Any:
     return {k: x for k, x in merged.items() if not isinstance(x, Shared) or k in needed}
 
 
-def _biases(params: Any) -> dict[str, Weight]:
+def biased(params: Any) -> dict[str, Weight]:
     """path of a bias -> the Weight in the place of `kernel` beside it."""
     known = places(params)
     kernels = {p.rpartition("/")[0]: x for p, x in known.items() if p.endswith("/kernel") and isinstance(x, Weight)}
@@ -334,7 +334,7 @@ def _fills_zeros(x: Any) -> bool:
 def unmerge(merged: Any, params: Any) -> Any:
     """The tree of `params` (with its adapters) over bases recovered from `merged`; equal up to rounding."""
     known, whole = places(merged), distribute(params)
-    beside = _biases(whole)
+    beside = biased(whole)
 
     def back(path: str, x: Any) -> Any:
         value = known.get(path, x)

@@ -218,7 +218,8 @@ def rebase(params: Any) -> Any:
     def fold(_: str, w: Any) -> Any:
         if not isinstance(w, LoRA) or w.start is None:
             return w
-        base = w.base_matrix() - _product32(*w.start) * w.scale[..., None, None]
+        plain = w.base_matrix()
+        base = w.gated(plain - _product32(*w.start) * w.scale[..., None, None], plain)
         return w.replace(base=from_matrix(base, w.shape, w.in_axes, w.out_axes).astype(w.dtype), start=None)
 
     return map_places(fold, params)
