@@ -13,14 +13,16 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from peft_jax.adapters.adapter import Adapter, affine
 from peft_jax.adapters.bottleneck import Bottleneck
+from peft_jax.core.adapters import replaced
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.reparametrised import Reparametrised, node
-from peft_jax.core.tree import freeze, is_node, map_places, nearest, places
+from peft_jax.core.tree import data_fields, freeze, is_node, map_places, nearest, places
 from peft_jax.core.weight import Axes, matmul, static
-from peft_jax.low_rank.lora import LoRA
+from peft_jax.low_rank.algebra import plain_loras
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ class Router(Reparametrised):
         update = sum(weights[..., i : i + 1] * m.update(flat) for i, m in enumerate(self.members))
         return y + jnp.reshape(update, y.shape)
 
-    def exact(self) -> jax.Array:
+    def adapt(self, w: jax.Array) -> jax.Array:
         raise ValueError("a routed mixture of adapters depends on its input, so that no one weight stands for it")
 
 
@@ -178,7 +180,8 @@ def average_adapters(
 ) -> Any:
     """The adapters that `weights` names combined with these weights: what they put out, or their own arrays, into one.
 
-    Raises ValueError for a name that the tree lacks, a module that some of them leave out, and (of weights) differing shapes.
+    Raises ValueError for a name that the tree lacks, a module that some of them leave out, and (of weights) differing shapes or
+    layers.
     """
     names = list(weights)
     if of not in ("outputs", "weights"):
@@ -192,13 +195,30 @@ def average_adapters(
             return Average(
                 members=tuple(members[n] for n in names), weights=jnp.broadcast_to(factors, (*lead, len(names))), name=into
             )
-        named = [members[n].replace(name=into) for n in names]
-        forms = {str((jax.tree.structure(m), [a.shape for a in jax.tree.leaves(m)])) for m in named}
-        if len(forms) > 1:
-            raise ValueError(f"the adapters at {path} differ in kind, options or shapes, so that their weights have no average")
-        return jax.tree.map(lambda *a: sum(w * x for w, x in zip(factors, a, strict=True)), *named)
+        return _mean(path, [members[n].replace(name=into) for n in names], factors)
 
     return _pick(params, names, make, into)
+
+
+def _mean(path: str, members: Sequence[Any], factors: jax.Array) -> Any:
+    """One adapter whose trained arrays are the members', each times its factor; the others must be the same in all of them."""
+    first = members[0]
+    fixed = [f for f in data_fields(first) if f not in first.trainable]
+    bare = [m.replace(**dict.fromkeys(fixed)) if type(m) is type(first) else m for m in members]
+    forms = {str((jax.tree.structure(m), [a.shape for a in jax.tree.leaves(m)])) for m in bare}
+    if len(forms) > 1:
+        raise ValueError(f"the adapters at {path} differ in kind, options or shapes, so that their weights have no average")
+    if any(not _same(getattr(first, f), getattr(m, f)) for f in fixed for m in members[1:]):
+        raise ValueError(
+            f"the adapters at {path} adapt different layers, so that their weights have no average; average their outputs"
+        )
+    mean = lambda *a: sum(w * x for w, x in zip(factors, a, strict=True))
+    return jax.tree.map(mean, *bare).replace(**{f: getattr(first, f) for f in fixed})
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two parts of nodes hold the same numbers."""
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 def fuse_adapters(params: Any, key: jax.Array, names: Sequence[str], *, into: str = "fused") -> Any:
@@ -244,7 +264,8 @@ def route_adapters(
     """The LoRAs `names` frozen, and a router at each place that weighs them by its input, called `into`.
 
     The router starts even. By sequence all tokens of a row have its mean weights, later tokens included: for encoders, not for
-    generation. Raises ValueError for fewer than two names and one that a place lacks.
+    generation. Raises ValueError for fewer than two names, one that a place lacks, and an adapter that is no LoRA (convert it
+    with `to_lora`).
     """
     names, keys, found = list(names), iter(jax.random.split(key, 4096)), []
     if len(names) < 2:
@@ -253,9 +274,7 @@ def route_adapters(
         raise ValueError(f"a router weighs by token or by sequence, not {by!r}")
 
     def route(path: str, w: Any) -> Any:
-        members: dict[str, Any] = {}
-        while isinstance(w, LoRA) and w.name in names:
-            members[w.name], w = w, w.base
+        members: dict[str, Any] = {n.name: n for n in plain_loras(path, w, names)}
         if not members:
             return w
         _check_all(path, members, names)
@@ -267,8 +286,9 @@ def route_adapters(
             raise ValueError(f"{path} has an adapter that leaves out some of the layers stacked there; unstack_layers first")
         routing = 0.02 * jax.random.normal(next(keys), (*lead, n_in, len(names)))
         bias = jnp.zeros((*lead, len(names)))
-        where = {"base": w, "in_axes": first.in_axes, "out_axes": first.out_axes, "name": into}
-        return Router(**where, members=held, routing=routing, routing_bias=bias, by_sequence=by == "sequence")
+        where = {"in_axes": first.in_axes, "out_axes": first.out_axes, "name": into}
+        router = Router(base=None, **where, members=held, routing=routing, routing_bias=bias, by_sequence=by == "sequence")
+        return replaced(w, names, lambda base: router.replace(base=base))
 
     result = map_places(lambda p, w: route(p, w) if is_node(w) else w, params)
     if not found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,13 @@ def without(w: Any, names: Sequence[str]) -> Any:
     if isinstance(w, Reparametrised) and w.name in names:
         return without(w.base, names)
     return w.replace(base=without(getattr(w, "base"), names)) if "base" in data_fields(w) else w  # noqa: B009 - not every Weight has one
+
+
+def replaced(w: Any, names: Sequence[str], make: Callable[[Any], Any]) -> Any:
+    """A place's Weight with `make(what is under it)` where the outermost adapter of these names was, and without the others."""
+    if isinstance(w, Reparametrised) and w.name in names:
+        return make(without(w.base, names))
+    return w.replace(base=replaced(w.base, names, make))
 
 
 def drop_adapters(params: Any, names: Sequence[str]) -> Any:

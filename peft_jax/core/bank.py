@@ -80,7 +80,17 @@ class WeightBank(Reparametrised):
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
         return self._by_row(lambda w, row: w.take(row, dtype), ids, take(self.base, ids, dtype))
 
-    def exact(self) -> jax.Array:
+    def bias(self, bias: jax.Array) -> jax.Array:
+        """The layer's bias, or one for each row [B, *out] where adapters change it."""
+        plain = super().bias(bias)
+        if not self.adapters.changes_output:
+            return plain
+        ids = _needed(self.ids)
+        of = lambda adapter: adapter.replace(base=self.base).bias(bias)
+        on = _on(self.active, ids).reshape(-1, *[1] * bias.ndim)
+        return jnp.where(on > 0, jax.vmap(of)(_chosen(self.adapters, ids)), plain)
+
+    def adapt(self, w: jax.Array) -> jax.Array:
         raise ValueError("a bank of adapters is no one weight; take an adapter out with bank_adapter before merging")
 
 

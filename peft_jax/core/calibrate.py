@@ -19,13 +19,14 @@ from peft_jax.core.reparametrised import Product, Reparametrised, Site, find_sit
 from peft_jax.core.tree import EXPERTS, Targets, combine, map_places, partition, places
 from peft_jax.core.weight import Layout, Trainable, ragged_matmul, static, to_matrix
 
-Statistic = Literal["covariance", "second_moment", "mean", "mean_abs", "max_abs"]
+Statistic = Literal["covariance", "centred_covariance", "second_moment", "mean", "mean_abs", "max_abs"]
 
 
 @node
 class Probe(Reparametrised):
     """`base`, unchanged; sink [*lead, in, in] or [*lead, in] receives the statistic of its inputs as a gradient, and tokens
-    [*lead] their number. `collect` fills `seen` (see `seen_of`). For `token_cap` see `calibrate`.
+    [*lead] their number. `collect` fills `seen` (see `seen_of`). For `token_cap` see `calibrate`. For a centred covariance
+    inputs have a one after them, so that the sink is [*lead, in + 1, in + 1].
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("sink", "tokens")
@@ -44,7 +45,7 @@ class Probe(Reparametrised):
         what = (self.statistic, self.token_cap)
         return ragged_matmul(_ragged_tap(what, x, sizes, self.sink, self.tokens), self.base, sizes)
 
-    def exact(self) -> jax.Array:
+    def unrounded(self) -> jax.Array:
         raise ValueError("a weight that its module materialises cannot be calibrated; register a rule or exclude it")
 
 
@@ -79,10 +80,11 @@ def _tap_forward(what: What, x: jax.Array, seen: jax.Array, sink: jax.Array, tok
 
 def _tap_backward(what: What, saved: Any, grad: jax.Array) -> Any:
     (x, seen), (statistic, cap) = saved, what
-    rows = jnp.where(seen[..., None] > 0, x.astype(jnp.float32), 0.0).reshape(-1, x.shape[-1])
-    rows = capped(rows, cap, seen.reshape(-1) > 0)
+    rows = jnp.where(seen[..., None] > 0, _rows(statistic, x), 0.0)
+    rows = capped(rows.reshape(-1, rows.shape[-1]), cap, seen.reshape(-1) > 0)
     value = {
         "covariance": lambda: jnp.matmul(rows.T, rows),
+        "centred_covariance": lambda: jnp.matmul(rows.T, rows),
         "second_moment": lambda: jnp.square(rows).sum(0),
         "mean": lambda: rows.sum(0),
         "mean_abs": lambda: jnp.abs(rows).sum(0),
@@ -93,6 +95,18 @@ def _tap_backward(what: What, saved: Any, grad: jax.Array) -> Any:
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
+
+
+def _rows(statistic: str, x: jax.Array) -> jax.Array:
+    """Inputs [..., in] in float32; with a one after them, whose products are their sum and number, to be centred."""
+    x = x.astype(jnp.float32)
+    return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1))], axis=-1) if statistic == "centred_covariance" else x
+
+
+def _centred(products: jax.Array) -> jax.Array:
+    """The sum of (x - m)(x - m)^T [*lead, in, in] about the mean m, of products [*lead, in + 1, in + 1] of x with a one."""
+    sums, count = products[..., :-1, -1], jnp.maximum(products[..., -1:, -1:], 1.0)
+    return products[..., :-1, :-1] - sums[..., :, None] * sums[..., None, :] / count
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -108,9 +122,9 @@ def _ragged_backward(what: What, saved: Any, grad: jax.Array) -> Any:
     """The statistic of each group's rows."""
     (x, sizes), E, (statistic, cap) = saved, saved[1].shape[0], what
     group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right")  # rows beyond the groups are of none
-    rows = capped(x.astype(jnp.float32), cap, group < E)
-    if statistic == "covariance":  # what the gradient of a product with each group's weight is
-        _, back = jax.vjp(lambda w: jax.lax.ragged_dot(rows, w, sizes), jnp.zeros((E, x.shape[-1], x.shape[-1])))
+    rows = capped(_rows(statistic, x), cap, group < E)
+    if statistic.endswith("covariance"):  # what the gradient of a product with each group's weight is
+        _, back = jax.vjp(lambda w: jax.lax.ragged_dot(rows, w, sizes), jnp.zeros((E, rows.shape[-1], rows.shape[-1])))
         inside = (group < E)[:, None]
         value = back(jnp.where(inside, rows, 0.0))[0]
     elif statistic == "max_abs":
@@ -137,8 +151,8 @@ def calibrate(
     within: str = "",
     compiled: Pass | None = None,
 ) -> Calibrated:
-    """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]), x^2 ("second_moment", [*lead, in]), x
-    ("mean") or |x| ("mean_abs"), or the largest |x| ("max_abs"), float32.
+    """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]), the same about the mean ("centred_covariance"), x^2
+    ("second_moment", [*lead, in]), x ("mean") or |x| ("mean_abs"), or the largest |x| ("max_abs"), float32.
 
     Of stacked experts each has the tokens that it gets, over the number of all tokens; how many those were is in the
     result's `tokens`, path -> [*lead]. See `collect` for the `batches`. Of a part of a tree, paths begin `within` it;
@@ -156,7 +170,8 @@ def calibrate(
 
     def make(site: Site, key: jax.Array) -> Probe:
         lead, n_in, _ = site.sizes
-        shape = (*lead, n_in, n_in) if statistic == "covariance" else (*lead, n_in)
+        square = {"covariance": n_in, "centred_covariance": n_in + 1}.get(statistic)
+        shape = (*lead, n_in) if square is None else (*lead, square, square)
         return Probe(**site.common(), sink=jnp.zeros(shape), tokens=jnp.zeros(lead), statistic=statistic, token_cap=cap)
 
     probed = place_nodes(params, jax.random.key(0), make, targets=targets, exclude=exclude, layout=layout)
@@ -169,7 +184,8 @@ def calibrate(
 
     def mean(path: str, probe: Probe) -> jax.Array:
         n = count if path.rpartition("/")[2] in EXPERTS else jnp.maximum(probe.tokens, 1.0)
-        return probe.sink / jnp.reshape(n, (*jnp.shape(n), *[1] * (probe.sink.ndim - jnp.ndim(n))))
+        sink = _centred(probe.sink) if statistic == "centred_covariance" else probe.sink
+        return sink / jnp.reshape(n, (*jnp.shape(n), *[1] * (sink.ndim - jnp.ndim(n))))
 
     whole = lambda path: f"{within}/{path}" if within else path
     tokens = {whole(path): probe.tokens for path, probe in probes.items()}
@@ -272,7 +288,8 @@ def gradients(
     """path -> mean gradient [*lead, in, out], float32, of `loss(params, batch)` with respect to each whole weight; with
     `square` the mean over batches of the squared gradient.
 
-    All of the targets' gradients are held at once. Raises ValueError where there is no batch.
+    Each batch's gradient is in the weight's dtype; they are added up in float32. All of the targets' gradients are held at
+    once. Raises ValueError where there is no batch.
     """
     sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
     chosen = map_places(lambda p, w: Trainable(w) if p in sites else _frozen(w), params)
@@ -280,14 +297,14 @@ def gradients(
     gradient = jax.jit(jax.grad(lambda t, f, batch: loss(combine(t, f), batch)))
     total, count = None, 0
     for batch in batches:
-        found = gradient(trainable, frozen, batch)
+        found = jax.tree.map(lambda g: g.astype(jnp.float32), gradient(trainable, frozen, batch))
         found = jax.tree.map(jnp.square, found) if square else found
         total = found if total is None else jax.tree.map(jnp.add, total, found)
         count += 1
     if total is None:
         raise ValueError("there is no batch to calibrate on")
     known = places(total)
-    return {p: to_matrix(known[p].value, s.in_axes, s.out_axes).astype(jnp.float32) / count for p, s in sites.items()}
+    return {p: to_matrix(known[p].value, s.in_axes, s.out_axes) / count for p, s in sites.items()}
 
 
 def _frozen(w: Any) -> Any:

@@ -39,6 +39,7 @@ from peft_jax.core.weight import (
     static,
     take,
     to_matrix,
+    unrounded,
 )
 
 MATRIX: tuple[Axes, Axes] = ((-2,), (-1,))
@@ -137,18 +138,24 @@ class Reparametrised(Weight):
 
     def base_matrix(self) -> jax.Array:
         """The base as [*lead, in, out], float32."""
-        return to_matrix(exact(self.base), self.in_axes, self.out_axes)
-
-    def exact(self) -> jax.Array:
-        """The array that this weight stands for, float32: before it is rounded to the base's dtype."""
-        base = self.base_matrix()
-        w = self.adapt(base)
-        if self.gate is not None:
-            w = jnp.where(self.gate[..., None, None] > 0, w, base)
-        return from_matrix(w, self.shape, self.in_axes, self.out_axes)
+        return to_matrix(unrounded(self.base), self.in_axes, self.out_axes)
 
     def materialize(self) -> jax.Array:
-        return self.exact().astype(self.dtype)
+        return self.unrounded().astype(self.dtype)
+
+    def unrounded(self) -> jax.Array:
+        base = self.base_matrix()
+        w = self.gated(self.adapt(base), base)
+        return from_matrix(w, self.shape, self.in_axes, self.out_axes)
+
+    def change(self) -> jax.Array:
+        """What the method adds to its base, [*lead, in, out], float32 whatever the base's dtype; zero where it is gated off."""
+        base = self.base_matrix()
+        return self.gated(self.adapt(base) - base, jnp.zeros_like(base))
+
+    def gated(self, new: jax.Array, old: jax.Array) -> jax.Array:
+        """`new` [*lead, ...] in the layers that are adapted, `old` in the others."""
+        return new if self.gate is None else jnp.where(self.gate[..., None, None] > 0, new, old)
 
     def by_parts(self, x: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
         """`product(x, w)` with this weight as an array.
@@ -157,9 +164,9 @@ class Reparametrised(Weight):
         rounded away.
         """
         if self.whole or jnp.finfo(x.dtype).bits >= 32:
-            return product(x, self.exact())
-        base = exact(self.base)
-        return product(x, base) + product(x, self.exact() - base)
+            return product(x, self.unrounded())
+        change = from_matrix(self.change(), self.shape, self.in_axes, self.out_axes)
+        return product(x, unrounded(self.base)) + product(x, change)
 
     def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
         if (in_axes, out_axes) != (self.in_axes, self.out_axes):
@@ -192,7 +199,7 @@ class Reparametrised(Weight):
         return self.by_parts(x, lambda x, w: ragged_matmul(x, w, sizes))
 
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
-        return take(self.exact(), ids, self.dtype if dtype is None else dtype)
+        return take(self.unrounded(), ids, self.dtype if dtype is None else dtype)
 
     def drop(self, x: jax.Array) -> jax.Array:
         """`x` with dropout, where it is on."""
@@ -212,22 +219,12 @@ class Reparametrised(Weight):
 
     def _as_row(self, change: Callable[[jax.Array], jax.Array], bias: jax.Array) -> jax.Array:
         row = bias.astype(jnp.float32).reshape(*self.lead, 1, -1)
-        new = change(row)
-        if self.gate is not None:
-            new = jnp.where(self.gate[..., None, None] > 0, new, row)
-        return new.reshape(bias.shape)
+        return self.gated(change(row), row).reshape(bias.shape)
 
     def unmerge(self, merged: Any) -> Self:
         w = to_matrix(materialize(merged), self.in_axes, self.out_axes).astype(jnp.float32)
-        base = self.recover(w)
-        if self.gate is not None:
-            base = jnp.where(self.gate[..., None, None] > 0, base, w)
+        base = self.gated(self.recover(w), w)
         return self.replace(base=from_matrix(base, self.shape, self.in_axes, self.out_axes).astype(self.dtype))
-
-
-def exact(w: Any) -> jax.Array:
-    """The array behind `w`, an array or a Weight, float32; a change of it is not rounded to its base's dtype."""
-    return w.exact() if isinstance(w, Reparametrised) else materialize(w).astype(jnp.float32)
 
 
 class Additive(Reparametrised):
@@ -249,6 +246,17 @@ class Additive(Reparametrised):
 
     def recover(self, w: jax.Array) -> jax.Array:
         return w - self.delta()
+
+    @property
+    def sum(self) -> bool:
+        """Whether the change is `delta` alone, whatever the base; a subclass may make more of it (DoRA)."""
+        return type(self).adapt is Additive.adapt
+
+    def change(self) -> jax.Array:
+        if not self.sum:
+            return super().change()
+        delta = self.delta().astype(jnp.float32)
+        return self.gated(delta, jnp.zeros_like(delta))
 
 
 def scaled(y: jax.Array, factor: jax.Array) -> jax.Array:
@@ -305,7 +313,7 @@ class Site(NamedTuple):
 
     def matrix(self) -> jax.Array:
         """The weight as [*lead, in, out], float32."""
-        return to_matrix(exact(self.base), self.in_axes, self.out_axes)
+        return to_matrix(unrounded(self.base), self.in_axes, self.out_axes)
 
     def check_divides(self, n: int, option: str, *, inputs: bool = True, outputs: bool = True) -> None:
         """Raise ValueError where `n`, the value of `option`, does not divide the weight's inputs or outputs."""

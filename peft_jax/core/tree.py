@@ -11,7 +11,7 @@ import fnmatch
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -301,7 +301,7 @@ def merge(params: Any) -> Any:
             "before training keeps them"
         )
     whole = distribute(params)
-    beside = _biases(whole)
+    beside = biased(whole)
 
     def fold(path: str, x: Any) -> Any:
         if isinstance(x, Attachment):
@@ -316,7 +316,7 @@ def merge(params: Any) -> Any:
     return {k: x for k, x in merged.items() if not isinstance(x, Shared) or k in needed}
 
 
-def _biases(params: Any) -> dict[str, Weight]:
+def biased(params: Any) -> dict[str, Weight]:
     """path of a bias -> the Weight in the place of `kernel` beside it."""
     known = places(params)
     kernels = {p.rpartition("/")[0]: x for p, x in known.items() if p.endswith("/kernel") and isinstance(x, Weight)}
@@ -334,7 +334,7 @@ def _fills_zeros(x: Any) -> bool:
 def unmerge(merged: Any, params: Any) -> Any:
     """The tree of `params` (with its adapters) over bases recovered from `merged`; equal up to rounding."""
     known, whole = places(merged), distribute(params)
-    beside = _biases(whole)
+    beside = biased(whole)
 
     def back(path: str, x: Any) -> Any:
         value = known.get(path, x)
@@ -464,15 +464,30 @@ def with_adapter_ids(params: Any, ids: jax.Array | None) -> Any:
 
 
 def penalty(params: Any) -> Any:
-    """The sum of what the nodes' `penalty` methods return (AdaLoRA's orthogonality); 0 where none has one."""
+    """What the nodes' `penalty` methods add to the loss; 0 where none has one.
 
-    def inner(x: Any) -> Any:
-        if not is_node(x):
-            return 0.0
-        own = x.penalty() if hasattr(x, "penalty") else 0.0
-        return own + sum(inner(getattr(x, f)) for f in data_fields(x))
+    It is their sum, or for an adapter whose nodes also tell the number of their `penalty_terms` the mean over all of its terms
+    (AdaLoRA's orthogonality).
+    """
+    sums: dict[Any, Any] = {}
+    terms: dict[Any, Any] = {}
+    for node in (n for x in places(params).values() for n in _nodes(x) if hasattr(n, "penalty")):
+        group = (type(node), getattr(node, "name", ""))
+        sums[group] = sums.get(group, 0.0) + node.penalty()
+        if hasattr(node, "penalty_terms"):
+            terms[group] = terms.get(group, 0.0) + node.penalty_terms()
+    return sum(total / terms[group] if group in terms else total for group, total in sums.items())
 
-    return sum(inner(x) for x in places(params).values())
+
+def _nodes(x: Any) -> Iterator[Any]:
+    """The nodes in a place, those within others too."""
+    if not is_node(x):
+        for y in jax.tree.leaves(x, is_leaf=is_node):
+            yield from _nodes(y) if is_node(y) else ()
+        return
+    yield x
+    for f in data_fields(x):
+        yield from _nodes(getattr(x, f))
 
 
 def count(params: Any) -> tuple[int, int]:

@@ -79,6 +79,13 @@ class Weight(Node):
         """The array that this weight stands for."""
         raise NotImplementedError
 
+    def unrounded(self) -> jax.Array:
+        """That array in float32, not rounded to `dtype` on the way where a subclass can tell it better.
+
+        What weights differ by is taken of these: of two arrays of half precision it would be mostly their rounding.
+        """
+        return self.materialize().astype(jnp.float32)
+
     def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
         """`x` [..., *in] times this weight -> [..., *out]; see the function `matmul`."""
         return matmul(x, self.materialize(), in_axes=in_axes, out_axes=out_axes, precision=precision)
@@ -161,6 +168,11 @@ class Trainable(Weight):
 def materialize(w: Any) -> jax.Array:
     """The array behind `w`, an array or a Weight."""
     return w.materialize() if isinstance(w, Weight) else w
+
+
+def unrounded(w: Any) -> jax.Array:
+    """The array behind `w`, an array or a Weight, in float32; see `Weight.unrounded`."""
+    return w.unrounded() if isinstance(w, Weight) else w.astype(jnp.float32)
 
 
 def matmul(x: jax.Array, w: Any, *, in_axes: Axes = (-2,), out_axes: Axes = (-1,), precision: Any = None) -> jax.Array:

@@ -2,7 +2,8 @@
 
 `adalora_budget` is an optax transformation that keeps the paper's importance scores (equations 8 to 11) and sets the
 E of the least important triplets to zero on the paper's cubic schedule (equation 12); arrays change, shapes do not.
-The orthogonality penalty (equation 4) is the node's `penalty`, which the training step adds to the loss.
+The orthogonality penalty (equation 4, averaged over the factors as Hugging Face PEFT does) is the node's `penalty`, which the
+training step adds to the loss.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
-from peft_jax.core.tree import Targets
+from peft_jax.core.tree import Targets, combine
 from peft_jax.core.weight import Layout, static
 
 
@@ -42,10 +43,15 @@ class AdaLoRA(Additive):
         return jnp.matmul(jnp.matmul(x, a.astype(x.dtype)), self.b.astype(x.dtype))
 
     def penalty(self) -> jax.Array:
-        """orthogonal * (||A^T A - I|| + ||B B^T - I||), summed over leading axes."""
+        """orthogonal * (||A^T A - I|| + ||B B^T - I||), summed over the layers that are adapted."""
         eye = jnp.eye(self.a.shape[-1])
-        distance = lambda gram: jnp.sqrt(jnp.square(gram - eye).sum((-2, -1)) + 1e-12).sum()
-        return self.orthogonal * (distance(self.a.mT @ self.a) + distance(self.b @ self.b.mT))
+        distance = lambda gram: jnp.sqrt(jnp.square(gram - eye).sum((-2, -1)) + 1e-12)
+        each = distance(self.a.mT @ self.a) + distance(self.b @ self.b.mT)
+        return self.orthogonal * (each if self.gate is None else each * self.gate).sum()
+
+    def penalty_terms(self) -> Any:
+        """The number of those norms, since as in PEFT it is their mean over the model that counts."""
+        return 2 * (self.e[..., 0].size if self.gate is None else self.gate.sum())
 
 
 def adalora(
@@ -118,20 +124,23 @@ def adalora_budget(
     """Put last in the optimizer's chain: after each update, the triplets outside the budget get E = 0.
 
     The budget falls from `init_rank` to `target_rank` a weight on average, from step `warmup` to step `steps - final`,
-    and is applied every `every` steps; afterwards the last choice stays. Needs the gradients as `grads`.
+    and is applied every `every` steps; afterwards the last choice stays. Needs the gradients as `grads`, and the frozen tree
+    as `frozen` where some of the layers of a stack are left out, which then have no part in the budget.
     """
 
     def init(params: Any) -> BudgetState:
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # two trees, since states are donated
         return BudgetState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
-    def update(updates: Any, state: BudgetState, params: Any = None, *, grads: Any, **_: Any) -> Any:
+    def update(updates: Any, state: BudgetState, params: Any = None, *, grads: Any, frozen: Any = None, **_: Any) -> Any:
         sensitivity = jax.tree.map(lambda p, g: jnp.abs(p * g), params, grads)
         importance = jax.tree.map(lambda i, s: beta1 * i + (1 - beta1) * s, state.importance, sensitivity)
         uncertainty = jax.tree.map(
             lambda u, s, i: beta2 * u + (1 - beta2) * jnp.abs(s - i), state.uncertainty, sensitivity, importance
         )
-        scores = jax.tree.map(_triplet_scores, importance, uncertainty, is_leaf=_is_adalora)
+        whole = params if frozen is None else combine(params, frozen)
+        leaf = lambda x: x is None or _is_adalora(x)
+        scores = jax.tree.map(_triplet_scores, importance, uncertainty, whole, is_leaf=leaf)
         budget = _budget_fraction(state.step, steps, init_rank, target_rank, warmup, final)
         active = (state.step > warmup) & ((state.step % every == 0) | (state.step >= steps - final))
         updates = _zero_outside(updates, params, scores, budget, active)
@@ -150,12 +159,15 @@ def _is_adalora(x: Any) -> bool:
     return isinstance(x, AdaLoRA)
 
 
-def _triplet_scores(importance: Any, uncertainty: Any) -> Any:
-    """S = s(E) + mean s(P) + mean s(Q) a triplet, [*lead, r] (equation 8), where s is importance times uncertainty."""
+def _triplet_scores(importance: Any, uncertainty: Any, node: Any) -> Any:
+    """S = s(E) + mean s(P) + mean s(Q) a triplet, [*lead, r] (equation 8), where s is importance times uncertainty; minus
+    infinity in layers that are left out.
+    """
     if not _is_adalora(importance):
         return None
     s = jax.tree.map(jnp.multiply, importance, uncertainty)
-    return s.e + s.a.mean(-2) + s.b.mean(-1)
+    scores = s.e + s.a.mean(-2) + s.b.mean(-1)
+    return scores if node.gate is None else jnp.where(node.gate[..., None] > 0, scores, -jnp.inf)
 
 
 def _budget_fraction(step: jax.Array, steps: int, init_rank: int, target_rank: int, warmup: int, final: int) -> jax.Array:
@@ -166,7 +178,7 @@ def _budget_fraction(step: jax.Array, steps: int, init_rank: int, target_rank: i
 
 def _zero_outside(updates: Any, params: Any, scores: Any, budget: jax.Array, active: jax.Array) -> Any:
     flat = jnp.concatenate([s.ravel() for s in jax.tree.leaves(scores)])
-    kept = jnp.round(budget * flat.size).astype(jnp.int32)
+    kept = jnp.round(budget * jnp.isfinite(flat).sum()).astype(jnp.int32)
     threshold = jnp.sort(flat)[::-1][jnp.clip(kept - 1, 0, flat.size - 1)]
 
     def zero(u: Any, p: Any, s: Any) -> Any:

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.adapters import check_names, stack_of, without
-from peft_jax.core.reparametrised import Reparametrised
-from peft_jax.core.tree import distribute, map_places, nearest, places
-from peft_jax.core.weight import materialize, to_matrix
+from peft_jax.core.adapters import check_names, replaced, stack_of
+from peft_jax.core.reparametrised import Additive, Reparametrised
+from peft_jax.core.tree import biased, distribute, map_places, nearest, places
+from peft_jax.core.weight import Weight, materialize
 from peft_jax.low_rank.lora import LoRA
 
 Merge = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (tensors [n, ...], weights [n], key) -> [...]
@@ -43,6 +43,7 @@ def combine_adapters(
     outside (0, 1].
     """
     check_names(params, list(weights))
+    names = list(weights)
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density must lie in (0, 1], got {density}")
     base_method = method.removesuffix("_svd") if method != "svd" else "linear"
@@ -54,21 +55,19 @@ def combine_adapters(
     merge = functools.partial(_MERGES[base_method], density=density, majority=majority) if method != "cat" else None
 
     def place(path: str, w: Any) -> Any:
-        found: list[Any] = [n for n in stack_of(w) if isinstance(n, Reparametrised) and n.name in weights]
+        found = plain_loras(path, w, names)
         if not found:
             return w
-        if bad := next((n for n in found if type(n) is not LoRA), None):
-            raise ValueError(f"{path} has a {type(bad).__name__} named {bad.name!r}; convert it with to_lora first")
         own = [weights[n.name] for n in found]
         local = jax.random.fold_in(key, abs(hash(path)) % 2**31) if key is not None else jax.random.key(0)
         if merge is None:
             a, b = _concatenate(found, own)
         elif method == "svd" or method.endswith("_svd"):
-            deltas = jnp.stack([_gated(n) for n in found])
+            deltas = jnp.stack([n.change() for n in found])
             a, b = _truncate(_by_layer(merge, deltas, own, local), rank or max(n.rank for n in found))
         else:
             a, b = _merge_factors(path, merge, found, own, local)
-        return _as_lora(without(w, list(weights)), found[0], a, b, into)
+        return replaced(w, names, lambda base: _as_lora(base, found[0], a, b, into))
 
     return map_places(place, params)
 
@@ -77,21 +76,24 @@ def to_lora(params: Any, *, rank: int, adapter: str = "default", into: str | Non
     """The adapter, of whatever method, as the LoRA of this rank that is nearest to it (truncated SVD of its update).
 
     Returns the tree and, for each place, the relative error ||update - LoRA|| / ||update|| (Frobenius norm). What is not
-    a sum, like OFT, is converted too, since the update is the changed weight less the base. Raises ValueError where
-    there is no adapter of that name.
+    a sum, like OFT, is converted too, since the update is the changed weight less the base, both float32. Raises
+    ValueError where there is no adapter of that name, and for one that changes a bias too, which no LoRA does.
     """
     check_names(params, [adapter])
     errors: dict[str, float] = {}
-    whole = places(distribute(params))
+    spread = distribute(params)
+    whole = places(spread)
+    biases = {id(w): whole[path] for path, w in biased(spread).items()}
 
     def place(path: str, w: Any) -> Any:
         found = next((n for n in stack_of(whole[path]) if isinstance(n, Reparametrised) and n.name == adapter), None)
         if found is None:
             return w
-        update = _gated(found)
+        _check_bias(path, found, biases.get(id(whole[path])))
+        update = found.change()
         a, b = _truncate(update, rank)
         errors[path] = float(jnp.linalg.norm(update - a @ b) / jnp.maximum(jnp.linalg.norm(update), 1e-30))
-        return _as_lora(without(w, [adapter]), found, a, b, into or adapter)
+        return replaced(w, [adapter], lambda base: _as_lora(base, found, a, b, into or adapter))
 
     result = map_places(place, params)
     unused = [f"shared_{n.group}" for w in whole.values() for n in stack_of(w) if getattr(n, "group", "") and n.name == adapter]
@@ -108,13 +110,36 @@ def subtract_adapters(params: Any, plus: str, minus: str, *, into: str = "differ
     return combine_adapters(params, {plus: 1.0, minus: -1.0}, method="cat", into=into)
 
 
-def _gated(node: Reparametrised) -> jax.Array:
-    """The update of one node [*lead, in, out], float32, zero in layers that are gated off."""
-    if isinstance(node, LoRA) and type(node) is LoRA:
-        update = node.delta()
-        return update if node.gate is None else update * node.gate[..., None, None]
-    changed, base = materialize(node), materialize(node.base)
-    return to_matrix(changed.astype(jnp.float32) - base.astype(jnp.float32), node.in_axes, node.out_axes)
+def plain_loras(path: str, w: Any, names: Sequence[str]) -> list[LoRA]:
+    """The LoRAs of these names at one place, outermost first.
+
+    Raises ValueError for an adapter of another method, and where between two of them lies a weight that is no sum, so that
+    what is under it cannot move out.
+    """
+    nodes = stack_of(w)
+    mine = [i for i, n in enumerate(nodes) if isinstance(n, Reparametrised) and n.name in names]
+    for n in (nodes[i] for i in mine):
+        if type(n) is not LoRA:
+            raise ValueError(f"{path} has a {type(n).__name__} named {n.name!r}; convert it with to_lora first")
+    for n in nodes[mine[0] : mine[-1]] if mine else ():
+        if not (isinstance(n, Additive) and n.sum):
+            raise ValueError(
+                f"{path} has a {type(n).__name__} between the adapters {', '.join(names)}, which changes what is under it; "
+                "convert it with to_lora, or drop it, first"
+            )
+    return [nodes[i] for i in mine]
+
+
+def _check_bias(path: str, node: Reparametrised, bias: Any) -> None:
+    """Raise ValueError where the method changes the bias beside the weight."""
+    if bias is None or not node.changes_output:
+        return
+    under = node.base.bias(materialize(bias)) if isinstance(node.base, Weight) else materialize(bias)
+    if bool(jnp.any(node.bias(materialize(bias)) != under)):
+        raise ValueError(
+            f"the {type(node).__name__} at {path} changes the bias beside it too, which a LoRA cannot; merge it, or leave "
+            "places with a bias out of its targets"
+        )
 
 
 def _as_lora(base: Any, like: Reparametrised, a: jax.Array, b: jax.Array, name: str) -> LoRA:

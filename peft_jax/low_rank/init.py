@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 Factors = tuple[jax.Array, jax.Array]
 WITHOUT_DATA = "kaiming"  # the start where there are no statistics
-STATISTICS = {"eva": "covariance", "corda_kpm": "covariance", "corda_ipm": "covariance", "lora_ga": "gradient"}
+STATISTICS = {"eva": "centred_covariance", "corda_kpm": "covariance", "corda_ipm": "covariance", "lora_ga": "gradient"}
 
 
 def kaiming(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
@@ -84,7 +84,8 @@ def _olora(w: jax.Array, rank: int, scale: jax.Array, key: jax.Array) -> Factors
 def _eva(w: jax.Array, rank: int, covariance: jax.Array) -> Factors:
     """The directions in which inputs vary most (Paischer et al. 2024, arXiv:2410.07170), with B at zero.
 
-    The right singular vectors of the activations are the eigenvectors of their covariance; ranks are not redistributed.
+    The components of PEFT's incremental PCA, which takes the mean out, are the eigenvectors of the covariance about the mean;
+    ranks are not redistributed.
     """
     vectors = jnp.linalg.eigh(covariance)[1][..., ::-1]
     return vectors[..., :rank], jnp.zeros((*w.shape[:-2], rank, w.shape[-1]), jnp.float32)
@@ -103,12 +104,16 @@ def _corda(w: jax.Array, rank: int, scale: jax.Array, covariance: jax.Array, lar
     return _split(u[..., part], s[..., part], vt[..., part, :], scale)
 
 
-def _lora_ga(rank: int, gradient: jax.Array, scale: jax.Array, gamma: float = 16.0) -> Factors:
-    """Factors along the gradient's singular vectors (Wang et al. 2024, LoRA-GA, arXiv:2407.05000, algorithm 1)."""
+def _lora_ga(rank: int, gradient: jax.Array, gamma: float = 16.0) -> Factors:
+    """Factors along the gradient's singular vectors (Wang et al. 2024, LoRA-GA, arXiv:2407.05000, algorithm 1).
+
+    As in the authors' code (direction ArB2r, scale stable) columns of A and rows of B have the length out^(1/4) / sqrt(gamma),
+    whatever alpha is.
+    """
     if 2 * rank > min(gradient.shape[-2:]):
         raise ValueError(f"init 'lora_ga' needs a rank of at most {min(gradient.shape[-2:]) // 2}, got {rank}")
     u, _, vt = jnp.linalg.svd(gradient, full_matrices=False)
-    size = gradient.shape[-1] ** 0.25 / math.sqrt(gamma) / scale[..., None, None] ** 0.5
+    size = gradient.shape[-1] ** 0.25 / math.sqrt(gamma)
     return size * u[..., :rank], size * vt[..., rank : 2 * rank, :]
 
 
@@ -137,7 +142,7 @@ def start(init: str, w: jax.Array, rank: int, scale: jax.Array, key: jax.Array, 
         if statistic is None:
             raise ValueError(f"init {init!r} needs statistics={{path: {STATISTICS[init]}}}; see calibrate and gradients")
         if init == "lora_ga":
-            return _lora_ga(rank, statistic, scale)
+            return _lora_ga(rank, statistic)
         return _eva(w, rank, statistic) if init == "eva" else _corda(w, rank, scale, statistic, init == "corda_ipm")
     if found := re.fullmatch(r"pissa_niter_(\d+)", init):
         return _pissa_fast(w, rank, scale, key, int(found[1]))

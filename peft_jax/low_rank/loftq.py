@@ -6,7 +6,7 @@ quantization lost. With few bits this starts much nearer to the model than a qua
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,22 +25,25 @@ def loftq(
     *,
     quantize: Callable[[Any], Any],
     rank: int = 8,
-    alpha: float | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
     steps: int = 5,
     targets: Targets = "all-linear",
     exclude: Targets = (),
+    layers: Sequence[int] | None = None,
     layout: Layout | None = None,
     **options: Any,
 ) -> Any:
     """`quantize(params)` with LoRA nodes over it whose product makes up for the loss; `options` are those of `lora`.
 
     `quantize` maps a tree to the tree with its weights quantized, as `lambda tree: peft_jax.quantize(tree, "nf4")`; what it
-    leaves alone gets factors that begin at a product of zero. Raises ValueError for `steps` below 1, and as `lora` does.
+    leaves alone gets factors that begin at a product of zero. Layers that get no LoRA are quantized as they are. Raises
+    ValueError for `steps` below 1, and as `lora` does.
     """
     if steps < 1:
         raise ValueError(f"LoftQ needs at least one step, got steps={steps}")
-    where: dict[str, Any] = {"targets": targets, "exclude": exclude, "layout": layout}
+    where: dict[str, Any] = {"targets": targets, "exclude": exclude, "layers": layers, "layout": layout}
     sites = find_sites(params, **where)
+    used = {p: _used(s, s.pattern(rank, rank_pattern or {})) for p, s in sites.items()}
     factors: dict[str, Any] = {}
     base = params
     for _ in range(steps):
@@ -48,17 +51,30 @@ def loftq(
         base = quantize(map_places(rest, params))
         quantized = places(base)
         lost = {p: s.matrix() - s._replace(base=quantized[p]).matrix() for p, s in sites.items()}
-        factors = {p: start("pissa", w, rank, jnp.ones(w.shape[:-2]), key) for p, w in lost.items()}
-    placed = lora(base, key, rank=rank, alpha=alpha, **where, **options)
+        factors = {p: _factors(w, used[p], key) for p, w in lost.items()}
+    placed = lora(base, key, rank=rank, rank_pattern=rank_pattern, **where, **options)
 
     def begin(path: str, w: Any) -> Any:
         if path not in sites or not isinstance(w, LoRA):
             return w
         a, b = factors[path]
         root = jnp.sqrt(w.scale)[..., None, None]
-        return w if jnp.abs(b).max() == 0 else w.replace(a=a / root, b=b / root)  # nothing lost: factors as LoRA's own
+        there = jnp.abs(b).max((-2, -1), keepdims=True) > 0  # where nothing was lost, factors as LoRA's own
+        return w.replace(a=jnp.where(there, a / root, w.a), b=jnp.where(there, b / root, w.b))
 
     return map_places(begin, placed)
+
+
+def _used(site: Site, ranks: Sequence[int]) -> jax.Array:
+    """bool [*lead, r]: which of the largest rank's directions each layer has; none where it is left out."""
+    own = [r * chosen for r, chosen in zip(ranks, site.chosen, strict=True)]
+    return jnp.arange(max(ranks)) < site.by_layer(own)[..., None]
+
+
+def _factors(lost: jax.Array, used: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The best factors of each layer's rank for what quantization lost [*lead, in, out]."""
+    a, b = start("pissa", lost, used.shape[-1], jnp.ones(lost.shape[:-2]), key)
+    return a * used[..., None, :], b * used[..., :, None]
 
 
 def _less(w: Any, site: Site, factors: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -153,9 +153,9 @@ def lora(
 
     `alpha` defaults to the rank (scale 1). `rank_pattern` and `alpha_pattern` override both for the places, or single
     layers of stacked ones, that their keys match; `layers` restricts to these layer numbers. `init` is kaiming (PEFT's
-    default), gaussian, orthogonal, pissa, pissa_niter_N, olora, or one that needs `statistics` of each place: eva,
-    corda_kpm and corda_ipm (covariances of the inputs, from `calibrate`) or lora_ga (`gradients` of the weights). `bias`
-    also trains biases, `modules_to_save` whole modules, as in PEFT; `adapter` names the adapter. `layout` (see
+    default), gaussian, orthogonal, pissa, pissa_niter_N, olora, or one that needs `statistics` of each place: eva (the inputs'
+    centred_covariance, from `calibrate`), corda_kpm and corda_ipm (their covariance) or lora_ga (the weights' `gradients`).
+    `bias` also trains biases, `modules_to_save` whole modules, as in PEFT; `adapter` names the adapter. `layout` (see
     `layout_of`) says which axes of a weight are inputs; without it a weight is [*leading, in, out].
     Raises ValueError for a rank below 1, dropout outside [0, 1), or a target or pattern that matches nothing.
     """
@@ -242,7 +242,8 @@ def rebase(params: Any) -> Any:
     def fold(_: str, w: Any) -> Any:
         if not isinstance(w, LoRA) or w.start is None:
             return w
-        base = w.base_matrix() - _product32(*w.start) * w.scale[..., None, None]
+        plain = w.base_matrix()
+        base = w.gated(plain - _product32(*w.start) * w.scale[..., None, None], plain)
         return w.replace(base=from_matrix(base, w.shape, w.in_axes, w.out_axes).astype(w.dtype), start=None)
 
     return map_places(fold, params)

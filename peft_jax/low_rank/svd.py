@@ -63,7 +63,11 @@ class Factorized(Matrix):
         return {"u": P(*lead, into, None), "v": P(*lead, None, out)}
 
     def materialize(self) -> jax.Array:
-        return from_matrix(jnp.matmul(self.u, self.v), self.shape, self.in_axes, self.out_axes)
+        return self.unrounded().astype(self.dtype)
+
+    def unrounded(self) -> jax.Array:
+        product: Any = jnp.matmul(self.u, self.v, preferred_element_type=jnp.float32)
+        return from_matrix(product, self.shape, self.in_axes, self.out_axes)
 
     def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
         u, v, sizes = self.u, self.v, self.out_sizes

@@ -86,35 +86,51 @@ def owl(
 ) -> Sparsities:  # fmt: skip
     """Outlier-weighted layerwise sparsity (Yin et al. 2024, arXiv:2310.05175): layers with more outliers keep more.
 
-    An outlier is an entry whose Wanda score is `outlier` times the mean of its weight's; a layer's sparsity differs from the
-    mean by at most `spread` (the paper's M and lambda). Weights of one layer have the same.
+    An outlier is an entry whose Wanda score is `outlier` times the mean of its layer's, all of whose weights are taken
+    together as in the authors' code; a layer's sparsity differs from the mean by at most `spread` (the paper's M and lambda).
+    Weights of one layer have the same.
     """
     names = {path: _layer_names(site) for path, site in sites.items()}
-    found: dict[Any, list[float]] = {}
+    scores: dict[str, jax.Array] = {}
+    total: dict[Any, Any] = {}
     entries: dict[Any, int] = {}
     for path, site in sites.items():
         second_moment = statistics["second_moment"][path]
         there = reached(path, [second_moment], site.sizes[0], method="distribution 'owl'", instead="the size of the weights")
-        second_moment = choose(there, second_moment, jnp.ones_like(second_moment))
-        share = fetched(_outliers(site.matrix(), second_moment, outlier))
+        scores[path] = choose(there, second_moment, jnp.ones_like(second_moment))
         size = int(np.prod(site.sizes[1:]))
-        for layer, value in zip(names[path], share.reshape(-1), strict=True):
-            found.setdefault(layer, []).append((value if is_traced(value) else float(value)) * size)
+        mean = fetched(_wanda(site.matrix(), scores[path]).mean((-2, -1)))
+        mean = mean if is_traced(mean) else mean.astype(np.float64)
+        for layer, value in zip(names[path], mean.reshape(-1), strict=True):
+            total[layer] = total.get(layer, 0.0) + value * size
             entries[layer] = entries.get(layer, 0) + size
-    layers = list(found)
-    xp: Any = jnp if is_traced(found) else np
-    ratio = xp.array([sum(found[layer]) / entries[layer] for layer in layers])
-    weight = np.array([entries[layer] for layer in layers], np.float64)
+    xp: Any = jnp if is_traced(total) else np
+    found: dict[Any, Any] = dict.fromkeys(entries, 0)
+    for path, site in sites.items():
+        bounds = xp.array([outlier * total[n] / entries[n] for n in names[path]], np.float32).reshape(site.sizes[0])
+        over = fetched((_wanda(site.matrix(), scores[path]) > bounds[..., None, None]).sum((-2, -1)))
+        for layer, count in zip(names[path], over.reshape(-1), strict=True):
+            found[layer] += count
+    return _spread(sites, names, found, entries, sparsity, spread)
+
+
+def _spread(
+    sites: Mapping[str, Site], names: Mapping[str, list[Any]], outliers: Mapping[Any, Any], entries: Mapping[Any, int],
+    sparsity: float, spread: float,
+) -> Sparsities:  # fmt: skip
+    """Sparsities that fall with a layer's share of outliers, by 2 * `spread` from the smallest share to the largest."""
+    layers = list(entries)
+    xp: Any = jnp if is_traced(outliers) else np
+    ratio = xp.array([outliers[layer] / entries[layer] for layer in layers])
     ratio = (ratio - ratio.min()) / xp.maximum(ratio.max() - ratio.min(), 1e-30) * 2 * spread
-    density = xp.clip(ratio - xp.average(ratio, weights=weight) + 1.0 - sparsity, 0.0, 1.0)
-    of = dict(zip(layers, 1.0 - density, strict=True))
+    mean = xp.average(ratio, weights=np.array([entries[layer] for layer in layers], np.float64))
+    of = dict(zip(layers, 1.0 - xp.clip(ratio - mean + 1.0 - sparsity, 0.0, 1.0), strict=True))
     return {path: xp.array([of[n] for n in names[path]]).reshape(site.sizes[0]) for path, site in sites.items()}
 
 
 @jax.jit
-def _outliers(w: jax.Array, second_moment: jax.Array, outlier: float) -> jax.Array:
-    score = jnp.abs(w) * jnp.sqrt(second_moment)[..., None]
-    return (score > outlier * score.mean((-2, -1), keepdims=True)).mean((-2, -1))
+def _wanda(w: jax.Array, second_moment: jax.Array) -> jax.Array:
+    return jnp.abs(w) * jnp.sqrt(second_moment)[..., None]
 
 
 def _layer_names(site: Site) -> list[Any]:

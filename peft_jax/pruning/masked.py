@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.packing import pack_padded, unpack_padded
-from peft_jax.core.reparametrised import Product, Reparametrised, exact, node
+from peft_jax.core.reparametrised import Product, Reparametrised, node
 from peft_jax.core.tree import map_places, trainable_mask
 from peft_jax.core.values import check_concrete
-from peft_jax.core.weight import Axes, Trainable, Weight, from_matrix, materialize, matmul, static, to_matrix
+from peft_jax.core.weight import Axes, Trainable, Weight, from_matrix, materialize, matmul, static, to_matrix, unrounded
 from peft_jax.pruning.pattern import Pattern
 
 
@@ -66,9 +66,9 @@ class Masked(Reparametrised):
             return product(x, self.base)
         inner = base_of(self.base)
         if inner is self.base or jnp.finfo(x.dtype).bits >= 32:
-            return product(x, self.exact())
-        bare = self.with_zeros(exact(inner))  # the change is that of the adapters inside
-        return product(x, bare) + product(x, self.exact() - bare)
+            return product(x, self.unrounded())
+        bare = self.with_zeros(unrounded(inner))  # the change is that of the adapters inside
+        return product(x, bare) + product(x, self.unrounded() - bare)
 
     def materialize(self) -> jax.Array:
         return super().materialize() if isinstance(self.base, Weight) else self.base

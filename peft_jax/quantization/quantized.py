@@ -93,7 +93,10 @@ class Quantized(Matrix):
         return w if self.smooth is None else w / self.smooth[..., None]
 
     def materialize(self) -> jax.Array:
-        return from_matrix(self.matrix(), self.shape, self.in_axes, self.out_axes).astype(self.dtype)
+        return self.unrounded().astype(self.dtype)
+
+    def unrounded(self) -> jax.Array:
+        return from_matrix(self.matrix(), self.shape, self.in_axes, self.out_axes)
 
     def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
         transposed = (in_axes, out_axes) == (self.out_axes, self.in_axes)

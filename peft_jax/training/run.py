@@ -118,8 +118,8 @@ def _statistics(config: RunConfig, setup: Setup, rows: Any, statistic: str, opti
     """Covariances or gradients over 8 batches of the training rows."""
     batches = first_batches(config, rows, 8)
     apply, where = bind(setup.model), {k: options[k] for k in ("targets", "exclude") if k in options}
-    if statistic == "covariance":
-        return calibrate(apply, setup.params, batches, **where)
+    if statistic != "gradient":
+        return calibrate(apply, setup.params, batches, statistic=statistic, **where)  # type: ignore[arg-type]
     objective = objective_of(config, subject_of(config, setup))
     return gradients(lambda params, batch: objective(apply, params, batch, None)[0], setup.params, batches, **where)
 

@@ -67,7 +67,7 @@ def make_step(
             loss, metrics, grads = _accumulated(grad_of, state.trainable, frozen, batch, rng, accumulate)
         norm = optax.global_norm(grads)
         good = jnp.isfinite(norm) & jnp.isfinite(loss)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, grads=grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, grads=grads, frozen=frozen)
         changed = (optax.apply_updates(state.trainable, updates), opt_state)
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), changed, (state.trainable, state.opt_state)

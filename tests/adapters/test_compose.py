@@ -56,6 +56,25 @@ def test_averages_of_outputs_and_of_weights(base, several):
     np.testing.assert_allclose(get(mean, "averaged").up, expected, rtol=1e-6)
 
 
+def test_averages_of_weights_keep_the_layers(base):
+    """A gate is a choice of layers, not a number to average."""
+    tree = base[1]
+    for i, name in enumerate(NAMES):
+        layers = [1] if name == "third" else [0, 2]
+        tree = peft_jax.bottleneck(
+            tree, jax.random.key(i), size=4, init="bert", layers=layers, adapter=name, drop_layers=2, targets="mlp"
+        )
+    mean = peft_jax.average_adapters(tree, {"first": 0.5, "second": 1.5}, of="weights")
+    get = lambda tree, name: tree["model"]["layers"]["mlp"][f"bottleneck_{name}"]
+    for field in ("gate", "depth"):
+        np.testing.assert_array_equal(getattr(get(mean, "averaged"), field), getattr(get(tree, "first"), field))
+    np.testing.assert_allclose(get(mean, "averaged").up, 0.5 * get(tree, "first").up + 1.5 * get(tree, "second").up, rtol=1e-6)
+    with pytest.raises(
+        ValueError, match="adapt different layers, so that their weights have no average; average their outputs"
+    ):
+        peft_jax.average_adapters(tree, {"first": 0.5, "third": 0.5}, of="weights")
+
+
 def test_a_fusion_is_the_papers_formula_and_starts_as_the_mean(base, several):
     model, _, run = base
     fused = peft_jax.fuse_adapters(several, KEY, list(NAMES))

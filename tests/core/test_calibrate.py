@@ -7,12 +7,12 @@ import torch
 
 import peft_jax
 from peft_jax.core.calibrate import calibrate, capped
-from peft_jax.core.weight import matmul
+from peft_jax.core.weight import materialize, matmul, ragged_matmul
 from peft_jax.pruning.importance import block_influence
 from tests.models.test_encoders import T5_SIZES
 from tests.reference import family_checkpoint, random_tokens, relative_error
 
-KINDS = ("covariance", "second_moment", "mean", "mean_abs", "max_abs")
+KINDS = ("covariance", "centred_covariance", "second_moment", "mean", "mean_abs", "max_abs")
 
 
 def _padded(tokens, length):
@@ -123,3 +123,26 @@ def test_an_encoder_decoder_is_calibrated_on_its_targets(tmp_path):
         float(np.mean(np.square(x)[(seen if name.startswith("encoder") else counts) > 0])) for name, x in inputs.items()
     )
     np.testing.assert_allclose(sorted(float(jnp.mean(x)) for x in found.values()), means, rtol=1e-4)
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_gradients_of_half_precision_are_added_up_in_float32(square):
+    """1,000 batches: a sum in bfloat16 stops to grow at 256 times what is added."""
+    inputs = np.asarray(jnp.asarray(1.0 + np.random.default_rng(0).random((1000, 2, 2)), jnp.bfloat16))
+    params = {"kernel": jnp.zeros((2, 2), jnp.bfloat16)}
+    found = peft_jax.gradients(lambda p, x: jnp.sum(materialize(p["kernel"]) * x), params, inputs, square=square)["kernel"]
+    expected = (inputs.astype(np.float64) ** (2 if square else 1)).mean(0)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_covariances_about_the_mean_are_numpys_for_each_expert():
+    """Of a product whose weight is one of several each has the rows that it gets."""
+    rows = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32) + 3.0
+    sizes = np.asarray([25, 15, 0])
+    params = {"experts": {"down_proj": jnp.zeros((3, 6, 4))}}
+    apply = lambda p, tokens: ragged_matmul(jnp.asarray(rows), p["experts"]["down_proj"], jnp.asarray(sizes))
+    found = calibrate(apply, params, [{"tokens": np.ones((1, 40), np.int32)}], statistic="centred_covariance")
+    for of, part in zip(found["experts/down_proj"], np.split(rows, np.cumsum(sizes)[:-1]), strict=True):
+        expected = np.cov(part.T, bias=True) * len(part) / 40 if len(part) else np.zeros((6, 6))
+        np.testing.assert_allclose(of, expected, atol=1e-5)

@@ -1,5 +1,8 @@
 """Combining, converting, resizing and subtracting adapters; combinations against Hugging Face PEFT."""
 
+import inspect
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +11,12 @@ import pytest
 
 import peft_jax
 from peft_jax.core.adapters import stack_of
+from peft_jax.core.reparametrised import Reparametrised
+from peft_jax.core.tree import distribute, with_adapter_ids
 from peft_jax.low_rank import algebra
 from peft_jax.methods import METHODS
 from tests.reference import FAMILIES, perturb, random_tokens, relative_error, torch_logits, torch_model
+from tests.test_method_matrix import OPTIONS, WHOLE
 
 TOKENS = random_tokens(2, 10)
 Q = "model/layers/self_attn/q_proj/kernel"
@@ -132,3 +138,146 @@ def test_bad_requests_are_refused_by_name(base, two):
     oft = peft_jax.oft(base[1], jax.random.key(0), block_size=4, targets="q_proj")
     with pytest.raises(ValueError, match="has a OFT named 'default'; convert it with to_lora first"):
         peft_jax.combine_adapters(oft, {"default": 1.0})
+
+
+def half(seed):
+    """A tree of one layer and one embedding in bfloat16."""
+    w, e = np.random.default_rng(seed).standard_normal((2, 16, 16)).astype(np.float32)
+    bfloat16 = lambda x: jnp.asarray(x, jnp.bfloat16)
+    return {"q_proj": {"kernel": bfloat16(w)}, "embed_tokens": {"embedding": bfloat16(e)}}
+
+
+def adapted(name, seed=0, adapter="default", params=None, **options):
+    """A tree with small changes of a method, and the path of its node; None for methods without a Weight that is an adapter."""
+    where = {} if name == "trainable_tokens" else {"targets": "q_proj"}
+    given = OPTIONS.get(name, {}) | where | {"adapter": adapter} | options
+    known = inspect.signature(METHODS[name]).parameters
+    if not {"targets", "adapter"} <= set(known):
+        return None
+    try:
+        tree = METHODS[name](half(0) if params is None else params, jax.random.key(seed), **given)
+    except ValueError:  # attachments to modules that are not here
+        return None
+    paths = [p for p, w in peft_jax.places(tree).items() if isinstance(w, Reparametrised)]
+    return (perturb(tree, seed=seed, scale=0.05), paths[0]) if paths else None
+
+
+ADAPTERS = [name for name in METHODS if name not in WHOLE and adapted(name) is not None]
+
+
+def update(tree, path):
+    """W' - W of one place in float64, by the node's own `adapt` over its base in float32."""
+    node = peft_jax.places(distribute(tree))[path]
+    base = np.asarray(node.base.astype(jnp.float32))
+    return np.asarray(node.replace(base=jnp.asarray(base)).materialize(), np.float64) - base
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_operations_between_adapters_are_right_or_refused(name):
+    """Over a bfloat16 base, where an update of 1e-3 is below what two rounded weights differ by."""
+    (tree, path), (other, _) = adapted(name), adapted(name, seed=1)
+    wanted = update(tree, path)
+    error = lambda found: np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted)
+    whole, told = peft_jax.to_lora(tree, rank=16)
+    assert error(peft_jax.places(whole)[path].delta()) < 2e-3  # what float32 tells of the change of a weight
+    assert told[path] < 1e-4
+    low, told = peft_jax.to_lora(tree, rank=1)
+    assert told[path] == pytest.approx(error(peft_jax.places(low)[path].delta()), abs=2e-3)
+
+    both, _ = adapted(name, seed=1, adapter="second", params=tree)
+    pair = {"default": 1.0, "second": 0.5}
+    if name == "lora":
+        nodes = {n.name: n for n in stack_of(peft_jax.places(both)[path])}
+        sums = sum(w * np.asarray(nodes[n].scale * nodes[n].a @ nodes[n].b, np.float64) for n, w in pair.items())
+        found = peft_jax.places(peft_jax.combine_adapters(both, pair, method="cat"))[path].delta()
+        assert np.linalg.norm(found - sums) < 1e-5 * np.linalg.norm(sums)
+    else:
+        for join in (
+            lambda: peft_jax.combine_adapters(both, pair),
+            lambda: peft_jax.subtract_adapters(both, "default", "second"),
+            lambda: peft_jax.route_adapters(both, jax.random.key(0), list(pair)),
+        ):
+            with pytest.raises(ValueError, match=r"has a \w+ named '(default|second)'; convert it with to_lora first"):
+                join()
+
+    ids = jnp.asarray([1, 0, -1])
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((3, 2, 16)), jnp.float32)
+    if peft_jax.places(tree)[path].group:
+        with pytest.raises(ValueError, match="shares arrays with other places"):
+            peft_jax.bank(tree, 2)
+        return
+    banked = peft_jax.set_adapter(peft_jax.bank(tree, 2), 1, other)
+    node = peft_jax.places(with_adapter_ids(banked, ids))[path]
+    base = peft_jax.places(half(0))[path].astype(jnp.float32)
+    found = node.replace(base=base).matmul(x, in_axes=node.in_axes, out_axes=node.out_axes) - x @ base
+    for row, alone in ((0, other), (1, tree)):
+        np.testing.assert_allclose(found[row], x[row] @ update(alone, path), rtol=1e-3, atol=5e-6)  # of outputs of about 4
+    assert not found[2].any()
+
+
+class OneLayer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(16, name="q_proj")(x)
+
+
+@pytest.mark.parametrize("name", ["ia3", "road"])
+def test_a_change_of_the_bias_is_not_lost(name):
+    """A LoRA has none; a bank adds each row its own."""
+    kernel, bias = np.random.default_rng(0).standard_normal((2, 16, 16)).astype(np.float32)
+    params = {"q_proj": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias[0])}}
+    tree, other = (adapted(name, seed=i, params=params)[0] for i in (0, 1))
+    with pytest.raises(ValueError, match="at q_proj/kernel changes the bias beside it too, which a LoRA cannot"):
+        peft_jax.to_lora(tree, rank=16)
+    x = np.random.default_rng(1).standard_normal((3, 2, 16)).astype(np.float32)
+    banked = peft_jax.set_adapter(peft_jax.bank(tree, 2), 1, other)
+    found = peft_jax.bind(OneLayer())(banked, x, adapter_ids=jnp.asarray([1, 0, -1]))
+    for row, one in enumerate((other, tree, params)):
+        merged = peft_jax.merge(one)["q_proj"]
+        np.testing.assert_allclose(found[row], x[row] @ merged["kernel"] + merged["bias"], rtol=1e-4, atol=1e-5)
+    assert np.abs(found[0] - found[1]).max() > 0.1
+
+
+def test_what_lies_over_or_between_adapters_stays_where_it_is():
+    """An OFT turns what is under it, so its place in the stack counts."""
+    params = {"q_proj": {"kernel": jax.random.normal(jax.random.key(0), (16, 16))}}
+    inner, path = adapted("lora", adapter="one", params=params)
+    turned, _ = adapted("oft", adapter="turn", params=inner)
+    whole = peft_jax.merge(turned)["q_proj"]["kernel"]
+    for tree in (
+        peft_jax.to_lora(turned, rank=16, adapter="one")[0],
+        peft_jax.to_lora(turned, rank=16, adapter="turn")[0],
+        peft_jax.combine_adapters(turned, {"one": 1.0}, method="cat"),
+    ):
+        assert relative_error(peft_jax.merge(tree)["q_proj"]["kernel"], whole) < 1e-5
+    outer, _ = adapted("lora", adapter="two", params=turned)
+    for join in (
+        lambda: peft_jax.combine_adapters(outer, {"one": 1.0, "two": 1.0}),
+        lambda: peft_jax.route_adapters(outer, jax.random.key(0), ["one", "two"]),
+    ):
+        with pytest.raises(ValueError, match="has a OFT between the adapters one, two"):
+            join()
+    routed = peft_jax.route_adapters(
+        perturb(adapted("lora", adapter="two", params=inner)[0]), jax.random.key(0), ["two", "one"]
+    )
+    assert [type(n).__name__ for n in stack_of(peft_jax.places(routed)[path])] == ["Router"]
+
+
+def test_gated_layers_are_not_changed_by_any_operation():
+    params = {"layers": {"q_proj": {"kernel": jax.random.normal(jax.random.key(0), (3, 16, 16))}}}
+    tree = perturb(peft_jax.ia3(params, jax.random.key(0), targets="q_proj", layers=[1]))
+    whole, _ = peft_jax.to_lora(tree, rank=16)
+    assert (
+        relative_error(peft_jax.merge(whole)["layers"]["q_proj"]["kernel"], peft_jax.merge(tree)["layers"]["q_proj"]["kernel"])
+        < 1e-5
+    )
+    some = peft_jax.lora(params, jax.random.key(0), rank=2, init="pissa", targets="q_proj", layers=[1])
+    np.testing.assert_array_equal(
+        peft_jax.rebase(some)["layers"]["q_proj"]["kernel"].base[0], params["layers"]["q_proj"]["kernel"][0]
+    )
+    assert (
+        relative_error(
+            peft_jax.merge(peft_jax.rebase(some))["layers"]["q_proj"]["kernel"], params["layers"]["q_proj"]["kernel"]
+        )
+        < 1e-5
+    )

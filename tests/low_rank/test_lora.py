@@ -6,8 +6,11 @@ import numpy as np
 import optax
 import peft
 import pytest
+import torch
+from peft.utils.incremental_pca import IncrementalPCA
 
 import peft_jax
+from peft_jax.core.tree import penalty
 from peft_jax.low_rank.adalora import adalora_budget
 from peft_jax.training.optimizer import lora_plus
 from tests.reference import FAMILIES, family_checkpoint, perturb, random_tokens, relative_error, torch_logits, torch_model
@@ -23,12 +26,15 @@ def base(tmp_path_factory):
     apply = peft_jax.bind(model)
     statistics = {
         "covariance": peft_jax.calibrate(apply, params, [{"tokens": TOKENS}]),
+        "centred_covariance": peft_jax.calibrate(
+            apply, params, [{"tokens": TOKENS[:3]}, {"tokens": TOKENS[3:]}], statistic="centred_covariance"
+        ),
         "gradient": peft_jax.gradients(lambda p, t: (apply(p, t) ** 2).mean(), params, [TOKENS]),
     }
     return model, params, jax.jit(apply), statistics
 
 
-NEEDS = {"eva": "covariance", "corda_kpm": "covariance", "corda_ipm": "covariance", "lora_ga": "gradient"}
+NEEDS = {"eva": "centred_covariance", "corda_kpm": "covariance", "corda_ipm": "covariance", "lora_ga": "gradient"}
 STARTS = ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", *NEEDS]
 
 
@@ -74,23 +80,52 @@ def test_starts_that_change_the_base_are_exported_at_twice_the_rank(base, init, 
 
 
 def test_starts_from_statistics_follow_their_papers(base):
-    """EVA: A spans the inputs' main directions. CorDA: the term taken is the best of its rank for the outputs' covariance
-    norm. LoRA-GA: A and B span the gradient's singular vectors."""
+    """CorDA: the term taken is the best of its rank for the outputs' covariance norm."""
     _, params, _, statistics = base
     c = np.asarray(statistics["covariance"][Q][0], np.float64)
-    a = np.asarray(peft_jax.places(started(base, "eva"))[Q].a[0], np.float64)
-    assert np.trace(a.T @ c @ a) == pytest.approx(np.sort(np.linalg.eigvalsh(c))[-4:].sum(), rel=1e-4)
     node = peft_jax.places(started(base, "corda_ipm"))[Q]
     w = np.asarray(peft_jax.places(params)[Q][0], np.float64)
     damped = c + 1e-4 * np.trace(c) / 32 * np.eye(32)
     s = np.linalg.svd(damped @ w, compute_uv=False)
     left = np.linalg.norm(damped @ (w - 2.0 * np.asarray(node.a[0] @ node.b[0], np.float64)))
     assert left == pytest.approx(np.sqrt(np.square(s[4:]).sum()), rel=1e-3)
-    g = np.asarray(statistics["gradient"][Q][0], np.float64)
-    u, _, vt = np.linalg.svd(g)
-    ga = peft_jax.places(started(base, "lora_ga"))[Q]
-    assert np.linalg.norm(u[:, :4].T @ np.asarray(ga.a[0])) == pytest.approx(np.linalg.norm(ga.a[0]), rel=1e-3)
-    assert np.linalg.norm(np.asarray(ga.b[0]) @ vt[4:8].T) == pytest.approx(np.linalg.norm(ga.b[0]), rel=1e-3)
+
+
+def test_eva_starts_in_the_components_of_pefts_incremental_pca(base):
+    """Which are about the mean of the inputs; without it the last of them would lie elsewhere."""
+    model, inputs = torch_model(FAMILIES["llama2"]()), {}
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.q_proj.register_forward_pre_hook(lambda _, x, i=i: inputs.update({i: x[0].reshape(-1, 32)}))
+    torch_logits(model, TOKENS)
+    node = peft_jax.places(started(base, "eva"))[Q]
+    plain = np.linalg.eigh(np.asarray(base[3]["covariance"][Q], np.float64))[1][..., -4:]
+    for i, x in inputs.items():
+        components = IncrementalPCA(n_components=4, lowrank=False).fit(x).components_.numpy()
+        cosines = lambda a, of=components: np.linalg.svd(of @ np.asarray(a), compute_uv=False)
+        assert cosines(node.a[i]).min() > 0.9999
+        assert i or cosines(plain[i]).min() < 0.99
+    assert not node.b.any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_ga_starts_in_pefts_directions_at_the_authors_size(base):
+    """The authors' code (Outsider565/LoRA-GA, direction ArB2r, scale stable) multiplies both by out^(1/4) / sqrt(gamma),
+    whatever alpha is; PEFT has the same directions.
+    """
+    statistics = base[3]["gradient"]
+    model = torch_model(FAMILIES["llama2"]())
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.q_proj._peft_loraga_grad = torch.tensor(np.asarray(statistics[Q][i]).T)
+    ga = peft.LoraGAConfig(direction="ArB2r", scale="stable")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights="lora_ga", lora_ga_config=ga)
+    theirs = peft.get_peft_model(model, config).base_model.model.model.layers
+    node = peft_jax.places(started(base, "lora_ga"))[Q]
+    for i, layer in enumerate(theirs):
+        of = lambda m: m["default"].weight.detach().numpy().T
+        for ours, other in ((node.a[i], of(layer.self_attn.q_proj.lora_A)), (node.b[i].T, of(layer.self_attn.q_proj.lora_B).T)):
+            np.testing.assert_allclose(np.linalg.norm(ours, axis=0), 32**0.25 / 4, rtol=1e-5)
+            cosines = np.abs((np.asarray(ours) * other).sum(0)) / np.linalg.norm(ours, axis=0) / np.linalg.norm(other, axis=0)
+            assert cosines.min() > 0.999
 
 
 def test_layers_are_chosen_one_by_one_in_a_stacked_tree(base):
@@ -172,28 +207,75 @@ def test_lora_plus_speeds_b_up(base):
     np.testing.assert_allclose(node.b, -1.6)
 
 
-def test_adalora_spends_its_budget_on_what_matters(base):
-    """The share of triplets left follows equation 12, and the ones left are those with large gradients."""
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+def test_adalora_spends_its_budget_on_what_matters(base, layers):
+    """The share of triplets left follows equation 12, and the ones left are those with large gradients; layers left out take no
+    part.
+    """
     _, params, _, _ = base
-    tree = perturb(peft_jax.adalora(params, jax.random.key(0), init_rank=4, target_rank=1, targets="q_proj"))
-    trainable, _ = peft_jax.partition(tree)
+    options = {"init_rank": 4, "target_rank": 1, "targets": "q_proj", "layers": layers}
+    trainable, frozen = peft_jax.partition(perturb(peft_jax.adalora(params, jax.random.key(0), **options)))
+    there = np.asarray([layers is None or i in layers for i in range(3)])
     optimizer = adalora_budget(20, init_rank=4, target_rank=1, warmup=2, final=5)
     state = optimizer.init(trainable)
     node = peft_jax.places(trainable)[Q]
-    importance = jnp.asarray([[4.0, 1.0, 2.0, 3.0]] * 3)  # by triplet
+    importance = jnp.asarray([[4.0, 1.0, 2.0, 3.0]] * 3) * there[:, None]  # by triplet
     grads = jax.tree.map(jnp.zeros_like, trainable)
     grads["model"]["layers"]["self_attn"]["q_proj"]["kernel"] = node.replace(
-        a=jnp.zeros_like(node.a), b=jnp.zeros_like(node.b), e=importance / jnp.abs(node.e), base=None, scale=None
+        a=jnp.zeros_like(node.a), b=jnp.zeros_like(node.b), e=importance / jnp.abs(node.e), base=None, scale=None, gate=None
     )
     kept = []
     for _ in range(20):
-        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, trainable), state, trainable, grads=grads)
+        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, trainable), state, trainable, grads=grads, frozen=frozen)
         trainable = optax.apply_updates(trainable, updates)
-        kept.append(int((peft_jax.places(trainable)[Q].e != 0).sum()))
-    assert kept[1] == 12
-    assert kept[-1] == 3
+        kept.append(int((peft_jax.places(trainable)[Q].e[there] != 0).sum()))
+    assert kept[1] == 4 * there.sum()
+    assert kept[-1] == there.sum()
     assert kept == sorted(kept, reverse=True)
-    np.testing.assert_array_equal(peft_jax.places(trainable)[Q].e != 0, [[True, False, False, False]] * 3)
+    np.testing.assert_array_equal(peft_jax.places(trainable)[Q].e[there] != 0, [[True, False, False, False]] * there.sum())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+def test_adaloras_penalty_is_pefts(base, layers, tmp_path):
+    """The mean over the factors of all adapted layers, which PEFT adds to the loss."""
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, target_modules=["q_proj", "up_proj"], total_step=10, layers_to_transform=layers,
+        orth_reg_weight=0.5, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    theirs = peft.get_peft_model(torch_model(FAMILIES["llama2"]()), config)
+    tokens = torch.tensor(TOKENS).long()
+    with torch.no_grad():
+        whole = float(theirs(input_ids=tokens, labels=tokens).loss)
+        theirs.peft_config["default"].orth_reg_weight = 1e-30
+        plain = float(theirs(input_ids=tokens, labels=tokens).loss)
+        theirs.peft_config["default"].orth_reg_weight = 0.5
+    theirs.save_pretrained(tmp_path)
+    assert float(penalty(peft_jax.load_adapter(base[1], tmp_path))) == pytest.approx(whole - plain, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adalora_folders_with_ranks_left_out_are_pefts(base, tmp_path):
+    """PEFT divides by the initial rank, however many ranks are kept."""
+    _, params, run, _ = base
+    config = peft.AdaLoraConfig(init_r=6, target_r=3, lora_alpha=8, target_modules=["q_proj"], total_step=10)
+    theirs = peft.get_peft_model(torch_model(FAMILIES["llama2"]()), config)
+    kept, torch_draw = {}, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_E" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch_draw))
+                kept[name.removeprefix("base_model.model.")] = [True, False] * 3
+    theirs.peft_config["default"].rank_pattern = kept
+    theirs.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(torch_model(FAMILIES["llama2"]()), tmp_path)
+    expected = torch_logits(again.eval(), TOKENS)
+    tree = peft_jax.load_adapter(params, tmp_path)
+    assert peft_jax.places(tree)[Q].e.shape == (3, 3)
+    assert relative_error(run(tree, TOKENS), expected) < 1e-4
+    peft_jax.save_adapter(tmp_path / "ours", tree)
+    back = peft.PeftModel.from_pretrained(torch_model(FAMILIES["llama2"]()), tmp_path / "ours")
+    assert relative_error(torch_logits(back.eval(), TOKENS), expected) < 1e-4
 
 
 def test_bad_starts_are_refused_by_name(base):

@@ -155,6 +155,26 @@ def test_distributions_meet_the_budget(tree, name):
         np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
 
 
+def test_owl_is_the_authors_by_block():
+    """luuyin/OWL: the scores of all weights of a block are one vector, whose entries above M times its mean are outliers."""
+    rng = np.random.default_rng(0)
+    kinds = {"q": 1.0, "up": 30.0}  # an outlier of the block is a large entry of the larger weight
+    w = {k: (size * rng.standard_t(2, (4, 24, 16))).astype(np.float32) for k, size in kinds.items()}
+    second = {k: rng.random((4, 24)).astype(np.float32) for k in kinds}
+    params = {"layers": {k: {"kernel": jnp.asarray(x)} for k, x in w.items()}}
+    statistics = {"second_moment": {f"layers/{k}/kernel": jnp.asarray(x) for k, x in second.items()}}
+    ratios = []
+    for i in range(4):
+        scores = np.concatenate([(np.abs(w[k][i]) * np.sqrt(second[k][i])[:, None]).ravel() for k in kinds])
+        ratios.append((scores > 5.0 * scores.mean()).mean())
+    ratio = np.asarray(ratios)
+    ratio = (ratio - ratio.min()) / (ratio.max() - ratio.min()) * 0.08 * 2
+    expected = 1.0 - (ratio - ratio.mean() + 1.0 - 0.6)
+    found = peft_jax.allocate_sparsity(params, 0.6, "owl", statistics=statistics)
+    for k in kinds:
+        np.testing.assert_allclose(found[f"layers/{k}/kernel"], expected, atol=1e-6)
+
+
 # --------------------------------------------------------------------------------------------------------- in turn
 
 

@@ -52,6 +52,21 @@ def test_loftq_over_stacked_layers_and_what_is_not_quantized():
         peft_jax.loftq(params, jax.random.key(0), quantize=quantize, steps=0)
 
 
+def test_loftq_knows_the_layers_and_their_ranks():
+    """A layer of a rank of its own has the paper's factors of that rank; one that is left out is plainly rounded."""
+    w, format = np.asarray(kernel((3, 64, 32))), Int(bits=2, block_size=32, symmetric=False)
+    quantize = lambda tree: peft_jax.quantize(tree, format)
+    params = {"layers": {"q_proj": {"kernel": jnp.asarray(w)}}}
+    options = {"layers": [0, 2], "rank_pattern": {"layers.2.q_proj": 8}, "alpha_pattern": {"layers.0.q_proj": 7.0}}
+    tree = peft_jax.loftq(params, jax.random.key(0), quantize=quantize, rank=4, steps=3, **options)
+    found = np.asarray(tree["layers"]["q_proj"]["kernel"].materialize())
+    for i, rank in ((0, 4), (2, 8)):
+        assert relative_error(found[i], numpy_loftq(w[i], rank, 3, format)) < 1e-4
+    plain = quantize({"kernel": jnp.asarray(w[1])})["kernel"].materialize()
+    np.testing.assert_allclose(found[1], plain, atol=1e-6)
+    assert int((jnp.abs(tree["layers"]["q_proj"]["kernel"].a[0]).max(0) > 0).sum()) == 4
+
+
 @pytest.mark.parametrize("format", ["int8", "int4", "nf4", "fp8", "mxfp4"])
 def test_qat_trains_what_merging_gives(format):
     options = {"block_size": 32} if format in ("int4", "nf4") else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,12 +32,20 @@ def linear(x, kernel, bias, *, axis=(-1,), features: int = 1, dtype: Any, precis
     x = jnp.moveaxis(x, axis, range(x.ndim - len(axis), x.ndim))
     axes = range(-(len(axis) + features), 0)
     y = matmul(x, kernel, in_axes=tuple(axes[: len(axis)]), out_axes=tuple(axes[len(axis) :]), precision=precision)
-    return y if bias is None else y + changed_bias(kernel, bias).astype(y.dtype)
+    if bias is None:
+        return y
+    shape = (*[1] * (y.ndim - bias.ndim), *bias.shape)
+    return y + changed_bias(kernel, bias, shape).astype(y.dtype)
 
 
-def changed_bias(kernel: Any, bias: jax.Array) -> jax.Array:
-    """A layer's bias as the Weight in the place of its kernel has it."""
-    return kernel.bias(bias) if isinstance(kernel, Weight) else bias
+def changed_bias(kernel: Any, bias: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """A layer's bias as the Weight in the place of its kernel has it, in this shape beside the layer's output.
+
+    Where it is another one for each row of the batch, the rows are the first axis.
+    """
+    new = kernel.bias(bias) if isinstance(kernel, Weight) else bias
+    rows = new.ndim - bias.ndim
+    return new.reshape(*new.shape[:rows], *shape[rows:])
 
 
 def einsum_layer(equation: str, x, kernel, bias, *, dtype: Any, precision: Any) -> jax.Array:
@@ -50,7 +58,7 @@ def einsum_layer(equation: str, x, kernel, bias, *, dtype: Any, precision: Any) 
     kernel_labels = operands.split(",")[1].replace("...", "")
     out = out.replace("...", "?" * (y.ndim - len(out.replace("...", ""))))
     shape = [n if label in kernel_labels else 1 for label, n in zip(out, y.shape, strict=True)]
-    return y + changed_bias(kernel, bias).reshape(shape).astype(y.dtype)
+    return y + changed_bias(kernel, bias, shape).astype(y.dtype)
 
 
 def embed(ids: jax.Array, embedding, *, dtype: Any) -> jax.Array:

@@ -232,12 +232,15 @@ def _write_adalora(node: AdaLoRA, embedding: bool) -> Tensors:
 
 def _read_adalora(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
     r = tensors["lora_A"].shape[0]
-    alpha = number(config, "lora_alpha")
+    alpha, first = (
+        number(config, "lora_alpha"),
+        config.get("init_r") or r,
+    )  # PEFT divides by init_r, however many ranks are kept
     return AdaLoRA, {
         "a": tensors["lora_A"].T,
         "e": tensors["lora_E"][:, 0],
         "b": tensors["lora_B"].T,
-        "scale": np.float32((alpha if alpha > 0 else r) / (r + 1e-5)),
+        "scale": np.float32((alpha if alpha > 0 else r) / (first + 1e-5)),
         "dropout": float(config.get("lora_dropout") or 0.0),
         "orthogonal": float(config.get("orth_reg_weight") or 0.0),
     }
