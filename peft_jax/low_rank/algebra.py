@@ -14,8 +14,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.adapters import check_names, stack_of, without
-from peft_jax.core.reparametrised import Reparametrised
+from peft_jax.core.adapters import check_names, renamed, stack_of, without
+from peft_jax.core.reparametrised import Reparametrised, Replacement
 from peft_jax.core.tree import distribute, map_places, nearest, places
 from peft_jax.core.weight import materialize, to_matrix
 from peft_jax.low_rank.lora import LoRA
@@ -57,6 +57,8 @@ def combine_adapters(
         found: list[Any] = [n for n in stack_of(w) if isinstance(n, Reparametrised) and n.name in weights]
         if not found:
             return w
+        if any(isinstance(n, Replacement) for n in found):
+            raise ValueError(f"{path} is trained whole by one of {', '.join(weights)}, and whole modules cannot be combined")
         if bad := next((n for n in found if type(n) is not LoRA), None):
             raise ValueError(f"{path} has a {type(bad).__name__} named {bad.name!r}; convert it with to_lora first")
         own = [weights[n.name] for n in found]
@@ -88,6 +90,8 @@ def to_lora(params: Any, *, rank: int, adapter: str = "default", into: str | Non
         found = next((n for n in stack_of(whole[path]) if isinstance(n, Reparametrised) and n.name == adapter), None)
         if found is None:
             return w
+        if isinstance(found, Replacement):  # no update: it goes along as it is
+            return renamed(w, adapter, into or adapter)
         update = _gated(found)
         a, b = _truncate(update, rank)
         errors[path] = float(jnp.linalg.norm(update - a @ b) / jnp.maximum(jnp.linalg.norm(update), 1e-30))
