@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_jax.core.tree import Targets, map_places, places, select
-from peft_jax.core.weight import Trainable, Weight
+from peft_jax.core.reparametrised import replace_arrays
+from peft_jax.core.tree import Targets, places, select
+from peft_jax.core.weight import Trainable
 
 
-def bitfit(params: Any, key: Any = None, *, targets: Targets = "*", exclude: Targets = ()) -> Any:
-    """`params` with the biases that `targets` name training. `key` is not used.
+def bitfit(params: Any, key: Any = None, *, targets: Targets = "*", exclude: Targets = (), adapter: str = "default") -> Any:
+    """`params` with biases of the adapter's own, which train, where `targets` name some. `key` is not used.
 
     Raises ValueError where there is none, as in LLaMA-like models.
     """
@@ -18,4 +19,5 @@ def bitfit(params: Any, key: Any = None, *, targets: Targets = "*", exclude: Tar
     chosen = set(select(params, targets, exclude, min_ndim=0)) & set(biases)
     if not chosen:
         raise ValueError(f"targets {targets!r} name no bias; biases here: {', '.join(biases[:6])}, ...")
-    return map_places(lambda p, w: Trainable(w, saved_as="bias") if p in chosen and not isinstance(w, Weight) else w, params)
+    chosen = {p for p in chosen if not isinstance(places(params)[p], Trainable)}
+    return replace_arrays(params, dict.fromkeys(chosen, "bias"), name=adapter)

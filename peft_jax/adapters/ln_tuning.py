@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_jax.core.tree import Targets, map_places, matches, places
-from peft_jax.core.weight import Trainable, Weight
+from peft_jax.core.reparametrised import Replacement, replace_arrays
+from peft_jax.core.tree import Targets, matches, places
+from peft_jax.core.weight import Weight
 
 _NORMS = ("*norm*", "*Norm*", "*/ln_*")
 
@@ -21,12 +22,10 @@ def ln_tuning(
     known = places(params)
     norms = {p.rpartition("/")[0] for p in known if p.rpartition("/")[2] == "scale"}
     named = lambda p, patterns: any(matches(p, t) for t in patterns)
-    chosen = {
-        p
-        for p, w in known.items()
-        if p.rpartition("/")[0] in norms and p.rpartition("/")[2] in ("scale", "bias") and not isinstance(w, Weight)
-    }
+    plain = lambda w: not isinstance(w, Weight) or isinstance(w, Replacement)
+    beside = {p: w for p, w in known.items() if p.rpartition("/")[0] in norms and p.rpartition("/")[2] in ("scale", "bias")}
+    chosen = {p for p, w in beside.items() if plain(w)}
     chosen = {p for p in chosen if named(p, wanted) and not named(p, unwanted)}
     if not chosen:
         raise ValueError(f"targets {targets!r} name no norm; norms here: {', '.join(sorted(norms))}")
-    return map_places(lambda p, w: Trainable(w, saved_as="norm", name=adapter) if p in chosen else w, params)
+    return replace_arrays(params, dict.fromkeys(chosen, "norm"), name=adapter)

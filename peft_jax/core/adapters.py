@@ -9,17 +9,8 @@ import jax
 
 from peft_jax.core.attachment import Attachment, Shared
 from peft_jax.core.reparametrised import Reparametrised
-from peft_jax.core.tree import data_fields, is_node, nearest, places
+from peft_jax.core.tree import data_fields, is_node, nearest, places, stack_of
 from peft_jax.core.weight import Weight
-
-
-def stack_of(w: Any) -> list[Any]:
-    """A place's nodes, outermost first."""
-    found = []
-    while is_node(w):
-        found.append(w)
-        w = getattr(w, "base", None)
-    return found
 
 
 def adapter_names(params: Any) -> list[str]:
@@ -50,6 +41,13 @@ def replaced(w: Any, names: Sequence[str], make: Callable[[Any], Any]) -> Any:
     if isinstance(w, Reparametrised) and w.name in names:
         return make(without(w.base, names))
     return w.replace(base=replaced(w.base, names, make))
+
+
+def renamed(w: Any, name: str, new: str) -> Any:
+    """A place's array or Weight with the nodes of the adapter `name` called `new`."""
+    if not isinstance(w, Reparametrised):
+        return w
+    return w.replace(base=renamed(w.base, name, new), **({"name": new} if w.name == name else {}))
 
 
 def drop_adapters(params: Any, names: Sequence[str]) -> Any:

@@ -20,7 +20,7 @@ from peft_jax.core.adapters import stack_of
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.reparametrised import Product, Reparametrised, node
 from peft_jax.core.tree import map_places, nearest, places
-from peft_jax.core.weight import Axes, matmul, take
+from peft_jax.core.weight import Axes, Weight, materialize, matmul, take
 
 _FREE = ("name", "frozen", "dropout", "rslora")  # static fields in which a bank's adapters may differ
 
@@ -80,15 +80,27 @@ class WeightBank(Reparametrised):
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
         return self._by_row(lambda w, row: w.take(row, dtype), ids, take(self.base, ids, dtype))
 
+    def rows(self) -> jax.Array:
+        """Each row's array, [B, ...], without leading axes."""
+        ids = _needed(self.ids)
+        arrays = jax.vmap(lambda adapter: adapter.replace(base=self.base).materialize())(_chosen(self.adapters, ids))
+        return self._where_on(arrays, materialize(self.base))
+
     def bias(self, bias: jax.Array) -> jax.Array:
-        """The layer's bias, or one for each row [B, *out] where adapters change it."""
-        plain = super().bias(bias)
+        """The bias [*out] or each row's [B, *out]; each row's where the adapters change it."""
+        by_row = bias.ndim > len(self.out_axes)
+        under = self.base.bias if isinstance(self.base, Weight) else lambda b: b
+        plain = jax.vmap(under)(bias) if by_row else under(bias)
         if not self.adapters.changes_output:
             return plain
         ids = _needed(self.ids)
-        of = lambda adapter: adapter.replace(base=self.base).bias(bias)
-        on = _on(self.active, ids).reshape(-1, *[1] * bias.ndim)
-        return jnp.where(on > 0, jax.vmap(of)(_chosen(self.adapters, ids)), plain)
+        each, plain = (b if by_row else jnp.broadcast_to(b, (len(ids), *b.shape)) for b in (bias, plain))
+        changed = jax.vmap(lambda adapter, b: adapter.replace(base=self.base).bias(b))(_chosen(self.adapters, ids), each)
+        return self._where_on(changed, plain)
+
+    def _where_on(self, changed: jax.Array, plain: jax.Array) -> jax.Array:
+        on = _on(self.active, _needed(self.ids))
+        return jnp.where(on.reshape(-1, *[1] * (changed.ndim - 1)) > 0, changed, plain)
 
     def adapt(self, w: jax.Array) -> jax.Array:
         raise ValueError("a bank of adapters is no one weight; take an adapter out with bank_adapter before merging")
@@ -158,6 +170,7 @@ def bank(params: Any, size: int, *, adapter: str = "default") -> Any:
     found = []
 
     def banked(path: str, x: Any) -> Any:
+        _only_one(path, x, adapter)
         if isinstance(x, Reparametrised) and x.name != adapter:
             return x.replace(base=banked(path, x.base))
         if getattr(x, "name", None) != adapter or not isinstance(x, Reparametrised | Attachment):
@@ -180,6 +193,13 @@ def bank(params: Any, size: int, *, adapter: str = "default") -> Any:
     return result
 
 
+def _only_one(path: str, w: Any, adapter: str) -> None:
+    """Raise ValueError where the adapter has several nodes at one place."""
+    mine = [type(n).__name__ for n in stack_of(w) if isinstance(n, Reparametrised) and n.name == adapter]
+    if len(mine) > 1:
+        raise ValueError(f"{path} has {' over '.join(mine)} of the adapter {adapter!r}, and a bank holds one node at a place")
+
+
 def _differs(x: Any) -> bool:
     """Whether a node may differ by row: not so one that merely moves the positions."""
     return bool(jax.tree.leaves(x)) or hasattr(x, "gate")
@@ -196,6 +216,8 @@ Bank = (WeightBank, AttachmentBank)
 def _adapters(tree: Any, adapter: str) -> dict[str, Any]:
     """path -> the node called `adapter`."""
     mine = lambda n: isinstance(n, Reparametrised | Attachment) and getattr(n, "name", None) == adapter and _differs(n)
+    for path, w in places(tree).items():
+        _only_one(path, w, adapter)
     found = {p: next(filter(mine, stack_of(w)), None) for p, w in places(tree).items()}
     return {p: n for p, n in found.items() if n is not None}
 
@@ -271,7 +293,7 @@ def bank_adapter(params: Any, index: int, *, adapter: str = "default") -> Any:
         one = jax.tree.map(lambda a: jnp.take(a, index, axis=at), b.adapters)
         gate = b.active[..., index]
         base = {"base": b.base} if isinstance(b, WeightBank) else {}
-        return one.replace(name=adapter, gate=gate if gate.ndim else None, **base)
+        return one.replace(name=adapter, gate=None if gate.ndim == 0 and gate > 0 else gate, **base)
 
     return _map_banks(params, out)
 

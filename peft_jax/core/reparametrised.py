@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.tree import (
+    EXPERTS,
     OUTPUT_EMBEDDING,
     Targets,
     by_pattern,
@@ -25,7 +26,7 @@ from peft_jax.core.tree import (
     map_places,
     places,
     select_layers,
-    train_extras,
+    stack_of,
 )
 from peft_jax.core.weight import (
     Axes,
@@ -264,6 +265,58 @@ def scaled(y: jax.Array, factor: jax.Array) -> jax.Array:
     return (y * factor).astype(y.dtype)
 
 
+@node
+class Replacement(Reparametrised):
+    """`value`, an array of the adapter's own [*lead, ...], in the place of `base`: whole modules, biases, norms.
+
+    An array without inputs, as a bias, has `in_axes=()`. `saved_as` says what it is: "module" (PEFT's `modules_to_save`),
+    "bias", "norm" (layer-norm tuning), or "base" (stored beside an adapter, as a resized embedding is).
+    """
+
+    trainable: ClassVar[tuple[str, ...]] = ("value",)
+    stochastic: ClassVar[bool] = False
+    value: jax.Array
+    saved_as: str = static(default="module")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.value.dtype
+
+    def field_specs(self, spec: P) -> dict[str, P]:
+        return {"base": spec, "value": spec, "gate": P(*tuple(spec)[: len(self.lead)])}
+
+    def adapt(self, w: jax.Array) -> jax.Array:
+        return to_matrix(self.value, self.in_axes, self.out_axes).astype(jnp.float32)
+
+    def materialize(self) -> jax.Array:
+        if self.gate is None:
+            return self.value
+        on = self.gate.reshape(*self.gate.shape, *[1] * (self.value.ndim - self.gate.ndim)) > 0
+        return jnp.where(on, self.value, materialize(self.base)).astype(self.dtype)
+
+    def unrounded(self) -> jax.Array:
+        return self.materialize().astype(jnp.float32)
+
+    def resolved(self) -> Any:
+        return self.materialize()
+
+    def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+        return matmul(x, self.materialize(), in_axes=in_axes, out_axes=out_axes, precision=precision)
+
+    def bias(self, bias: jax.Array) -> jax.Array:
+        return bias
+
+    def recover_bias(self, bias: jax.Array) -> jax.Array:
+        return bias
+
+    def unmerge(self, merged: Any) -> Self:
+        return self  # what it lies over is still there
+
+
 def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """`x` with dropout of this rate, where there is a key."""
     if key is None or rate == 0.0:
@@ -368,8 +421,93 @@ def place_nodes(
     sites = find_sites(params, targets=targets, exclude=exclude, layers=layers, layout=layout)
     check_patterns([n for s in sites.values() for n in (s.path, *s.layers)], **(patterns or {}))
     keys = dict(zip(sites, jax.random.split(key, len(sites)), strict=True))
-    placed = map_places(lambda path, w: make(sites[path], keys[path]) if path in sites else w, params)
-    return train_extras(placed, list(sites), bias=bias, modules_to_save=modules_to_save)
+    made = {path: make(site, keys[path]) for path, site in sites.items()}
+    for path, new in made.items():
+        check_new(path, new)
+    name = next((n.name for n in made.values() if isinstance(n, Reparametrised) and not n.whole), "default")
+    placed = map_places(lambda path, w: made.get(path, w), params)
+    return train_extras(placed, list(sites), bias=bias, modules_to_save=modules_to_save, name=name, layout=layout)
+
+
+def check_new(path: str, new: Any) -> None:
+    """Raise ValueError where the node `new` for a place lies over one of its kind and name."""
+    name = getattr(new, "name", "")
+    if name and any(type(n) is type(new) and getattr(n, "name", "") == name for n in stack_of(getattr(new, "base", None))):
+        raise ValueError(f"{path} has {type(new).__name__} {name!r} already; give this one another name with adapter=")
+
+
+def train_extras(
+    params: Any, paths: list[str], *, bias: str, modules_to_save: Targets, name: str, layout: Layout | None = None
+) -> Any:
+    """Biases ("all", or "lora_only": those beside `paths`) and whole modules as the adapter's own, as PEFT does."""
+    if bias not in ("none", "all", "lora_only"):
+        raise ValueError(f"bias must be 'none', 'all' or 'lora_only', not {bias!r}")
+    beside = {path.rpartition("/")[0] + "/bias" for path in paths}
+    saved = select_layers(params, modules_to_save, layout=layout, min_ndim=0) if modules_to_save else {}
+    if clash := set(saved) & set(paths):
+        raise ValueError(f"{sorted(clash)[0]} is both a target and in modules_to_save")
+    biases = [p for p in places(params) if p.endswith("/bias")]
+    wanted = {p: (True,) for p in biases if bias == "all" or (bias == "lora_only" and p in beside)}
+    kinds = {p: "bias" for p in wanted} | {p: "module" for p in saved}
+    chosen = wanted | {p: flags for p, (_, flags) in saved.items()}
+    return replace_arrays(params, kinds, name=name, chosen=chosen, layout=layout)
+
+
+def replace_arrays(
+    params: Any,
+    kinds: Mapping[str, str],
+    *,
+    name: str,
+    chosen: Mapping[str, Sequence[bool]] | None = None,
+    layout: Layout | None = None,
+) -> Any:
+    """`params` with a `Replacement` of the adapter `name` at each path of `kinds` (its `saved_as`).
+
+    It starts as what is there. `chosen` says for a stack which of its layers are replaced.
+    """
+    known = places(params)
+
+    def put(path: str, w: Any) -> Any:
+        if path not in kinds:
+            return w
+        return replace_array(path, w, kinds[path], name, known, chosen=(chosen or {}).get(path, (True,)), layout=layout)
+
+    return map_places(put, params)
+
+
+def replace_array(
+    path: str, w: Any, kind: str, name: str, known: Mapping[str, Any], *, value: Any = None,
+    chosen: Sequence[bool] = (True,), layout: Layout | None = None,
+) -> Replacement:  # fmt: skip
+    """The array or Weight w at a place of `known` under a `Replacement` that is `value`, by default what w is."""
+    axes = axes_within(path, known, layout)
+    gate = None if all(chosen) else per_layer(chosen, matrix_shape(w.shape, *axes)[0])
+    value = materialize(w) if value is None else value
+    fields: dict[str, Any] = {"base": w, "value": value, "gate": gate, "saved_as": kind, "name": name}
+    new = Replacement(**fields, in_axes=axes[0], out_axes=axes[1], frozen=kind == "base")
+    check_new(path, new)
+    return new
+
+
+def replacement(w: Any, name: str) -> Replacement | None:
+    """The array that the adapter `name` has in the place of the array or Weight w, if any."""
+    return next((n for n in stack_of(w) if isinstance(n, Replacement) and n.name == name), None)
+
+
+def replacements(params: Any, name: str) -> dict[str, Replacement]:
+    """path -> what the adapter `name` has there in the place of the base's array."""
+    found = {p: replacement(w, name) for p, w in places(params).items()}
+    return {p: n for p, n in found.items() if n is not None}
+
+
+def axes_within(path: str, known: Mapping[str, Any], layout: Layout | None = None) -> tuple[Axes, Axes]:
+    """(in_axes, out_axes) of whatever stands at `path`: a bias has the outputs of its kernel, another vector one axis."""
+    module, _, leaf = path.rpartition("/")
+    if path in (layout or {}) or leaf in ("kernel", "embedding", OUTPUT_EMBEDDING, *EXPERTS):
+        return (layout or {}).get(path, axes_of(path))
+    kernel = f"{module}/kernel"
+    outs = len((layout or {}).get(kernel, axes_of(kernel))[1]) if leaf == "bias" and kernel in known else 1
+    return (), tuple(range(-min(outs, known[path].ndim), 0))
 
 
 def check_dropout(dropout: float) -> None:

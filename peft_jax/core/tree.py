@@ -78,6 +78,15 @@ def matches(path: str, target: str) -> bool:
     return any(name == target or name.endswith("/" + target) or fnmatch.fnmatchcase(name, target) for name in (full, module))
 
 
+def stack_of(w: Any) -> list[Any]:
+    """A place's nodes, outermost first."""
+    found = []
+    while is_node(w):
+        found.append(w)
+        w = getattr(w, "base", None)
+    return found
+
+
 def select(params: Any, targets: Targets = "all-linear", exclude: Targets = (), *, min_ndim: int = 2) -> list[str]:
     """Paths of the places that `targets` name, in the order of the tree.
 
@@ -390,27 +399,9 @@ def full(params: Any, key: Any = None, *, targets: Targets = "*", exclude: Targe
     return map_places(lambda p, x: train(x) if p in paths else x, params)
 
 
-def train_extras(params: Any, paths: list[str], *, bias: str, modules_to_save: Targets) -> Any:
-    """Biases ("all", or "lora_only": those beside `paths`) and whole modules marked as training, as PEFT does."""
-    if bias not in ("none", "all", "lora_only"):
-        raise ValueError(f"bias must be 'none', 'all' or 'lora_only', not {bias!r}")
-    beside = {path.rpartition("/")[0] + "/bias" for path in paths}
-    saved = set(select(params, modules_to_save, min_ndim=0)) if modules_to_save else set()
-    if clash := saved & set(paths):
-        raise ValueError(f"{sorted(clash)[0]} is both a target and in modules_to_save")
-
-    def mark(path: str, w: Any) -> Any:
-        if path in saved:
-            return Trainable(materialize(w), saved_as="module")
-        wanted = bias == "all" or (bias == "lora_only" and path in beside)
-        return Trainable(w, saved_as="bias") if wanted and path.endswith("/bias") else w
-
-    return map_places(mark, params)
-
-
 def resolve(params: Any) -> Any:
-    """Nodes that merely mark an array replaced by the array."""
-    return map_places(lambda _, x: x.value if isinstance(x, Trainable) else x, params)
+    """Nodes that are an array as it is used replaced by the array."""
+    return map_places(lambda _, x: x.resolved() if isinstance(x, Weight) else x, params)
 
 
 def prepare(params: Any, rng: jax.Array | None = None, adapter_ids: Any = None) -> Any:

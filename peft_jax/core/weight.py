@@ -102,6 +102,10 @@ class Weight(Node):
         """This weight with its update folded in: an array, or a simpler Weight."""
         return self.materialize()
 
+    def resolved(self) -> Any:
+        """The array that this node has as it is used, where it has one; else itself."""
+        return self
+
     def field_specs(self, spec: P) -> dict[str, P]:
         """PartitionSpecs of this weight's fields, given `spec` (one entry an axis) for the array it replaces.
 
@@ -134,13 +138,10 @@ class Weight(Node):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trainable(Weight):
-    """A plain array that trains: full fine-tuning, PEFT's `modules_to_save`, biases, norms."""
+    """A plain array that trains, as in full fine-tuning: of the model, not of an adapter (see `Replacement`)."""
 
     trainable: ClassVar[tuple[str, ...]] = ("value",)
     value: jax.Array
-    # "full", "module" (PEFT's modules_to_save), "bias", "norm" (layer-norm tuning), or "base": stored beside an adapter
-    saved_as: str = static(default="full")
-    name: str = static(default="")  # of the adapter that it is, in layer-norm tuning
     frozen: bool = static(default=False)
 
     @property
@@ -156,7 +157,10 @@ class Trainable(Weight):
 
     @property
     def whole(self) -> bool:
-        return self.saved_as == "full"
+        return True
+
+    def resolved(self) -> Any:
+        return self.value
 
     def field_specs(self, spec: P) -> dict[str, P]:
         return {"value": spec}

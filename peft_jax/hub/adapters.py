@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from peft_jax.core.adapters import stack_of
+from peft_jax.core.adapters import adapter_names, drop_adapters
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.files import read_json
-from peft_jax.core.tree import places
+from peft_jax.core.reparametrised import Replacement
+from peft_jax.core.tree import places, stack_of
 from peft_jax.core.weight import Trainable
 from peft_jax.hub.adapterhub import load_adapterhub, save_adapterhub
 from peft_jax.hub.native import FORMAT, load_native, save_native
@@ -57,15 +58,15 @@ def save_adapter(
             logger.info(f"written in this package's own format, for AdapterHub's cannot hold it: {error}")
     if not nodes:
         raise ValueError(f"the tree holds no adapter named {name!r}")
-    for path, node in nodes.items():
-        if isinstance(node, Trainable) and node.saved_as == "full":
+    for path, w in places(params).items():
+        if isinstance(w, Trainable):
             raise ValueError(f"{path} is fully fine-tuned, which an adapter cannot hold; use merge and save")
     return save_native(folder, params, nodes, name=name, base=base, revision=revision)
 
 
 def _named(params: Any, name: str) -> dict[str, Any]:
-    """place -> the node of the adapter `name` there, and what trains beside it."""
-    mine = lambda n: getattr(n, "name", None) == name or isinstance(n, Trainable)
+    """place -> the node of the adapter `name` there."""
+    mine = lambda n: getattr(n, "name", None) == name
     found = {p: next(filter(mine, stack_of(w)), None) for p, w in places(params).items()}
     return {p: n for p, n in found.items() if n is not None}
 
@@ -73,7 +74,7 @@ def _named(params: Any, name: str) -> dict[str, Any]:
 def _whole(params: Any, nodes: Mapping[str, Any], name: str) -> str | None:
     """PEFT's name of a method that is stored for the model as a whole, if that is what the nodes are."""
     of = lambda kind: WHOLE_FORMATS[kind].nodes
-    own = [n for n in nodes.values() if not (isinstance(n, Trainable) and n.saved_as in ("module", "base"))]
+    own = [n for n in nodes.values() if not (isinstance(n, Replacement) and n.saved_as in ("module", "base"))]
     found = next((k for k in WHOLE_FORMATS if own and all(isinstance(n, of(k)) and _fits(k, n) for n in own)), None)
     return None if found == "PREFIX_TUNING" and not prefixes_fit(params, nodes, name) else found
 
@@ -84,7 +85,7 @@ def _fits(kind: str, node: Any) -> bool:
 
 
 def _fitting(params: Any, nodes: Mapping[str, Any], name: str, task_type: str | None) -> str:
-    mine = [n for n in nodes.values() if not isinstance(n, Trainable)]
+    mine = [n for n in nodes.values() if not isinstance(n, Replacement)]
     kinds = {next((k for k, f in FORMATS.items() if isinstance(n, f.nodes)), None) for n in mine} - {"TRAINABLE_TOKENS"}
     biases_alone = not mine and any(getattr(n, "saved_as", "") == "bias" for n in nodes.values())
     one = len(kinds) <= 1 and None not in kinds and not biases_alone
@@ -93,15 +94,27 @@ def _fitting(params: Any, nodes: Mapping[str, Any], name: str, task_type: str | 
     return "adapterhub" if mine and all(isinstance(n, Attachment) for n in nodes.values()) else "native"
 
 
-def load_adapter(params: Any, folder: str | os.PathLike[str], *, name: str = "default", revision: str | None = None) -> Any:
+def load_adapter(
+    params: Any,
+    folder: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    revision: str | None = None,
+    replace: bool = False,
+) -> Any:
     """`params` with the adapter of a folder or repository in it, ready to run or to train on.
 
     The folder is Hugging Face PEFT's, AdapterHub's (safetensors) or this package's. Layers of a stacked tree may have LoRAs
-    of different rank (they are padded with zeros, which stay zero in training), or no adapter. Raises FileNotFoundError, or
-    ValueError naming the option, module or tensor that cannot be used.
+    of different rank (they are padded with zeros, which stay zero in training), or no adapter. With `replace` it takes the
+    place of the adapter of that name. Raises FileNotFoundError, or ValueError naming the option, module or tensor that cannot
+    be used, and for a name that the tree has already.
     """
     from peft_jax.hub.checkpoint import local_folder
 
+    if name in adapter_names(params):
+        if not replace:
+            raise ValueError(f"the tree holds an adapter {name!r} already; load this one with another name=, or replace=True")
+        params = drop_adapters(params, [name])
     path = local_folder(folder, revision)
     config = read_json(path / CONFIG)
     if config.get("format") == FORMAT:

@@ -19,7 +19,7 @@ from peft_jax.core.attachment import Shared
 from peft_jax.core.files import read_json
 from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import OUTPUT_EMBEDDING, data_fields, is_node, places
-from peft_jax.core.weight import Node, Trainable
+from peft_jax.core.weight import Node
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
 from peft_jax.hub.safetensors_io import CONFIG, open_checkpoint, write_adapter
 from peft_jax.models.families import untie
@@ -34,8 +34,7 @@ def save_native(
     """Write these nodes (place -> node) of the adapter `name`, and what it shares."""
     groups = {f"shared_{n.group}": params[f"shared_{n.group}"] for n in nodes.values() if getattr(n, "group", "")}
     tensors: dict[str, np.ndarray] = {}
-    split = split_layers(params, {p: n for p, n in nodes.items() if not isinstance(n, Trainable)}, name)
-    trained = {p: n for p, n in nodes.items() if isinstance(n, Trainable)}
+    split = split_layers(params, nodes, name)
     described = {p: _describe(n, p, tensors) for p, n in split.items()}
     config = {
         "format": FORMAT,
@@ -45,7 +44,6 @@ def save_native(
         "hidden_size": _width(params),
         "untied": any(p.endswith(f"/{OUTPUT_EMBEDDING}") for p in places(params)),
         "nodes": described,
-        "trained": {p: _describe(n, p, tensors) for p, n in trained.items()},
         "shared": {p: _describe(n, p, tensors) for p, n in groups.items()},
     }
     write_adapter(folder, WEIGHTS, tensors, config)
@@ -104,11 +102,6 @@ def load_native(params: Any, path: Path, name: str) -> Any:
         params = untie(params)
     read = lambda part: {p: _restore(s, tensors, name, f"{path / CONFIG}: {p}") for p, s in (config.get(part) or {}).items()}
     nodes = join_layers(params, {p: _named(n, name) for p, n in read("nodes").items()}, name)
-    known = places(params)
-    for place, node in read("trained").items():
-        if not isinstance(node, Trainable) or place not in known or np.shape(node.value) != known[place].shape:
-            raise ValueError(f"the adapter in {path} trains {place}, which the model lacks or has in another shape")
-        nodes[place] = node
     groups = {f"{key.rpartition('_')[0]}_{name}": node for key, node in read("shared").items() if isinstance(node, Shared)}
     for place, node in nodes.items():
         _check_lead(params, place, node)
@@ -119,7 +112,7 @@ def _check_lead(params: Any, place: str, node: Any) -> None:
     base = places(params).get(place)
     if hasattr(node, "in_axes") and base is not None:
         placed = node.replace(base=base)
-        if placed.lead != tuple(np.shape(jax.tree.leaves(node)[0])[: len(placed.lead)]):
+        if placed.shape != base.shape or placed.lead != tuple(np.shape(jax.tree.leaves(node)[0])[: len(placed.lead)]):
             raise ValueError(f"the adapter's arrays at {place} do not fit a weight of shape {base.shape}")
 
 

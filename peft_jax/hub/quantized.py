@@ -310,7 +310,13 @@ def _compressed_tensors(read: Read, names: frozenset[str], shape: tuple[int, int
         return Parts(format, _expect("weight", read("weight"), (n_out, n_in), "f").T, scale, input_scale=static)
     assert isinstance(format, Int)
     if "weight" in names:
-        return Parts(format, _expect("weight", read("weight"), (n_out, n_in), "i").T, scale, input_scale=static)
+        codes = _expect("weight", read("weight"), (n_out, n_in), "i").T
+        if format.symmetric:
+            return Parts(format, codes, scale, input_scale=static)
+        found = read("weight_zero_point")
+        zero = _expect("weight_zero_point", found.reshape(wanted) if found.size == n_out * groups else found, wanted, "i").T
+        unsigned = lambda a: (a.astype(np.int16) + 128).astype(np.uint8)
+        return Parts(format, unsigned(codes), scale, unsigned(zero), input_scale=static)
     row = -(-n_in * format.bits // 32)
     packed = _words(_expect("weight_packed", read("weight_packed"), (n_out, row), "i"))[:, : n_in * format.bits // 8].T
     zero = np.full((groups, n_out), format.levels // 2 + 1, np.uint8)
@@ -332,6 +338,7 @@ def _scheme_format(names: frozenset[str], config: Mapping[str, Any], n_in: int, 
     if not fitting:
         raise ValueError("none of the config_groups describes the tensors that are there")
     weights, inputs = fitting[0]["weights"], fitting[0].get("input_activations")
+    _check_scheme(fitting[0], config, names, read)
     activations = None if not inputs else "dynamic" if inputs.get("dynamic") else "static"
     if weights["type"] == "float" and weights["num_bits"] == 4:
         return MXFP4()
@@ -341,6 +348,38 @@ def _scheme_format(names: frozenset[str], config: Mapping[str, Any], n_in: int, 
         weights["num_bits"], weights.get("group_size"), n_in, symmetric=bool(weights.get("symmetric", True)), known=(2, 3, 4, 8)
     )
     return dataclasses.replace(format, activations=activations)
+
+
+# What the fields of a scheme may say; other values change what is computed, and are refused by name.
+_WEIGHTS = {"dynamic": (False, None), "strategy": ("channel", "group", "tensor", None), "block_structure": (None,)}
+_INPUTS = {"num_bits": (8, None), "symmetric": (True, None), "group_size": (None,), "block_structure": (None,)}
+
+
+def _check_scheme(group: Mapping[str, Any], config: Mapping[str, Any], names: frozenset[str], read: Read) -> None:
+    """Raise ValueError for a field of compressed-tensors' scheme that asks for what is not computed here."""
+    weights, inputs = group["weights"], group.get("input_activations") or {}
+    expected = {("weights", k): v for k, v in _WEIGHTS.items()}
+    if weights.get("actorder") in ("group", "dynamic", True) and "weight_g_idx" not in names:
+        raise ValueError("weights.actorder says that inputs are reordered, and weight_g_idx is not there")
+    if inputs:
+        expected |= {("input_activations", k): v for k, v in _INPUTS.items()}
+        strategy = ("token", None) if inputs.get("dynamic") is True else ("tensor", None)
+        expected[("input_activations", "dynamic")] = (True, False, None)
+        expected[("input_activations", "strategy")] = strategy
+        expected[("input_activations", "type")] = (weights.get("type"), None)
+    for (part, field), allowed in expected.items():
+        value = group[part].get(field)
+        if value not in allowed:
+            known = ", ".join(repr(v) for v in allowed if v is not None) or "none"
+            raise ValueError(f"{part}.{field}={value!r} of the scheme is not supported; supported: {known}")
+    for name, value in (
+        ("output_activations", group.get("output_activations")),
+        ("transform_config", config.get("transform_config")),
+    ):
+        if value:
+            raise ValueError(f"{name}={value!r} of the scheme is not supported")
+    if "input_zero_point" in names and read("input_zero_point").astype(np.float32).any():
+        raise ValueError("input_zero_point is not zero, and inputs are quantized symmetrically here")
 
 
 def _holds(group: Mapping[str, Any], names: frozenset[str], n_in: int, read: Read) -> bool:
@@ -522,7 +561,16 @@ _BNB = (
     "weight.nested_quant_map",
 )
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
-_COMPRESSED = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale")
+_COMPRESSED = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_shape",
+    "weight_g_idx",
+    "input_scale",
+    "input_zero_point",
+)
 SCHEMES: dict[str, Scheme] = {
     "bitsandbytes": Scheme((*_STATES, "SCB"), (*_BNB, *_STATES), _bitsandbytes),
     "gptq": Scheme(("qweight",), ("qweight", "qzeros", "scales", "g_idx"), _gptq, _gptq_version),

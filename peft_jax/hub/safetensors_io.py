@@ -144,5 +144,5 @@ def write_shards(
 
 def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """One safetensors file, marked as PyTorch's layout, which is what other tools look for."""
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    save_file({k: np.asarray(v, order="C") for k, v in tensors.items()}, path, metadata={"format": "pt"})
     path.chmod(0o644)  # the library makes files that only their owner can read

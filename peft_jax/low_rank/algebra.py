@@ -14,9 +14,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.adapters import check_names, replaced, stack_of
-from peft_jax.core.reparametrised import Additive, Reparametrised
-from peft_jax.core.tree import biased, distribute, map_places, nearest, places
+from peft_jax.core.adapters import check_names, renamed, replaced
+from peft_jax.core.reparametrised import Additive, Reparametrised, Replacement
+from peft_jax.core.tree import biased, distribute, map_places, nearest, places, stack_of
 from peft_jax.core.weight import Weight, materialize
 from peft_jax.low_rank.lora import LoRA
 
@@ -89,6 +89,8 @@ def to_lora(params: Any, *, rank: int, adapter: str = "default", into: str | Non
         found = next((n for n in stack_of(whole[path]) if isinstance(n, Reparametrised) and n.name == adapter), None)
         if found is None:
             return w
+        if isinstance(found, Replacement):  # no update: it goes along as it is
+            return renamed(w, adapter, into or adapter)
         _check_bias(path, found, biases.get(id(whole[path])))
         update = found.change()
         a, b = _truncate(update, rank)
@@ -119,6 +121,8 @@ def plain_loras(path: str, w: Any, names: Sequence[str]) -> list[LoRA]:
     nodes = stack_of(w)
     mine = [i for i, n in enumerate(nodes) if isinstance(n, Reparametrised) and n.name in names]
     for n in (nodes[i] for i in mine):
+        if isinstance(n, Replacement):
+            raise ValueError(f"{path} is trained whole by {n.name!r}, and whole modules cannot be combined")
         if type(n) is not LoRA:
             raise ValueError(f"{path} has a {type(n).__name__} named {n.name!r}; convert it with to_lora first")
     for n in nodes[mine[0] : mine[-1]] if mine else ():

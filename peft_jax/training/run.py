@@ -21,9 +21,10 @@ from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate, gradients
 from peft_jax.core.coverage import ledger, tokens_in_words
 from peft_jax.core.files import write_json
+from peft_jax.core.reparametrised import replace_arrays
 from peft_jax.core.sharding import fetch, shard
 from peft_jax.core.tree import combine, count, is_node, map_places, merge, partition, places
-from peft_jax.core.weight import Trainable, Weight, materialize
+from peft_jax.core.weight import Weight, materialize
 from peft_jax.data import fingerprint as fingerprint_of
 from peft_jax.hub import save, save_adapter
 from peft_jax.knowledge.inputs import entity_fusion, read_entities
@@ -103,15 +104,15 @@ def add_method(config: RunConfig, setup: Setup, rows: Any = None) -> Any:
         if any(isinstance(w, Weight) and w.whole for w in places(params).values()):
             raise ConfigError("data.knowledge.entities are kept in an adapter: choose a method that leaves the base as it is")
         params = entity_fusion(params, read_entities(Path(entities))[1], adapter=options.get("adapter", "default"))
-    params = map_places(functools.partial(_head_trains, setup.model), params)
+    heads = {p: "module" for p, w in places(params).items() if _is_head(setup.model, p) and not is_node(w)}
+    params = replace_arrays(params, heads, name=options.get("adapter", "default"))
     params = mask_updates(params) if config.prune.mask_updates else params
     return params if setup.mesh is None else shard(params, setup.mesh)
 
 
-def _head_trains(model: Any, path: str, w: Any) -> Any:
-    """A place of a head that is not the language model's own trains whole, beside whatever method."""
-    head = model.task not in ("causal_lm", "masked_lm", "seq2seq_lm") and set(path.split("/")) & set(model.heads)
-    return Trainable(w, saved_as="module") if head and not is_node(w) else w
+def _is_head(model: Any, path: str) -> bool:
+    """Whether a place is of a head that is not the language model's own, which trains whole beside whatever method."""
+    return model.task not in ("causal_lm", "masked_lm", "seq2seq_lm") and bool(set(path.split("/")) & set(model.heads))
 
 
 def _statistics(config: RunConfig, setup: Setup, rows: Any, statistic: str, options: Mapping[str, Any]) -> dict[str, Any]:

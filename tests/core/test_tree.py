@@ -170,3 +170,23 @@ def test_a_target_that_is_the_embedding_says_so():
     params = {"model": {"embed_tokens": {"embedding": jnp.zeros((8, 4))}, "q_proj": {"kernel": jnp.zeros((4, 4))}}}
     with pytest.raises(ValueError, match=r"The head is the embedding; peft_jax\.untie\(params\) gives it one of its own"):
         peft_jax.select(params, "lm_head")
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_and_whole_modules_are_their_adapters(bias):
+    """Two adapters with biases and modules of their own: each is saved in no other, and dropping gives the base back."""
+    make = lambda tree, name: peft_jax.lora(
+        tree, jax.random.key(0), rank=2, targets="q_proj", bias=bias, modules_to_save=["norm"], adapter=name
+    )
+    both = jax.tree.map(lambda x: x, make(peft_jax.freeze(make(TREE, "a")), "b"))
+    assert peft_jax.adapter_names(both) == ["b", "a"]
+    chex.assert_trees_all_equal(peft_jax.drop_adapters(both, ["b", "a"]), TREE)
+    with pytest.raises(ValueError, match="has LoRA 'b' already; give this one another name"):
+        make(both, "b")
+
+
+def test_one_layer_of_a_stack_trains_whole():
+    params = peft_jax.lora(TREE, jax.random.key(0), rank=2, targets="q_proj", modules_to_save=["layers.1.mlp.up_proj"])
+    changed = jax.tree.map(lambda x: x + 1, peft_jax.partition(params)[0])
+    merged = peft_jax.places(peft_jax.merge(peft_jax.combine(changed, peft_jax.partition(params)[1])))[UP]
+    np.testing.assert_array_equal(np.asarray(merged - peft_jax.places(TREE)[UP])[:, 0, 0], [0, 1])

@@ -4,7 +4,9 @@ PEFT 0.21 refuses prefixes for encoders under transformers 5 ("Model does not su
 held to attention written out in NumPy.
 """
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -12,8 +14,8 @@ import torch
 import transformers as tr
 
 import peft_jax
+from peft_jax.core.reparametrised import Replacement, replace_arrays
 from peft_jax.core.tree import map_places, places
-from peft_jax.core.weight import Trainable
 from tests.models.test_encoders import ENCODERS, T5_SIZES
 from tests.reference import FAMILIES, perturb, random_tokens, relative_error
 
@@ -135,8 +137,9 @@ def test_exchange(bases, name, method, tmp_path):
 
 def with_head(params):
     """The tree with its classifier trained too."""
-    head = lambda p, w: Trainable(w + 0.1, saved_as="module") if p.startswith("classifier/") else w
-    return map_places(head, params)
+    heads = {p: "module" for p in places(params) if p.startswith("classifier/")}
+    own = replace_arrays(params, heads, name="default")
+    return map_places(lambda _, w: w.replace(value=w.value + 0.1) if isinstance(w, Replacement) else w, own)
 
 
 def classifier(name, labels):
@@ -198,7 +201,7 @@ def without_head(headed, model, method, task, folder):
     theirs = torch.stack([out.start_logits, out.end_logits], -1) if task == "QUESTION_ANS" else out.logits
     assert relative_error(expected, theirs if task == "SEQ_CLS" else theirs[:, -TOKENS.shape[1] :]) < 1e-4
     again = peft_jax.load_adapter(params, folder)
-    assert not any(isinstance(w, Trainable) and w.saved_as == "module" for w in places(again).values())
+    assert not any(isinstance(w, Replacement) and w.saved_as == "module" for w in places(again).values())
     assert relative_error(run(again, TOKENS), expected) < 1e-5
 
 
@@ -301,3 +304,44 @@ def test_a_prefix_in_an_encoder_is_seen_by_every_token(bases):
     assert relative_error(out, expected) < 1e-5
     logits = jax.jit(peft_jax.bind(model))(ours, TOKENS)
     assert relative_error(logits, jax.jit(peft_jax.bind(model))(params, TOKENS)) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_whole_modules_belong_to_their_adapter(headed, tmp_path):
+    """Heads and norms that PEFT saved: dropped, banked, saved and merged by their adapter's name, the base beneath."""
+    auto, base, runner, params = headed("llama", "SEQ_CLS")
+    theirs = {}
+    for seed, name in enumerate(("a", "b")):
+        options = dict(r=2, target_modules=["q_proj"], modules_to_save=["norm", "score"])
+        adapted = peft.get_peft_model(auto.from_pretrained(base), peft.LoraConfig(task_type="SEQ_CLS", **options)).eval()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in filter(lambda p: p.requires_grad, adapted.parameters()):
+                parameter.add_(torch.randn_like(parameter) * 0.5)
+            adapted.save_pretrained(tmp_path / name)
+            mask = torch.ones(TOKENS.shape, dtype=torch.long)
+            theirs[name] = adapted(input_ids=torch.tensor(TOKENS), attention_mask=mask).logits.numpy()
+    run = peft_jax.bind(runner)
+    both = params
+    for name in theirs:
+        both = peft_jax.load_adapter(both, tmp_path / name, name=name)
+    for name, other in ("ab", "ba"):
+        assert relative_error(run(peft_jax.drop_adapters(both, [other]), TOKENS), theirs[name]) < 1e-5
+        for format in ("peft", "native"):
+            peft_jax.save_adapter(tmp_path / format / name, both, name=name, task_type="SEQ_CLS", format=format)
+            again = peft_jax.load_adapter(params, tmp_path / format / name)
+            assert relative_error(run(peft_jax.merge(again), TOKENS), theirs[name]) < 1e-5
+    chex.assert_trees_all_equal(peft_jax.drop_adapters(both, ["a", "b"]), params)
+
+    bank = peft_jax.bank(peft_jax.load_adapter(params, tmp_path / "a"), 2)
+    bank = peft_jax.set_adapter(bank, 1, peft_jax.load_adapter(params, tmp_path / "b"))
+    out = run(bank, TOKENS[:2], adapter_ids=jnp.asarray([1, 0]))
+    assert relative_error(out, np.stack([theirs["b"][0], theirs["a"][1]])) < 1e-5
+    assert relative_error(run(bank, TOKENS[:2], adapter_ids=jnp.asarray([-1, -1])), run(params, TOKENS[:2])) < 1e-5
+
+    with pytest.raises(ValueError, match="whole modules cannot be combined"):
+        peft_jax.combine_adapters(both, {"a": 1.0, "b": 1.0})
+    with pytest.raises(ValueError, match="holds an adapter 'a' already"):
+        peft_jax.load_adapter(both, tmp_path / "a", name="a")
+    replaced = peft_jax.load_adapter(both, tmp_path / "b", name="a", replace=True)
+    assert relative_error(run(peft_jax.drop_adapters(replaced, ["b"]), TOKENS), theirs["b"]) < 1e-5

@@ -249,6 +249,56 @@ def test_compressed_tensors_folders(dense, tokens, tmp_path, bits, symmetric, gr
     assert relative_error(peft_jax.bind(model)(params, tokens), logits_with(dense[0], weights, tokens)) < 1e-5
 
 
+def int8_folder(dense, folder, **changes):
+    """Int8 weights that are not packed, with zero points; `changes` are of the scheme."""
+
+    def pack(w):
+        codes, scales, zeros, back = grouped(w, 8, w.shape[1], False)
+        signed = lambda a: (np.asarray(a).astype(np.int16) - 128).astype(np.int8)
+        return {"weight": signed(codes), "weight_scale": scales, "weight_zero_point": signed(zeros)}, back
+
+    weights = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "channel"} | changes.pop("weights", {})
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "format": "int-quantized"}
+    config = {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": group | changes}, "quantization_status": "compressed",
+    }  # fmt: skip
+    return write_folder(dense, folder, pack, config)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_zero_points_of_unpacked_weights(dense, tokens, tmp_path):
+    weights = int8_folder(dense, tmp_path / "q")
+    model, params = peft_jax.load(tmp_path / "q")
+    ours = peft_jax.bind(model)(params, tokens)
+    assert relative_error(ours, logits_with(dense[0], weights, tokens)) < 1e-5
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    assert relative_error(ours, torch_logits(theirs, tokens)) < 1e-5
+
+
+_ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_activations": _ACTIVATIONS | {"symmetric": False}}, "input_activations.symmetric=False"),
+        ({"input_activations": _ACTIVATIONS | {"strategy": "tensor"}}, "input_activations.strategy='tensor'"),
+        ({"input_activations": _ACTIVATIONS | {"dynamic": "local"}}, "input_activations.dynamic='local'"),
+        ({"input_activations": _ACTIVATIONS | {"type": "float"}}, "input_activations.type='float'"),
+        ({"input_activations": _ACTIVATIONS | {"num_bits": 4}}, "input_activations.num_bits=4"),
+        ({"output_activations": _ACTIVATIONS}, "output_activations"),
+        ({"weights": {"strategy": "block", "block_structure": [128, 128]}}, "weights.strategy='block'"),
+        ({"weights": {"dynamic": True}}, "weights.dynamic=True"),
+        ({"weights": {"actorder": "group"}}, "weight_g_idx is not there"),
+    ],
+)
+def test_what_a_scheme_says_and_is_not_computed_is_refused(dense, tmp_path, changes, message):
+    int8_folder(dense, tmp_path / "q", **changes)
+    with pytest.raises(ValueError, match=message):
+        peft_jax.load(tmp_path / "q")
+
+
 WRITTEN = {
     "int4": Int(bits=4, block_size=32),
     "int4 zero points": Int(bits=4, block_size=16, symmetric=False),

@@ -15,11 +15,14 @@ from peft_jax.core.bind.rules import (
     Rule,
     attend,
     bias_of,
+    by_row,
     einsum_layer,
     embed,
     find_rule,
+    is_routed,
     linear,
     output_embedding,
+    rows_of,
     say_fallback,
 )
 from peft_jax.core.capture import CAPTURED, RECORDER, Recorder
@@ -133,6 +136,9 @@ def _setup(module: nn.Module, own: Mapping[str, Any], call: Callable[[], Any]) -
 
 def _materialized_call(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
     """The module's own method on a view of its parameters in which its own Weights are arrays (and nothing attached)."""
+    mine: Mapping[str, Any] = module.scope.variables().get("params", {})  # type: ignore[union-attr]
+    if any(map(is_routed, mine.values())):
+        return _call_by_row(module, method, mine, *args, **kwargs)
 
     def arrays(variables: Any) -> Any:
         own = {k: w for k, w in variables["params"].items() if not isinstance(w, Attachment)}
@@ -142,6 +148,17 @@ def _materialized_call(module: nn.Module, method: str, *args: Any, **kwargs: Any
 
     run = nn.map_variables(lambda m, *a, **k: getattr(m, method)(*a, **k), "params", trans_in_fn=arrays, mutable=False)
     return run(module, *args, **kwargs)
+
+
+def _call_by_row(module: nn.Module, method: str, own: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """The module's own method for each row of the batch with the row's arrays out of a bank."""
+    if any(isinstance(w, Mapping) for w in own.values()):
+        where = "/".join(module.path)
+        raise ValueError(f"{where} has modules in it and no rule, so that a bank cannot stand there; register one for it")
+    rows = next(w for w in own.values() if is_routed(w)).ids.shape[0]
+    arrays = {k: rows_of(w, rows) for k, w in own.items() if not isinstance(w, Attachment)}
+    alone = module.clone(parent=None)
+    return by_row(lambda a, *rest: alone.apply({"params": a}, *rest, method=method, **kwargs), arrays, args)
 
 
 # Rules of Flax's own modules.

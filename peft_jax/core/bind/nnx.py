@@ -20,10 +20,13 @@ from peft_jax.core.bind.rules import (
     Rule,
     attend,
     bias_of,
+    by_row,
     einsum_layer,
     embed,
     find_rule,
+    is_routed,
     linear,
+    rows_of,
     say_fallback,
 )
 from peft_jax.core.capture import RECORDER, Recorder
@@ -194,10 +197,16 @@ def _variable(module: Any, names: Names) -> Any:
 def _materialized_call(module: Any, original: type, method: str, weights: list[Names], *args: Any, **kwargs: Any) -> Any:
     """The original method while the module's Weights are arrays."""
     held = [(v, v.get_raw_value()) for v in (_variable(module, names) for names in weights)]
-    try:
-        for variable, value in held:
-            variable.set_raw_value(jax.tree.map(materialize, value, is_leaf=is_node))
+
+    def run(arrays: Any, *args: Any) -> Any:
+        for (variable, _), array in zip(held, arrays, strict=True):
+            variable.set_raw_value(array)
         return getattr(original, method)(module, *args, **kwargs)
+
+    try:
+        if bank := next((value for _, value in held if is_routed(value)), None):
+            return by_row(run, [rows_of(value, bank.ids.shape[0]) for _, value in held], args)
+        return run([jax.tree.map(materialize, value, is_leaf=is_node) for _, value in held], *args)
     finally:
         for variable, value in held:
             variable.set_raw_value(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -34,18 +34,16 @@ def linear(x, kernel, bias, *, axis=(-1,), features: int = 1, dtype: Any, precis
     y = matmul(x, kernel, in_axes=tuple(axes[: len(axis)]), out_axes=tuple(axes[len(axis) :]), precision=precision)
     if bias is None:
         return y
-    shape = (*[1] * (y.ndim - bias.ndim), *bias.shape)
-    return y + changed_bias(kernel, bias, shape).astype(y.dtype)
+    bias = changed_bias(kernel, bias, features).astype(y.dtype)
+    each = bias.shape[: bias.ndim - features]
+    return y + bias.reshape(*each, *[1] * (y.ndim - features - 1 if each else 0), *bias.shape[len(each) :])
 
 
-def changed_bias(kernel: Any, bias: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """A layer's bias as the Weight in the place of its kernel has it, in this shape beside the layer's output.
-
-    Where it is another one for each row of the batch, the rows are the first axis.
-    """
-    new = kernel.bias(bias) if isinstance(kernel, Weight) else bias
-    rows = new.ndim - bias.ndim
-    return new.reshape(*new.shape[:rows], *shape[rows:])
+def changed_bias(kernel: Any, bias: jax.Array, features: int) -> jax.Array:
+    """A layer's bias, [*out] or each row's [B, *out], as the Weight in the place of its kernel has it."""
+    if not isinstance(kernel, Weight):
+        return bias
+    return jax.vmap(kernel.bias)(bias) if bias.ndim > features and not kernel.routed else kernel.bias(bias)
 
 
 def einsum_layer(equation: str, x, kernel, bias, *, dtype: Any, precision: Any) -> jax.Array:
@@ -58,7 +56,11 @@ def einsum_layer(equation: str, x, kernel, bias, *, dtype: Any, precision: Any) 
     kernel_labels = operands.split(",")[1].replace("...", "")
     out = out.replace("...", "?" * (y.ndim - len(out.replace("...", ""))))
     shape = [n if label in kernel_labels else 1 for label, n in zip(out, y.shape, strict=True)]
-    return y + changed_bias(kernel, bias, shape).astype(y.dtype)
+    features = sum(label in kernel_labels for label in out)
+    bias = changed_bias(kernel, bias, features)
+    if bias.ndim > features:  # a bias for each row
+        shape[0] = bias.shape[0]
+    return y + bias.reshape(shape).astype(y.dtype)
 
 
 def embed(ids: jax.Array, embedding, *, dtype: Any) -> jax.Array:
@@ -80,9 +82,29 @@ def output_embedding(params: Mapping[str, Any]) -> Any:
 
 
 def bias_of(params: Mapping[str, Any]) -> jax.Array | None:
-    """The `bias` among a module's own parameters as an array, None without one."""
+    """The `bias` among a module's own parameters as an array, [*out] or each row's [B, *out], None without one."""
     bias = params.get("bias")
-    return None if bias is None else materialize(bias)
+    return None if bias is None else bias.rows() if is_routed(bias) else materialize(bias)
+
+
+def is_routed(w: Any) -> bool:
+    """Whether w is a bank, of which each row of the batch has its own."""
+    return isinstance(w, Weight) and w.routed
+
+
+def by_row(run: Callable[..., Any], arrays: Any, args: Any) -> Any:
+    """`run(arrays, *args)` for each row of the batch; every array of `arrays` has a leading axis of rows."""
+    B = jax.tree.leaves(arrays)[0].shape[0]
+    axes = [0 if jnp.shape(a)[:1] == (B,) else None for a in args]
+    return jax.vmap(run, in_axes=(0, *axes))(arrays, *args)
+
+
+def rows_of(w: Any, rows: int) -> jax.Array:
+    """The array of w for each of the batch's rows, [B, ...]."""
+    if is_routed(w):
+        return w.rows()
+    array = materialize(w)
+    return jnp.broadcast_to(array, (rows, *array.shape))
 
 
 def find_rule(rules: Mapping[tuple[type, str], Rule], module_class: type, method: str) -> Rule | None:

@@ -18,12 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.adapters import stack_of
 from peft_jax.core.attachment import Shared
 from peft_jax.core.files import read_json
-from peft_jax.core.reparametrised import MATRIX, TRANSPOSED
+from peft_jax.core.reparametrised import MATRIX, TRANSPOSED, Replacement, replacement, replacements
 from peft_jax.core.sharding import fetch
-from peft_jax.core.tree import EXPERTS, OUTPUT_EMBEDDING, is_node, map_places, nearest, places
+from peft_jax.core.tree import EXPERTS, OUTPUT_EMBEDDING, is_node, map_places, nearest, places, stack_of
 from peft_jax.core.weight import Axes, Trainable, Weight, matrix_shape
 from peft_jax.hub.names import embedding_name, is_conv1d, modules_of, stack_size
 from peft_jax.hub.peft.experts import as_modules, attach_experts, expert_tensors, experts_config
@@ -88,7 +87,7 @@ def save_peft(
     for path, w in tokens.items():
         for module, node in _by_module(path, w).items():
             tensors |= {f"{_PREFIX}{own(module)}.token_adapter.{t}": v for t, v in _TOKENS.write(node, True).items()}
-    whole = own_heads(params, task_type) | trained | tied_tensors(params, tie)
+    whole = own_heads(params, task_type, name) | trained | tied_tensors(params, tie, name)
     check_look_up([*(modules if kind is not _TOKENS else ()), *(t.rpartition(".")[0] for t in whole)])
     for tensor, value in whole.items():  # an adapted module keeps what is its own in `base_layer`
         module, _, leaf = own(tensor).rpartition(".")
@@ -101,10 +100,10 @@ def save_peft(
         "base_model_name_or_path": base,
         "revision": revision,
         "task_type": task_type,
-        **_extras_config(params, peft_type, tie),
+        **_extras_config(params, peft_type, tie, name),
         **kind.describe(modules | {n: lora for path, w in experts.items() for n, lora in as_modules(path, w).items()}),
         **_tokens_config(tokens, peft_type),
-        **({"ensure_weight_tying": _adapts(params, nodes, tie)} if peft_type == "LORA" else {}),
+        **({"ensure_weight_tying": _adapts(params, nodes, tie, name)} if peft_type == "LORA" else {}),
     }
     if experts:
         tensors |= {_PREFIX + own(t): value for t, value in expert_tensors(experts).items()}
@@ -126,9 +125,9 @@ def _collect(params: Any, name: str) -> tuple[dict[str, Any], dict[str, Any], Te
         stack = stack_of(w)
         for i, node in enumerate(stack):
             if isinstance(node, Trainable):
-                if node.saved_as == "full":
-                    raise ValueError(f"{path} is fully fine-tuned, which an adapter cannot hold; use merge and save")
-                trained.update(trained_tensors(path, node))
+                raise ValueError(f"{path} is fully fine-tuned, which an adapter cannot hold; use merge and save")
+            if isinstance(node, Replacement):
+                trained.update(trained_tensors(path, node) if node.name == name else {})
             elif getattr(node, "name", None) == name:
                 if any(getattr(outer, "pruned", False) for outer in stack[:i]):
                     raise ValueError(f"the update at {path} is masked, which PEFT's format cannot say; use merge and save")
@@ -172,20 +171,20 @@ def _by_module(path: str, node: Any) -> dict[str, Any]:
     return result
 
 
-def _adapts(params: Any, nodes: Mapping[str, Any], tie: tuple[str, str] | None) -> bool:
+def _adapts(params: Any, nodes: Mapping[str, Any], tie: tuple[str, str] | None, name: str) -> bool:
     """Whether a tied embedding is adapted or trained whole, as the head too."""
-    return tie is not None and (tie[0] in nodes or isinstance(places(params)[tie[0]], Trainable))
+    return tie is not None and (tie[0] in nodes or replacement(places(params)[tie[0]], name) is not None)
 
 
-def _extras_config(params: Any, peft_type: str, tie: tuple[str, str] | None) -> dict[str, Any]:
+def _extras_config(params: Any, peft_type: str, tie: tuple[str, str] | None, name: str) -> dict[str, Any]:
     """The options `bias` and `modules_to_save`."""
-    marked = {p: w for p, w in places(params).items() if isinstance(w, Trainable)}
+    marked = replacements(params, name)
     biases = [p for p in places(params) if p.endswith("/bias")]
     trained = [p for p, w in marked.items() if w.saved_as == "bias"]
     if trained and peft_type != "LORA":
         raise ValueError(f"{trained[0]} trains, which PEFT's {peft_type} format cannot hold")
     bias = "none" if not trained else "all" if len(trained) == len(biases) else "lora_only"
-    return {"modules_to_save": saved_modules(params, tie) or None, **({"bias": bias} if trained else {})}
+    return {"modules_to_save": saved_modules(params, name, tie) or None, **({"bias": bias} if trained else {})}
 
 
 def _tokens_config(tokens: Mapping[str, Any], peft_type: str) -> dict[str, Any]:
@@ -243,15 +242,16 @@ def attach_peft(params: Any, tensors: Tensors, config: Config, name: str, path: 
 def _attach_all(params: Any, tensors: Tensors, config: Config, kind: Format, name: str, path: Path) -> Any:
     modules, tokens, shared, extras = _parse(tensors, config, kind, path)
     check_look_up([*(modules if kind is not _TOKENS else ()), *(t.rpartition(".")[0] for t in extras)])
-    params = put_stored(params, extras, config)
+    params = put_stored(params, extras, config, name)
     params = split_tie(params, modules, tokens, extras, config, kind)
-    known = [n for p, w in places(params).items() for n, _ in modules_of(p, stack_size(p, w))]
+    known_places = places(params)
+    known = [n for p, w in known_places.items() for n, _ in modules_of(p, stack_size(p, w))]
     whole = whole_modules(extras)
 
     def attach(place: str, w: Any) -> Any:
         if not isinstance(w, Weight) and is_node(w):
             return w
-        w = trained_place(place, w, extras, whole)
+        w = trained_place(place, w, extras, whole, name, known_places)
         if place.rpartition("/")[2] in EXPERTS:
             return attach_experts(place, w, modules, config, name)
         w = _attach_nodes(place, w, modules, config, kind, name)

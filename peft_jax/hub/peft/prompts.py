@@ -15,13 +15,13 @@ from peft_jax.adapters.placing import hidden_size, layers_of, module_paths, toke
 from peft_jax.adapters.prefix import Offset, Prefix, attention_cores, offset_stack
 from peft_jax.adapters.prompt import ContextTokens, EncodedTokens, Prompt, TaskTokens, VirtualTokens, place_prompt
 from peft_jax.core.attachment import Attachment, attach
+from peft_jax.core.reparametrised import Replacement, replacements
 from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import distribute, map_places, places
-from peft_jax.core.weight import Trainable, materialize
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
 from peft_jax.hub.names import modules_of, stack_size, tensors_of
 from peft_jax.hub.peft.formats import FORMATS
-from peft_jax.hub.peft.tied import own_heads, put_stored, split_tie, tie_of, tied_tensors
+from peft_jax.hub.peft.tied import own_heads, put_stored, read_replacement, split_tie, tie_of, tied_tensors
 from peft_jax.hub.safetensors_io import write_adapter
 
 WEIGHTS = "adapter_model.safetensors"
@@ -54,15 +54,15 @@ def save_whole(
     task_type: Any,
 ) -> None:
     """Write the adapter `name`, whose nodes are these, as a PEFT folder of the method `kind`."""
-    modules = {p: n for p, n in nodes.items() if isinstance(n, Trainable) and n.saved_as in ("module", "base")}
+    modules = {p: n for p, n in nodes.items() if isinstance(n, Replacement) and n.saved_as in ("module", "base")}
     own = {p: n for p, n in nodes.items() if p not in modules}
     tensors, config = WHOLE_FORMATS[kind].write(params, own, name)
     tie = None if task_type == "FEATURE_EXTRACTION" else tie_of(params)
     whole = {t: value for path, n in modules.items() for t, value in trained_tensors(path, n).items()}
-    whole = own_heads(params, task_type) | whole | tied_tensors(params, tie)
+    whole = own_heads(params, task_type, name) | whole | tied_tensors(params, tie, name)
     tensors |= {(PREFIX if kind in _BY_MODULE else ROOT) + t: value for t, value in whole.items()}
     common = {
-        "modules_to_save": saved_modules(params, tie) or None,
+        "modules_to_save": saved_modules(params, name, tie) or None,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "peft_type": kind,
@@ -82,41 +82,46 @@ def load_whole(params: Any, tensors: Tensors, config: Config, name: str, path: P
         t: tensors.pop(t) for t in list(tensors) if (t.startswith(root) and named & set(t.removeprefix(root).split(".")))
         or t.removeprefix(root).rpartition(".")[0] in named or t in held
     }  # fmt: skip
-    params = put_trained(params, {t.removeprefix(root): value for t, value in saved.items()}, config, path)
+    params = put_trained(params, {t.removeprefix(root): value for t, value in saved.items()}, config, name, path)
     try:
         return WHOLE_FORMATS[kind].read(params, tensors, config, name)
     except KeyError as error:
         raise ValueError(f"{path / WEIGHTS} lacks a tensor {error} that its method needs") from error
 
 
-def trained_tensors(path: str, w: Trainable) -> Tensors:
-    """Hugging Face's tensors for a place that trains whole, by name."""
+def trained_tensors(path: str, w: Replacement) -> Tensors:
+    """Hugging Face's tensors for an array of the adapter's own, by name."""
     value = fetch(w.value)
-    return {t.name: t.take(value) for t in tensors_of(path, stack_size(path, w))}
+    return {t.name: t.take(value) for t in tensors_of(path, stack_size(path, w)) if t.layer is None or _replaces(w, t.layer)}
 
 
-def put_trained(params: Any, tensors: Tensors, config: Config, path: Path) -> Any:
+def _replaces(w: Replacement, layer: int) -> bool:
+    return w.gate is None or bool(w.gate[layer].max() > 0)
+
+
+def put_trained(params: Any, tensors: Tensors, config: Config, name: str, path: Path) -> Any:
     """`params` with whole modules (PEFT's `modules_to_save`) from these tensors. Raises ValueError where they do not fit."""
     left = dict(tensors)
-    params = put_stored(params, left, config)
+    params = put_stored(params, left, config, name)
     params = split_tie(params, {}, {}, left, config, FORMATS["LORA"])
-    modules = whole_modules(left)
-    result = map_places(lambda place, w: trained_place(place, w, left, modules), params) if left else params
+    modules, known = whole_modules(left), places(params)
+    result = map_places(lambda place, w: trained_place(place, w, left, modules, name, known), params) if left else params
     if left:
         raise ValueError(f"the adapter in {path} has {sorted(left)[0]}, which the model lacks; load it with the adapter's task")
     return result
 
 
-def saved_modules(params: Any, tie: tuple[str, str] | None = None) -> list[str]:
+def saved_modules(params: Any, name: str, tie: tuple[str, str] | None = None) -> list[str]:
     """PEFT's `modules_to_save`: the modules that train whole, heads by the name of the whole head, others by their full names
     (PEFT compares ends of names, and "norm" would end "input_layernorm" too). `tie` is the place of an embedding and the
     name of the head that trains with it.
     """
     known = places(params)
-    marked = {p: w for p, w in known.items() if isinstance(w, Trainable) and w.saved_as == "module"}
+    marked = {p: n for p, n in replacements(params, name).items() if n.saved_as == "module"}
     top = lambda path: path.partition("/")[0]
     heads = {top(p) for p in marked} - {top(p) for p, w in known.items() if p not in marked and not isinstance(w, Attachment)}
-    names = {n for p, w in marked.items() for n, _ in modules_of(p, stack_size(p, w)) if top(p) not in heads}
+    modules = ((n, i, w) for p, w in marked.items() if top(p) not in heads for n, i in modules_of(p, stack_size(p, w)))
+    names = {n for n, i, w in modules if i is None or _replaces(w, i)}
     if tie and tie[0] in marked:
         names.add(tie[1])
     return sorted(names | heads)
@@ -127,18 +132,10 @@ def whole_modules(tensors: Iterable[str]) -> set[str]:
     return {t.rpartition(".")[0] for t in tensors if t.endswith(".weight")}
 
 
-def trained_place(path: str, w: Any, tensors: Tensors, whole: set[str]) -> Any:
-    """What was trained whole at a place, in the place of the base's; it is taken out of `tensors`."""
-    if not hasattr(w, "shape"):
-        return w
-    mine = [t for t in tensors_of(path, stack_size(path, w)) if t.name in tensors]
-    if not mine:
-        return w
-    value = np.array(fetch(materialize(w)))
-    for t in mine:
-        t.put(value, tensors.pop(t.name), "the adapter")
-    alone = path.endswith("/bias") and mine[0].name.rpartition(".")[0] not in whole
-    return Trainable(jnp.asarray(value), saved_as="bias" if alone else "module")
+def trained_place(path: str, w: Any, tensors: Tensors, whole: set[str], name: str, known: Mapping[str, Any]) -> Any:
+    """What was trained whole at a place of `known`, over the base's; it is taken out of `tensors`."""
+    alone = lambda t: path.endswith("/bias") and t.rpartition(".")[0] not in whole
+    return read_replacement(path, w, tensors, lambda t: "bias" if alone(t) else "module", name, known)
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts
@@ -360,21 +357,11 @@ def _write_norms(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tens
 
 def _read_norms(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
     left = {k.removeprefix(PREFIX).replace(".ln_tuning_layers.", "."): v for k, v in tensors.items()}
+    known = places(params)
 
     def place(path: str, w: Any) -> Any:
-        if path.rpartition("/")[2] not in ("scale", "bias") or not hasattr(w, "shape"):
-            return w
-        found = [t for t in tensors_of(path, stack_size(path, w)) if t.name in left]
-        if not found:
-            return w
-        value = np.array(fetch(w))
-        for t in found:
-            new = left.pop(t.name)
-            target = value if t.layer is None else value[t.layer]
-            if new.shape != target.shape:
-                raise ValueError(f"{t.name} in the adapter has shape {new.shape}, the model's is {target.shape}")
-            target[...] = new
-        return Trainable(jnp.asarray(value), saved_as="norm", name=name)
+        norm = path.rpartition("/")[2] in ("scale", "bias")
+        return read_replacement(path, w, left, lambda _: "norm", name, known) if norm else w
 
     result = map_places(place, params)
     if left:
@@ -392,5 +379,5 @@ WHOLE_FORMATS: dict[str, WholeFormat] = {
         lambda n: isinstance(n, Offset) or (n.part == "both" and n.gating_weight is None and n.offset),
     ),
     "ADAPTION_PROMPT": WholeFormat((AdaptionPrompt, FusedAdaptionPrompt), _write_adaption, _read_adaption),
-    "LN_TUNING": WholeFormat((Trainable,), _write_norms, _read_norms, lambda n: n.saved_as == "norm"),
+    "LN_TUNING": WholeFormat((Replacement,), _write_norms, _read_norms, lambda n: n.saved_as == "norm"),
 }  # fmt: skip

@@ -7,17 +7,17 @@ embedding [V, D] for both; where an adapter tells them apart, the head's comes t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.adapters import stack_of
 from peft_jax.core.attachment import Attachment, module_at
+from peft_jax.core.reparametrised import Replacement, replace_array, replacement
 from peft_jax.core.sharding import fetch
-from peft_jax.core.tree import OUTPUT_EMBEDDING, map_places, places
-from peft_jax.core.weight import Trainable, materialize
+from peft_jax.core.tree import OUTPUT_EMBEDDING, map_places, places, stack_of
+from peft_jax.core.weight import materialize
 from peft_jax.hub.names import embedding_name, stack_size, tensors_of
 from peft_jax.hub.peft.formats import FORMATS, Config, Format, Module, Tensors
 from peft_jax.models.families import FAMILIES, tied_head, untie
@@ -54,14 +54,14 @@ def check_look_up(modules: Iterable[str]) -> None:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def put_stored(params: Any, tensors: Tensors, config: Config) -> Any:
+def put_stored(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
     """`params` with the weights that PEFT stores beside an adapter but did not train; they are taken out of `tensors`.
 
     Such are embeddings that were resized, the bases of adapted embeddings, and heads. Raises ValueError for a tied pair of
     which the file holds two different ones.
     """
-    if (found := tied_head(params)) and (name := f"{found[1]}.bias") in tensors and (own := _head_bias(params)):
-        tensors[own] = tensors.pop(name)
+    if (found := tied_head(params)) and (tensor := f"{found[1]}.bias") in tensors and (own := _head_bias(params)):
+        tensors[own] = tensors.pop(tensor)
     weights = {t.removesuffix(".weight") for t in tensors if t.endswith(".weight")}
     still = {m for m in weights if not _is_saved(m, config.get("modules_to_save") or ())}
     trained = ("bias",) if config.get("bias", "none") != "none" else ()
@@ -70,22 +70,37 @@ def put_stored(params: Any, tensors: Tensors, config: Config) -> Any:
     if tie := tie_of(params):
         _join_stored(stored, f"{embedding_name(tie[0])}.weight", f"{tie[1]}.weight")
 
+    known = places(params)
+
     def put(path: str, w: Any) -> Any:
-        if not hasattr(w, "shape"):
-            return w
-        mine = [t for t in tensors_of(path, stack_size(path, w)) if t.name in stored]
-        if not mine:
-            return w
-        was = fetch(materialize(w))
-        value = np.array(was)
-        for t in mine:
-            t.put(value, stored.pop(t.name), "the adapter")
-        same = np.array_equal(value, was)
-        return w if same else Trainable(jnp.asarray(value), saved_as="base", frozen=True)
+        new = read_replacement(path, w, stored, lambda _: "base", name, known)
+        return w if new is w or np.array_equal(new.value, fetch(materialize(w))) else new
 
     result = map_places(put, params) if stored else params
     tensors |= stored  # what has no place is said by who reads the rest
     return result
+
+
+def read_replacement(
+    path: str, w: Any, tensors: Tensors, kind: Callable[[str], str], name: str, known: Mapping[str, Any]
+) -> Any:
+    """The array or Weight w at a place of `known` under the adapter's own array from these tensors, which are taken out.
+
+    `kind` says from a tensor's name what it is (`saved_as`). Of a stack, only the layers that have a tensor are replaced.
+    """
+    if not hasattr(w, "shape"):
+        return w
+    all_layers = tensors_of(path, stack_size(path, w))
+    if not (mine := [t for t in all_layers if t.name in tensors]):
+        return w
+    value = np.array(fetch(materialize(w)))
+    for t in mine:
+        t.put(value, tensors.pop(t.name), "the adapter")
+    if isinstance(w, Replacement) and w.name == name:  # what was stored beside the adapter, and is trained too
+        w = w.base
+    given = {t.layer for t in mine}
+    flags = tuple(t.layer in given for t in {t.layer: t for t in all_layers}.values())
+    return replace_array(path, w, kind(mine[0].name), name, known, value=jnp.asarray(value), chosen=flags)
 
 
 def _head_bias(params: Any) -> str | None:
@@ -205,7 +220,7 @@ def can_say(params: Any, nodes: Mapping[str, Any], task_type: str | None) -> boo
         return True
     if any(f.look_ups and f"{f.embedding}/embedding" in nodes for f in FAMILIES.values()):
         return False
-    if isinstance(node, Trainable):
+    if isinstance(node, Replacement):
         return True
     kind = next((f for f in FORMATS.values() if isinstance(node, f.nodes)), None)
     return kind is not None and kind.mirror is not None and kind.mirror(node.replace(base=None)) is not None
@@ -227,22 +242,28 @@ def check_tokens(params: Any, tokens: Mapping[str, Any]) -> None:
         )
 
 
-def tied_tensors(params: Any, tie: tuple[str, str] | None) -> Tensors:
+def tied_tensors(params: Any, tie: tuple[str, str] | None, name: str) -> Tensors:
     """The head's tensor where a tied embedding trains whole, and its bias, which PEFT has in the head."""
     found = tied_head(params)
     if found is None:
         return {}
     known = places(params)
-    sides = [known.get(f"{found[0]}/{leaf}") for leaf in ("embedding", OUTPUT_EMBEDDING)]
-    tensors = {f"{found[1]}.weight": fetch(sides[0].value)} if tie and isinstance(sides[0], Trainable) else {}
-    whole = isinstance(sides[1], Trainable) or bool(tensors)
+    sides = [replacement(known.get(f"{found[0]}/{leaf}"), name) for leaf in ("embedding", OUTPUT_EMBEDDING)]
+    tensors = {f"{found[1]}.weight": fetch(sides[0].value)} if tie and sides[0] is not None else {}
+    whole = sides[1] is not None or bool(tensors)
     if whole and (own := _head_bias(params)):
-        tensors[f"{found[1]}.bias"] = fetch(materialize(known[own.replace(".", "/")]))
+        tensors[f"{found[1]}.bias"] = fetch(materialize(_of(known[own.replace(".", "/")], name)))
     return tensors
 
 
-def own_heads(params: Any, task_type: str | None) -> Tensors:
-    """The tensors of the modules that PEFT trains whole by itself for a task, as the tree has them.
+def _of(w: Any, name: str) -> Any:
+    """The array that the adapter `name` has in the place of w, else what lies under all adapters."""
+    own = replacement(w, name)
+    return own if own is not None else [w, *(n.base for n in stack_of(w) if hasattr(n, "base"))][-1]
+
+
+def own_heads(params: Any, task_type: str | None, name: str) -> Tensors:
+    """The tensors of the modules that PEFT trains whole by itself for a task, as the adapter `name` has them.
 
     Raises ValueError for one that is adapted, which PEFT would not do.
     """
@@ -254,9 +275,9 @@ def own_heads(params: Any, task_type: str | None) -> Tensors:
         for t in tensors_of(path, stack_size(path, w)):
             if not _is_saved(t.name.rpartition(".")[0], names):
                 continue
-            if stack_of(w) and not isinstance(w, Trainable):
+            if any(getattr(n, "name", "") == name and not isinstance(n, Replacement) for n in stack_of(w)):
                 raise ValueError(
                     f"{path} is adapted, and for the task {task_type} PEFT trains it whole; leave it out of the targets"
                 )
-            found[t.name] = t.take(fetch(materialize(w)))
+            found[t.name] = t.take(fetch(materialize(_of(w, name))))
     return found
