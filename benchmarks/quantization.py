@@ -167,7 +167,7 @@ PLANS: list[tuple[int, str, Any, str, dict[str, Any]]] = [
             ("nearest", {}),
             ("gptq", {}),
             ("gptq", {"activation_order": "dynamic"}),
-            ("gptq", {"activation_order": "static"}),
+            ("gptq", {"activation_order": False}),
             ("awq", {}),
         )
     ],
@@ -179,7 +179,7 @@ PLANS: list[tuple[int, str, Any, str, dict[str, Any]]] = [
             ("hqq", {}),
             ("gptq", {}),
             ("gptq", {"activation_order": "dynamic"}),
-            ("gptq", {"activation_order": "static"}),
+            ("gptq", {"activation_order": False}),
             ("awq", {}),
         )
     ],
@@ -190,7 +190,8 @@ def label_of(rounding: str, options: dict[str, Any]) -> str:
     """A rounding as the table calls it."""
     if not options:
         return rounding
-    return f"{rounding}, {options['activation_order']} activation order"
+    order = options["activation_order"]
+    return f"{rounding}, {order} activation order" if order else f"{rounding}, inputs as they come"
 
 
 def table(args: argparse.Namespace) -> str:
@@ -230,10 +231,10 @@ def mean_bits(tree: Any) -> float:
 
 CALIBRATED: list[tuple[str, str, dict[str, Any]]] = [
     ("nearest", "nearest", {}),
-    ("GPTQ, no cap on tokens", "gptq", {"token_cap": None}),
-    ("GPTQ", "gptq", {}),
+    ("GPTQ, inputs as they come, no cap on tokens", "gptq", {"activation_order": False, "token_cap": None}),
+    ("GPTQ, inputs as they come", "gptq", {"activation_order": False}),
     ("GPTQ, dynamic activation order", "gptq", {"activation_order": "dynamic"}),
-    ("GPTQ, static activation order", "gptq", {"activation_order": "static"}),
+    ("GPTQ (static activation order)", "gptq", {}),
     ("AWQ", "awq", {}),
 ]
 

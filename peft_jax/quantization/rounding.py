@@ -49,15 +49,16 @@ def gptq(
     *,
     statistics: Statistics,
     damping: float = 0.01,
-    activation_order: ActivationOrder | bool = False,
+    activation_order: ActivationOrder | bool = "static",
 ) -> Rounded:
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323): inputs one by one, each one's error made up for by those that follow.
 
     The Hessian is the inputs' covariance with `damping` times its mean diagonal added. With `activation_order` the largest
-    inputs come first (the paper's code: act_order). "dynamic", or True: blocks are of inputs in the new order, which `order`
-    remembers. "static": blocks are of neighbouring inputs, and their scales are those of the weights as they were (its
-    static_groups), so codes keep the inputs' order. But for "static", a block's scale is found when its turn comes, from
-    weights that have taken up earlier errors. Weights that are zero (pruned) stay zero.
+    inputs come first (the authors' code: act_order). "static": blocks are of neighbouring inputs, and their scales are those
+    of the weights as they were (its static_groups), so codes keep the inputs' order. "dynamic", or True: blocks are of inputs
+    in the new order, which `order` remembers. False: inputs as they come, which is the authors' default and the worst of the
+    three on a real model (benchmarks/results/quantization_smollm2_cpu.md). But for "static", a block's scale is found when its
+    turn comes, from weights that have taken up earlier errors. Weights that are zero (pruned) stay zero.
     """
     if activation_order not in ("static", "dynamic", True, False):
         raise ValueError(f"activation_order must be 'static', 'dynamic' or false, got {activation_order!r}")
