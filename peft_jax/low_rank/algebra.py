@@ -8,6 +8,7 @@ or, with the suffix `_svd`, on the updates themselves followed by a truncated SV
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -59,7 +60,7 @@ def combine_adapters(
         if not found:
             return w
         own = [weights[n.name] for n in found]
-        local = jax.random.fold_in(key, abs(hash(path)) % 2**31) if key is not None else jax.random.key(0)
+        local = jax.random.fold_in(key, zlib.crc32(path.encode())) if key is not None else jax.random.key(0)
         if merge is None:
             a, b = _concatenate(found, own)
         elif method == "svd" or method.endswith("_svd"):

@@ -75,6 +75,17 @@ def test_dare_keeps_the_mean(two):
         assert jnp.isfinite(peft_jax.places(half)[Q].delta()).all()
 
 
+def test_dare_draws_the_same_in_every_process(two, monkeypatch):
+    """Python's hash of a text is another one in each process, and on each host."""
+    tree, _ = two
+    draw = lambda: peft_jax.combine_adapters(
+        tree, {"one": 1.0, "two": 0.5}, method="dare_linear", density=0.5, key=jax.random.key(0)
+    )
+    first = draw()
+    monkeypatch.setattr(algebra, "hash", lambda text: 1 + hash(text), raising=False)
+    jax.tree.map(np.testing.assert_array_equal, first, draw())
+
+
 def test_cat_is_the_sum_and_subtracting_gives_it_back(base, two):
     _, _, run = base
     tree, _ = two
