@@ -19,7 +19,7 @@ import optax
 
 from peft_jax.core.attachment import attach
 from peft_jax.core.bind import bind
-from peft_jax.core.capture import capture, input_of, output_of
+from peft_jax.core.capture import Place, capture, input_of, output_of
 from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import map_places, nearest, places
 from peft_jax.core.weight import materialize
@@ -175,6 +175,36 @@ def alphaedit_update(keys: np.ndarray, residuals: np.ndarray, covariance: np.nda
     return np.linalg.solve(projection @ (keys.T @ keys) + decay * np.eye(len(covariance)), projection @ keys.T), residuals
 
 
+def output_change(out: np.ndarray, added: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """[N, D] what has to be added to outputs `out` [N, D] for what a layer adds of them, `added` [N, D], to change by `change`.
+
+    A layer adds the output itself, or its RMSNorm: s * out / rms(out), on an ellipsoid whatever the output's length. The
+    output of the point there that is nearest to added + change = t is g t / (g^2 + m), g being the features' gains
+    s / rms(out) and m the number that leaves the output as long as it was.
+    """
+    if np.array_equal(out, added):
+        return change
+    gain = _gains(out, added)
+    wanted, length = added + change, np.linalg.norm(out, axis=-1, keepdims=True)
+    square, product = np.square(gain), gain * wanted
+    of = lambda m: np.divide(product, square + m, out=np.zeros_like(product), where=gain != 0)
+    low = -(1 - 1e-9) * np.where(gain == 0, np.inf, square).min(-1, keepdims=True)
+    high = np.linalg.norm(product, axis=-1, keepdims=True) / np.maximum(length, 1e-30)
+    for _ in range(100):  # the output's length falls in m
+        middle = (low + high) / 2
+        longer = np.linalg.norm(of(middle), axis=-1, keepdims=True) > length
+        low, high = np.where(longer, middle, low), np.where(longer, high, middle)
+    return of(high) - out
+
+
+def _gains(out: np.ndarray, added: np.ndarray) -> np.ndarray:
+    """What each feature of outputs [N, D] is multiplied with; without an output, the mean of the others'."""
+    known = out != 0
+    gain = np.divide(added, out, out=np.zeros_like(out), where=known)
+    mean = gain.sum(-1, keepdims=True) / np.maximum(known.sum(-1, keepdims=True), 1)
+    return np.where(known, gain, mean)
+
+
 # -------------------------------------------------------------------------------------------------------------- the methods
 
 
@@ -199,12 +229,13 @@ def _spread(
     work: _Work, edits: Sequence[Edit], layers: Sequence[int], update: Callable[[int, Any, Any], Delta]
 ) -> dict[int, Delta]:
     """What MEMIT's layers do in turn: each takes its share of what the last one's states still lack."""
-    wanted = work.states(edits, layers[-1]) + work.values(edits, layers[-1])
+    last = layers[-1]
+    wanted = work.states_with(edits, last, work.values(edits, last))
     deltas: dict[int, Delta] = {}
     for n, layer in enumerate(layers):
         keys = work.keys(edits, [layer])[0]
-        residuals = (wanted - work.states(edits, layers[-1])) / (len(layers) - n)
-        deltas[layer] = update(layer, keys, residuals)
+        share = (wanted - work.states(edits, last)) / (len(layers) - n)
+        deltas[layer] = update(layer, keys, work.outputs_for(edits, layer, share))
         work.set_weight(layer, work.weight(layer) + deltas[layer][0] @ deltas[layer][1])
     return deltas
 
@@ -316,7 +347,21 @@ class _Work:
 
     def states(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
         """[N, D] hidden states after a layer at the subject's last token, without prefixes."""
-        return self._outputs(edits, layer, self.place.stack)
+        return self._at_subjects(edits, layer, output_of(self.place.stack))
+
+    def states_with(self, edits: Sequence[Edit], layer: int, values: np.ndarray) -> np.ndarray:
+        """`states` with values [N, D] added to the layer's feed-forward's output there."""
+        rows, params, found = self._questions(edits), self.params, []
+        for i in range(0, len(edits), self.batch):
+            part = EditRows(*(x[i : i + self.batch] for x in rows))
+            added = jnp.asarray(values[i : i + self.batch], jnp.float32)
+            found.append(fetch(_moved(self.apply, self.place, params, jnp.int32(layer), part, added)))
+        return np.concatenate(found).astype(np.float64)
+
+    def outputs_for(self, edits: Sequence[Edit], layer: int, change: np.ndarray) -> np.ndarray:
+        """[N, D] what changes a layer's states by `change` [N, D] when it is added to its feed-forward's output there."""
+        out = self._at_subjects(edits, layer, output_of(self.place.module))
+        return output_change(out, self._at_subjects(edits, layer, input_of(self.place.residual, 1)), change)
 
     def values(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
         """[N, D] what has to be added to the feed-forward's output there for the model to say the targets."""
@@ -328,16 +373,18 @@ class _Work:
         rows, P = self.rows(edits, answers=True), len(self.prefixes)
         essences, places = zip(*(fill("{} is a", e.subject) for e in edits), strict=True)
         essence = edit_rows(self.tokenizer, essences, [""] * len(edits), places)
-        norms = np.linalg.norm(self._outputs(edits, layer, self.place.module), axis=-1)
-        run = _searching(self.apply, self.place.module, self.place.layers, P, self.search)
+        norms = np.linalg.norm(self._at_subjects(edits, layer, output_of(self.place.module)), axis=-1)
+        run = _searching(self.apply, self.place, P, self.search)
         delta, nll = run(self.params, jnp.int32(layer), rows, essence, jnp.asarray(norms, jnp.float32))
         self.likelihoods += np.exp(-fetch(nll)).tolist()
         return fetch(delta).astype(np.float64)
 
-    def _outputs(self, edits: Sequence[Edit], layer: int, module: str) -> np.ndarray:
-        """[N, D] what a layer's module puts out at the subject's last token, without prefixes."""
-        rows = edit_rows(self.tokenizer, [e.question for e in edits], [""] * len(edits), [e.place for e in edits])
-        return _read(self.apply, self.params, rows, output_of(module))[layer].astype(np.float64)
+    def _at_subjects(self, edits: Sequence[Edit], layer: int, place: Place) -> np.ndarray:
+        """[N, D] what is at a layer's place at the subject's last token, without prefixes."""
+        return _read(self.apply, self.params, self._questions(edits), place)[layer].astype(np.float64)
+
+    def _questions(self, edits: Sequence[Edit]) -> EditRows:
+        return edit_rows(self.tokenizer, [e.question for e in edits], [""] * len(edits), [e.place for e in edits])
 
     def descend(
         self,
@@ -380,8 +427,23 @@ def _read(apply: Any, params: Any, rows: EditRows, place: Any, size: int = 64) -
     return np.concatenate(found, axis=1)[:, : len(rows.tokens)]
 
 
+def _changed(params: Any, place: FeedForward, layer: jax.Array, delta: jax.Array, at: jax.Array) -> Any:
+    """The tree with delta [N, D] added to a layer's feed-forward's output at tokens `at` [N] of the rows."""
+    here = (jnp.arange(place.layers) == layer)[:, None, None]
+    where = jnp.broadcast_to(jnp.asarray(at), (place.layers, len(at)))
+    return attach(params, {place.module: {KEY: AddAt(delta=here * delta[None], at=where)}})
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _moved(apply: Any, place: FeedForward, params: Any, layer: jax.Array, rows: EditRows, delta: jax.Array) -> jax.Array:
+    """[N, D] float32 states after a layer with delta [N, D] added to its feed-forward's output, at the rows' subjects."""
+    changed = _changed(params, place, layer, delta, rows.subject_at)
+    states = _picked(apply, changed, rows.tokens, rows.segment_ids, rows.subject_at, output_of(place.stack))
+    return states[layer].astype(jnp.float32)
+
+
 @functools.lru_cache(maxsize=16)
-def _searching(apply: Any, module: str, layers: int, prefixes: int, search: Search) -> Any:
+def _searching(apply: Any, place: FeedForward, prefixes: int, search: Search) -> Any:
     """A compiled search for the changes [N, D] of values, all facts of a batch at once and each for itself; and the loss [N] of
     their targets in its last step.
     """
@@ -390,11 +452,8 @@ def _searching(apply: Any, module: str, layers: int, prefixes: int, search: Sear
     def loss(
         delta: jax.Array, params: Any, layer: jax.Array, rows: EditRows, essence: EditRows, norms: jax.Array, start: Any
     ) -> Any:
-        at_layer = (jnp.arange(layers) == layer)[:, None, None]
-
         def changed(delta: jax.Array, at: jax.Array) -> Any:
-            where = jnp.broadcast_to(jnp.asarray(at), (layers, len(at)))
-            return attach(params, {module: {KEY: AddAt(delta=at_layer * delta[None], at=where)}})
+            return _changed(params, place, layer, delta, at)
 
         nll = (
             answer_nll(apply, changed(jnp.repeat(delta, prefixes, axis=0), rows.subject_at), rows).reshape(-1, prefixes).mean(1)

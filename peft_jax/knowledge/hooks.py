@@ -16,11 +16,14 @@ _DOWN = {"down_proj": "model/layers/mlp", "c_proj": "transformer/h/mlp"}  # the 
 
 
 class FeedForward(NamedTuple):
-    """Where a decoder's feed-forward stands: the stack of its layers, the module, and the path of the weight that writes."""
+    """Where a decoder's feed-forward stands: the stack of its layers, the module, the path of the weight that writes, and
+    the sum that adds what is made of its output to the hidden states.
+    """
 
     stack: str
     module: str
     weight: str
+    residual: str
     layers: int
 
 
@@ -32,7 +35,7 @@ def feed_forward(params: Any) -> FeedForward:
     for name, module in _DOWN.items():
         path = f"{module}/{name}/kernel"
         if path in known and known[path].ndim == 3:
-            return FeedForward(module.rpartition("/")[0], module, path, known[path].shape[0])
+            return FeedForward(module.rpartition("/")[0], module, path, f"{module}_residual", known[path].shape[0])
     raise ValueError("knowledge is edited in decoders with stacked layers and one feed-forward each (Llama's kin, GPT-2)")
 
 

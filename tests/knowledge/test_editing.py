@@ -1,20 +1,33 @@
 """Edits: the papers' equations in NumPy, what an edited model says, edits as adapters, bad requests."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import optax
 import pytest
+import torch
 
 import peft_jax
 from peft_jax.core.capture import capture, input_of, output_of
-from peft_jax.knowledge.editing import METHODS, Search, _Work, alphaedit_update, edit, memit_update, rome_update, with_deltas
+from peft_jax.hub.checkpoint import BASE
+from peft_jax.knowledge.editing import (
+    METHODS,
+    Search,
+    _Work,
+    alphaedit_update,
+    edit,
+    memit_update,
+    output_change,
+    rome_update,
+    with_deltas,
+)
 from peft_jax.knowledge.hooks import feed_forward
 from peft_jax.knowledge.requests import Edit, edit_rows, read_edits
 from peft_jax.training.objective import next_token
 from peft_jax.training.step import init_state, make_step
-from tests.reference import relative_error
+from tests.reference import FAMILIES, relative_error, torch_model
 
 WEIGHT = "model/layers/mlp/down_proj/kernel"
 CAPITALS = {
@@ -151,6 +164,79 @@ def test_keys_give_their_values_after_rome(setup, tokenizer):
     _, found = capture(peft_jax.bind(model), place)(params, rows.tokens, segment_ids=rows.segment_ids)
     assert relative_error(found["k"][1, 0, rows.subject_at[0]], key) < 1e-5
     assert tokenizer.decode(rows.tokens[0, : rows.subject_at[0] + 1]).endswith("France")
+
+
+def test_what_is_added_after_a_norm_comes_nearest_to_what_is_wanted():
+    """Behind an RMSNorm, in NumPy: a reachable change is had whole, and no other output comes nearer to one that is not."""
+    norm = lambda y: random(1, 16) * y / np.sqrt((y**2).mean(-1, keepdims=True))
+    out, moved = random(2, 4, 16), random(3, 4, 16)
+    change = output_change(out, norm(out), norm(moved) - norm(out))
+    assert relative_error(norm(out + change), norm(moved)) < 1e-6
+    for wanted in (2.0 * norm(moved), 0.7 * norm(moved), random(4, 4, 16)):
+        found = out + output_change(out, norm(out), wanted - norm(out))
+        others = found + np.geomspace(1e-3, 1.0, 500)[:, None, None] * random(5, 500, 4, 16)
+        distance = lambda y, wanted=wanted: np.linalg.norm(norm(y) - wanted, axis=-1)
+        assert (distance(found) <= distance(others)).all()
+        assert (distance(found) < distance(out)).all()
+    np.testing.assert_array_equal(output_change(out, out, moved), moved)
+    dead = out * (np.arange(16) > 2)
+    assert np.isfinite(output_change(dead, norm(dead), moved)).all()
+
+
+def at_subjects(model, rows, layer, value=None):
+    """(states [N, D] after a layer of a PyTorch model, what its feed-forward adds to them) at the subjects' last tokens, with
+    `value` [N, D] added to the feed-forward's output there."""
+    block, at, found = model.model.layers[layer], (torch.arange(len(rows.tokens)), torch.tensor(rows.subject_at)), {}
+
+    def add(module, args, out):
+        if value is not None:
+            out[at] += torch.tensor(value, dtype=out.dtype)
+
+    keep = lambda name: lambda module, args, out: found.update({name: (out[0] if isinstance(out, tuple) else out)[at].numpy()})
+    last = getattr(block, "post_feedforward_layernorm", block.mlp)
+    hooks = [block.mlp.register_forward_hook(add)]
+    hooks += [last.register_forward_hook(keep("added")), block.register_forward_hook(keep("state"))]
+    with torch.no_grad():
+        model(torch.tensor(rows.tokens), attention_mask=torch.tensor(rows.segment_ids))
+    for hook in hooks:
+        hook.remove()
+    return found["state"], found["added"]
+
+
+@pytest.mark.parametrize("family", ["llama2", "gemma2_caps", "gemma3", "olmo2"])
+def test_layers_bring_the_states_that_the_value_would(family, tokenizer, tmp_path):
+    """In PyTorch, with nothing known to weigh against: MEMIT's layers change the last one's states as the value at its
+    feed-forward's output does. Behind a norm the last layer comes as near as it can: what is missed stands upright on the
+    norm's ellipsoid.
+    """
+    config = FAMILIES[family]()
+    config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = 4096, 0, 1, 2
+    reference = torch_model(config)
+    reference.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / name, tmp_path / name)
+    model, params = peft_jax.load(tmp_path)
+    search = Search(steps=5)
+    value = _Work(model, params, tokenizer, feed_forward(params), ("",), search, 32).values(FACTS, 1)
+    rows = edit_rows(tokenizer, [f.question for f in FACTS], [""] * len(FACTS), [f.place for f in FACTS])
+    before, _ = at_subjects(reference, rows, 1)
+    wanted, _ = at_subjects(reference, rows, 1, value)
+
+    known = {WEIGHT: np.broadcast_to(np.eye(48), (config.num_hidden_layers, 48, 48))}
+    edited = edit(model, params, tokenizer, FACTS, layers=[0, 1], covariances=known, search=search, weight=1e-7)
+    for layer, delta in zip(reference.model.layers, np.array(peft_jax.places(edited)[WEIGHT].delta()), strict=True):
+        layer.mlp.down_proj.weight.data += torch.tensor(delta.T)
+    after, added = at_subjects(reference, rows, 1)
+    missed = np.linalg.norm(wanted - after, axis=-1) / np.linalg.norm(wanted - before, axis=-1)
+    if family == "llama2":
+        assert missed.max() < 1e-3
+        return
+    assert missed.max() < 0.15
+    norm = reference.model.layers[1].post_feedforward_layernorm.weight.detach().numpy()
+    scale = norm if family == "olmo2" else 1.0 + norm
+    unit, upright = added / scale, (wanted - after) * scale
+    cosine = (unit * upright).sum(-1) / np.linalg.norm(unit, axis=-1) / np.linalg.norm(upright, axis=-1)
+    assert np.abs(cosine).min() > 0.999
 
 
 def test_a_search_that_does_not_arrive_is_said(setup, tokenizer, caplog):
