@@ -17,7 +17,7 @@ import peft_jax
 from peft_jax import NF4, Int
 from peft_jax.core.weight import ragged_matmul
 from peft_jax.quantization.quantized import round_inputs
-from tests.reference import family_checkpoint, perturb, relative_error
+from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
 
 
 def kernel(shape=(64, 48), seed=0):
@@ -263,3 +263,16 @@ def test_static_qat_without_statistics_is_refused():
         peft_jax.qat(tree, jax.random.key(0), **static)
     with pytest.raises(ValueError, match=r"statistics 'max_abs' of kernel have shape \(3,\), expected \(64,\)"):
         peft_jax.qat(tree, jax.random.key(0), **static, statistics={"max_abs": {"kernel": jnp.ones(3)}})
+
+
+def test_a_model_of_experts_says_the_same_before_and_after_merging(tmp_path):
+    """Rounding comes layer after layer here, so that one code that differs would show."""
+    folder, *_ = family_checkpoint("mixtral_sliding", tmp_path)
+    model, params = peft_jax.load(folder)
+    tokens, apply = random_tokens(3, 8), peft_jax.bind(model)
+    statistics = {"max_abs": peft_jax.calibrate(apply, params, [{"tokens": tokens}], statistic="max_abs")}
+    options = {"format": "int8", "options": {"activations": "static"}, "statistics": statistics}
+    tree = peft_jax.qat(params, jax.random.key(0), **options)
+    trained = jax.jit(apply)(tree, tokens)
+    assert relative_error(jax.jit(apply)(peft_jax.merge(tree), tokens), trained) < 1e-5
+    assert relative_error(jax.jit(apply)(params, tokens), trained) > 1e-3
