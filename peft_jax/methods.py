@@ -41,6 +41,7 @@ from peft_jax.low_rank.waveft import waveft
 from peft_jax.pruning.sparse_training import prunes_on_the_way, sparse, sparse_optimizer
 from peft_jax.quantization.qalora import qalora
 from peft_jax.quantization.qat import qat
+from peft_jax.quantization.qat import statistics_of as qat_statistics
 
 METHODS: dict[str, Callable[..., Any]] = {
     "lora": lora,
@@ -87,6 +88,9 @@ METHODS: dict[str, Callable[..., Any]] = {
 
 # Whether a method, given its options, is another model before the last step, so that an earlier evaluation says nothing of it.
 ENDS_OTHERWISE: dict[str, Callable[[Mapping[str, Any]], bool]] = {"sparse": prunes_on_the_way}
+
+# The statistics of the training rows (see `calibrate`) that a method, given its options, takes as `statistics` by their names.
+METHOD_STATISTICS: dict[str, Callable[[Mapping[str, Any]], tuple[str, ...]]] = {"qat": qat_statistics}
 
 # What a method makes of the optimizer: (optimizer, steps, **its own options of the method) -> an optax transformation.
 METHOD_OPTIMIZERS: dict[str, Callable[..., Any]] = {"adalora": adalora_optimizer, "sparse": sparse_optimizer}

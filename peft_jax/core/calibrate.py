@@ -17,33 +17,80 @@ import jax.numpy as jnp
 from peft_jax.core.coverage import Calibrated, record_tokens
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, find_sites, node, place_nodes
 from peft_jax.core.tree import EXPERTS, Targets, combine, map_places, partition, places
-from peft_jax.core.weight import Layout, Trainable, ragged_matmul, static, to_matrix
+from peft_jax.core.weight import Layout, Trainable, ragged_matmul, row_groups, static, take, to_matrix
 
 Statistic = Literal["covariance", "centred_covariance", "second_moment", "mean", "mean_abs", "max_abs"]
 
 
+class Uses:
+    """How often one trace met each weight. No two are equal, so that no trace stands in for another."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def next(self, name: str) -> int:
+        """The number of one more use, from 0 on."""
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return self.counts[name] - 1
+
+
+Sinks = tuple[jax.Array, jax.Array, jax.Array]  # of the statistic, the number of tokens and that of products
+
+
 @node
 class Probe(Reparametrised):
-    """`base`, unchanged; sink [*lead, in, in] or [*lead, in] receives the statistic of its inputs as a gradient, and tokens
-    [*lead] their number. `collect` fills `seen` (see `seen_of`). For `token_cap` see `calibrate`. For a centred covariance
-    inputs have a one after them, so that the sink is [*lead, in + 1, in + 1].
+    """`base`, unchanged; sink [*lead, in, in] or [*lead, in] receives the statistic of its inputs as a gradient, tokens
+    [*lead] their number and calls [*lead] that of the products. `probing` fills `seen` (see `seen_of`) and `uses`. For
+    `token_cap` see `calibrate`. For a centred covariance inputs have a one after them, so that the sink is
+    [*lead, in + 1, in + 1].
+
+    What several uses of a weight let flow into a sink is added up, which makes no maximum. So a sink of maxima is
+    [*lead, slots, in] in a pass, calls are [*lead, slots], and each use that a trace meets has a slot to itself.
     """
 
-    trainable: ClassVar[tuple[str, ...]] = ("sink", "tokens")
+    trainable: ClassVar[tuple[str, ...]] = ("sink", "tokens", "calls")
     stochastic: ClassVar[bool] = False
     sink: jax.Array
     tokens: jax.Array
+    calls: jax.Array
     seen: tuple[jax.Array, ...] = ()
+    uses: Uses | None = static(default=None)
     statistic: str = static(default="covariance")
     token_cap: float | None = static(default=None)
 
     def product(self, x: jax.Array, base: Product) -> jax.Array:
         seen = seen_of(self.seen, x.shape[:-1])
-        return base(_tap((self.statistic, self.token_cap), x, seen, self.sink, self.tokens))
+        return base(_tap((self.statistic, self.token_cap), x, seen, self.sinks()))
 
     def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         what = (self.statistic, self.token_cap)
-        return ragged_matmul(_ragged_tap(what, x, sizes, self.sink, self.tokens), self.base, sizes)
+        return ragged_matmul(_ragged_tap(what, x, sizes, self.sinks()), self.base, sizes)
+
+    def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
+        return take(self.base, ids, dtype)  # ids are no inputs that have a statistic
+
+    def sinks(self) -> Sinks:
+        """Where one more use of this weight writes."""
+        if not self.slotted or self.uses is None:
+            return self.sink, self.tokens, self.calls
+        slot = min(self.uses.next(self.name), self.calls.shape[-1] - 1)
+        return self.sink[..., slot, :], self.tokens, self.calls[..., slot]
+
+    @property
+    def slotted(self) -> bool:
+        return self.statistic == "max_abs"
+
+    def widened(self, slots: int) -> Probe:
+        """With so many slots, where uses do not add up."""
+        if not self.slotted:
+            return self
+        lead = self.tokens.shape
+        sink, calls = jnp.zeros((*lead, slots, self.sink.shape[-1])), jnp.zeros((*lead, slots))
+        return self.replace(sink=sink, calls=calls)
+
+    def narrowed(self) -> Probe:
+        """The inverse: the largest of all slots."""
+        return self.replace(sink=self.sink.max(-2), calls=self.calls.max(-1)) if self.slotted else self
 
     def unrounded(self) -> jax.Array:
         raise ValueError("a weight that its module materialises cannot be calibrated; register a rule or exclude it")
@@ -70,11 +117,11 @@ What = tuple[str, float | None]  # the statistic, and the cap on what one token 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(what: What, x: jax.Array, seen: jax.Array, sink: jax.Array, tokens: jax.Array) -> jax.Array:
+def _tap(what: What, x: jax.Array, seen: jax.Array, sinks: Sinks) -> jax.Array:
     return x
 
 
-def _tap_forward(what: What, x: jax.Array, seen: jax.Array, sink: jax.Array, tokens: jax.Array) -> Any:
+def _tap_forward(what: What, x: jax.Array, seen: jax.Array, sinks: Sinks) -> Any:
     return x, (x, seen)
 
 
@@ -91,7 +138,7 @@ def _tap_backward(what: What, saved: Any, grad: jax.Array) -> Any:
         "max_abs": lambda: jnp.abs(rows).max(0),
     }[statistic]()
     # Nothing flows further back: the statistic is all that is asked for.
-    return jnp.zeros_like(x), None, value, seen.sum()
+    return jnp.zeros_like(x), None, (value, seen.sum(), jnp.ones(()))
 
 
 _tap.defvjp(_tap_forward, _tap_backward)
@@ -110,18 +157,18 @@ def _centred(products: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ragged_tap(what: What, x: jax.Array, sizes: jax.Array, sink: jax.Array, tokens: jax.Array) -> jax.Array:
+def _ragged_tap(what: What, x: jax.Array, sizes: jax.Array, sinks: Sinks) -> jax.Array:
     return x
 
 
-def _ragged_forward(what: What, x: jax.Array, sizes: jax.Array, sink: jax.Array, tokens: jax.Array) -> Any:
+def _ragged_forward(what: What, x: jax.Array, sizes: jax.Array, sinks: Sinks) -> Any:
     return x, (x, sizes)
 
 
 def _ragged_backward(what: What, saved: Any, grad: jax.Array) -> Any:
     """The statistic of each group's rows."""
     (x, sizes), E, (statistic, cap) = saved, saved[1].shape[0], what
-    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right")  # rows beyond the groups are of none
+    group = row_groups(len(x), sizes)
     rows = capped(_rows(statistic, x), cap, group < E)
     if statistic.endswith("covariance"):  # what the gradient of a product with each group's weight is
         _, back = jax.vjp(lambda w: jax.lax.ragged_dot(rows, w, sizes), jnp.zeros((E, rows.shape[-1], rows.shape[-1])))
@@ -132,7 +179,7 @@ def _ragged_backward(what: What, saved: Any, grad: jax.Array) -> Any:
     else:
         of = {"second_moment": jnp.square, "mean": lambda r: r, "mean_abs": jnp.abs}[statistic]
         value = jax.ops.segment_sum(of(rows), group, E)
-    return jnp.zeros_like(x), None, value, sizes.astype(jnp.float32)
+    return jnp.zeros_like(x), None, (value, sizes.astype(jnp.float32), jnp.ones(E))
 
 
 _ragged_tap.defvjp(_ragged_forward, _ragged_backward)
@@ -162,7 +209,8 @@ def calibrate(
     arXiv:2402.17762), and a sum of squares is then theirs alone. With `token_cap` the squared norm of a token counts for at
     most so many times the median token's of its batch, in "covariance" and "second_moment"; the others are as they are.
 
-    Raises ValueError where there is no batch, a target matches nothing, or the cap is not positive.
+    Raises ValueError where there is no batch, a target matches nothing, the cap is not positive, or uses of a weight cannot be
+    told apart whose largest inputs are asked for.
     """
     if token_cap is not None and not token_cap > 0:
         raise ValueError(f"token_cap must be positive, or None for no cap, got {token_cap}")
@@ -172,7 +220,8 @@ def calibrate(
         lead, n_in, _ = site.sizes
         square = {"covariance": n_in, "centred_covariance": n_in + 1}.get(statistic)
         shape = (*lead, n_in) if square is None else (*lead, square, square)
-        return Probe(**site.common(), sink=jnp.zeros(shape), tokens=jnp.zeros(lead), statistic=statistic, token_cap=cap)
+        counts = {"tokens": jnp.zeros(lead), "calls": jnp.zeros(lead)}
+        return Probe(**site.common(name=site.path), sink=jnp.zeros(shape), **counts, statistic=statistic, token_cap=cap)
 
     probed = place_nodes(params, jax.random.key(0), make, targets=targets, exclude=exclude, layout=layout)
     inside = {p for p, w in places(probed).items() if isinstance(w, Probe)}
@@ -181,6 +230,8 @@ def calibrate(
     run = probing(apply) if compiled is None else compiled
     total, count = collect(run, sinks, rest, batches, add=functools.partial(_add_probes, largest))
     probes = {path: places(total)[path] for path in sorted(inside)}
+    if largest:
+        _check_apart(probes, within)
 
     def mean(path: str, probe: Probe) -> jax.Array:
         n = count if path.rpartition("/")[2] in EXPERTS else jnp.maximum(probe.tokens, 1.0)
@@ -193,11 +244,22 @@ def calibrate(
     return Calibrated({whole(path): probe.sink if largest else mean(path, probe) for path, probe in probes.items()}, tokens)
 
 
+def _check_apart(probes: Mapping[str, Probe], within: str) -> None:
+    """Raise ValueError where maxima of several uses were added up in one slot."""
+    for path, probe in probes.items():
+        if float(probe.calls.max()) > 1:
+            raise ValueError(
+                f"{f'{within}/' if within else ''}{path} is used several times by one loop or compiled function (a scan, vmap "
+                f"or jit), where the largest inputs of its uses cannot be told apart; calibrate without that, or exclude it"
+            )
+
+
 def _add_probes(largest: bool, total: Any, found: Any) -> Any:
     """Two trees of what probes received as one."""
 
     def add(a: Probe, b: Probe) -> Probe:
-        return a.replace(sink=(jnp.maximum if largest else jnp.add)(a.sink, b.sink), tokens=a.tokens + b.tokens)
+        sink = (jnp.maximum if largest else jnp.add)(a.sink, b.sink)
+        return a.replace(sink=sink, tokens=a.tokens + b.tokens, calls=jnp.maximum(a.calls, b.calls))
 
     return jax.tree.map(add, total, found, is_leaf=lambda x: isinstance(x, Probe))
 
@@ -214,11 +276,15 @@ def probing(apply: Callable[..., Any]) -> Pass:
 
     @jax.jit
     def run(sinks: Any, rest: Any, sequences: Any, inputs: Any, seen: Any) -> Any:
-        def output(sinks: Any) -> jax.Array:
-            told = map_places(functools.partial(_told, seen), combine(sinks, rest))
+        def output(sinks: Any, uses: Uses) -> jax.Array:
+            told = map_places(functools.partial(_told, seen, uses), combine(sinks, rest))
             return jnp.sum(jax.tree.leaves(apply(told, *sequences, **inputs))[0].astype(jnp.float32))
 
-        return jax.grad(output)(sinks)
+        uses = Uses()
+        if any(isinstance(x, Probe) and x.slotted for x in places(sinks).values()):
+            jax.eval_shape(functools.partial(output, uses=uses), _each_probe(lambda probe: probe.widened(1), sinks))
+        wide = _each_probe(lambda probe: probe.widened(uses.counts.get(probe.name, 1)), sinks)
+        return _each_probe(Probe.narrowed, jax.grad(output)(wide, Uses()))
 
     return run
 
@@ -261,10 +327,15 @@ def _sequences(batch: Mapping[str, Any]) -> tuple[list[Any], tuple[jax.Array, ..
     return [tokens, targets], tuple((x > 0).astype(jnp.float32) for x in (seen, counts))
 
 
-def _told(seen: tuple[jax.Array, ...], path: str, x: Any) -> Any:
-    """A probe that knows which tokens count."""
+def _each_probe(change: Callable[[Probe], Probe], tree: Any) -> Any:
+    return map_places(lambda _, x: change(x) if isinstance(x, Probe) else x, tree)
+
+
+def _told(seen: tuple[jax.Array, ...], uses: Uses, path: str, x: Any) -> Any:
+    """A probe that knows which tokens count, and where its uses are counted."""
     if not hasattr(x, "seen"):
         return x
+    x = x.replace(uses=uses) if isinstance(x, Probe) else x
     return x.replace(seen=tuple(jnp.broadcast_to(mask, (*x.lead, *mask.shape)) for mask in seen))
 
 

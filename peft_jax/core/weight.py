@@ -211,6 +211,11 @@ def ragged_matmul(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
     return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes.astype(jnp.int32))
 
 
+def row_groups(n: int, sizes: jax.Array) -> jax.Array:
+    """The group [n] of each of `n` rows of a ragged product, from 0 on; `len(sizes)` of rows beyond the groups."""
+    return jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(n), side="right")
+
+
 def take(w: Any, ids: jax.Array, dtype: Any = None) -> jax.Array:
     """Rows `ids` [...] of the embedding `w` [V, D] in `dtype` -> [..., D]."""
     if isinstance(w, Weight):

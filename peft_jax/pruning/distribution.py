@@ -104,7 +104,7 @@ def owl(
         for layer, value in zip(names[path], mean.reshape(-1), strict=True):
             total[layer] = total.get(layer, 0.0) + value * size
             entries[layer] = entries.get(layer, 0) + size
-    xp: Any = jnp if is_traced(total) else np
+    xp: Any = jnp if is_traced(*total.values()) else np
     found: dict[Any, Any] = dict.fromkeys(entries, 0)
     for path, site in sites.items():
         bounds = xp.array([outlier * total[n] / entries[n] for n in names[path]], np.float32).reshape(site.sizes[0])
@@ -120,7 +120,7 @@ def _spread(
 ) -> Sparsities:  # fmt: skip
     """Sparsities that fall with a layer's share of outliers, by 2 * `spread` from the smallest share to the largest."""
     layers = list(entries)
-    xp: Any = jnp if is_traced(outliers) else np
+    xp: Any = jnp if is_traced(*outliers.values()) else np
     ratio = xp.array([outliers[layer] / entries[layer] for layer in layers])
     ratio = (ratio - ratio.min()) / xp.maximum(ratio.max() - ratio.min(), 1e-30) * 2 * spread
     mean = xp.average(ratio, weights=np.array([entries[layer] for layer in layers], np.float64))

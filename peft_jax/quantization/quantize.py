@@ -66,7 +66,7 @@ def quantize(
     for path, chosen in formats.items():
         sites[path].check_whole("are quantized together")
         check_fits(path, chosen, sites[path].sizes[1])
-        _check_statistics(sites[path], chosen, rounding, statistics or {})
+        check_statistics(sites[path], chosen, rounding, statistics or {})
 
     def place(path: str, w: Any) -> Any:
         if path not in formats:
@@ -120,12 +120,18 @@ def quantize_weight(
         rounded, format, tuple(w.shape[a] for a in in_axes), tuple(w.shape[a] for a in out_axes), in_axes, out_axes, w.dtype
     )
     if getattr(format, "activations", None) == "static":
-        largest = statistics["max_abs"] if node.smooth is None else statistics["max_abs"] / node.smooth
-        how = {"method": "static activations", "instead": "a scale for each token"}
-        there = reached(path, [statistics["max_abs"]], node.lead, **how)
-        largest = choose(there, largest, jnp.zeros_like(largest))
-        node = node.replace(input_scale=largest.max(-1) / format.largest)  # type: ignore[attr-defined]
+        node = node.replace(input_scale=static_scale(path, statistics["max_abs"], format, node.smooth))
     return node
+
+
+def static_scale(path: str, largest: jax.Array, format: Any, smooth: jax.Array | None = None) -> jax.Array:
+    """The scale [*lead] of quantized inputs whose `largest` [*lead, in] are known and that are divided by `smooth`; 0 where
+    no token was seen.
+    """
+    how = {"method": "static activations", "instead": "a scale for each token"}
+    there = reached(path, [largest], largest.shape[:-1], **how)
+    own = largest if smooth is None else largest / smooth
+    return choose(there, own, jnp.zeros_like(own)).max(-1) / format.largest
 
 
 def assemble(
@@ -220,7 +226,8 @@ def check_fits(path: str, format: Format, n_in: int) -> None:
         )
 
 
-def _check_statistics(site: Site, format: Format, rounding: str, statistics: Statistics) -> None:
+def check_statistics(site: Site, format: Format, rounding: str, statistics: Statistics) -> None:
+    """Raise ValueError where the statistics that a rounding to `format` needs of a site are missing or misshapen."""
     lead, n_in, _ = site.sizes
     for name in needed_statistics(rounding, format):
         if site.path not in statistics.get(name, {}):

@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.packing import pack, unpack
 from peft_jax.core.reparametrised import Matrix, node
-from peft_jax.core.weight import Axes, from_matrix, static
+from peft_jax.core.weight import Axes, from_matrix, row_groups, static
 from peft_jax.quantization.dynamic_map import DoubleScale
-from peft_jax.quantization.formats import FP8, Format, Int
+from peft_jax.quantization.formats import Format
 
 
 @node
@@ -106,6 +106,10 @@ class Quantized(Matrix):
         y: Any = _product(transposed, precision, x.reshape(*tokens, -1), self)
         return y.reshape(*tokens, *(self.in_sizes if transposed else self.out_sizes))
 
+    def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        y = super().ragged_matmul(x, sizes)
+        return straight_through(y, _ragged_low_precision(x, self, sizes)) if rounds_inputs(self.format) else y
+
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
         if (self.in_axes, self.out_axes) != ((-1,), (-2,)):
             return super().take(ids, dtype)
@@ -140,7 +144,7 @@ def _straight(x: jax.Array, w: Quantized, precision: Any) -> jax.Array:
         x = (x / w.smooth).astype(x.dtype)
     if w.order is not None:
         x = jnp.take(x, w.order, axis=-1)
-    if isinstance(w.format, (Int, FP8)) and w.format.activations:
+    if rounds_inputs(w.format):
         return _low_precision(x, w)
     if (tiles := _tiles(w)) == 1:
         return jnp.matmul(x, w.decoded(x.dtype), precision=precision)
@@ -206,14 +210,62 @@ def _back_tiled(y: jax.Array, w: Quantized, tiles: int, precision: Any) -> jax.A
 
 def _low_precision(x: jax.Array, w: Quantized) -> jax.Array:
     """The product of quantized inputs and weights, in the backend's own 8-bit product where it has one."""
-    format: Any = w.format
-    size = jnp.abs(x.astype(jnp.float32)).max(-1, keepdims=True) / format.largest
-    if w.input_scale is not None:
-        size = jnp.where(w.input_scale > 0, w.input_scale, size)
-    q = format.encode(x.astype(jnp.float32), jnp.where(size == 0, 1.0, size), None)
-    total = jnp.int32 if isinstance(format, Int) else jnp.float32
+    q, size = encode_inputs(x, w.format, w.input_scale)
+    total = jnp.int32 if jnp.issubdtype(q.dtype, jnp.integer) else jnp.float32
     y = jax.lax.dot_general(q, w.codes, (((q.ndim - 1,), (0,)), ((), ())), preferred_element_type=total)
     return (y.astype(jnp.float32) * size * w.scale[0]).astype(x.dtype)
+
+
+def _ragged_low_precision(x: jax.Array, w: Quantized, sizes: jax.Array) -> jax.Array:
+    """The product of quantized inputs [N, in], in groups, and the weights of each group's expert.
+
+    Codes are multiplied in x's dtype, which holds every one of them exactly.
+    """
+    group = jnp.minimum(row_groups(len(x), sizes), len(sizes) - 1)
+    if w.smooth is not None:
+        x = (x / w.smooth[group]).astype(x.dtype)
+    if w.order is not None:
+        x = jnp.take_along_axis(x, w.order[group], axis=-1)
+    q, size = encode_inputs(x, w.format, of_rows(w.input_scale, group))
+    codes, sizes = w.codes.astype(x.dtype), sizes.astype(jnp.int32)
+    y = jax.lax.ragged_dot(q.astype(x.dtype), codes, sizes, preferred_element_type=jnp.float32)
+    return (y * size * w.scale[group, 0]).astype(x.dtype)
+
+
+def rounds_inputs(format: Format) -> bool:
+    """Whether a format quantizes the inputs of its weights too."""
+    return getattr(format, "activations", None) is not None
+
+
+def of_rows(scale: jax.Array | None, group: jax.Array) -> jax.Array | None:
+    """Static scales [E] as those of rows [N, 1] that belong to the experts `group` [N]."""
+    return None if scale is None else scale[group][:, None]
+
+
+def encode_inputs(x: jax.Array, format: Any, scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """(codes [..., in] of the inputs x, their scales [..., 1]): `scale` where it is positive, else one for each token."""
+    x = x.astype(jnp.float32)
+    size = jnp.abs(x).max(-1, keepdims=True) / format.largest
+    if scale is not None:
+        size = jnp.where(scale > 0, scale, size)
+    return format.encode(x, jnp.where(size == 0, 1.0, size), None), size
+
+
+def round_inputs(x: jax.Array, format: Format, scale: jax.Array | None) -> jax.Array:
+    """The inputs x [..., in] as their codes stand for them (`encode_inputs`)."""
+    codes, size = encode_inputs(x, format, scale)
+    return (format.decode(codes, None) * size).astype(x.dtype)
+
+
+@jax.custom_jvp
+def straight_through(x: jax.Array, value: jax.Array) -> jax.Array:
+    """`value`, with the gradient of `x` (Bengio et al. 2013, arXiv:1308.3432)."""
+    return value
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return primals[1], tangents[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -226,15 +278,16 @@ def _product_forward(transposed: bool, precision: Any, x: jax.Array, w: Quantize
 
 
 def _product_backward(transposed: bool, precision: Any, w: Quantized, grad: jax.Array) -> Any:
-    straight = w.replace(format=_weight_only(w.format))  # gradients pass quantized activations straight through
+    straight = w.replace(format=weight_only(w.format))  # gradients pass quantized activations straight through
     return (_straight if transposed else _back)(grad, straight, precision), None
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _weight_only(format: Format) -> Format:
-    return dataclasses.replace(format, activations=None) if getattr(format, "activations", None) else format
+def weight_only(format: Format) -> Format:
+    """The format that stores the same codes and leaves the inputs as they are."""
+    return dataclasses.replace(format, activations=None) if rounds_inputs(format) else format  # type: ignore[call-arg]
 
 
 def packed(codes: jax.Array, format: Format) -> jax.Array:

@@ -30,10 +30,11 @@ from peft_jax.hub import save, save_adapter
 from peft_jax.knowledge.inputs import entity_fusion, read_entities
 from peft_jax.low_rank.init import STATISTICS
 from peft_jax.low_rank.loftq import loftq
+from peft_jax.methods import METHOD_STATISTICS
 from peft_jax.models.layers import unstack_layers
 from peft_jax.pruning.masked import mask_updates
 from peft_jax.pruning.prune import sparsity_of
-from peft_jax.quantization.quantize import bits_per_weight, quantize
+from peft_jax.quantization.quantize import bits_per_weight, embedding_layout, quantize
 from peft_jax.quantization.quantized import Quantized
 from peft_jax.training.checkpoint import Checkpoints, fingerprint, weights_of
 from peft_jax.training.config import (
@@ -97,6 +98,10 @@ def add_method(config: RunConfig, setup: Setup, rows: Any = None) -> Any:
     elif statistic := STATISTICS.get(options.get("init", "")):
         rows = make_rows(config, config.data.train, setup) if rows is None else rows
         options["statistics"] = _statistics(config, setup, rows, statistic, options)
+    elif names := _named_statistics(config, options):
+        rows = make_rows(config, config.data.train, setup) if rows is None else rows
+        where = {**options, "layout": embedding_layout(setup.params)}
+        options["statistics"] = {name: _statistics(config, setup, rows, name, where) for name in names}
     if "model" in inspect.signature(function).parameters:
         options["model"] = setup.model
     params = function(setup.params, jax.random.key(config.train.seed), **options)
@@ -115,10 +120,16 @@ def _is_head(model: Any, path: str) -> bool:
     return model.task not in ("causal_lm", "masked_lm", "seq2seq_lm") and bool(set(path.split("/")) & set(model.heads))
 
 
+def _named_statistics(config: RunConfig, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The statistics that the configured method takes by their names."""
+    needs = METHOD_STATISTICS.get(config.method.get("name", "lora"))
+    return () if needs is None else needs(options)
+
+
 def _statistics(config: RunConfig, setup: Setup, rows: Any, statistic: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Covariances or gradients over 8 batches of the training rows."""
+    """What `calibrate` gives for `statistic`, or gradients, over 8 batches of the training rows."""
     batches = first_batches(config, rows, 8)
-    apply, where = bind(setup.model), {k: options[k] for k in ("targets", "exclude") if k in options}
+    apply, where = bind(setup.model), {k: options[k] for k in ("targets", "exclude", "layout") if k in options}
     if statistic != "gradient":
         return calibrate(apply, setup.params, batches, statistic=statistic, **where)  # type: ignore[arg-type]
     objective = objective_of(config, subject_of(config, setup))

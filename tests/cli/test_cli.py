@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 import peft_jax
 from peft_jax.cli import USER_ERRORS, main
 from peft_jax.training.config import ConfigError, describe, load_config, parse_config, to_dict
+from peft_jax.training.setup import first_batches, make_rows, set_up
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -214,6 +216,23 @@ def test_training_over_a_quantized_base(options, tmp_path, method, quantized, me
     assert error is None
     nodes = peft_jax.places(peft_jax.load(tmp_path / "run" / "model")[1]).values()
     assert any(isinstance(w, peft_jax.Quantized) for w in nodes) == (merged == "codes")
+
+
+def test_static_activations_are_calibrated_for_quantization_aware_training(options, tmp_path):
+    """The exported weights hold scales of their inputs, which are those of the untrained model on the training rows."""
+    options = [o for o in options if not o.startswith("method.")]
+    method = "method={name: qat, format: int8, options: {activations: static}, targets: [q_proj, down_proj]}"
+    out, error = run("train", *options, method)
+    assert error is None, out
+    config = load_config(None, [*options, method])
+    setup = set_up(config)
+    batches = first_batches(config, make_rows(config, config.data.train, setup), 8)
+    where = {"targets": ["q_proj", "down_proj"], "statistic": "max_abs"}
+    largest = peft_jax.calibrate(peft_jax.bind(setup.model), setup.params, batches, **where)
+    found = peft_jax.places(peft_jax.load(tmp_path / "run" / "model")[1])
+    for path, x in largest.items():
+        assert found[path].format.activations == "static"
+        np.testing.assert_allclose(found[path].input_scale, x.max(-1) / 127.5, rtol=1e-5)
 
 
 def test_quantize_shows_both_perplexities_and_writes_a_folder(options, tmp_path):

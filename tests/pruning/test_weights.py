@@ -195,7 +195,8 @@ def test_gptq_keeps_the_zeros_of_a_pruned_weight():
     x = np.random.default_rng(0).normal(size=(300, 64)) @ np.random.default_rng(1).normal(size=(64, 64))
     statistics = {"covariance": {"a/kernel": jnp.asarray(x.T @ x / 300, jnp.float32)}}
     pruned = peft_jax.prune(tree, 0.5, score="sparsegpt", statistics=statistics)
-    quantized = peft_jax.quantize(pruned, peft_jax.Int(bits=4, block_size=32), rounding="gptq", statistics=statistics)
+    given = {"statistics": statistics}
+    quantized = peft_jax.quantize(pruned, peft_jax.Int(bits=4, block_size=32), rounding="gptq", activation_order=False, **given)
     nearest = peft_jax.quantize(pruned, peft_jax.Int(bits=4, block_size=32))
     array = np.asarray(kernel(pruned).materialize())
     raw = np.asarray(kernel(quantized).base.materialize())  # without the mask over it

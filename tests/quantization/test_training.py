@@ -4,15 +4,20 @@ import types
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from peft.tuners.lora.variants import QALoraLinearVariant
 
 import peft_jax
 from peft_jax import NF4, Int
-from tests.reference import family_checkpoint, perturb, relative_error
+from peft_jax.core.weight import ragged_matmul
+from peft_jax.quantization.quantized import round_inputs
+from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
 
 
 def kernel(shape=(64, 48), seed=0):
@@ -167,3 +172,122 @@ def test_bits_go_where_they_help():
     assert len({f.bits for f in plan.values()}) > 1
     with pytest.raises(ValueError, match=r"a budget of 1 bits a weight is too small: the smallest formats take 3\.25"):
         peft_jax.allocate_bits(params, formats, bits=1)
+
+
+ACTIVE = {
+    "int8_dynamic": ("int8", {"activations": "dynamic"}),
+    "int8_static": ("int8", {"activations": "static"}),
+    "fp8_dynamic": ("fp8", {"activations": "dynamic"}),
+    "int4_block": ("int4", {"block_size": 16}),
+}
+SIZES = jnp.asarray([3, 0, 4])  # of rows; the second of the experts has none
+
+
+def rounded_rows(x, format, static):
+    """NumPy's: the inputs [N, in] as codes of 8 bits stand for them, by a scale of each row or a known one."""
+    top = 127.5 if format == "int8" else 448.0
+    size = np.abs(x).max(-1, keepdims=True) / top if static is None else np.full((len(x), 1), static / top)
+    if format == "fp8":
+        return np.asarray(np.clip(x / size, -top, top).astype(ml_dtypes.float8_e4m3fn), np.float64) * size
+    q = x / size
+    return np.clip(np.round(np.where(q < -127.499, -128, q)), -128, 127) * size
+
+
+def product_of(kind):
+    """The product of rows [N, in] by a node of this kind, all of its layers or experts."""
+    if kind == "experts":
+        return lambda node, x: ragged_matmul(x, node, SIZES)
+    if kind == "layers":
+        return lambda node, x: jax.lax.scan(lambda x, w: (x, peft_jax.matmul(x, w)), x, node)[1]
+    return lambda node, x: peft_jax.matmul(x, node)
+
+
+@pytest.mark.parametrize("kind", ["dense", "layers", "experts"])
+@pytest.mark.parametrize("name", ACTIVE)
+def test_qat_rounds_inputs_as_the_merged_weight_does(name, kind):
+    """The forward pass before merging and after, NumPy's formula, and the gradients of its rounded inputs and weights."""
+    format, options = ACTIVE[name]
+    shape = {"dense": (32, 24), "layers": (2, 32, 24), "experts": (3, 32, 24)}[kind]
+    x = kernel((7, 32), seed=1).at[3].mul(20)
+    largest = jnp.abs(x).max(0) * 0.8  # some inputs are beyond it
+    statistics = {"max_abs": {"kernel": jnp.broadcast_to(largest, (*shape[:-2], 32))}}
+    params = peft_jax.qat({"kernel": kernel(shape)}, jax.random.key(0), format=format, options=options, statistics=statistics)
+    node, product = params["kernel"], product_of(kind)
+    merged = peft_jax.merge(params)["kernel"]
+    trained = jax.jit(product)(node, x)
+    assert relative_error(jax.jit(product)(merged, x), trained) < 1e-6
+    static = float(largest.max()) if name == "int8_static" else None
+    inputs = np.asarray(x) if name == "int4_block" else rounded_rows(np.asarray(x, np.float64), format, static)
+    w = np.asarray(merged.materialize(), np.float64)
+    expected = np.concatenate([inputs[:3] @ w[0], inputs[3:] @ w[2]]) if kind == "experts" else inputs @ w
+    assert relative_error(trained, expected) < 1e-5
+    if name != "int4_block":
+        assert relative_error(trained, np.concatenate([x[:3] @ w[0], x[3:] @ w[2]]) if kind == "experts" else x @ w) > 1e-3
+    dy = np.asarray(kernel(trained.shape, seed=2), np.float64)
+    loss = lambda base, x: (product(node.replace(base=base), x) * dy).sum()
+    dw, dx = jax.jit(jax.grad(loss, argnums=(0, 1)))(node.base, x)
+    if kind == "experts":
+        parts = [(inputs[:3], dy[:3]), (inputs[:0], dy[:0]), (inputs[3:], dy[3:])]
+        own_dw, own_dx = np.stack([a.T @ b for a, b in parts]), np.concatenate([dy[:3] @ w[0].T, dy[3:] @ w[2].T])
+    else:
+        own_dw, own_dx = inputs.T @ dy, dy @ np.swapaxes(w, -1, -2)
+        own_dx = own_dx.sum(0) if kind == "layers" else own_dx
+    assert relative_error(dw, own_dw) < 1e-5
+    assert relative_error(dx, own_dx) < 1e-5
+
+
+def test_rounded_inputs_are_those_of_compressed_tensors():
+    """At scales of 8 bits that end where a row's largest, positive, number lies: a negative one is between two codes."""
+    x = kernel((5, 32), seed=1).at[:, 0].set(4.0)
+    args = QuantizationArgs(num_bits=8, type="int", symmetric=True, dynamic=True, strategy="token")
+    theirs = torch.tensor(np.asarray(x))
+    size = theirs.abs().amax(-1, keepdim=True) / 127.5
+    expected = fake_quantize(theirs, size, torch.zeros_like(size), args).numpy()
+    found = round_inputs(x, Int(activations="dynamic"), None)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_stacked_experts_smooth_and_order_what_they_round():
+    """Each expert's rows are those of its own product, inputs of whatever order and smoothing; gradients pass straight."""
+    w, x = kernel((3, 32, 24)), kernel((7, 32), seed=1)
+    statistics = {"max_abs": {"kernel": jnp.abs(kernel((3, 32), seed=3)) + 0.5}}
+    format = Int(activations="static")
+    node = peft_jax.quantize({"kernel": w}, format, rounding="smoothquant", statistics=statistics)["kernel"]
+    order = jnp.stack([jax.random.permutation(jax.random.key(i), 32) for i in range(3)])
+    node = node.replace(order=order)
+    one = lambda i: jax.tree.map(lambda a: a[i], node)
+    expected = jnp.concatenate([peft_jax.matmul(x[:3], one(0)), peft_jax.matmul(x[3:], one(2))])
+    assert relative_error(ragged_matmul(x, node, SIZES), expected) < 1e-6
+    dx = jax.grad(lambda x: ragged_matmul(x, node, SIZES).sum())(x)
+    full = node.materialize().sum(-1)
+    assert relative_error(dx, jnp.concatenate([jnp.tile(full[0], (3, 1)), jnp.tile(full[2], (4, 1))])) < 1e-5
+
+
+def test_qat_over_half_precision_is_the_merged_weight_bit_for_bit():
+    node = peft_jax.qat({"kernel": kernel((32, 24))}, jax.random.key(0), format="int8", options={"activations": "dynamic"})[
+        "kernel"
+    ]
+    x = kernel((7, 32), seed=1).astype(jnp.bfloat16)
+    merged = peft_jax.merge({"kernel": node})["kernel"]
+    np.testing.assert_array_equal(peft_jax.matmul(x, node), peft_jax.matmul(x, merged))
+
+
+def test_static_qat_without_statistics_is_refused():
+    tree, static = {"kernel": kernel()}, {"format": "int8", "options": {"activations": "static"}}
+    with pytest.raises(ValueError, match="kernel has no statistics 'max_abs'"):
+        peft_jax.qat(tree, jax.random.key(0), **static)
+    with pytest.raises(ValueError, match=r"statistics 'max_abs' of kernel have shape \(3,\), expected \(64,\)"):
+        peft_jax.qat(tree, jax.random.key(0), **static, statistics={"max_abs": {"kernel": jnp.ones(3)}})
+
+
+def test_a_model_of_experts_says_the_same_before_and_after_merging(tmp_path):
+    """Rounding comes layer after layer here, so that one code that differs would show."""
+    folder, *_ = family_checkpoint("mixtral_sliding", tmp_path)
+    model, params = peft_jax.load(folder)
+    tokens, apply = random_tokens(3, 8), peft_jax.bind(model)
+    statistics = {"max_abs": peft_jax.calibrate(apply, params, [{"tokens": tokens}], statistic="max_abs")}
+    options = {"format": "int8", "options": {"activations": "static"}, "statistics": statistics}
+    tree = peft_jax.qat(params, jax.random.key(0), **options)
+    trained = jax.jit(apply)(tree, tokens)
+    assert relative_error(jax.jit(apply)(peft_jax.merge(tree), tokens), trained) < 1e-5
+    assert relative_error(jax.jit(apply)(params, tokens), trained) > 1e-3
