@@ -100,6 +100,11 @@ def load_native(params: Any, path: Path, name: str) -> Any:
         tensors = {n: checkpoint.read(n) for n in checkpoint.names}
     if config.get("untied"):
         params = untie(params)
+    if config.get("trained"):
+        raise ValueError(
+            f"{path / CONFIG} is of an older version, which kept whole modules in a section of their own; write it again with "
+            "this one"
+        )
     read = lambda part: {p: _restore(s, tensors, name, f"{path / CONFIG}: {p}") for p, s in (config.get(part) or {}).items()}
     nodes = join_layers(params, {p: _named(n, name) for p, n in read("nodes").items()}, name)
     groups = {f"{key.rpartition('_')[0]}_{name}": node for key, node in read("shared").items() if isinstance(node, Shared)}

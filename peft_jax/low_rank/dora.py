@@ -30,7 +30,7 @@ class DoRA(LoRA):
 
     def _factor(self, direction: jax.Array) -> jax.Array:
         """m / ||W + s A B|| [*lead, out] of the direction [*lead, in, out]; the norm is a constant in the backward pass."""
-        return self.magnitude / jax.lax.stop_gradient(jnp.linalg.norm(direction, axis=-2))
+        return self.magnitude / _divisor(jax.lax.stop_gradient(jnp.linalg.norm(direction, axis=-2)))
 
     def adapt(self, w: jax.Array) -> jax.Array:
         direction = w + self.delta()
@@ -58,13 +58,18 @@ class DoRA(LoRA):
         w, a, b = (jax.lax.stop_gradient(m) for m in (self.base_matrix(), *self.scaled_factors(jnp.float32)))
         cross = (jnp.matmul(a.T, w) * b).sum(0)  # <W, s A B> a column
         square = (jnp.matmul(a.T @ a, b) * b).sum(0)
-        return jnp.sqrt(jnp.square(w).sum(0) + 2 * cross + square)
+        return _divisor(jnp.sqrt(jnp.maximum(jnp.square(w).sum(0) + 2 * cross + square, 0.0)))
 
     def transposed(self, x: jax.Array, **axes: Any) -> jax.Array:
         return super(LoRA, self).transposed(x, **axes)
 
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
         return scaled(super().take(ids, dtype), self.magnitude / self._direction_norm())
+
+
+def _divisor(norm: jax.Array) -> jax.Array:
+    """The norm, and 1 for an output that is zero altogether (a pruned one): it stays zero, where PEFT divides 0 by 0."""
+    return jnp.where(norm > 0, norm, 1.0)
 
 
 def dora(

@@ -58,6 +58,7 @@ def edit(folder, change):
 PLACE = "model/layers/0/reft"
 CHANGES = {
     "version": (lambda c: c.update(version=9), "version 9 of the format is not known"),
+    "older": (lambda c: c.update(trained={"lm_head/kernel": {}}), "is of an older version"),
     "width": (lambda c: c.update(hidden_size=64), "is for a model of 64 features; this one has 32"),
     "class": (lambda c: c["nodes"][PLACE].update({"class": "os.system"}), "unknown class 'os.system'"),
     "field": (lambda c: c["nodes"][PLACE]["options"].update(rnak=2), "a field 'rnak', which a ReFT lacks"),

@@ -85,3 +85,15 @@ def test_a_small_change_of_the_magnitude_reaches_bfloat16_as_in_peft():
     expected = share(model(given).detach().float().numpy(), before)
     assert found == pytest.approx(0.0015, abs=3e-4)
     assert expected == pytest.approx(0.0015, abs=6e-4)
+
+
+def test_outputs_that_are_zero_stay_zero():
+    """A pruned output has no direction: PEFT divides 0 by 0 there."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(IN, OUT)), jnp.float32).at[:, 3].set(0.0)
+    params = peft_jax.dora({"up_proj": {"kernel": w}}, jax.random.key(0), rank=RANK)
+    node = params["up_proj"]["kernel"]
+    x = jnp.ones((2, IN))
+    for found in (peft_jax.matmul(x, node), x @ node.materialize()):
+        np.testing.assert_allclose(found, x @ w, rtol=1e-5, atol=1e-5)
+    grads = jax.grad(lambda n: jnp.sum(peft_jax.matmul(x, n) ** 2))(node)
+    assert all(np.isfinite(g).all() for g in (grads.a, grads.b, grads.magnitude))
