@@ -51,3 +51,17 @@ def test_third_party_models(make):
     quantized = peft_jax.quantize_in_turn(apply, params, batches, Int(bits=8), rounding="gptq", **where)
     assert relative_error(apply(quantized, tokens), apply(params, tokens)) < 0.05
     assert any(isinstance(w, peft_jax.Quantized) for w in peft_jax.places(quantized).values())
+
+
+def test_a_token_that_is_written_large_does_not_take_all_of_gptq():
+    """One token of 128 has nearly all of the energy: without a cap the others gain next to nothing over nearest."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(128, 64)) @ rng.normal(size=(64, 64))).astype(np.float32) / 8
+    x[0] = 300 * rng.normal(size=64)
+    w = jnp.asarray(rng.normal(size=(64, 16)), jnp.float32)
+    apply = lambda params, tokens, **_: peft_jax.matmul(jnp.asarray(x)[tokens], params["up_proj"]["kernel"])
+    given = (apply, {"up_proj": {"kernel": w}}, [{"tokens": np.arange(128)[None]}], Int(bits=3, block_size=32))
+    error = lambda tree: float(np.linalg.norm(x[1:] @ (tree["up_proj"]["kernel"].materialize() - w)))
+    nearest = error(peft_jax.quantize_in_turn(*given, rounding="nearest"))
+    assert error(peft_jax.quantize_in_turn(*given)) < 0.8 * nearest
+    assert error(peft_jax.quantize_in_turn(*given, token_cap=None)) > 0.9 * nearest
