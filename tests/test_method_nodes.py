@@ -20,42 +20,18 @@ from peft_jax.core.tree import distribute
 from peft_jax.core.weight import materialize, matmul, ragged_matmul, take
 from peft_jax.methods import METHODS
 from tests.reference import perturb, relative_error
+from tests.test_method_matrix import OPTIONS as MATRIX
 
 IN, OUT, ROWS = 16, 24, 64
 KEY = jax.random.key(0)
-# Small values of what is large by default.
-SMALL = {
-    "lora": {"rank": 2},
-    "dora": {"rank": 2},
-    "adalora": {"init_rank": 2, "target_rank": 1},
-    "vera": {"rank": 4},
-    "loha": {"rank": 2},
-    "lokr": {"rank": 1},
-    "oft": {"block_size": 4},
-    "boft": {"block_size": 4},
-    "hra": {"rank": 2},
-    "fourierft": {"frequencies": 12},
-    "waveft": {"frequencies": 12},
-    "randlora": {"rank": 4, "alpha": 4.0},
-    "vblora": {"vectors": 8, "length": 4},
-    "miss": {"rank": 4},
-    "shira": {"rank": 1},
-    "c3a": {"block_size": 4, "init": "zeros"},
-    "road": {"group_size": 4},
-    "hira": {"rank": 2},
-    "gralora": {"rank": 4, "alpha": 4.0},
-    "delora": {"rank": 2},
-    "qalora": {"rank": 2, "block_size": 8},
-    "qat": {"format": "int8"},
-    "sparse": {"sparsity": 0.5, "straight_through": True},
-    "ia3": {"targets": "kernel"},
-}
-WEIGHTS = [*SMALL, "full"]
 # Methods that stand beside modules, train what has no matrix, or rows of an embedding (below).
 BESIDE = {
     *("trainable_tokens", "bottleneck", "compacter", "bitfit", "ln_tuning", "prompt_tuning", "p_tuning"),
     *("multitask_prompt_tuning", "cpt", "prefix_tuning", "adaption_prompt", "reft", "unipelt", "mix_and_match", "invertible"),
 }
+# Small values of what is large by default, with one factor of BOFT.
+SMALL = {**{n: o for n, o in MATRIX.items() if n not in BESIDE}, "boft": {"block_size": 4}, "ia3": {"targets": "kernel"}}
+WEIGHTS = [*SMALL, "full"]
 ADAPTERS = [n for n in WEIGHTS if n not in ("full", "qat", "sparse")]  # the others train the base itself
 
 RANKS = [{"alpha": 5.0}, {"rslora": True, "alpha": 3.0}, {"rank_pattern": {"w": 3}}, {"alpha_pattern": {"w": 7.0}}]

@@ -86,14 +86,15 @@ def _along(
         inputs = {name: jnp.asarray(batch[name]) for name in ("positions", "segment_ids") if name in batch}
         states.append({"tokens": enter(params, jnp.asarray(batch["tokens"]), **inputs), **inputs})
     passes: dict[Layer, tuple[Pass, Layer]] = {}
+    left = {p for p in paths if any(p.startswith(f"{prefix}/") for prefix in chain.layers)}
     for prefix, layer in chain.layers.items():
-        if not paths:
-            return params
         probes, run = passes.setdefault(layer, (probing(layer), jax.jit(_renewed(layer))))
         if block := [p for p in paths if p.startswith(f"{prefix}/")]:
             own = dict(options, within=prefix, compiled=probes, targets=[p.removeprefix(f"{prefix}/") for p in block])
             params = change(params, block, calibrate_all(layer, module_at(params, prefix), states, statistics, **own))
-            paths = [p for p in paths if p not in block]
+            left -= set(block)
+        if not left:  # nothing looks at what the layers from here on put out
+            return params
         states = [run(module_at(params, prefix), state) for state in states]
     return params
 

@@ -42,8 +42,7 @@ def prune_in_turn(
     The distribution sees the model as it is; then one block after the other is pruned. A block is a layer: weights whose
     paths have the same number (`layers_3`). Stacked layers are one block; a tree of our decoder is taken apart by
     `unstack_layers`, and then runs once, one layer after the other; of other models the part up to each block runs anew.
-    Raises ValueError as `prune` and `calibrate` do, and for scores of
-    gradients, which are of the whole model.
+    Raises ValueError as `prune` and `calibrate` do, and for scores of gradients, which are of the whole model.
     """
     needed = NEEDS.get(score, ())
     if of_gradients(score):

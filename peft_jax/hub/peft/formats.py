@@ -232,10 +232,8 @@ def _write_adalora(node: AdaLoRA, embedding: bool) -> Tensors:
 
 def _read_adalora(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
     r = tensors["lora_A"].shape[0]
-    alpha, first = (
-        number(config, "lora_alpha"),
-        config.get("init_r") or r,
-    )  # PEFT divides by init_r, however many ranks are kept
+    alpha = number(config, "lora_alpha")
+    first = config.get("init_r") or r  # PEFT divides by init_r, however many ranks are kept
     return AdaLoRA, {
         "a": tensors["lora_A"].T,
         "e": tensors["lora_E"][:, 0],
