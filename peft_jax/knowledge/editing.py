@@ -341,13 +341,13 @@ class _Work:
         """[len(layers), N, F] what goes into the weight at the subject's last token, averaged over prefixes."""
         rows = self.rows(edits, answers=False)
         name = self.place.weight.removesuffix("/kernel")
-        found = _read(self.apply, self.params, rows, input_of(name))
+        (found,) = _read(self.apply, self.params, rows, input_of(name))
         found = found[np.asarray(layers)].astype(np.float64)
         return found.reshape(len(layers), len(edits), len(self.prefixes), -1).mean(2)
 
     def states(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
         """[N, D] hidden states after a layer at the subject's last token, without prefixes."""
-        return self._at_subjects(edits, layer, output_of(self.place.stack))
+        return self._at_subjects(edits, layer, output_of(self.place.stack))[0]
 
     def states_with(self, edits: Sequence[Edit], layer: int, values: np.ndarray) -> np.ndarray:
         """`states` with values [N, D] added to the layer's feed-forward's output there."""
@@ -360,8 +360,8 @@ class _Work:
 
     def outputs_for(self, edits: Sequence[Edit], layer: int, change: np.ndarray) -> np.ndarray:
         """[N, D] what changes a layer's states by `change` [N, D] when it is added to its feed-forward's output there."""
-        out = self._at_subjects(edits, layer, output_of(self.place.module))
-        return output_change(out, self._at_subjects(edits, layer, input_of(self.place.residual, 1)), change)
+        out, added = self._at_subjects(edits, layer, output_of(self.place.module), input_of(self.place.residual, 1))
+        return output_change(out, added, change)
 
     def values(self, edits: Sequence[Edit], layer: int) -> np.ndarray:
         """[N, D] what has to be added to the feed-forward's output there for the model to say the targets."""
@@ -373,15 +373,15 @@ class _Work:
         rows, P = self.rows(edits, answers=True), len(self.prefixes)
         essences, places = zip(*(fill("{} is a", e.subject) for e in edits), strict=True)
         essence = edit_rows(self.tokenizer, essences, [""] * len(edits), places)
-        norms = np.linalg.norm(self._at_subjects(edits, layer, output_of(self.place.module)), axis=-1)
+        norms = np.linalg.norm(self._at_subjects(edits, layer, output_of(self.place.module))[0], axis=-1)
         run = _searching(self.apply, self.place, P, self.search)
         delta, nll = run(self.params, jnp.int32(layer), rows, essence, jnp.asarray(norms, jnp.float32))
         self.likelihoods += np.exp(-fetch(nll)).tolist()
         return fetch(delta).astype(np.float64)
 
-    def _at_subjects(self, edits: Sequence[Edit], layer: int, place: Place) -> np.ndarray:
-        """[N, D] what is at a layer's place at the subject's last token, without prefixes."""
-        return _read(self.apply, self.params, self._questions(edits), place)[layer].astype(np.float64)
+    def _at_subjects(self, edits: Sequence[Edit], layer: int, *wanted: Place) -> list[np.ndarray]:
+        """[N, D] for each place of a layer that is wanted: what is there at the subject's last token, without prefixes."""
+        return [x[layer].astype(np.float64) for x in _read(self.apply, self.params, self._questions(edits), *wanted)]
 
     def _questions(self, edits: Sequence[Edit]) -> EditRows:
         return edit_rows(self.tokenizer, [e.question for e in edits], [""] * len(edits), [e.place for e in edits])
@@ -415,16 +415,19 @@ class _Work:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _picked(apply: Any, params: Any, tokens: jax.Array, segment_ids: jax.Array, at: jax.Array, place: Any) -> jax.Array:
-    found = capture(apply, {"x": place})(params, tokens, segment_ids=segment_ids)[1]["x"]
-    return jnp.take_along_axis(found, at[None, :, None, None], axis=2)[:, :, 0]
+def _picked(
+    apply: Any, params: Any, tokens: jax.Array, segment_ids: jax.Array, at: jax.Array, wanted: tuple[Place, ...]
+) -> list[jax.Array]:
+    named = {str(i): place for i, place in enumerate(wanted)}
+    found = capture(apply, named)(params, tokens, segment_ids=segment_ids)[1]
+    return [jnp.take_along_axis(found[name], at[None, :, None, None], axis=2)[:, :, 0] for name in named]
 
 
-def _read(apply: Any, params: Any, rows: EditRows, place: Any, size: int = 64) -> np.ndarray:
-    """[L, N, ...] of what is at `place` of each layer, at each row's subject."""
-    of = lambda b: fetch(_picked(apply, params, b["tokens"], b["segment_ids"], b["subject_at"], place))
-    found = [of(batch) for batch in evaluation_batches(rows, min(size, len(rows.tokens)))]
-    return np.concatenate(found, axis=1)[:, : len(rows.tokens)]
+def _read(apply: Any, params: Any, rows: EditRows, *wanted: Place, size: int = 64) -> list[np.ndarray]:
+    """[L, N, ...] for each place that is wanted: what is there of each layer, at each row's subject, of one pass."""
+    of = lambda b: _picked(apply, params, b["tokens"], b["segment_ids"], b["subject_at"], wanted)
+    batches = [of(batch) for batch in evaluation_batches(rows, min(size, len(rows.tokens)))]
+    return [np.concatenate(list(map(fetch, parts)), axis=1)[:, : len(rows.tokens)] for parts in zip(*batches, strict=True)]
 
 
 def _changed(params: Any, place: FeedForward, layer: jax.Array, delta: jax.Array, at: jax.Array) -> Any:
@@ -438,7 +441,7 @@ def _changed(params: Any, place: FeedForward, layer: jax.Array, delta: jax.Array
 def _moved(apply: Any, place: FeedForward, params: Any, layer: jax.Array, rows: EditRows, delta: jax.Array) -> jax.Array:
     """[N, D] float32 states after a layer with delta [N, D] added to its feed-forward's output, at the rows' subjects."""
     changed = _changed(params, place, layer, delta, rows.subject_at)
-    states = _picked(apply, changed, rows.tokens, rows.segment_ids, rows.subject_at, output_of(place.stack))
+    (states,) = _picked(apply, changed, rows.tokens, rows.segment_ids, rows.subject_at, (output_of(place.stack),))
     return states[layer].astype(jnp.float32)
 
 
