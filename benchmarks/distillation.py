@@ -29,10 +29,10 @@ from peft_jax.data import batch_at
 from peft_jax.data.encode import Rows
 from peft_jax.distillation.cache import CacheHeader, open_cache, write_cache
 from peft_jax.distillation.divergence import forward_kl, log_probabilities, reverse_kl, top_k
+from peft_jax.distillation.objective import OnPolicy, Teacher, beside_teachers, distillation
+from peft_jax.generation.generate import continuations
 from peft_jax.models.blocks import fresh_params
-from peft_jax.training.distill import OnPolicy, Teacher, beside_teachers, distillation
-from peft_jax.training.generate import continuations
-from peft_jax.training.objective import TOKENS, next_token
+from peft_jax.objectives.tokens import TOKENS, next_token
 from peft_jax.training.step import init_state, make_step
 
 SIZES = {"layers": 5, "kv_heads": 4, "units": 352, "channels": 160}  # 39% of the base's parameters

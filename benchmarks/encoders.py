@@ -27,8 +27,9 @@ from measure import heading, publish
 import peft_jax
 from peft_jax.core.tree import is_node, map_places
 from peft_jax.data import Record, batch_at, label_names, read_records
+from peft_jax.objectives.labels import LABELS
+from peft_jax.objectives.reading import cross_entropy
 from peft_jax.training.config import DataConfig
-from peft_jax.training.objective import LABELS, cross_entropy
 from peft_jax.training.step import init_state, make_step
 from peft_jax.training.tasks import TASKS, Subject
 

@@ -31,7 +31,8 @@ from measure import heading, held_out, perplexity_of, publish
 from rich.console import Console
 
 import peft_jax
-from peft_jax.core.tree import freeze, map_places
+from peft_jax.core.partition import freeze
+from peft_jax.core.tree import map_places
 from peft_jax.data import builtin, read_records
 from peft_jax.knowledge.editing import Search, edit
 from peft_jax.knowledge.evaluation import answers_said, edit_scores

@@ -68,8 +68,8 @@ def ours(work: Work, *, scan_layers: bool):
     import peft_jax
     from peft_jax.models.config import decoder_config
     from peft_jax.models.decoder import Decoder
+    from peft_jax.objectives.tokens import next_token
     from peft_jax.training.loop import initial_state
-    from peft_jax.training.objective import next_token
     from peft_jax.training.report import memory_bytes
     from peft_jax.training.step import make_step
 

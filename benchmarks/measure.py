@@ -22,7 +22,7 @@ import numpy as np
 import peft_jax
 from peft_jax.data import encode, fit, pack, read_records
 from peft_jax.data.batches import evaluation_batches
-from peft_jax.training.objective import next_token
+from peft_jax.objectives.tokens import next_token
 from peft_jax.training.step import make_evaluation
 
 LENGTH = 128

@@ -20,8 +20,8 @@ from measure import LENGTH, heading, held_out_loss, publish, rows_of
 import peft_jax
 from peft_jax.data.batches import batch_at
 from peft_jax.methods import METHODS
+from peft_jax.objectives.tokens import next_token
 from peft_jax.training.config import OptimizerConfig
-from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import make_optimizer
 from peft_jax.training.step import init_state, make_step
 

@@ -26,8 +26,8 @@ from measure import best_time, heading, held_out, perplexity_of, publish
 import peft_jax
 from peft_jax.models.config import decoder_config
 from peft_jax.models.decoder import Decoder
+from peft_jax.objectives.tokens import next_token
 from peft_jax.training.config import OptimizerConfig
-from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import make_optimizer
 from peft_jax.training.step import init_state, make_step
 

@@ -36,8 +36,8 @@ from peft_jax import FP4, FP8, MXFP4, NF4, Int
 from peft_jax.data import read_records
 from peft_jax.data.batches import batch_at
 from peft_jax.models.decoder import Decoder
+from peft_jax.objectives.tokens import next_token
 from peft_jax.training.config import OptimizerConfig
-from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import make_optimizer
 from peft_jax.training.step import init_state, make_step
 

@@ -20,10 +20,14 @@ from peft_jax.core.bind import MissingRuleError, bind, layout_of, nnx_params, re
 from peft_jax.core.calibrate import calibrate, gradients
 from peft_jax.core.capture import capture, input_of, output_of
 from peft_jax.core.in_turn import output_errors
+from peft_jax.core.merge import merge, unmerge
+from peft_jax.core.partition import combine, count, freeze, full, partition
+from peft_jax.core.select import select
 from peft_jax.core.sharding import make_mesh, shard, shardings
-from peft_jax.core.tree import combine, count, freeze, full, merge, partition, places, select, unmerge
+from peft_jax.core.tree import places
 from peft_jax.core.weight import Trainable, Weight, einsum, materialize, matmul, take
 from peft_jax.distillation.students import take_layers
+from peft_jax.generation.generate import generate
 from peft_jax.hub import load, load_adapter, load_tokenizer, save, save_adapter
 from peft_jax.low_rank.adalora import adalora
 from peft_jax.low_rank.algebra import combine_adapters, resize, subtract_adapters, to_lora
@@ -68,7 +72,6 @@ from peft_jax.quantization.qalora import qalora
 from peft_jax.quantization.qat import qat
 from peft_jax.quantization.quantize import bits_per_weight, dequantize, quantize, quantize_weight
 from peft_jax.quantization.quantized import Quantized
-from peft_jax.training.generate import generate
 
 __version__ = "0.1.0"
 

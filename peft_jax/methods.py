@@ -16,7 +16,7 @@ from peft_jax.adapters.prefix import prefix_tuning
 from peft_jax.adapters.prompt import cpt, multitask_prompt_tuning, p_tuning, prompt_tuning
 from peft_jax.adapters.reft import reft
 from peft_jax.adapters.unipelt import mix_and_match, unipelt
-from peft_jax.core.tree import full
+from peft_jax.core.partition import full
 from peft_jax.low_rank.adalora import adalora, adalora_optimizer
 from peft_jax.low_rank.boft import boft
 from peft_jax.low_rank.c3a import c3a

@@ -26,7 +26,8 @@ from peft_jax.data import Record, batch_at, encode_masked, evaluation_batches
 from peft_jax.hub import save
 from peft_jax.models.blocks import fresh_params
 from peft_jax.models.modernbert import ModernBert, modernbert_config
-from peft_jax.training.objective import masked_token
+from peft_jax.objectives.reading import cross_entropy
+from peft_jax.objectives.tokens import masked_reading
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pretrain_base import make_optimizer, paragraphs
@@ -72,7 +73,8 @@ def pretrain(args: argparse.Namespace) -> None:
     params = fresh_params(model, args.seed)
     optimizer = make_optimizer(params, args.steps, args.lr)
     apply, state = bind(model), optimizer.init(params)
-    loss = functools.partial(masked_token, apply, mask_token=tokenizer.mask_token_id, vocab_size=args.vocab, share=args.share)
+    reading = masked_reading(mask_token=tokenizer.mask_token_id, vocab_size=args.vocab, share=args.share)
+    loss = functools.partial(cross_entropy, reading, apply)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, batch, key):

@@ -16,8 +16,8 @@ import pytest
 from flax import nnx
 
 import peft_jax
+from peft_jax.core.prepare import distribute
 from peft_jax.core.sharding import make_mesh, shard
-from peft_jax.core.tree import distribute
 from peft_jax.methods import METHODS
 from peft_jax.models.layers import stack_layers, unstack_layers
 from tests.reference import family_checkpoint, perturb, random_tokens, relative_error

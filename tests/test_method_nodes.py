@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import peft_jax
-from peft_jax.core.tree import distribute
+from peft_jax.core.prepare import distribute
 from peft_jax.core.weight import materialize, matmul, ragged_matmul, take
 from peft_jax.methods import METHODS
 from tests.reference import perturb, relative_error

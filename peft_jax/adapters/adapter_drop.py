@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from peft_jax.adapters.adapter import Adapter
-from peft_jax.core.tree import layer_paths
+from peft_jax.core.select import layer_paths
 
 
 def keep_layers(params: Any, layers: Sequence[int], *, adapter: str = "default") -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from peft_jax.core.reparametrised import replace_arrays
-from peft_jax.core.tree import Targets, places, select
+from peft_jax.core.select import Targets, select
+from peft_jax.core.tree import places
 from peft_jax.core.weight import Trainable
 
 

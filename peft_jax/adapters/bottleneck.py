@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.adapters.adapter import Adapter, affine, normalized, rows
-from peft_jax.adapters.placing import Module, find_modules, module_paths, place_attachments
+from peft_jax.core.placing import Module, find_modules, module_paths, place_attachments
 from peft_jax.core.reparametrised import check_dropout, node
-from peft_jax.core.tree import Targets, check_patterns, first_present, nearest
+from peft_jax.core.select import Targets, check_patterns, first_present, nearest
 from peft_jax.core.weight import Layout, static
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.adapters.bottleneck import PLACEMENTS, Bottleneck, check_options, common
-from peft_jax.adapters.placing import Module, find_modules, place_attachments
 from peft_jax.core.attachment import Shared
+from peft_jax.core.placing import Module, find_modules, place_attachments
 from peft_jax.core.reparametrised import node
-from peft_jax.core.tree import Targets, nearest
+from peft_jax.core.select import Targets, nearest
 from peft_jax.core.weight import Layout, static
 
 

@@ -19,8 +19,10 @@ from peft_jax.adapters.adapter import Adapter, affine
 from peft_jax.adapters.bottleneck import Bottleneck
 from peft_jax.core.adapters import replaced
 from peft_jax.core.attachment import Attachment
+from peft_jax.core.partition import freeze
 from peft_jax.core.reparametrised import Reparametrised, node
-from peft_jax.core.tree import data_fields, freeze, is_node, map_places, nearest, places
+from peft_jax.core.select import nearest
+from peft_jax.core.tree import data_fields, is_node, map_places, places
 from peft_jax.core.weight import Axes, matmul, static
 from peft_jax.low_rank.algebra import plain_loras
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes, scaled
-from peft_jax.core.tree import Targets, first_present, is_target, places
+from peft_jax.core.select import Targets, first_present, is_target
+from peft_jax.core.tree import places
 from peft_jax.core.weight import Layout, static
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from peft_jax.adapters.adapter import affine
 from peft_jax.adapters.bottleneck import ACTIVATIONS, check_options
-from peft_jax.adapters.placing import token_embedding
 from peft_jax.core.attachment import Attachment, attach, module_at
+from peft_jax.core.placing import token_embedding
 from peft_jax.core.reparametrised import node
 from peft_jax.core.weight import static
 

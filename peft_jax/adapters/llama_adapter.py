@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.adapters.adapter import per_row
-from peft_jax.adapters.placing import find_modules, hidden_size, module_paths, place_attachments
 from peft_jax.core.attachment import Attachment, module_at
 from peft_jax.core.bind.rules import bias_of, linear
+from peft_jax.core.placing import find_modules, hidden_size, module_paths, place_attachments
 from peft_jax.core.reparametrised import node
-from peft_jax.core.tree import first_present
+from peft_jax.core.select import first_present
 from peft_jax.core.weight import static
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from peft_jax.core.reparametrised import Replacement, replace_arrays
-from peft_jax.core.tree import Targets, matches, places
+from peft_jax.core.select import Targets, matches
+from peft_jax.core.tree import places
 from peft_jax.core.weight import Weight
 
 _NORMS = ("*norm*", "*Norm*", "*/ln_*")

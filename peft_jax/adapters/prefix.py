@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 from peft_jax.adapters.adapter import affine
 from peft_jax.adapters.bottleneck import ACTIVATIONS
-from peft_jax.adapters.placing import Module, find_modules, module_paths, token_stack
-from peft_jax.adapters.placing import hidden_size as _hidden
 from peft_jax.core.attachment import Attachment, Shared, attach, module_at
+from peft_jax.core.placing import Module, find_modules, module_paths, token_stack
+from peft_jax.core.placing import hidden_size as _hidden
 from peft_jax.core.reparametrised import node
-from peft_jax.core.tree import Targets, nearest
+from peft_jax.core.select import Targets, nearest
 from peft_jax.core.weight import Layout, matrix_shape, static
 from peft_jax.models.blocks import hooks_of
 

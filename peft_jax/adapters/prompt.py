@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Literal, Self
 import jax
 import jax.numpy as jnp
 
-from peft_jax.adapters.placing import token_embedding, token_stack
 from peft_jax.core.attachment import Attachment, attach
+from peft_jax.core.placing import token_embedding, token_stack
 from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import places
 from peft_jax.core.weight import static, take

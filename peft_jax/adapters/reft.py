@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 from peft_jax.adapters.adapter import Adapter, affine
 from peft_jax.adapters.bottleneck import ACTIVATIONS, check_options, common
-from peft_jax.adapters.placing import Module, find_modules, place_attachments
 from peft_jax.core.attachment import Attachment
+from peft_jax.core.placing import Module, find_modules, place_attachments
 from peft_jax.core.reparametrised import node
-from peft_jax.core.tree import Targets, places
+from peft_jax.core.select import Targets
+from peft_jax.core.tree import places
 from peft_jax.core.weight import Layout, static
 
 LAYERS = r"re:.*layers(_\d+)?"

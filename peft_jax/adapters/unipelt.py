@@ -10,7 +10,7 @@ import jax
 
 from peft_jax.adapters.bottleneck import bottleneck
 from peft_jax.adapters.prefix import prefix_tuning
-from peft_jax.core.tree import Targets
+from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
 
 

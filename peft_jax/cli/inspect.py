@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from peft_jax.core.tree import count, is_node, partition, places
+from peft_jax.core.partition import count, partition
+from peft_jax.core.tree import is_node, places
 
 
 def tree_table(params: Any) -> Table:

@@ -9,7 +9,8 @@ import jax
 
 from peft_jax.core.attachment import Attachment, Shared
 from peft_jax.core.reparametrised import Reparametrised
-from peft_jax.core.tree import data_fields, is_node, nearest, places, stack_of
+from peft_jax.core.select import nearest
+from peft_jax.core.tree import data_fields, is_node, places, stack_of
 from peft_jax.core.weight import Weight
 
 

@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 from peft_jax.core.adapters import stack_of
 from peft_jax.core.attachment import Attachment
 from peft_jax.core.reparametrised import Product, Reparametrised, node
-from peft_jax.core.tree import map_places, nearest, places
+from peft_jax.core.select import nearest
+from peft_jax.core.tree import map_places, places
 from peft_jax.core.weight import Axes, Weight, materialize, matmul, take
 
 _FREE = ("name", "frozen", "dropout", "rslora")  # static fields in which a bank's adapters may differ

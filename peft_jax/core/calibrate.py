@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.coverage import Calibrated, record_tokens
+from peft_jax.core.partition import combine, partition
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, find_sites, node, place_nodes
-from peft_jax.core.tree import EXPERTS, Targets, combine, map_places, partition, places
+from peft_jax.core.select import EXPERTS, Targets
+from peft_jax.core.tree import map_places, places
 from peft_jax.core.weight import Layout, Trainable, ragged_matmul, row_groups, static, take, to_matrix
 
 Statistic = Literal["covariance", "centred_covariance", "second_moment", "mean", "mean_abs", "max_abs"]

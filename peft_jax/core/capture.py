@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.tree import STACKS, number_layers
+from peft_jax.core.select import STACKS, number_layers
 
 CAPTURED = "captured"  # the collection of Flax variables
 _LAYER = re.compile(rf"\b({'|'.join(STACKS)})/(\d+)\b")

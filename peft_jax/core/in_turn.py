@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.attachment import Attachment, module_at
+from peft_jax.core.attachment import Attachment, Shared, module_at
 from peft_jax.core.calibrate import Pass, calibrate_all, probing
 from peft_jax.core.coverage import Calibrated, ledger
 from peft_jax.core.reparametrised import find_sites
-from peft_jax.core.tree import Shared, Targets, layer_paths, places
+from peft_jax.core.select import Targets, layer_paths
+from peft_jax.core.tree import places
 from peft_jax.core.weight import Layout
 
 Layer = Callable[..., jax.Array]

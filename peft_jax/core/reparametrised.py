@@ -17,17 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from peft_jax.core.tree import (
-    EXPERTS,
-    OUTPUT_EMBEDDING,
-    Targets,
-    by_pattern,
-    check_patterns,
-    map_places,
-    places,
-    select_layers,
-    stack_of,
-)
+from peft_jax.core.select import EXPERTS, OUTPUT_EMBEDDING, Targets, by_pattern, check_patterns, select_layers
+from peft_jax.core.tree import map_places, places, stack_of
 from peft_jax.core.weight import (
     Axes,
     Layout,

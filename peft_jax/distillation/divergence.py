@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.tree import nearest
+from peft_jax.core.select import nearest
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 FLOOR = -1e4  # stands for log 0: exp of it is 0, and products with it are finite

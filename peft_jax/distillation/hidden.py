@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.capture import Place, input_of, output_of, plain_path
-from peft_jax.core.tree import places, stack_at
+from peft_jax.core.select import stack_at
+from peft_jax.core.tree import places
 
 _MASKED = -1e9
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax.core.tree import STACKS
+from peft_jax.core.select import STACKS
 from peft_jax.models.families import Family, family_of, remade
 
 _COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_decoder_layers")  # as the families call it

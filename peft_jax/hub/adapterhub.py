@@ -17,11 +17,11 @@ import numpy as np
 from peft_jax.adapters.bottleneck import ACTIVATIONS, Bottleneck
 from peft_jax.adapters.compacter import Compacter
 from peft_jax.adapters.invertible import Invertible, place_invertible
-from peft_jax.adapters.placing import hidden_size
 from peft_jax.adapters.prefix import Prefix
 from peft_jax.adapters.reft import ReFT
 from peft_jax.core.attachment import Shared
-from peft_jax.core.tree import nearest
+from peft_jax.core.placing import hidden_size
+from peft_jax.core.select import nearest
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
 from peft_jax.hub.peft import attach_peft
 from peft_jax.hub.peft.prompts import WHOLE_FORMATS, place_prefix, prefix_places

@@ -19,8 +19,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.files import read_json, replacing_folder, write_json
+from peft_jax.core.prepare import resolve
+from peft_jax.core.select import OUTPUT_EMBEDDING, nearest
 from peft_jax.core.sharding import RULES, Rules, fetch, node_shardings, shard, shard_place
-from peft_jax.core.tree import OUTPUT_EMBEDDING, map_places, nearest, path_str, places, resolve
+from peft_jax.core.tree import map_places, path_str, places
 from peft_jax.core.weight import Trainable, Weight, materialize
 from peft_jax.hub.generation_config import FILE as GENERATION
 from peft_jax.hub.generation_config import read_generation_config

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.adapters.placing import layers_of, module_paths
 from peft_jax.core.attachment import Attachment, attach
+from peft_jax.core.placing import layers_of, module_paths
+from peft_jax.core.select import nearest
 from peft_jax.core.sharding import fetch
-from peft_jax.core.tree import map_places, nearest, places
+from peft_jax.core.tree import map_places, places
 
 
 def split_layers(params: Any, nodes: Mapping[str, Any], name: str) -> dict[str, Any]:

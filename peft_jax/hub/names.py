@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from peft_jax.core.tree import EXPERTS, OUTPUT_EMBEDDING, number_layers, stack_at
+from peft_jax.core.select import EXPERTS, OUTPUT_EMBEDDING, number_layers, stack_at
 from peft_jax.models.families import FAMILIES
 
 _WEIGHT_LEAVES = ("kernel", "embedding", "scale", OUTPUT_EMBEDDING)

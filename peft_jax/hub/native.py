@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax.adapters.placing import hidden_size
 from peft_jax.core.attachment import Shared
 from peft_jax.core.files import read_json
+from peft_jax.core.placing import hidden_size
+from peft_jax.core.select import OUTPUT_EMBEDDING
 from peft_jax.core.sharding import fetch
-from peft_jax.core.tree import OUTPUT_EMBEDDING, data_fields, is_node, places
+from peft_jax.core.tree import data_fields, is_node, places
 from peft_jax.core.weight import Node
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
 from peft_jax.hub.safetensors_io import CONFIG, open_checkpoint, write_adapter

@@ -11,15 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.files import numbered_lines
-from peft_jax.training.objective import (
-    Apply,
-    Reading,
-    cross_entropy,
-    logits_width,
-    mean_over,
-    nll_and_hits,
-    over_positions,
-)
+from peft_jax.objectives.reading import Apply, Reading, cross_entropy, logits_width, mean_over, nll_and_hits, over_positions
 
 
 def semantic_loss(logits: jax.Array, allowed: jax.Array) -> jax.Array:

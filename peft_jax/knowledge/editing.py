@@ -20,8 +20,9 @@ import optax
 from peft_jax.core.attachment import attach
 from peft_jax.core.bind import bind
 from peft_jax.core.capture import Place, capture, input_of, output_of
+from peft_jax.core.select import nearest
 from peft_jax.core.sharding import fetch
-from peft_jax.core.tree import map_places, nearest, places
+from peft_jax.core.tree import map_places, places
 from peft_jax.core.weight import materialize
 from peft_jax.data import evaluation_batches
 from peft_jax.data.spans import fill

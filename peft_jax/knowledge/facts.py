@@ -12,7 +12,7 @@ from jinja2 import Template, TemplateError
 from jinja2.runtime import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 
-from peft_jax.core.tree import nearest
+from peft_jax.core.select import nearest
 from peft_jax.data import Record
 
 _OBJECT, _SUBJECT = "\x00", "\x01"  # stand for the two while it is seen where a template has them

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.attachment import Attachment
+from peft_jax.core.prepare import cache_slots
 from peft_jax.core.reparametrised import node
-from peft_jax.core.tree import cache_slots, places
+from peft_jax.core.tree import places
 
 _DOWN = {"down_proj": "model/layers/mlp", "c_proj": "transformer/h/mlp"}  # the module that writes, and the feed-forward
 

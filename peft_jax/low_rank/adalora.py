@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from peft_jax.core.partition import combine
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
-from peft_jax.core.tree import Targets, combine
+from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout, static
 
 

@@ -16,8 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.adapters import check_names, renamed, replaced
+from peft_jax.core.merge import biased
+from peft_jax.core.prepare import distribute
 from peft_jax.core.reparametrised import Additive, Reparametrised, Replacement
-from peft_jax.core.tree import biased, distribute, map_places, nearest, places, stack_of
+from peft_jax.core.select import nearest
+from peft_jax.core.tree import map_places, places, stack_of
 from peft_jax.core.weight import Weight, materialize
 from peft_jax.low_rank.lora import LoRA
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
-from peft_jax.core.tree import Targets
+from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
 from peft_jax.low_rank.init import kaiming
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.reparametrised import Site, find_sites
-from peft_jax.core.tree import Targets, map_places, places
+from peft_jax.core.select import Targets
+from peft_jax.core.tree import map_places, places
 from peft_jax.core.weight import Layout, from_matrix
 from peft_jax.low_rank.init import start
 from peft_jax.low_rank.lora import LoRA, lora

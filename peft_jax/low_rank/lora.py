@@ -17,7 +17,8 @@ import numpy as np
 
 from peft_jax.core.coverage import choose, ledger, reached, tokens_of
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, dropped, node, place_nodes
-from peft_jax.core.tree import Targets, map_places
+from peft_jax.core.select import Targets
+from peft_jax.core.tree import map_places
 from peft_jax.core.weight import Axes, Layout, from_matrix, matmul, ragged_matmul, static, take
 from peft_jax.low_rank import init as starts
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
-from peft_jax.core.tree import Targets
+from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout, static
 
 _SHARE = {"road_1": 0.5, "road_2": 1, "road_4": 2}  # parameters of a kind an output

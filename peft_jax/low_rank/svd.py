@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.coverage import ledger, reached, white
 from peft_jax.core.reparametrised import Matrix, Site, find_sites, node, precision_name
-from peft_jax.core.tree import Targets, map_places
+from peft_jax.core.select import Targets
+from peft_jax.core.tree import map_places
 from peft_jax.core.values import check_concrete, fetched, is_traced
 from peft_jax.core.weight import Axes, Layout, from_matrix, static
 

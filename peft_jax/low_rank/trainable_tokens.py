@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.reparametrised import MATRIX, TRANSPOSED, Reparametrised, Site, node, place_nodes
-from peft_jax.core.tree import OUTPUT_EMBEDDING, OUTPUT_HEADS, Targets, places
+from peft_jax.core.select import OUTPUT_EMBEDDING, OUTPUT_HEADS, Targets
+from peft_jax.core.tree import places
 from peft_jax.core.weight import Axes, matmul, take
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.attachment import Shared
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, find_sites, node, place_nodes
-from peft_jax.core.tree import Targets
+from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
 from peft_jax.low_rank.torch_random import Generator
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 
 from peft_jax.core.attachment import module_at
-from peft_jax.core.tree import OUTPUT_EMBEDDING, nearest
+from peft_jax.core.select import OUTPUT_EMBEDDING, nearest
 from peft_jax.models.bert import Bert, Deberta, Roberta, bert_config, deberta_config
 from peft_jax.models.blocks import Task
 from peft_jax.models.config import DECODERS, decoder_config

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.tree import STACKS
+from peft_jax.core.select import STACKS
 
 
 def stacked(model: Any, params: Any) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from peft_jax.core.calibrate import calibrate_all
 from peft_jax.core.coverage import Calibrated, ledger
 from peft_jax.core.in_turn import in_turn
 from peft_jax.core.reparametrised import find_sites
-from peft_jax.core.tree import Targets
+from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
 from peft_jax.pruning.distribution import NEEDS as DISTRIBUTION_NEEDS
 from peft_jax.pruning.distribution import OF_SCORES, allocate_sparsity, check_pattern

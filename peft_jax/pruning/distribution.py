@@ -13,7 +13,7 @@ import numpy as np
 
 from peft_jax.core.coverage import choose, ledger, reached
 from peft_jax.core.reparametrised import Site, find_sites
-from peft_jax.core.tree import Targets, layer_paths
+from peft_jax.core.select import Targets, layer_paths
 from peft_jax.core.values import fetched, is_traced
 from peft_jax.core.weight import Layout
 from peft_jax.pruning.pattern import make_pattern

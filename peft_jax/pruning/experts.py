@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.bind import bind
-from peft_jax.core.tree import EXPERTS, is_node, map_places, places
+from peft_jax.core.select import EXPERTS
+from peft_jax.core.tree import is_node, map_places, places
 from peft_jax.models.decoder import Decoder
 from peft_jax.models.families import remade
 from peft_jax.models.layers import stacked, unstack_layers

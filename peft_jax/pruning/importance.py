@@ -12,8 +12,8 @@ from peft_jax.core.attachment import Attachment
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate, collect, probing, seen_of
 from peft_jax.core.coverage import choose, ledger, reached
+from peft_jax.core.partition import partition
 from peft_jax.core.reparametrised import node
-from peft_jax.core.tree import partition
 from peft_jax.core.weight import static
 from peft_jax.models.decoder import Decoder
 from peft_jax.models.layers import stacked

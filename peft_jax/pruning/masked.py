@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.packing import pack_padded, unpack_padded
+from peft_jax.core.partition import trainable_mask
 from peft_jax.core.reparametrised import Product, Reparametrised, node
-from peft_jax.core.tree import map_places, trainable_mask
+from peft_jax.core.tree import map_places
 from peft_jax.core.values import check_concrete
 from peft_jax.core.weight import Axes, Trainable, Weight, from_matrix, materialize, matmul, static, to_matrix, unrounded
 from peft_jax.pruning.pattern import Pattern

@@ -12,8 +12,9 @@ import numpy as np
 
 from peft_jax.core.coverage import choose, ledger
 from peft_jax.core.reparametrised import Reparametrised, Site, find_sites
+from peft_jax.core.select import Targets
 from peft_jax.core.sharding import fetch
-from peft_jax.core.tree import Targets, map_places
+from peft_jax.core.tree import map_places
 from peft_jax.core.values import check_finite, is_traced
 from peft_jax.core.weight import Layout, Weight, from_matrix, materialize
 from peft_jax.pruning.block import block_sparse

@@ -12,7 +12,7 @@ from peft_jax.core.calibrate import calibrate_all
 from peft_jax.core.coverage import ledger
 from peft_jax.core.in_turn import layer_blocks
 from peft_jax.core.reparametrised import find_sites
-from peft_jax.core.tree import Targets, layer_paths
+from peft_jax.core.select import Targets, layer_paths
 from peft_jax.core.weight import Layout
 from peft_jax.pruning.prune import densify, prune
 from peft_jax.pruning.scores import NEEDS, of_gradients

@@ -20,7 +20,7 @@ import optax
 
 from peft_jax.core.packing import pack_padded, unpack_padded
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, find_sites, node, place_nodes
-from peft_jax.core.tree import Targets
+from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout, Weight, from_matrix, materialize, static, to_matrix
 from peft_jax.pruning.distribution import allocate_sparsity, check_pattern
 from peft_jax.pruning.masked import Masked, masked

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from peft_jax.core.tree import layer_axes
+from peft_jax.core.select import layer_axes
 from peft_jax.quantization.dynamic_map import BLOCK, dequantize_blocks, quantize_blocks
 
 SMALL = 4096

@@ -10,7 +10,7 @@ from typing import Any
 from peft_jax.core.coverage import Calibrated, ledger
 from peft_jax.core.in_turn import in_turn
 from peft_jax.core.reparametrised import find_sites
-from peft_jax.core.tree import Targets, check_patterns, matches
+from peft_jax.core.select import Targets, check_patterns, matches
 from peft_jax.core.weight import Layout
 from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.quantize import embedding_layout, quantize

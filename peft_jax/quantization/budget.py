@@ -11,7 +11,7 @@ import numpy as np
 
 from peft_jax.core.coverage import ledger, reached, white
 from peft_jax.core.reparametrised import Site, find_sites
-from peft_jax.core.tree import Targets
+from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
 from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.quantize import bits_per_weight, check_fits, embedding_layout, quantize_weight

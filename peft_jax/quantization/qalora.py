@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
-from peft_jax.core.tree import Targets
+from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
 from peft_jax.quantization.formats import Int
 from peft_jax.quantization.quantized import Quantized

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from peft_jax.core.coverage import ledger
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
-from peft_jax.core.tree import Targets, is_node
+from peft_jax.core.select import Targets
+from peft_jax.core.tree import is_node
 from peft_jax.core.weight import Layout, matmul, ragged_matmul, row_groups, static
 from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.quantize import (

@@ -15,7 +15,8 @@ import numpy as np
 from peft_jax.core.coverage import choose, ledger, reached
 from peft_jax.core.packing import codes_per_unit
 from peft_jax.core.reparametrised import Reparametrised, Site, find_sites
-from peft_jax.core.tree import OUTPUT_EMBEDDING, Targets, check_patterns, map_places, matches, places
+from peft_jax.core.select import OUTPUT_EMBEDDING, Targets, check_patterns, matches
+from peft_jax.core.tree import map_places, places
 from peft_jax.core.values import check_finite, is_traced
 from peft_jax.core.weight import Axes, Layout, Weight, materialize, matrix_shape, to_matrix
 from peft_jax.quantization.formats import Format, make_format

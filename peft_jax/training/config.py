@@ -20,7 +20,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from peft_jax.core.tree import nearest
+from peft_jax.core.select import nearest
 from peft_jax.data.records import Kind
 from peft_jax.distillation.divergence import Divergence, make_divergence
 from peft_jax.distillation.match import uld

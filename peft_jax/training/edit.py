@@ -12,17 +12,17 @@ from rich.console import Console
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate
 from peft_jax.core.files import write_json
+from peft_jax.generation.generate import generate
 from peft_jax.hub import save_adapter
 from peft_jax.knowledge.editing import METHODS, Search, edit
 from peft_jax.knowledge.evaluation import edit_scores, fluency
 from peft_jax.knowledge.hooks import feed_forward
 from peft_jax.knowledge.requests import Edit, edit_rows, read_edits
+from peft_jax.models.tables import check_rows
 from peft_jax.training.config import ConfigError, RunConfig, to_dict
 from peft_jax.training.evaluate import perplexity
-from peft_jax.training.generate import generate
 from peft_jax.training.report import before_and_after
 from peft_jax.training.setup import Setup, first_batches, make_rows, set_up, text_rows
-from peft_jax.training.tables import check_rows
 
 ADAPTER = "edit"
 

@@ -10,13 +10,14 @@ import jax
 from jax.sharding import Mesh
 
 from peft_jax.core.bind import bind
-from peft_jax.core.tree import partition
+from peft_jax.core.partition import partition
 from peft_jax.data import Record, Rows
-from peft_jax.training.generate import generate
+from peft_jax.generation.generate import generate
+from peft_jax.models.tables import check_rows, first_position
+from peft_jax.objectives.reading import Objective
+from peft_jax.objectives.tokens import next_token
 from peft_jax.training.loop import run_evaluation
-from peft_jax.training.objective import Objective, next_token
 from peft_jax.training.step import make_evaluation
-from peft_jax.training.tables import check_rows, first_position
 
 
 def perplexity(

@@ -20,11 +20,11 @@ from peft_jax.knowledge.evaluation import all_likeliest
 from peft_jax.knowledge.facts import question_of
 from peft_jax.knowledge.inputs import reads_knowledge
 from peft_jax.knowledge.requests import Edit
+from peft_jax.objectives.tokens import TOKENS
 from peft_jax.training.config import ConfigError, RunConfig, SourceConfig
 from peft_jax.training.edit import ADAPTER, write_edits
 from peft_jax.training.evaluate import perplexity
 from peft_jax.training.loop import on_devices
-from peft_jax.training.objective import TOKENS
 from peft_jax.training.report import before_and_after
 from peft_jax.training.run import run_training
 from peft_jax.training.setup import Setup, read_source, set_up, subject_of, templates_of, text_rows

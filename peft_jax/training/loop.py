@@ -22,15 +22,16 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from peft_jax.core.bind import bind
+from peft_jax.core.partition import combine, partition, trainable_mask
 from peft_jax.core.sharding import LOGICAL_RULES, ROWS, batch_sharding, shardings
-from peft_jax.core.tree import combine, partition, trainable_mask
 from peft_jax.data import batch_at, evaluation_batches
+from peft_jax.models.tables import check_rows
+from peft_jax.objectives.reading import Objective
+from peft_jax.objectives.tokens import next_token
 from peft_jax.training.checkpoint import Checkpoints, weights_of
 from peft_jax.training.config import TrainConfig
-from peft_jax.training.objective import Objective, next_token
 from peft_jax.training.report import Reporter, active_parameters, step_flops_per_token
 from peft_jax.training.step import TrainState, init_state, make_evaluation, make_step
-from peft_jax.training.tables import check_rows
 
 
 class TrainingDivergedError(FloatingPointError):

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from peft_jax.core.tree import VECTORS, layer_axes, map_places, matches, number_layers, path_str, places
+from peft_jax.core.select import VECTORS, layer_axes, matches, number_layers
+from peft_jax.core.tree import map_places, path_str, places
 from peft_jax.low_rank.lora import LoRA
 from peft_jax.methods import METHOD_OPTIMIZERS
 from peft_jax.quantization.adam8bit import adamw8bit

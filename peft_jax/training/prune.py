@@ -15,9 +15,10 @@ from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import gradients
 from peft_jax.core.coverage import ledger, tokens_in_words
 from peft_jax.core.in_turn import output_errors
+from peft_jax.core.select import layer_paths
 from peft_jax.core.sharding import fetch
-from peft_jax.core.tree import layer_paths
 from peft_jax.distillation.students import take_layers
+from peft_jax.objectives.reading import Objective
 from peft_jax.pruning.blocks import prune_in_turn
 from peft_jax.pruning.experts import prune_experts
 from peft_jax.pruning.prune import densify, prune, sparsity_of
@@ -25,7 +26,6 @@ from peft_jax.pruning.scores import NEEDS, of_gradients
 from peft_jax.pruning.sensitivity import sensitivity
 from peft_jax.pruning.structured import prune_structured, sizes_for
 from peft_jax.training.config import ConfigError, PruneConfig
-from peft_jax.training.objective import Objective
 
 Batches = list[dict[str, np.ndarray]]
 Loss = Callable[[Any, Any], jax.Array]

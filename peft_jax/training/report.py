@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from peft_jax.core.files import finite
-from peft_jax.core.tree import count, places
+from peft_jax.core.partition import count
+from peft_jax.core.tree import places
 
 # Peak dense bfloat16 FLOP/s of one device, by JAX's device_kind (vendors' data sheets).
 PEAK_FLOPS = {

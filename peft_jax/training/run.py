@@ -21,17 +21,22 @@ from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate, gradients
 from peft_jax.core.coverage import ledger, tokens_in_words
 from peft_jax.core.files import write_json
+from peft_jax.core.merge import merge
+from peft_jax.core.partition import combine, count, partition
 from peft_jax.core.reparametrised import replace_arrays
 from peft_jax.core.sharding import fetch, shard
-from peft_jax.core.tree import combine, count, is_node, map_places, merge, partition, places
+from peft_jax.core.tree import is_node, map_places, places
 from peft_jax.core.weight import Weight, materialize
 from peft_jax.data import fingerprint as fingerprint_of
+from peft_jax.distillation.objective import of_student
+from peft_jax.generation.generate import generate
 from peft_jax.hub import save, save_adapter
 from peft_jax.knowledge.inputs import entity_fusion, read_entities
 from peft_jax.low_rank.init import STATISTICS
 from peft_jax.low_rank.loftq import loftq
 from peft_jax.methods import METHOD_STATISTICS
 from peft_jax.models.layers import unstack_layers
+from peft_jax.models.tables import check_rows, first_position
 from peft_jax.pruning.masked import mask_updates
 from peft_jax.pruning.prune import sparsity_of
 from peft_jax.quantization.quantize import bits_per_weight, embedding_layout, quantize
@@ -46,9 +51,7 @@ from peft_jax.training.config import (
     check_quantize,
     to_dict,
 )
-from peft_jax.training.distill import of_student
 from peft_jax.training.evaluate import generated_metrics, perplexity
-from peft_jax.training.generate import generate
 from peft_jax.training.loop import Result, check_batch, initial_state, train
 from peft_jax.training.optimizer import make_optimizer
 from peft_jax.training.prune import Report
@@ -71,7 +74,6 @@ from peft_jax.training.setup import (
     set_up,
     subject_of,
 )
-from peft_jax.training.tables import check_rows, first_position
 from peft_jax.training.tasks import TASKS, beside, classify, kind_of, objective_of, usual_metrics
 from peft_jax.training.teach import Lesson, distills, lesson
 

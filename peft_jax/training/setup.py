@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate
 from peft_jax.core.reparametrised import MATRIX
+from peft_jax.core.select import is_target, select
 from peft_jax.core.sharding import make_mesh, shard
-from peft_jax.core.tree import is_target, places, select
+from peft_jax.core.tree import places
 from peft_jax.data import Record, read_records
 from peft_jax.data.batches import batch_at
 from peft_jax.hub import load, load_adapter, load_tokenizer, local_folder

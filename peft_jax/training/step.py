@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from peft_jax.core.tree import combine, penalty
-from peft_jax.training.objective import Apply, Objective
+from peft_jax.core.partition import combine, penalty
+from peft_jax.objectives.reading import Apply, Objective
 
 
 class TrainState(NamedTuple):
@@ -84,7 +84,7 @@ def make_step(
 
 def _accumulated(grad_of: Any, trainable: Any, frozen: Any, batch: Any, rng: jax.Array, count: int) -> Any:
     """(loss, metrics, gradients) over `count` micro-batches: averaged by weight, or added up where the objective is told what
-    its parts share (see `training.objective`).
+    its parts share (see `objectives.reading`).
     """
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch)
     key = lambda index: jax.random.fold_in(rng, index)

@@ -45,25 +45,14 @@ from peft_jax.knowledge.inputs import (
     reads_knowledge,
 )
 from peft_jax.models.blocks import Task
+from peft_jax.models.tables import check_rows, first_position
+from peft_jax.objectives.contrast import contrast, embed_texts
+from peft_jax.objectives.labels import ANSWERS, LABELS, squared_error
+from peft_jax.objectives.reading import Objective, Reading, cross_entropy, inputs_of
+from peft_jax.objectives.tokens import TOKENS, balanced, masked_reading, next_token
 from peft_jax.training.config import ConfigError, DataConfig, RunConfig, SourceConfig
 from peft_jax.training.loop import on_devices
 from peft_jax.training.metrics import OF_ANSWERS, OF_LABELS, OF_NUMBERS, seqeval
-from peft_jax.training.objective import (
-    ANSWERS,
-    LABELS,
-    TOKENS,
-    Objective,
-    Reading,
-    balanced,
-    contrast,
-    cross_entropy,
-    embed_texts,
-    inputs_of,
-    masked_reading,
-    next_token,
-    squared_error,
-)
-from peft_jax.training.tables import check_rows, first_position
 
 Model = Any
 Scores = Callable[["Subject", Any, Sequence[Record], Sequence[str]], dict[str, float]]

@@ -18,17 +18,22 @@ from rich.console import Console
 from rich.progress import track
 
 from peft_jax.core.bind import bind
+from peft_jax.core.partition import freeze
 from peft_jax.core.sharding import fetch, shard
-from peft_jax.core.tree import freeze
 from peft_jax.data import evaluation_batches, fingerprint
 from peft_jax.data.encode import Rows
 from peft_jax.distillation.cache import CacheHeader, open_cache, write_cache
 from peft_jax.distillation.divergence import top_k
 from peft_jax.distillation.hidden import FEATURES
 from peft_jax.distillation.match import encode_twofold, shared_tokens, tokenizer_hash
+from peft_jax.distillation.objective import FeatureTerm, OnPolicy, Teacher, beside_teachers, distillation
 from peft_jax.distillation.remote import remote_top_k
+from peft_jax.generation.generate import generate
 from peft_jax.hub import load_tokenizer, local_folder
 from peft_jax.hub.generation_config import end_tokens
+from peft_jax.models.tables import IDS, check_continued, check_rows, first_position
+from peft_jax.objectives.reading import Objective, over_positions
+from peft_jax.objectives.tokens import TOKENS
 from peft_jax.training.checkpoint import fingerprint as fingerprint_of_model
 from peft_jax.training.config import (
     ConfigError,
@@ -40,13 +45,9 @@ from peft_jax.training.config import (
     TeacherConfig,
     check_distill,
 )
-from peft_jax.training.distill import FeatureTerm, OnPolicy, Teacher, beside_teachers, distillation
-from peft_jax.training.generate import generate
 from peft_jax.training.loop import on_devices
-from peft_jax.training.objective import TOKENS, Objective, over_positions
 from peft_jax.training.report import active_parameters
 from peft_jax.training.setup import Setup, make_rows, read_source, set_up, subject_of
-from peft_jax.training.tables import IDS, check_continued, check_rows, first_position
 from peft_jax.training.tasks import TASKS, kind_of
 
 SELF = "self"

@@ -61,7 +61,7 @@ def test_generation_with_a_bank(setting):
 
 
 def test_a_step_trains_the_adapters_of_its_rows_alone(setting):
-    from peft_jax.training.objective import next_token
+    from peft_jax.objectives.tokens import next_token
 
     model, _, _, banked, tokens = setting
     apply = peft_jax.bind(model)

@@ -194,7 +194,7 @@ def test_dropout_masks_differ_between_stacked_layers():
     layers = {"kernel": jnp.stack([jnp.eye(8)] * 2)}
     node = peft_jax.places(peft_jax.lora(layers, jax.random.key(0), rank=2, targets="kernel", dropout=0.5))["kernel"]
     node = node.replace(b=jnp.ones_like(node.b), a=jnp.ones_like(node.a))
-    from peft_jax.core.tree import with_rng
+    from peft_jax.core.prepare import with_rng
 
     keyed = with_rng({"kernel": node}, jax.random.key(3))["kernel"]
     a, b = (jax.tree.map(lambda leaf, i=i: leaf[i], keyed).matmul(x, in_axes=(-2,), out_axes=(-1,)) for i in (0, 1))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import peft_jax
-from peft_jax.core.tree import matches, trainable_mask
+from peft_jax.core.partition import trainable_mask
+from peft_jax.core.select import matches
 from tests.reference import family_checkpoint
 
 TREE = {

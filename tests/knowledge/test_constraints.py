@@ -17,7 +17,8 @@ from peft_jax.knowledge.constraints import (
     read_lexicon,
     semantic_loss,
 )
-from peft_jax.training.objective import TOKENS, cross_entropy
+from peft_jax.objectives.reading import cross_entropy
+from peft_jax.objectives.tokens import TOKENS
 
 rng = np.random.default_rng(0)
 

@@ -25,7 +25,7 @@ from peft_jax.knowledge.editing import (
 )
 from peft_jax.knowledge.hooks import feed_forward
 from peft_jax.knowledge.requests import Edit, edit_rows, read_edits
-from peft_jax.training.objective import next_token
+from peft_jax.objectives.tokens import next_token
 from peft_jax.training.step import init_state, make_step
 from tests.reference import FAMILIES, relative_error, torch_model
 

@@ -4,8 +4,8 @@ import pytest
 
 import peft_jax
 from peft_jax.data import Record
+from peft_jax.generation.generate import generate
 from peft_jax.knowledge.entigraph import entigraph, extract_entities
-from peft_jax.training.generate import generate
 
 DOCUMENT = "Anna met Boris in Rome. Boris knew Clara."
 

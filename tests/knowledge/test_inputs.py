@@ -27,8 +27,8 @@ from peft_jax.knowledge.inputs import (
     read_entities,
     reads_knowledge,
 )
+from peft_jax.objectives.tokens import TOKENS
 from peft_jax.training.loop import on_devices
-from peft_jax.training.objective import TOKENS
 from tests.models.test_encoders import T5_SIZES
 from tests.reference import perturb, relative_error, tiny_llama_folder, torch_model
 

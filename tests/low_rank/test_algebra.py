@@ -11,8 +11,8 @@ import pytest
 
 import peft_jax
 from peft_jax.core.adapters import stack_of
+from peft_jax.core.prepare import distribute, with_adapter_ids
 from peft_jax.core.reparametrised import Reparametrised
-from peft_jax.core.tree import distribute, with_adapter_ids
 from peft_jax.low_rank import algebra
 from peft_jax.methods import METHODS
 from tests.reference import FAMILIES, perturb, random_tokens, relative_error, torch_logits, torch_model

@@ -10,7 +10,7 @@ import torch
 from peft.utils.incremental_pca import IncrementalPCA
 
 import peft_jax
-from peft_jax.core.tree import penalty
+from peft_jax.core.partition import penalty
 from peft_jax.low_rank.adalora import adalora_budget
 from peft_jax.training.optimizer import lora_plus
 from tests.reference import FAMILIES, family_checkpoint, perturb, random_tokens, relative_error, torch_logits, torch_model

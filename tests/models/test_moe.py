@@ -15,8 +15,8 @@ from peft_jax.core.calibrate import calibrate
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.core.weight import ragged_matmul
 from peft_jax.models.moe import load_balancing_loss, mixture
+from peft_jax.objectives.tokens import next_token
 from peft_jax.training.config import PruneConfig
-from peft_jax.training.objective import next_token
 from peft_jax.training.prune import Report
 from tests.reference import family_checkpoint, perturb, relative_error
 

@@ -16,14 +16,14 @@ import pytest
 import transformers
 
 import peft_jax
+from peft_jax.core.partition import partition
 from peft_jax.core.sharding import make_mesh, shard
-from peft_jax.core.tree import partition
 from peft_jax.data import pack
 from peft_jax.data.encode import Example
+from peft_jax.objectives.tokens import next_token
 from peft_jax.training.checkpoint import Checkpoints, weights_of
 from peft_jax.training.config import OptimizerConfig, RunConfig, TrainConfig, load_config
 from peft_jax.training.loop import TrainingDivergedError, _lowest, _out_of_patience, initial_state, train
-from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import make_optimizer, make_schedule
 from peft_jax.training.report import active_parameters
 from peft_jax.training.run import train_steps

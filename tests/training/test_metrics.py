@@ -8,9 +8,9 @@ import sklearn.metrics
 from scipy import stats
 from seqeval.metrics import f1_score as span_f1
 
+from peft_jax.objectives.reading import nll_and_hits
 from peft_jax.training import metrics
 from peft_jax.training.evaluate import bleu
-from peft_jax.training.objective import nll_and_hits
 
 SAMPLES = {
     "random": lambda rng, n: (rng.integers(0, n, 40), rng.integers(0, n, 40)),

@@ -13,15 +13,16 @@ import transformers as tr
 from safetensors.numpy import load_file
 
 import peft_jax
+from peft_jax.core.select import layer_axes
 from peft_jax.core.sharding import make_mesh, shard
-from peft_jax.core.tree import layer_axes, places
+from peft_jax.core.tree import places
 from peft_jax.low_rank.dora import DoRA
 from peft_jax.methods import METHODS
 from peft_jax.models.layers import unstack_layers
+from peft_jax.objectives.tokens import next_token
 from peft_jax.training.checkpoint import Checkpoints
 from peft_jax.training.config import OptimizerConfig
 from peft_jax.training.loop import initial_state
-from peft_jax.training.objective import next_token
 from peft_jax.training.optimizer import decay_mask, make_optimizer
 from tests.models.test_encoders import ENCODERS, T5_SIZES
 from tests.reference import FAMILIES, family_checkpoint, random_tokens, relative_error, torch_model

@@ -11,8 +11,8 @@ import pytest
 import peft_jax
 from peft_jax.core.sharding import LOGICAL_RULES, make_mesh, shard
 from peft_jax.data import batch_at
+from peft_jax.objectives.tokens import next_token
 from peft_jax.training.loop import initial_state, on_devices
-from peft_jax.training.objective import next_token
 from peft_jax.training.step import init_state, make_evaluation, make_step
 from tests.reference import relative_error
 from tests.training.test_loop import tiny_rows

@@ -24,18 +24,12 @@ from peft_jax.data import (
     label_names,
     read_records,
 )
+from peft_jax.objectives.contrast import contrast, embed_texts
+from peft_jax.objectives.labels import ANSWERS, LABELS, squared_error
+from peft_jax.objectives.reading import cross_entropy
+from peft_jax.objectives.tokens import TOKENS, masked_reading
 from peft_jax.training import metrics
 from peft_jax.training.config import ConfigError, DataConfig, parse_config
-from peft_jax.training.objective import (
-    ANSWERS,
-    LABELS,
-    TOKENS,
-    contrast,
-    cross_entropy,
-    embed_texts,
-    masked_reading,
-    squared_error,
-)
 from peft_jax.training.run import run_evaluation, run_generation, run_training
 from peft_jax.training.tasks import TASKS, Subject, answers, predict
 from tests.models.test_encoders import ENCODERS, T5_SIZES, torch_encoder

@@ -26,7 +26,8 @@ from peft_jax.core.bind.rules import (
     say_fallback,
 )
 from peft_jax.core.capture import CAPTURED, RECORDER, Recorder
-from peft_jax.core.tree import OUTPUT_EMBEDDING, prepare
+from peft_jax.core.prepare import prepare
+from peft_jax.core.select import OUTPUT_EMBEDDING
 from peft_jax.core.weight import Weight, materialize
 
 RULES: dict[tuple[type, str], Rule] = {}

@@ -30,7 +30,8 @@ from peft_jax.core.bind.rules import (
     say_fallback,
 )
 from peft_jax.core.capture import RECORDER, Recorder
-from peft_jax.core.tree import is_node, places, prepare
+from peft_jax.core.prepare import prepare
+from peft_jax.core.tree import is_node, places
 from peft_jax.core.weight import Weight, materialize
 
 RULES: dict[tuple[type, str], Rule] = {}

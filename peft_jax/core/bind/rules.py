@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.tree import OUTPUT_EMBEDDING
+from peft_jax.core.select import OUTPUT_EMBEDDING
 from peft_jax.core.weight import Weight, einsum, materialize, matmul, take
 
 logger = logging.getLogger("peft_jax")

@@ -21,8 +21,9 @@ import numpy as np
 from peft_jax.core.attachment import Shared
 from peft_jax.core.files import read_json
 from peft_jax.core.reparametrised import MATRIX, TRANSPOSED, Replacement, replacement, replacements
+from peft_jax.core.select import EXPERTS, OUTPUT_EMBEDDING, nearest
 from peft_jax.core.sharding import fetch
-from peft_jax.core.tree import EXPERTS, OUTPUT_EMBEDDING, is_node, map_places, nearest, places, stack_of
+from peft_jax.core.tree import is_node, map_places, places, stack_of
 from peft_jax.core.weight import Axes, Trainable, Weight, matrix_shape
 from peft_jax.hub.names import embedding_name, is_conv1d, modules_of, stack_size
 from peft_jax.hub.peft.experts import as_modules, attach_experts, expert_tensors, experts_config

@@ -13,8 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.select import EXPERTS
 from peft_jax.core.sharding import fetch
-from peft_jax.core.tree import EXPERTS
 from peft_jax.hub.names import module_names, stack_size
 from peft_jax.hub.peft.formats import Config, Tensors, number, pattern
 from peft_jax.low_rank.lora import LoRA, scaling

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapters.llama_adapter import AdaptionPrompt, FusedAdaptionPrompt
-from peft_jax.adapters.placing import hidden_size, layers_of, module_paths, token_stack
 from peft_jax.adapters.prefix import Offset, Prefix, attention_cores, offset_stack
 from peft_jax.adapters.prompt import ContextTokens, EncodedTokens, Prompt, TaskTokens, VirtualTokens, place_prompt
 from peft_jax.core.attachment import Attachment, attach
+from peft_jax.core.placing import hidden_size, layers_of, module_paths, token_stack
+from peft_jax.core.prepare import distribute
 from peft_jax.core.reparametrised import Replacement, replacements
 from peft_jax.core.sharding import fetch
-from peft_jax.core.tree import distribute, map_places, places
+from peft_jax.core.tree import map_places, places
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
 from peft_jax.hub.names import modules_of, stack_size, tensors_of
 from peft_jax.hub.peft.formats import FORMATS

@@ -15,8 +15,9 @@ import numpy as np
 
 from peft_jax.core.attachment import Attachment, module_at
 from peft_jax.core.reparametrised import Replacement, replace_array, replacement
+from peft_jax.core.select import OUTPUT_EMBEDDING
 from peft_jax.core.sharding import fetch
-from peft_jax.core.tree import OUTPUT_EMBEDDING, map_places, places, stack_of
+from peft_jax.core.tree import map_places, places, stack_of
 from peft_jax.core.weight import materialize
 from peft_jax.hub.names import embedding_name, stack_size, tensors_of
 from peft_jax.hub.peft.formats import FORMATS, Config, Format, Module, Tensors

@@ -13,11 +13,11 @@ import peft_jax
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.data import batch_at
 from peft_jax.distillation.divergence import log_probabilities, make_divergence, reverse_kl
+from peft_jax.distillation.objective import FeatureTerm, OnPolicy, Teacher, base_of, beside_teachers, distillation, of_student
 from peft_jax.distillation.students import take_layers
+from peft_jax.objectives.tokens import TOKENS, next_token
 from peft_jax.training.config import TrainConfig
-from peft_jax.training.distill import FeatureTerm, OnPolicy, Teacher, base_of, beside_teachers, distillation, of_student
 from peft_jax.training.loop import initial_state, on_devices, train
-from peft_jax.training.objective import TOKENS, next_token
 from peft_jax.training.step import make_step
 from tests.reference import relative_error
 from tests.training.test_loop import tiny_rows
@@ -190,7 +190,7 @@ def test_projections_make_widths_comparable_and_train(setup, tiny_folder):
 
 def test_what_the_student_writes_is_what_it_learns_from(setup):
     """Prompts stay, greedy continuations are those of `generate`, only they count."""
-    from peft_jax.training.distill import _written
+    from peft_jax.distillation.objective import _written
 
     model, teacher, *_ = setup
     batch = {n: x[:4] for n, x in tiny_rows(6, 12)._asdict().items()}
@@ -216,7 +216,7 @@ def test_what_the_student_writes_is_what_it_learns_from(setup):
 
 def test_minillms_gradient_is_the_papers(setup):
     """Against equations 3 to 7 written out on the log-probabilities of one given sample."""
-    from peft_jax.training.distill import _policy_loss
+    from peft_jax.distillation.objective import _policy_loss
 
     rng = np.random.default_rng(0)
     logits, teacher = (rng.normal(size=(2, 6, 9)).astype(np.float32) for _ in range(2))

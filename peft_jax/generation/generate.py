@@ -14,13 +14,13 @@ import numpy as np
 from flax import nnx
 
 from peft_jax.core.bind import bind
+from peft_jax.core.prepare import cache_slots, with_adapter_ids
 from peft_jax.core.sharding import fetch
-from peft_jax.core.tree import cache_slots, with_adapter_ids
 from peft_jax.data import unpadded
 from peft_jax.hub.generation_config import end_tokens
 from peft_jax.knowledge.inputs import reads_knowledge
 from peft_jax.models.attention import CACHE_DTYPES
-from peft_jax.training.tables import check_prompts
+from peft_jax.models.tables import check_prompts
 
 _CHUNK = 32  # tokens decoded between looks at stop strings
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from peft_jax.core.adapters import adapter_names, drop_adapters
 from peft_jax.core.capture import capture
-from peft_jax.core.tree import freeze, partition, path_str
+from peft_jax.core.partition import freeze, partition
+from peft_jax.core.tree import path_str
 from peft_jax.core.weight import Trainable
 from peft_jax.distillation.divergence import (
     Divergence,
@@ -29,18 +30,18 @@ from peft_jax.distillation.divergence import (
 )
 from peft_jax.distillation.hidden import FEATURES, feature_loss, layer_map, places_of, visible_tokens
 from peft_jax.distillation.match import uld
-from peft_jax.training.generate import continuations, outdated
-from peft_jax.training.objective import (
+from peft_jax.generation.generate import continuations, outdated
+from peft_jax.objectives.reading import (
     Apply,
     Objective,
     Reading,
-    balanced,
     logits_width,
     mean_over,
     nll_and_hits,
     over_positions,
     scores_of,
 )
+from peft_jax.objectives.tokens import balanced
 
 Batch = dict[str, jax.Array]
 

@@ -12,19 +12,12 @@ import torch
 
 import peft_jax
 from peft_jax.data import batch_at
+from peft_jax.distillation.objective import FeatureTerm, Teacher, beside_teachers, distillation
 from peft_jax.knowledge.constraints import constrained
-from peft_jax.training.distill import FeatureTerm, Teacher, beside_teachers, distillation
-from peft_jax.training.objective import (
-    ANSWERS,
-    LABELS,
-    TOKENS,
-    balanced,
-    contrast,
-    cross_entropy,
-    embed_texts,
-    next_token,
-    squared_error,
-)
+from peft_jax.objectives.contrast import contrast, embed_texts
+from peft_jax.objectives.labels import ANSWERS, LABELS, squared_error
+from peft_jax.objectives.reading import cross_entropy
+from peft_jax.objectives.tokens import TOKENS, balanced, next_token
 from peft_jax.training.step import init_state, make_evaluation, make_step
 from tests.reference import family_checkpoint, relative_error
 from tests.training.test_loop import tiny_rows

@@ -10,7 +10,8 @@ import jax
 
 from peft_jax.core.attachment import Attachment, attach, is_list, module_at
 from peft_jax.core.reparametrised import MATRIX, per_layer
-from peft_jax.core.tree import VECTORS, Targets, by_pattern, layer_paths, matches, nearest, places
+from peft_jax.core.select import VECTORS, Targets, by_pattern, layer_paths, matches, nearest
+from peft_jax.core.tree import places
 from peft_jax.core.weight import Axes, Layout, matrix_shape
 from peft_jax.models.blocks import hooks_of
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.adapters.prefix import Offset
-from peft_jax.adapters.prompt import Prompt
+from peft_jax.core.attachment import Attachment
 from peft_jax.core.tree import places
 
 IDS = ("tokens", "decoder_tokens", "other_tokens")
@@ -68,7 +67,7 @@ def check_continued(model: Any, rows: Any, prompt_tokens: int, max_tokens: int) 
 
 def first_position(params: Any) -> int:
     """The position of a row's first token: prompts and prefixes stand before it."""
-    return sum(x.length for x in places(params).values() if isinstance(x, Prompt | Offset))
+    return sum(x.moves("") for x in places(params).values() if isinstance(x, Attachment))
 
 
 def _positions(model: Any) -> int | None:

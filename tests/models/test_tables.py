@@ -13,12 +13,12 @@ import peft_jax
 from peft_jax.cli import USER_ERRORS
 from peft_jax.data.encode import Rows
 from peft_jax.data.labelled import LabelledRows
+from peft_jax.models.tables import check_continued, check_prompts, check_rows, first_position
 from peft_jax.training.config import TrainConfig, parse_config
 from peft_jax.training.evaluate import perplexity
 from peft_jax.training.inject import run_injection
 from peft_jax.training.loop import train
 from peft_jax.training.run import run_evaluation, run_generation, run_pruning, run_training
-from peft_jax.training.tables import check_continued, check_prompts, check_rows, first_position
 from peft_jax.training.teach import run_teaching
 from tests.models.test_encoders import ENCODERS
 from tests.reference import FAMILIES, family_checkpoint, tiny_llama_folder

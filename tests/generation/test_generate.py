@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import peft_jax
+from peft_jax.generation import generate as module
+from peft_jax.generation.generate import _likeliest, _Sampling, _sampling, continuations, sample
 from peft_jax.models.attention import CACHE_DTYPES
-from peft_jax.training import generate as module
 from peft_jax.training.evaluate import bleu, exact_match, generated_metrics, perplexity, prompt_and_answer, rouge
-from peft_jax.training.generate import _likeliest, _Sampling, _sampling, continuations, sample
 from tests.reference import FAMILIES, perturb, random_tokens, relative_error, torch_logits, torch_model
 from tests.third_party import linen_model
 from tests.training.test_loop import tiny_rows

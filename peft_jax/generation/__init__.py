@@ -1,0 +1,1 @@
+"""Text from a model: sampling, the key/value cache, the decoding programs."""

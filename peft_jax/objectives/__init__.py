@@ -1,0 +1,1 @@
+"""What is minimised: objectives, and how a batch is read for them."""

@@ -1,0 +1,44 @@
+"""Readings and objectives of heads: classes of rows and of tokens, answers' ends, numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.objectives.reading import Apply, Reading, as_they_are, inputs_of
+
+
+def _logits(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> jax.Array:
+    """A head's logits as states [B, T, C], of one position where there is one label a row."""
+    logits = apply(params, batch["tokens"], rng=rng, **inputs_of(batch))
+    return logits[:, None] if logits.ndim == 2 else logits
+
+
+def _labelled(batch: dict[str, jax.Array], rng: Any) -> dict[str, jax.Array]:
+    column = lambda x: x[:, None] if x.ndim == 1 else x
+    return {**batch, "targets": column(batch["labels"]), "weights": column(batch["weights"])}
+
+
+def _ends(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> jax.Array:
+    """Scores of each token as an answer's first and as its last, [B, 2, T]; padding has no part."""
+    logits = apply(params, batch["tokens"], rng=rng, **inputs_of(batch)).astype(jnp.float32)
+    return jnp.where(batch["segment_ids"][..., None] > 0, logits, -1e9).swapaxes(1, 2)
+
+
+def _answered(batch: dict[str, jax.Array], rng: Any) -> dict[str, jax.Array]:
+    weights = jnp.broadcast_to(0.5 * batch["weights"][:, None], batch["labels"].shape)  # its two ends weigh as one
+    return {**batch, "targets": batch["labels"], "weights": weights}
+
+
+LABELS = Reading(_labelled, _logits, lambda apply, params, batch: as_they_are)
+ANSWERS = Reading(_answered, _ends, LABELS.head)
+
+
+def squared_error(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> Any:
+    """Mean squared error of numbers [B], given logits [B, 1]."""
+    weights = batch["weights"].astype(jnp.float32)
+    values = apply(params, batch["tokens"], rng=rng, **inputs_of(batch))[:, 0]
+    error = jnp.square(values - batch["labels"]) * weights
+    return error.sum() / jnp.maximum(weights.sum(), 1e-9), {"weight": weights.sum()}
