@@ -1,7 +1,8 @@
 """Adapters together: banks of many, and AdapterFusion of several, on the embedded base.
 
-    python benchmarks/adapters.py bank      # 64 rows over 32 adapters against 64 rows over one, for four methods
-    python benchmarks/adapters.py fusion    # three adapters of three tasks, and their fusion on each
+    python benchmarks/adapters.py bank      # 64 rows over 32 adapters against 64 rows over one, for
+    four methods python benchmarks/adapters.py fusion    # three adapters of three tasks, and their
+    fusion on each
 
 Each prints a Markdown table, with device, versions and commit; `--out` writes it to a file.
 """
@@ -36,19 +37,27 @@ KINDS = {
 def bank(args: argparse.Namespace) -> str:
     model, params = peft_jax.load("builtin:base")
     lines = [
-        "| | base, s | one adapter, s | 64 rows over 32, s | against one | largest error of a row |",
+        "| | base, s | one adapter, s | 64 rows over 32, s | against one | largest error "
+        "of a row |",
         "|---|---|---|---|---|---|",
     ]
     for name, make in KINDS.items():
         (base, one, many), error = _measure_bank(model, params, make, args.rounds)
-        lines.append(f"| {name} | {base:.3f} | {one:.3f} | {many:.3f} | {many / one:.2f} | {error:.1e} |")
+        lines.append(
+            f"| {name} | {base:.3f} | {one:.3f} | {many:.3f} | {many / one:.2f} | {error:.1e} |"
+        )
         print(lines[-1], flush=True)
-    note = f"Forward pass of {ROWS} rows of {LENGTH} tokens, {args.rounds} rounds taking turns. A swap compiled nothing."
+    note = (
+        f"Forward pass of {ROWS} rows of {LENGTH} tokens, {args.rounds} rounds taking "
+        "turns. A swap compiled nothing."
+    )
     return heading("Banks of adapters") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
 
 
 def _measure_bank(model: Any, params: Any, make: Any, rounds: int) -> tuple[list[float], float]:
-    """(seconds of the base, of one adapter and of the bank; the largest relative error of a row against its adapter alone)."""
+    """(seconds of the base, of one adapter and of the bank; the largest relative error of a row
+    against its adapter alone).
+    """
     apply = jax.jit(peft_jax.bind(model))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 4000, (ROWS, LENGTH)))
     ids = jnp.arange(ROWS) % SIZE
@@ -93,7 +102,10 @@ TASKS = {
 def fusion(args: argparse.Namespace) -> str:
     model, base = peft_jax.load("builtin:base")
     tokenizer = peft_jax.load_tokenizer("builtin:base")
-    data = {t: [rows_of(source, s, kind, tokenizer) for s in ("train", "test")] for t, (source, kind) in TASKS.items()}
+    data = {
+        t: [rows_of(source, s, kind, tokenizer) for s in ("train", "test")]
+        for t, (source, kind) in TASKS.items()
+    }
     apply = peft_jax.bind(model)
     found: dict[str, dict[str, list[float]]] = {}
 
@@ -105,22 +117,42 @@ def fusion(args: argparse.Namespace) -> str:
     for seed in range(args.seeds):
         tree = base
         for i, task in enumerate(TASKS):
-            fresh = peft_jax.bottleneck(base, jax.random.key(10 * seed + i), placement="pfeiffer", size=64, adapter=task)
+            fresh = peft_jax.bottleneck(
+                base, jax.random.key(10 * seed + i), placement="pfeiffer", size=64, adapter=task
+            )
             trained = _train(apply, fresh, data[task][0], args.steps, 9e-3, seed)
             measure(f"adapter of {task}", trained)
             node = trained["model"]["layers"]["mlp_residual"][f"bottleneck_{task}"]
             layers = tree["model"]["layers"]
             beside = {**layers.get("mlp_residual", {}), f"bottleneck_{task}": node}
-            tree = {**tree, "model": {**tree["model"], "layers": {**layers, "mlp_residual": beside}}}
+            tree = {
+                **tree,
+                "model": {**tree["model"], "layers": {**layers, "mlp_residual": beside}},
+            }
         for task in TASKS:
             fused = peft_jax.fuse_adapters(tree, jax.random.key(seed), list(TASKS))
-            measure("fusion, trained on the task", _train(apply, fused, data[task][0], args.steps, 1e-3, seed), [task])
-        print(seed, {n: {t: round(v[-1], 4) for t, v in r.items()} for n, r in found.items()}, flush=True)
+            measure(
+                "fusion, trained on the task",
+                _train(apply, fused, data[task][0], args.steps, 1e-3, seed),
+                [task],
+            )
+        print(
+            seed,
+            {n: {t: round(v[-1], 4) for t, v in r.items()} for n, r in found.items()},
+            flush=True,
+        )
     lines = [f"| | {' | '.join(TASKS)} |", "|---" * (len(TASKS) + 1) + "|"]
     for name, row in found.items():
-        cells = [f"{statistics.mean(row[t]):.4f} ± {statistics.stdev(row[t]) if args.seeds > 1 else 0:.4f}" for t in TASKS]
+        cells = [
+            f"{statistics.mean(row[t]):.4f} ± "
+            f"{statistics.stdev(row[t]) if args.seeds > 1 else 0:.4f}"
+            for t in TASKS
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    note = f"Test loss, nats per token (mean ± sd of {args.seeds} seeds); {args.steps} steps of 4 rows of {LENGTH} tokens each."
+    note = (
+        f"Test loss, nats per token (mean ± sd of {args.seeds} seeds); {args.steps} steps "
+        f"of 4 rows of {LENGTH} tokens each."
+    )
     return heading("AdapterFusion of three adapters") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
 
 
@@ -135,11 +167,15 @@ def _train(apply: Any, params: Any, rows: Any, steps: int, rate: float, seed: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("bank", "fusion"))
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender of the bank")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each adapter and fusion")
+    parser.add_argument(
+        "--steps", type=int, default=60, help="training steps of each adapter and fusion"
+    )
     parser.add_argument("--out", help="a Markdown file for the table")
     args = parser.parse_args()
     publish({"bank": bank, "fusion": fusion}[args.what](args), args.out)

@@ -1,9 +1,11 @@
-"""Compression by depth: seconds and memory of GPTQ and SparseGPT, one layer after the other, beside PyTorch.
+"""Compression by depth: seconds and memory of GPTQ and SparseGPT, one layer after the other, beside
+PyTorch.
 
     python benchmarks/compression.py --depths 4 8 16 32 --rounds 2
 
-Each figure is a process of its own, taking turns. The peer is a plain transcription of the published procedure over
-`transformers` layers: the same rows, blocks and damping, inputs one by one. `--out` writes the Markdown table.
+Each figure is a process of its own, taking turns. The peer is a plain transcription of the
+published procedure over `transformers` layers: the same rows, blocks and damping, inputs one by
+one. `--out` writes the Markdown table.
 """
 
 from __future__ import annotations
@@ -27,16 +29,23 @@ METHODS = {"gptq": "GPTQ, int4", "sparsegpt": "SparseGPT, 50%"}
 def sizes(depth: int) -> dict[str, Any]:
     """The Llama shape of a model of so many like layers."""
     return {
-        "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": UNITS, "num_hidden_layers": depth,
-        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": HIDDEN // HEADS,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": UNITS,
+        "num_hidden_layers": depth,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "head_dim": HIDDEN // HEADS,
+    }
 
 
 def tokens() -> np.ndarray:
     """Calibration rows [ROWS, LENGTH], half of each row drawn from a few tokens."""
     rng = np.random.default_rng(0)
     return np.where(
-        rng.random((ROWS, LENGTH)) < 0.5, rng.integers(0, 64, (ROWS, LENGTH)), rng.integers(0, VOCABULARY, (ROWS, LENGTH))
+        rng.random((ROWS, LENGTH)) < 0.5,
+        rng.integers(0, 64, (ROWS, LENGTH)),
+        rng.integers(0, VOCABULARY, (ROWS, LENGTH)),
     )
 
 
@@ -59,9 +68,13 @@ def ours(method: str, depth: int) -> tuple[float, int]:
     where: dict[str, Any] = {"exclude": "lm_head"}
     if method == "gptq":
         format = peft_jax.Int(bits=4, block_size=BLOCK)
-        tree = peft_jax.quantize_in_turn(peft_jax.bind(model), params, batches, format, damping=DAMPING, **where)
+        tree = peft_jax.quantize_in_turn(
+            peft_jax.bind(model), params, batches, format, damping=DAMPING, **where
+        )
     else:
-        tree = peft_jax.prune_in_turn(peft_jax.bind(model), params, batches, 0.5, score="sparsegpt", **where)
+        tree = peft_jax.prune_in_turn(
+            peft_jax.bind(model), params, batches, 0.5, score="sparsegpt", **where
+        )
     jax.block_until_ready(tree)
     return time.perf_counter() - start, peak() - before
 
@@ -105,12 +118,16 @@ def _first(output: Any) -> Any:
 
 
 def solve(method: str, weight: Any, hessian: Any) -> None:
-    """Frantar et al.'s loops over a weight [out, in], in place: inputs one by one, errors passed on in blocks."""
+    """Frantar et al.'s loops over a weight [out, in], in place: inputs one by one, errors passed on
+    in blocks.
+    """
     import torch
 
     w, n = weight, weight.shape[1]
     hessian = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(n)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    upper = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True
+    )
     size = BLOCK if method == "gptq" else 128
     for start in range(0, n, size):
         stop = min(start + size, n)
@@ -152,7 +169,8 @@ def report(depths: list[int], rounds: int) -> str:
     from measure import heading
 
     lines = [
-        "| | layers | seconds | PyTorch, seconds | ratio | memory beyond the model, MiB | PyTorch, MiB |",
+        "| | layers | seconds | PyTorch, seconds | ratio | memory beyond the model, MiB | "
+        "PyTorch, MiB |",
         "|---|" + "---|" * 6,
     ]
     fits = []
@@ -162,25 +180,38 @@ def report(depths: list[int], rounds: int) -> str:
             runs = [(one("ours", method, depth), one("peer", method, depth)) for _ in range(rounds)]
             for who, of in zip(found, zip(*runs, strict=True), strict=True):
                 found[who].append(list(of))
-        seconds = {who: [statistics.median(s for s, _ in runs) for runs in of] for who, of in found.items()}
-        memory = {who: [max(m for _, m in runs) / 2**20 for runs in of] for who, of in found.items()}
+        seconds = {
+            who: [statistics.median(s for s, _ in runs) for runs in of] for who, of in found.items()
+        }
+        memory = {
+            who: [max(m for _, m in runs) / 2**20 for runs in of] for who, of in found.items()
+        }
         for i, depth in enumerate(depths):
             a, b = seconds["ours"][i], seconds["peer"][i]
             sides = f"{memory['ours'][i]:.0f} | {memory['peer'][i]:.0f}"
             lines.append(f"| {name} | {depth} | {a:.1f} | {b:.1f} | {a / b:.2f} | {sides} |")
         slope, offset = np.polyfit(depths, seconds["ours"], 1)
-        off = np.abs(np.polyval([slope, offset], depths) - seconds["ours"]).max() / max(seconds["ours"])
-        fits.append(f"{name}: {offset:.1f} s + {slope:.2f} s a layer, at most {off:.0%} of the longest away from that line")
+        off = np.abs(np.polyval([slope, offset], depths) - seconds["ours"]).max() / max(
+            seconds["ours"]
+        )
+        fits.append(
+            f"{name}: {offset:.1f} s + {slope:.2f} s a layer, at most {off:.0%} of the longest "
+            "away from that line"
+        )
     note = (
-        f"Llama layers of {HIDDEN} channels and {UNITS} units, {ROWS} rows of {LENGTH} tokens, float32, blocks of {BLOCK}; a "
-        f"process of its own for each figure, {rounds} of each in turn (medians; the most memory). Ours compiles within the "
+        f"Llama layers of {HIDDEN} channels and {UNITS} units, {ROWS} rows of {LENGTH} tokens, "
+        f"float32, blocks of {BLOCK}; a "
+        f"process of its own for each figure, {rounds} of each in turn (medians; the most memory). "
+        "Ours compiles within the "
         "time.\n\n" + "\n".join(f"- {fit}" for fit in fits)
     )
     return heading("Compression by depth") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--rounds", type=int, default=2, help="processes of each kind")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)

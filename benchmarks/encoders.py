@@ -1,10 +1,13 @@
-"""Adapters against full fine-tuning on a small encoder: parts of speech and genres (UD English EWT), intents (BANKING77).
+"""Adapters against full fine-tuning on a small encoder: parts of speech and genres (UD English
+EWT), intents (BANKING77).
 
-    python scripts/pretrain_encoder.py --data ../shared/data --out runs/encoder
-    python benchmarks/encoders.py --encoder runs/encoder --data ../shared/data --out benchmarks/results/encoders_cpu.md
+    python scripts/pretrain_encoder.py --data ../shared/data --out runs/encoder python
+    benchmarks/encoders.py --encoder runs/encoder --data ../shared/data --out
+    benchmarks/results/encoders_cpu.md
 
-Learning rates are chosen for each method and task with seed 0 on the development data, among three; the table has test data. A
-head is trained in every row; "head" trains nothing else. Prints a Markdown table with device, versions and commit.
+Learning rates are chosen for each method and task with seed 0 on the development data, among three;
+the table has test data. A head is trained in every row; "head" trains nothing else. Prints a
+Markdown table with device, versions and commit.
 """
 
 from __future__ import annotations
@@ -36,9 +39,18 @@ from peft_jax.training.tasks import TASKS, Subject
 # method -> (how it changes the tree, learning rates to choose from)
 METHODS: dict[str, tuple[Callable[[Any, jax.Array], Any], tuple[float, ...]]] = {
     "full": (lambda p, k: peft_jax.full(p), (3e-4, 1e-3, 3e-3)),
-    "lora": (lambda p, k: peft_jax.lora(p, k, rank=8, alpha=16, targets=["Wqkv", "Wo", "Wi"]), (5e-4, 2e-3, 5e-3)),
-    "pfeiffer": (lambda p, k: peft_jax.bottleneck(p, k, placement="pfeiffer", size=24), (2e-3, 5e-3, 1e-2)),
-    "houlsby": (lambda p, k: peft_jax.bottleneck(p, k, placement="houlsby", size=12), (2e-3, 5e-3, 1e-2)),
+    "lora": (
+        lambda p, k: peft_jax.lora(p, k, rank=8, alpha=16, targets=["Wqkv", "Wo", "Wi"]),
+        (5e-4, 2e-3, 5e-3),
+    ),
+    "pfeiffer": (
+        lambda p, k: peft_jax.bottleneck(p, k, placement="pfeiffer", size=24),
+        (2e-3, 5e-3, 1e-2),
+    ),
+    "houlsby": (
+        lambda p, k: peft_jax.bottleneck(p, k, placement="houlsby", size=12),
+        (2e-3, 5e-3, 1e-2),
+    ),
     "bitfit": (lambda p, k: peft_jax.bitfit(p), (3e-3, 1e-2, 3e-2)),
     "head": (lambda p, k: p, (3e-3, 1e-2, 3e-2)),
 }
@@ -56,22 +68,36 @@ class Problem(NamedTuple):
 
 
 def problems(data: Path) -> dict[str, Problem]:
-    """The three tasks. Of the training data of BANKING77, which has no development data, every tenth record is held out."""
+    """The three tasks. Of the training data of BANKING77, which has no development data, every
+    tenth record is held out.
+    """
     tags, genres = {}, {}
     for part in ("train", "dev", "test"):
         file = str(data / "ud_english_ewt" / f"en_ewt-ud-{part}.conllu.gz")
         tags[part] = read_records(file, kind="tagging", columns={"tags": "upos"})
-        named = read_records(file, kind="classification", columns={"text": "text", "label": "sent_id"})
-        genres[part] = [Record({**r.value, "label": r.value["label"].partition("-")[0]}, r.origin) for r in named]
+        named = read_records(
+            file, kind="classification", columns={"text": "text", "label": "sent_id"}
+        )
+        genres[part] = [
+            Record({**r.value, "label": r.value["label"].partition("-")[0]}, r.origin)
+            for r in named
+        ]
     intents = {}
     for part in ("train", "test"):
         with (data / "banking77" / f"{part}.csv").open(encoding="utf-8") as file:
-            intents[part] = [Record({"text": r["text"], "label": r["category"]}, part) for r in csv.DictReader(file)]
+            intents[part] = [
+                Record({"text": r["text"], "label": r["category"]}, part)
+                for r in csv.DictReader(file)
+            ]
     held = intents["train"][::10]
     learnt = [r for i, r in enumerate(intents["train"]) if i % 10]
     return {
-        "part of speech": Problem("token_classification", tags["train"], tags["dev"], tags["test"], 64, 16),
-        "genre": Problem("sequence_classification", genres["train"], genres["dev"], genres["test"], 64, 16),
+        "part of speech": Problem(
+            "token_classification", tags["train"], tags["dev"], tags["test"], 64, 16
+        ),
+        "genre": Problem(
+            "sequence_classification", genres["train"], genres["dev"], genres["test"], 64, 16
+        ),
         "intent": Problem("sequence_classification", learnt, held, intents["test"], 32, 32),
     }
 
@@ -84,21 +110,42 @@ class Bench:
         labels = label_names([*problem.train, *problem.test], spec.labels or "label")
         self.model, self.base = peft_jax.load(args.encoder, task=problem.task, labels=labels)
         tokenizer = peft_jax.load_tokenizer(args.encoder)
-        self.subject = Subject(self.model, tokenizer, DataConfig(sequence_length=problem.length), 64, None)
-        self.rows, self.problem, self.method, self.spec = spec.rows(self.subject, problem.train), problem, method, spec
-        schedule = optax.inject_hyperparams(lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate)))
+        self.subject = Subject(
+            self.model, tokenizer, DataConfig(sequence_length=problem.length), 64, None
+        )
+        self.rows, self.problem, self.method, self.spec = (
+            spec.rows(self.subject, problem.train),
+            problem,
+            method,
+            spec,
+        )
+        schedule = optax.inject_hyperparams(
+            lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
+        )
         self.optimizer, self.steps = schedule(rate=0.0), args.steps
         self.step = jax.jit(
-            make_step(functools.partial(cross_entropy, LABELS), peft_jax.bind(self.model), self.optimizer), donate_argnums=0
+            make_step(
+                functools.partial(cross_entropy, LABELS), peft_jax.bind(self.model), self.optimizer
+            ),
+            donate_argnums=0,
         )
 
     def start(self, seed: int) -> Any:
         """The tree before training: the method's, and a fresh head that trains."""
-        head = lambda path, w: set(path.split("/")) & set(self.model.heads) and not is_node(w)
+
+        def head(path, w):
+            return set(path.split("/")) & set(self.model.heads) and not is_node(w)
+
         key = jax.random.key(seed)
         params = METHODS[self.method][0](self.base, key)
-        fresh = lambda path, w: 0.02 * jax.random.normal(jax.random.fold_in(key, len(path)), w.shape)
-        return map_places(lambda p, w: peft_jax.Trainable(fresh(p, w), saved_as="module") if head(p, w) else w, params)
+
+        def fresh(path, w):
+            return 0.02 * jax.random.normal(jax.random.fold_in(key, len(path)), w.shape)
+
+        return map_places(
+            lambda p, w: peft_jax.Trainable(fresh(p, w), saved_as="module") if head(p, w) else w,
+            params,
+        )
 
     def run(self, seed: int, rate: float) -> tuple[Any, float]:
         """(the trained tree, median seconds a step)."""
@@ -119,13 +166,18 @@ class Bench:
         return self.spec.scores(self.subject, params, records, ["accuracy"])["accuracy"]
 
 
-def bench(args: argparse.Namespace, problem: Problem, method: str, say: Callable[[str], None]) -> dict[str, Any]:
+def bench(
+    args: argparse.Namespace, problem: Problem, method: str, say: Callable[[str], None]
+) -> dict[str, Any]:
     """The chosen rate, the test accuracy of each seed, sizes and times."""
     b = Bench(args, problem, method)
     tried = {rate: b.run(0, rate) for rate in METHODS[method][1]}
     scores = {rate: b.accuracy(params, problem.dev[:1000]) for rate, (params, _) in tried.items()}
     rate = max(scores, key=lambda r: scores[r])
-    say(f"  {method}: development accuracy by rate {', '.join(f'{r:g} {s:.4f}' for r, s in scores.items())}")
+    say(
+        f"  {method}: development accuracy by rate "
+        f"{', '.join(f'{r:g} {s:.4f}' for r, s in scores.items())}"
+    )
     runs = [tried[rate], *(b.run(seed, rate) for seed in range(1, args.seeds))]
     trunk = {k: w for k, w in b.start(0).items() if k == b.model.prefix}
     return {
@@ -138,7 +190,11 @@ def bench(args: argparse.Namespace, problem: Problem, method: str, say: Callable
 
 def table(found: dict[str, dict[str, dict[str, Any]]], args: argparse.Namespace) -> str:
     names = list(found)
-    lines = ["| method | trained in the trunk | " + " | ".join(f"{n}, % (mean ± sd)" for n in names) + " | ms a step |"]
+    lines = [
+        "| method | trained in the trunk | "
+        + " | ".join(f"{n}, % (mean ± sd)" for n in names)
+        + " | ms a step |"
+    ]
     lines.append("|---" * (len(names) + 3) + "|")
     for method in METHODS:
         if any(method not in found[n] for n in names):
@@ -152,25 +208,33 @@ def table(found: dict[str, dict[str, dict[str, Any]]], args: argparse.Namespace)
         times = " / ".join(f"{r['seconds'] * 1e3:.0f}" for r in one)
         lines.append(f"| {method} | {one[-1]['trained']:,} | {' | '.join(cells)} | {times} |")
     text = (
-        f"Test accuracy, {args.seeds} seeds, {args.steps} steps of 1,024 tokens, AdamW, cosine schedule, on an encoder of 4\n"
-        "layers and 192 features trained on novels and plays. Rates were chosen among three on development data with seed 0.\n"
+        f"Test accuracy, {args.seeds} seeds, {args.steps} steps of 1,024 tokens, AdamW, cosine "
+        "schedule, on an encoder of 4\n"
+        "layers and 192 features trained on novels and plays. Rates were chosen among three on "
+        "development data with seed 0.\n"
     )
     return heading("Adapters on a small encoder") + f"\n{text}\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--encoder", required=True, help="folder of the encoder")
     parser.add_argument("--data", required=True, help="folder with ud_english_ewt/ and banking77/")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", nargs="*", choices=METHODS, help="these methods alone")
-    parser.add_argument("--found", help="a JSON file of results, from which an interrupted run goes on")
+    parser.add_argument(
+        "--found", help="a JSON file of results, from which an interrupted run goes on"
+    )
     parser.add_argument("--out", help="a Markdown file for the table")
     args = parser.parse_args()
     say = functools.partial(print, flush=True)
     kept = Path(args.found) if args.found else None
-    found: dict[str, dict[str, dict[str, Any]]] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
+    found: dict[str, dict[str, dict[str, Any]]] = (
+        json.loads(kept.read_text()) if kept and kept.is_file() else {}
+    )
     for name, problem in problems(Path(args.data)).items():
         say(f"{name}: {len(problem.train):,} training records")
         for method in args.only or METHODS:

@@ -1,11 +1,13 @@
-"""Seconds and memory of a LoRA training step: ours, Hugging Face PEFT, and Tunix with Qwix, on the same work in one run.
+"""Seconds and memory of a LoRA training step: ours, Hugging Face PEFT, and Tunix with Qwix, on the
+same work in one run.
 
-    python benchmarks/lora_step.py                                # the CPU work of docs/architecture.md
-    python benchmarks/lora_step.py --tunix-python ../tunix/bin/python   # with Tunix, which needs an environment of its own
-    python benchmarks/lora_step.py --preset llama-1b              # on a GPU: bfloat16, random weights made on the device
+    python benchmarks/lora_step.py                                # the CPU work of
+    docs/architecture.md python benchmarks/lora_step.py --tunix-python ../tunix/bin/python   # with
+    Tunix, which needs an environment of its own python benchmarks/lora_step.py --preset llama-1b
+    # on a GPU: bfloat16, random weights made on the device
 
-Each contender is a process that takes turns with the others, so all meet the same machine. The table goes to standard
-output and, with --out, to a Markdown file with device, versions and commit.
+Each contender is a process that takes turns with the others, so all meet the same machine. The
+table goes to standard output and, with --out, to a Markdown file with device, versions and commit.
 """
 
 from __future__ import annotations
@@ -44,15 +46,34 @@ class Work:
 
 PRESETS = {
     "cpu": Work(),
-    "llama-1b": Work(2048, 8192, 16, 32, 8, 128256, rows=8, length=2048, rank=16, dtype="bfloat16", remat="full", tied=True),
-    "llama-8b": Work(4096, 14336, 32, 32, 8, 128256, rows=4, length=2048, rank=16, dtype="bfloat16", remat="full"),
+    "llama-1b": Work(
+        2048,
+        8192,
+        16,
+        32,
+        8,
+        128256,
+        rows=8,
+        length=2048,
+        rank=16,
+        dtype="bfloat16",
+        remat="full",
+        tied=True,
+    ),
+    "llama-8b": Work(
+        4096, 14336, 32, 32, 8, 128256, rows=4, length=2048, rank=16, dtype="bfloat16", remat="full"
+    ),
 }
 
 
 def tokens_of(work: Work):
     import numpy as np
 
-    return np.random.default_rng(0).integers(0, work.vocabulary, (work.rows, work.length + 1)).astype(np.int32)
+    return (
+        np.random.default_rng(0)
+        .integers(0, work.vocabulary, (work.rows, work.length + 1))
+        .astype(np.int32)
+    )
 
 
 # Workers. Each returns (run(steps) -> seconds a step, memory() -> bytes).
@@ -75,7 +96,13 @@ def ours(work: Work, *, scan_layers: bool):
 
     config = LlamaConfig(**llama_sizes(work))
     dtype = jnp.dtype(work.dtype)
-    model = Decoder(decoder_config(config), dtype=dtype, param_dtype=dtype, scan_layers=scan_layers, remat=work.remat)
+    model = Decoder(
+        decoder_config(config),
+        dtype=dtype,
+        param_dtype=dtype,
+        scan_layers=scan_layers,
+        remat=work.remat,
+    )
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     params = peft_jax.lora(params, jax.random.key(1), rank=work.rank, alpha=work.rank)
     optimizer = optax.adamw(1e-4)
@@ -83,7 +110,11 @@ def ours(work: Work, *, scan_layers: bool):
     del params
     step = jax.jit(make_step(next_token, peft_jax.bind(model), optimizer), donate_argnums=0)
     tokens = tokens_of(work)
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((work.rows, work.length), np.float32)}
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": np.ones((work.rows, work.length), np.float32),
+    }
     batch = jax.device_put(batch)
 
     def run(steps: int) -> float:
@@ -99,10 +130,15 @@ def ours(work: Work, *, scan_layers: bool):
 
 def llama_sizes(work: Work) -> dict:
     return dict(
-        vocab_size=work.vocabulary, hidden_size=work.hidden, intermediate_size=work.intermediate, num_hidden_layers=work.layers,
-        num_attention_heads=work.heads, num_key_value_heads=work.kv_heads, max_position_embeddings=work.length,
+        vocab_size=work.vocabulary,
+        hidden_size=work.hidden,
+        intermediate_size=work.intermediate,
+        num_hidden_layers=work.layers,
+        num_attention_heads=work.heads,
+        num_key_value_heads=work.kv_heads,
+        max_position_embeddings=work.length,
         tie_word_embeddings=work.tied,
-    )  # fmt: skip
+    )
 
 
 def peft(work: Work):
@@ -113,12 +149,16 @@ def peft(work: Work):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
-            LlamaConfig(**llama_sizes(work)), attn_implementation="sdpa", dtype=getattr(torch, work.dtype)
+            LlamaConfig(**llama_sizes(work)),
+            attn_implementation="sdpa",
+            dtype=getattr(torch, work.dtype),
         )
     if work.remat != "none":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    model = get_peft_model(model, LoraConfig(r=work.rank, lora_alpha=work.rank, target_modules="all-linear")).train()
+    model = get_peft_model(
+        model, LoraConfig(r=work.rank, lora_alpha=work.rank, target_modules="all-linear")
+    ).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     tokens = torch.tensor(tokens_of(work), dtype=torch.long, device=device)
 
@@ -126,7 +166,9 @@ def peft(work: Work):
         start = time.perf_counter()
         for _ in range(steps):
             logits = model(tokens[:, :-1], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), tokens[:, 1:].flatten()
+            )
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -146,16 +188,26 @@ def tunix(work: Work):
     from tunix.sft import peft_trainer
 
     config = llama.ModelConfig(
-        num_layers=work.layers, vocab_size=work.vocabulary, embed_dim=work.hidden, hidden_dim=work.intermediate,
-        num_heads=work.heads, head_dim=work.hidden // work.heads, num_kv_heads=work.kv_heads, rope_theta=10000, norm_eps=1e-6,
-        weight_tying=work.tied, remat_config=llama.RematConfig.DECODER if work.remat != "none" else llama.RematConfig.NONE,
-    )  # fmt: skip
+        num_layers=work.layers,
+        vocab_size=work.vocabulary,
+        embed_dim=work.hidden,
+        hidden_dim=work.intermediate,
+        num_heads=work.heads,
+        head_dim=work.hidden // work.heads,
+        num_kv_heads=work.kv_heads,
+        rope_theta=10000,
+        norm_eps=1e-6,
+        weight_tying=work.tied,
+        remat_config=llama.RematConfig.DECODER if work.remat != "none" else llama.RematConfig.NONE,
+    )
     model = llama.Llama3(config, rngs=nnx.Rngs(0))
     if work.dtype != "float32":
         graph, state = nnx.split(model)
         model = nnx.merge(graph, jax.tree.map(lambda x: x.astype(work.dtype), state))
     provider = qwix.LoraProvider(
-        module_path=".*q_proj|.*k_proj|.*v_proj|.*o_proj|.*gate_proj|.*up_proj|.*down_proj", rank=work.rank, alpha=work.rank
+        module_path=".*q_proj|.*k_proj|.*v_proj|.*o_proj|.*gate_proj|.*up_proj|.*down_proj",
+        rank=work.rank,
+        alpha=work.rank,
     )
     model = qwix.apply_lora_to_model(model, provider, **model.get_model_input())
     trainer = peft_trainer.PeftTrainer(
@@ -202,7 +254,10 @@ def serve(name: str, work: Work) -> None:
     run(1)
     print(json.dumps({"compile": time.perf_counter() - start, "loss": run.loss}), flush=True)
     for line in sys.stdin:
-        print(json.dumps({"seconds": run(int(line)), "memory": memory(), "loss": run.loss}), flush=True)
+        print(
+            json.dumps({"seconds": run(int(line)), "memory": memory(), "loss": run.loss}),
+            flush=True,
+        )
 
 
 class Contender:
@@ -210,7 +265,11 @@ class Contender:
         command = [python, __file__, "--worker", name, "--preset", args.preset]
         self.name, self.seconds, self.memory = name, [], 0
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         self.start = self._read()
 
@@ -218,7 +277,9 @@ class Contender:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise RuntimeError(f"{self.name} ended with {self._process.wait()}; run it with --worker to see why")
+        raise RuntimeError(
+            f"{self.name} ended with {self._process.wait()}; run it with --worker to see why"
+        )
 
     def turn(self, steps: int) -> None:
         self._process.stdin.write(f"{steps}\n")
@@ -235,42 +296,59 @@ class Contender:
 def table(contenders: list[Contender], work: Work) -> str:
     reference = next((c for c in contenders if c.name == "HF PEFT"), contenders[-1])
     base = statistics.median(reference.seconds)
-    rows = ["| | seconds a step (median, least) | against PEFT | peak memory | start and compile |", "|---|---|---|---|---|"]
+    rows = [
+        "| | seconds a step (median, least) | against PEFT | peak memory | start and compile |",
+        "|---|---|---|---|---|",
+    ]
     for c in contenders:
         median = statistics.median(c.seconds)
         rows.append(
-            f"| {c.name} | {median:.3f}, {min(c.seconds):.3f} | {median / base:.2f} | {c.memory / 2**30:.2f} GiB | "
+            f"| {c.name} | {median:.3f}, {min(c.seconds):.3f} | {median / base:.2f} | "
+            f"{c.memory / 2**30:.2f} GiB | "
             f"{c.start['compile']:.0f} s |"
         )
     return "\n".join(rows)
 
 
 def flops(work: Work) -> float:
-    """Model FLOPs of a step: 4 for each weight and token (forward, input gradient), plus attention's."""
+    """Model FLOPs of a step: 4 for each weight and token (forward, input gradient), plus
+    attention's.
+    """
     head = work.hidden // work.heads
-    layer = work.hidden * head * 2 * (work.heads + work.kv_heads) + 3 * work.hidden * work.intermediate
+    layer = (
+        work.hidden * head * 2 * (work.heads + work.kv_heads) + 3 * work.hidden * work.intermediate
+    )
     weights = work.layers * layer + work.vocabulary * work.hidden
     attention = work.layers * 2 * 2 * work.length * work.hidden // 2  # causal: half of the square
     return work.rows * work.length * (4.0 * weights + 3.0 * attention)
 
 
 def heading(args: argparse.Namespace, work: Work) -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    versions = {n: importlib.metadata.version(n) for n in ("jax", "flax", "torch", "peft", "transformers")}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    versions = {
+        n: importlib.metadata.version(n) for n in ("jax", "flax", "torch", "peft", "transformers")
+    }
     device = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        device = next((line.split(":")[1].strip() for line in lines if "model name" in line), device)
+        device = next(
+            (line.split(":")[1].strip() for line in lines if "model name" in line), device
+        )
     return (
         f"# LoRA step, preset {args.preset}\n\n{dataclasses.asdict(work)}\n\n"
-        f"{flops(work) / 1e9:.0f} GFLOP a step by the model's arithmetic. {datetime.now(UTC):%Y-%m-%d}, commit {commit}, "
+        f"{flops(work) / 1e9:.0f} GFLOP a step by the model's arithmetic. "
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit}, "
         f"{device}, {os.cpu_count()} CPUs; {', '.join(f'{k} {v}' for k, v in versions.items())}; "
         f"{args.rounds} rounds of {args.steps} steps, taking turns.\n"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps in a turn")
@@ -282,7 +360,11 @@ def main() -> None:
     if args.worker:
         serve(args.worker, work)
         return
-    wanted = [("peft_jax", sys.executable), ("peft_jax, looped", sys.executable), ("HF PEFT", sys.executable)]
+    wanted = [
+        ("peft_jax", sys.executable),
+        ("peft_jax, looped", sys.executable),
+        ("HF PEFT", sys.executable),
+    ]
     if args.tunix_python:
         wanted.append(("Tunix + Qwix", args.tunix_python))
     contenders = []

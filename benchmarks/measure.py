@@ -1,4 +1,6 @@
-"""What the benchmarks have in common: the heading of a table, rows of the embedded data, times and losses."""
+"""What the benchmarks have in common: the heading of a table, rows of the embedded data, times and
+losses.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +32,23 @@ LENGTH = 128
 
 def heading(title: str) -> str:
     """A title, and a line that says when, what and on what."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("jax", "flax", "optax"))
     device = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else _cpu()
-    return f"# {title}\n\n{datetime.now(UTC):%Y-%m-%d}, commit {commit}, {device}, {os.cpu_count()} CPUs; {versions}.\n"
+    return (
+        f"# {title}\n\n{datetime.now(UTC):%Y-%m-%d}, commit {commit}, {device}, "
+        f"{os.cpu_count()} CPUs; {versions}.\n"
+    )
 
 
 def _cpu() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine()
+    )
 
 
 def publish(text: str, out: str | None) -> None:
@@ -78,7 +87,9 @@ def held_out_loss(apply: Any, trainable: Any, frozen: Any, rows: Any) -> float:
 
 
 def held_out(data: Path, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(training, held-out) rows of 256 tokens of the texts that the embedded base was trained on."""
+    """(training, held-out) rows of 256 tokens of the texts that the embedded base was trained
+    on.
+    """
     sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
     from pretrain_base import paragraphs, token_streams
 

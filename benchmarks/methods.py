@@ -2,8 +2,8 @@
 
     python benchmarks/methods.py --seeds 3 --steps 60
 
-Prints a Markdown table, with device, versions and commit; `--out` writes it to a file. `--only` takes some of the methods,
-`--rates` multiplies their learning rates.
+Prints a Markdown table, with device, versions and commit; `--out` writes it to a file. `--only`
+takes some of the methods, `--rates` multiplies their learning rates.
 """
 
 from __future__ import annotations
@@ -26,14 +26,24 @@ from peft_jax.training.optimizer import make_optimizer
 from peft_jax.training.step import init_state, make_step
 
 ROWS = 4
-TASKS = {"docstrings": ("builtin:python-docstrings", "completion"), "documentation": ("builtin:python-docs", "text")}
-PLACED = {"pfeiffer": "bottleneck", "parallel": "bottleneck"}  # rows that are a method with other options
+TASKS = {
+    "docstrings": ("builtin:python-docstrings", "completion"),
+    "documentation": ("builtin:python-docs", "text"),
+}
+PLACED = {
+    "pfeiffer": "bottleneck",
+    "parallel": "bottleneck",
+}  # rows that are a method with other options
 
-# (method's options, learning rate): sizes near LoRA's of rank 8, rates from the methods' papers, scaled to this model.
+# (method's options, learning rate): sizes near LoRA's of rank 8, rates from the methods' papers,
+# scaled to this model.
 SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
     "lora": ({"rank": 8, "alpha": 16}, 3e-3),
     "dora": ({"rank": 8, "alpha": 16}, 3e-3),
-    "adalora": ({"init_rank": 12, "target_rank": 8, "alpha": 24, "warmup": 20, "final": 40, "every": 5}, 5e-3),
+    "adalora": (
+        {"init_rank": 12, "target_rank": 8, "alpha": 24, "warmup": 20, "final": 40, "every": 5},
+        5e-3,
+    ),
     "vera": ({"rank": 256}, 2e-2),
     "loha": ({"rank": 4, "alpha": 8}, 5e-3),
     "lokr": ({"rank": 8, "alpha": 16}, 5e-3),
@@ -74,23 +84,40 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
 def methods(args: argparse.Namespace) -> None:
     model, base = peft_jax.load("builtin:base")
     tokenizer = peft_jax.load_tokenizer("builtin:base")
-    data = {task: [rows_of(source, s, kind, tokenizer) for s in ("train", "test")] for task, (source, kind) in TASKS.items()}
+    data = {
+        task: [rows_of(source, s, kind, tokenizer) for s in ("train", "test")]
+        for task, (source, kind) in TASKS.items()
+    }
     names = args.only or list(SETTINGS)
-    found: dict[tuple[str, str], list[tuple[float, int, float, int]]] = {(n, t): [] for n in names for t in TASKS}
-    before = [f"{held_out_loss(peft_jax.bind(model), *peft_jax.partition(base), test):.4f}" for _, test in data.values()]
+    found: dict[tuple[str, str], list[tuple[float, int, float, int]]] = {
+        (n, t): [] for n in names for t in TASKS
+    }
+    before = [
+        f"{held_out_loss(peft_jax.bind(model), *peft_jax.partition(base), test):.4f}"
+        for _, test in data.values()
+    ]
     for seed in range(args.seeds):
         for name, task in found:
             train, test = data[task]
-            found[name, task].append(_train(name, model, base, train, test, args.steps, seed, args.rates))
+            found[name, task].append(
+                _train(name, model, base, train, test, args.steps, seed, args.rates)
+            )
             loss, trained, seconds, _ = found[name, task][-1]
-            print(f"seed {seed}, {name}, {task}: {loss:.4f}, {trained:,} trained, {seconds * 1e3:.0f} ms a step", flush=True)
+            print(
+                f"seed {seed}, {name}, {task}: {loss:.4f}, {trained:,} trained, "
+                f"{seconds * 1e3:.0f} ms a step",
+                flush=True,
+            )
         publish(_table(names, found, before, args.steps, seed + 1), args.out)
 
 
 def _table(names: list[str], found: Any, before: list[str], steps: int, seeds: int) -> str:
     """What has been found so far."""
     columns = " | ".join(f"{task}, nats/token (mean ± sd)" for task in TASKS)
-    lines = [f"| method | trained | {columns} | ms a step | step's temporaries, MiB |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"| method | trained | {columns} | ms a step | step's temporaries, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
     lines.append(f"| none | 0 | {' | '.join(before)} | | |")
     first = next(iter(TASKS))
     for name in sorted(names, key=lambda n: statistics.mean(r[0] for r in found[n, first])):
@@ -101,9 +128,20 @@ def _table(names: list[str], found: Any, before: list[str], steps: int, seeds: i
             cells.append(f"{statistics.mean(losses):.4f} ± {spread:.4f}")
         runs = [r for task in TASKS for r in found[name, task]]
         seconds, (_, trained, _, memory) = statistics.median(r[2] for r in runs), runs[0]
-        lines.append(f"| {name} | {trained:,} | {' | '.join(cells)} | {seconds * 1e3:.0f} | {memory / 2**20:.0f} |")
-    text = f"{seeds} seeds, {steps} steps of {ROWS} rows of {LENGTH} tokens, AdamW, cosine schedule; test losses.\n"
-    return heading("Every method on two tasks, on the embedded base") + f"\n{text}\n" + "\n".join(lines) + "\n"
+        lines.append(
+            f"| {name} | {trained:,} | {' | '.join(cells)} | {seconds * 1e3:.0f} | "
+            f"{memory / 2**20:.0f} |"
+        )
+    text = (
+        f"{seeds} seeds, {steps} steps of {ROWS} rows of {LENGTH} tokens, AdamW, cosine "
+        "schedule; test losses.\n"
+    )
+    return (
+        heading("Every method on two tasks, on the embedded base")
+        + f"\n{text}\n"
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 def _train(
@@ -118,7 +156,11 @@ def _train(
     apply = peft_jax.bind(model)
     state = init_state(trainable, optimizer, seed)
     batch = batch_at(train, 0, ROWS, seed=seed)
-    step = jax.jit(make_step(next_token, apply, optimizer), donate_argnums=0).lower(state, frozen, batch).compile()
+    step = (
+        jax.jit(make_step(next_token, apply, optimizer), donate_argnums=0)
+        .lower(state, frozen, batch)
+        .compile()
+    )
     times = []
     for i in range(steps):
         batch = batch_at(train, i, ROWS, seed=seed)
@@ -128,11 +170,18 @@ def _train(
         times.append(time.perf_counter() - start)
     memory = step.memory_analysis()
     loss = held_out_loss(apply, state.trainable, frozen, test)
-    return loss, peft_jax.count(params)[0], statistics.median(times), memory.temp_size_in_bytes if memory else 0
+    return (
+        loss,
+        peft_jax.count(params)[0],
+        statistics.median(times),
+        memory.temp_size_in_bytes if memory else 0,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="training steps of each method")
     parser.add_argument("--only", nargs="*", choices=SETTINGS, help="these methods alone")

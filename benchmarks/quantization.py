@@ -1,9 +1,11 @@
-"""Quantization measured: perplexity by format and rounding, QLoRA against LoRA, memory and time of a step.
+"""Quantization measured: perplexity by format and rounding, QLoRA against LoRA, memory and time of
+a step.
 
-    python benchmarks/quantization.py step                            # QLoRA against bfloat16 LoRA, 312 million parameters
-    python benchmarks/quantization.py table --data ../shared/data     # every format and rounding, on the embedded base
-    python benchmarks/quantization.py calibrated --model FOLDER --text test.txt.gz --calibration valid.txt.gz  # a real model
-    python benchmarks/quantization.py qlora --seeds 3                 # quality of QLoRA against LoRA
+    python benchmarks/quantization.py step                            # QLoRA against bfloat16 LoRA,
+    312 million parameters python benchmarks/quantization.py table --data ../shared/data     # every
+    format and rounding, on the embedded base python benchmarks/quantization.py calibrated --model
+    FOLDER --text test.txt.gz --calibration valid.txt.gz  # a real model python
+    benchmarks/quantization.py qlora --seeds 3                 # quality of QLoRA against LoRA
 
 Each prints a Markdown table, with device, versions and commit; `--out` writes it to a file.
 """
@@ -41,7 +43,8 @@ from peft_jax.training.config import OptimizerConfig
 from peft_jax.training.optimizer import make_optimizer
 from peft_jax.training.step import init_state, make_step
 
-# ------------------------------------------------------------------------------------------------------------- step
+# --------------------------------------------------------------------------------------------------
+# step
 
 VOCABULARY, STEP_ROWS, STEP_LENGTH = 32_000, 2, 256
 
@@ -53,15 +56,27 @@ def step_model() -> tuple[Decoder, dict[str, Any]]:
     from peft_jax.models.config import decoder_config
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=1024, intermediate_size=2816, num_hidden_layers=24, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = Decoder(decoder_config(config), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat="full")
-    return model, jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        vocab_size=VOCABULARY,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+    model = Decoder(
+        decoder_config(config), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat="full"
+    )
+    return model, jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))[
+        "params"
+    ]
 
 
 def random_params(shapes: Any, quantized: bool) -> Any:
-    """Random weights made one by one, quantized as they come, so that the process never holds the dense model."""
+    """Random weights made one by one, quantized as they come, so that the process never holds the
+    dense model.
+    """
     from peft_jax.core.tree import map_places
 
     paths = set(peft_jax.select(shapes, ["all-linear", "embed_tokens"])) if quantized else set()
@@ -88,11 +103,21 @@ def run_step(kind: str, repeats: int) -> dict[str, float]:
     optimizer = peft_jax.adamw8bit(1e-4) if kind == "qlora" else optax.adamw(1e-4)
     state = init_state(trainable, optimizer, 0)
     objective = functools.partial(next_token, chunk=128)
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (STEP_ROWS, STEP_LENGTH + 1)).astype(np.int32)
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((STEP_ROWS, STEP_LENGTH), np.float32)}
+    tokens = (
+        np.random.default_rng(0)
+        .integers(0, VOCABULARY, (STEP_ROWS, STEP_LENGTH + 1))
+        .astype(np.int32)
+    )
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": np.ones((STEP_ROWS, STEP_LENGTH), np.float32),
+    }
     start = time.perf_counter()
     step = (
-        jax.jit(make_step(objective, peft_jax.bind(model), optimizer), donate_argnums=0).lower(state, frozen, batch).compile()
+        jax.jit(make_step(objective, peft_jax.bind(model), optimizer), donate_argnums=0)
+        .lower(state, frozen, batch)
+        .compile()
     )
     compiled = time.perf_counter() - start
     times = []
@@ -102,12 +127,22 @@ def run_step(kind: str, repeats: int) -> dict[str, float]:
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start)
     memory = step.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
     return {
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)), "params": held,
-        "temporaries": memory.temp_size_in_bytes, "peak": peak, "seconds": statistics.median(times), "compile": compiled,
-        "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "loss": float(metrics["loss"]),
-    }  # fmt: skip
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)),
+        "params": held,
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": peak,
+        "seconds": statistics.median(times),
+        "compile": compiled,
+        "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "loss": float(metrics["loss"]),
+    }
 
 
 def step(args: argparse.Namespace) -> str:
@@ -116,32 +151,54 @@ def step(args: argparse.Namespace) -> str:
         for kind in found:  # each in a process of its own, taking turns
             command = [sys.executable, __file__, "one-step", "--kind", kind]
             found[kind].append(
-                json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+                json.loads(
+                    subprocess.run(
+                        command, capture_output=True, text=True, check=True
+                    ).stdout.splitlines()[-1]
+                )
             )
             print(kind, found[kind][-1], flush=True)
-    pick = lambda kind, name: statistics.median(r[name] for r in found[kind])
+
+    def pick(kind, name):
+        return statistics.median(r[name] for r in found[kind])
+
     mib = 2**20
     lines = [
-        "| | parameters, MiB | step's temporaries, MiB | all of the step, MiB | process, MiB | seconds a step |",
+        "| | parameters, MiB | step's temporaries, MiB | all of the step, MiB | process, MiB | "
+        "seconds a step |",
         "|---|---|---|---|---|---|",
     ]
-    names = {"lora": "LoRA over bfloat16, AdamW", "qlora": "QLoRA: NF4 with doubled scales, 8-bit AdamW"}
+    names = {
+        "lora": "LoRA over bfloat16, AdamW",
+        "qlora": "QLoRA: NF4 with doubled scales, 8-bit AdamW",
+    }
     for kind, name in names.items():
         sizes = [pick(kind, n) / mib for n in ("params", "temporaries", "peak", "process")]
-        lines.append(f"| {name} | " + " | ".join(f"{s:.0f}" for s in sizes) + f" | {pick(kind, 'seconds'):.2f} |")
-    ratio = [f"{pick('qlora', n) / pick('lora', n):.2f}" for n in ("params", "temporaries", "peak", "process", "seconds")]
+        lines.append(
+            f"| {name} | "
+            + " | ".join(f"{s:.0f}" for s in sizes)
+            + f" | {pick(kind, 'seconds'):.2f} |"
+        )
+    ratio = [
+        f"{pick('qlora', n) / pick('lora', n):.2f}"
+        for n in ("params", "temporaries", "peak", "process", "seconds")
+    ]
     lines.append("| ratio | " + " | ".join(ratio) + " |")
     bits = 8 * pick("qlora", "params") / pick("qlora", "parameters")
     note = (
-        f"Llama shape, {pick('lora', 'parameters') / 1e6:.0f} million parameters, {STEP_ROWS} rows of {STEP_LENGTH} tokens, "
-        f"layers rematerialised, rank 8 on all linear layers; {bits:.3f} bits a weight, norms included. Sizes are those of the "
-        f"compiled step's arrays and temporaries. {args.rounds} processes of each, in turn. On CPUs XLA keeps float32 copies "
+        f"Llama shape, {pick('lora', 'parameters') / 1e6:.0f} million parameters, {STEP_ROWS} rows "
+        f"of {STEP_LENGTH} tokens, "
+        f"layers rematerialised, rank 8 on all linear layers; {bits:.3f} bits a weight, norms "
+        "included. Sizes are those of the "
+        f"compiled step's arrays and temporaries. {args.rounds} processes of each, in turn. On "
+        "CPUs XLA keeps float32 copies "
         "of the bfloat16 weights for the whole step, which is most of what LoRA's temporaries are."
     )
     return heading("A QLoRA step") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
 
 
-# ------------------------------------------------------------------------------------------------------------ table
+# --------------------------------------------------------------------------------------------------
+# table
 
 PLANS: list[tuple[int, str, Any, str, dict[str, Any]]] = [
     (8, "int8, a scale an output", Int(bits=8), "nearest", {}),
@@ -172,7 +229,13 @@ PLANS: list[tuple[int, str, Any, str, dict[str, Any]]] = [
         )
     ],
     *[
-        (bits, f"int{bits}, zero points", Int(bits=bits, block_size=64, symmetric=False), rounding, options)
+        (
+            bits,
+            f"int{bits}, zero points",
+            Int(bits=bits, block_size=64, symmetric=False),
+            rounding,
+            options,
+        )
         for bits in (4, 3, 2)
         for rounding, options in (
             ("nearest", {}),
@@ -209,16 +272,25 @@ def table(args: argparse.Namespace) -> str:
         label = label_of(rounding, options)
         if not re.search(args.plans, f"{name} {label}"):
             continue
-        quantized = peft_jax.quantize_in_turn(peft_jax.bind(model), params, batches, format, rounding=rounding, **options)
+        quantized = peft_jax.quantize_in_turn(
+            peft_jax.bind(model), params, batches, format, rounding=rounding, **options
+        )
         value = perplexity_of(scanned, peft_jax.stack_layers(quantized), held)
         lines.append(f"| {bits} | {name} | {label} | {mean_bits(quantized):.3f} | {value:.3f} |")
         print(lines[-1], flush=True)
     note = (
-        f"Perplexity on {held.size:,} held-out tokens of the novels and plays that the embedded base (5.5 million parameters) "
-        f"was trained on; its linear layers quantized block by block, calibrated on {16 * args.batches} rows of 256 training "
+        f"Perplexity on {held.size:,} held-out tokens of the novels and plays that the embedded "
+        "base (5.5 million parameters) "
+        "was trained on; its linear layers quantized block by block, calibrated on "
+        f"{16 * args.batches} rows of 256 training "
         "tokens; blocks of 64 inputs where the format has any (MXFP4: 32)."
     )
-    return heading("Formats and roundings on the embedded base") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
+    return (
+        heading("Formats and roundings on the embedded base")
+        + f"\n{note}\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 def mean_bits(tree: Any) -> float:
@@ -227,11 +299,16 @@ def mean_bits(tree: Any) -> float:
     return statistics.mean(peft_jax.bits_per_weight(w) for w in nodes)
 
 
-# ------------------------------------------------------------------------------------------------------- calibrated
+# --------------------------------------------------------------------------------------------------
+# calibrated
 
 CALIBRATED: list[tuple[str, str, dict[str, Any]]] = [
     ("nearest", "nearest", {}),
-    ("GPTQ, inputs as they come, no cap on tokens", "gptq", {"activation_order": False, "token_cap": None}),
+    (
+        "GPTQ, inputs as they come, no cap on tokens",
+        "gptq",
+        {"activation_order": False, "token_cap": None},
+    ),
     ("GPTQ, inputs as they come", "gptq", {"activation_order": False}),
     ("GPTQ, dynamic activation order", "gptq", {"activation_order": "dynamic"}),
     ("GPTQ (static activation order)", "gptq", {}),
@@ -240,15 +317,28 @@ CALIBRATED: list[tuple[str, str, dict[str, Any]]] = [
 
 
 def calibrated(args: argparse.Namespace) -> str:
-    """Roundings of a model folder by the text that they are calibrated on: like what is measured, and not."""
+    """Roundings of a model folder by the text that they are calibrated on: like what is measured,
+    and not.
+    """
     model, params = peft_jax.load(args.model, scan_layers=False)
     scanned, tokenizer = model.clone(scan_layers=True), peft_jax.load_tokenizer(args.model)
     held = text_rows(read_text(Path(args.text)), tokenizer, args.rows)
-    documents = "\n\n".join(r.value["text"] for r in read_records("builtin:python-docs", kind="text", split="train"))
-    texts = {Path(args.calibration).name: read_text(Path(args.calibration)), "python-docs": documents}
+    documents = "\n\n".join(
+        r.value["text"] for r in read_records("builtin:python-docs", kind="text", split="train")
+    )
+    texts = {
+        Path(args.calibration).name: read_text(Path(args.calibration)),
+        "python-docs": documents,
+    }
     rows = {name: text_rows(text, tokenizer, 16 * args.batches) for name, text in texts.items()}
-    value = lambda tree: perplexity_of(scanned, peft_jax.stack_layers(tree), held)
-    lines = [f"| | {' | '.join(f'{b} bits, {name}' for b in (4, 3) for name in texts)} |", "|---|" + "---|" * 4]
+
+    def value(tree):
+        return perplexity_of(scanned, peft_jax.stack_layers(tree), held)
+
+    lines = [
+        f"| | {' | '.join(f'{b} bits, {name}' for b in (4, 3) for name in texts)} |",
+        "|---|" + "---|" * 4,
+    ]
     for label, rounding, options in CALIBRATED:
         cells: list[str] = []
         for bits in (4, 3):
@@ -257,16 +347,26 @@ def calibrated(args: argparse.Namespace) -> str:
                 if rounding == "nearest" and name == "python-docs":
                     cells.append(cells[-1])
                     continue
-                batches = [{"tokens": jnp.asarray(rows[name][16 * i : 16 * (i + 1)])} for i in range(args.batches)]
+                batches = [
+                    {"tokens": jnp.asarray(rows[name][16 * i : 16 * (i + 1)])}
+                    for i in range(args.batches)
+                ]
                 start = time.perf_counter()
-                tree = peft_jax.quantize_in_turn(peft_jax.bind(model), params, batches, format, rounding=rounding, **options)
+                tree = peft_jax.quantize_in_turn(
+                    peft_jax.bind(model), params, batches, format, rounding=rounding, **options
+                )
                 cells.append(f"{value(tree):.1f}")
-                print(label, bits, name, cells[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
+                print(
+                    label, bits, name, cells[-1], f"{time.perf_counter() - start:.0f} s", flush=True
+                )
         lines.append(f"| {label} | {' | '.join(cells)} |")
     note = (
-        f"Perplexity of {args.name} on {held.size:,} tokens of {Path(args.text).name}, {value(params):.1f} in float32; "
-        f"symmetric integers, blocks of 64 inputs, all linear layers, quantized one layer after the other; calibrated on "
-        f"{16 * args.batches} rows of 256 tokens of the text that the column names, where the rounding asks for any. "
+        f"Perplexity of {args.name} on {held.size:,} tokens of {Path(args.text).name}, "
+        f"{value(params):.1f} in float32; "
+        "symmetric integers, blocks of 64 inputs, all linear layers, quantized one layer after "
+        "the other; calibrated on "
+        f"{16 * args.batches} rows of 256 tokens of the text that the column names, where the "
+        "rounding asks for any. "
         "python-docs is what `data.train` is by default."
     )
     return heading("Roundings on a real model") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
@@ -284,19 +384,28 @@ def text_rows(text: str, tokenizer: Any, count: int) -> np.ndarray:
     return np.asarray(ids, np.int32).reshape(-1, 256)
 
 
-# ------------------------------------------------------------------------------------------------------------ qlora
+# --------------------------------------------------------------------------------------------------
+# qlora
 
 
 def qlora(args: argparse.Namespace) -> str:
     model, params = peft_jax.load("builtin:base")
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)  # what 16 bits hold
+    half = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params
+    )  # what 16 bits hold
     tokenizer = peft_jax.load_tokenizer("builtin:base")
     train, test = (rows_of("builtin:python-docs", s, "text", tokenizer) for s in ("train", "test"))
     contenders: dict[str, Callable[[jax.Array], Any]] = {
         "LoRA, 16 bits": lambda key: peft_jax.lora(half, key, rank=8, alpha=16),
-        "QLoRA, nf4 with doubled scales": lambda key: peft_jax.lora(peft_jax.quantize(half, NF4()), key, rank=8, alpha=16),
-        "QLoRA, fp4": lambda key: peft_jax.lora(peft_jax.quantize(half, FP4()), key, rank=8, alpha=16),
-        "QLoRA, int2 with zero points": lambda key: peft_jax.lora(peft_jax.quantize(half, INT2), key, rank=8, alpha=16),
+        "QLoRA, nf4 with doubled scales": lambda key: peft_jax.lora(
+            peft_jax.quantize(half, NF4()), key, rank=8, alpha=16
+        ),
+        "QLoRA, fp4": lambda key: peft_jax.lora(
+            peft_jax.quantize(half, FP4()), key, rank=8, alpha=16
+        ),
+        "QLoRA, int2 with zero points": lambda key: peft_jax.lora(
+            peft_jax.quantize(half, INT2), key, rank=8, alpha=16
+        ),
         "LoftQ, int2 with zero points": lambda key: peft_jax.loftq(
             half, key, quantize=lambda tree: peft_jax.quantize(tree, INT2), rank=8, alpha=16
         ),
@@ -304,16 +413,35 @@ def qlora(args: argparse.Namespace) -> str:
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for seed in range(args.seeds):
         for name, make in contenders.items():
-            found[name].append(_train(model, make(jax.random.key(seed)), train, test, args.steps, seed))
+            found[name].append(
+                _train(model, make(jax.random.key(seed)), train, test, args.steps, seed)
+            )
             print(f"seed {seed}, {name}: {found[name][-1]:.4f}", flush=True)
-    lines = ["| | held-out loss, nats/token (mean ± sd) | difference from LoRA, seed by seed |", "|---|---|---|"]
+    lines = [
+        "| | held-out loss, nats/token (mean ± sd) | difference from LoRA, seed by seed |",
+        "|---|---|---|",
+    ]
     base = found["LoRA, 16 bits"]
     for name, losses in found.items():
         gaps = [a - b for a, b in zip(losses, base, strict=True)]
-        gap = f"{statistics.mean(gaps):+.4f} ± {statistics.stdev(gaps):.4f}" if name != "LoRA, 16 bits" else ""
-        lines.append(f"| {name} | {statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} | {gap} |")
-    note = f"Python's documentation, {args.seeds} seeds, {args.steps} steps of 8 rows of 128 tokens, AdamW, cosine schedule."
-    return heading("QLoRA against LoRA on the embedded base") + f"\n{note}\n\n" + "\n".join(lines) + "\n"
+        gap = (
+            f"{statistics.mean(gaps):+.4f} ± {statistics.stdev(gaps):.4f}"
+            if name != "LoRA, 16 bits"
+            else ""
+        )
+        lines.append(
+            f"| {name} | {statistics.mean(losses):.4f} ± {statistics.stdev(losses):.4f} | {gap} |"
+        )
+    note = (
+        f"Python's documentation, {args.seeds} seeds, {args.steps} steps of 8 rows of 128 "
+        "tokens, AdamW, cosine schedule."
+    )
+    return (
+        heading("QLoRA against LoRA on the embedded base")
+        + f"\n{note}\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 INT2 = Int(bits=2, block_size=64, symmetric=False)
@@ -331,26 +459,47 @@ def _train(model: Any, params: Any, train: Any, test: Any, steps: int, seed: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("step", "table", "calibrated", "qlora", "one-step"))
-    parser.add_argument("--data", default="../shared/data", help="folder with gutenberg and tinyshakespeare (table)")
+    parser.add_argument(
+        "--data", default="../shared/data", help="folder with gutenberg and tinyshakespeare (table)"
+    )
     parser.add_argument("--model", help="a model folder (calibrated)")
-    parser.add_argument("--name", default="the model", help="what the table calls --model (calibrated)")
-    parser.add_argument("--text", help="a text file, perhaps gzipped, whose perplexity is measured (calibrated)")
+    parser.add_argument(
+        "--name", default="the model", help="what the table calls --model (calibrated)"
+    )
+    parser.add_argument(
+        "--text", help="a text file, perhaps gzipped, whose perplexity is measured (calibrated)"
+    )
     parser.add_argument("--calibration", help="a text file to calibrate on (calibrated)")
-    parser.add_argument("--rows", type=int, default=32, help="rows of 256 tokens of --text (calibrated)")
-    parser.add_argument("--plans", default="", help="a regular expression: only formats and roundings that match it (table)")
-    parser.add_argument("--batches", type=int, default=8, help="calibration batches of 16 rows (table, calibrated)")
+    parser.add_argument(
+        "--rows", type=int, default=32, help="rows of 256 tokens of --text (calibrated)"
+    )
+    parser.add_argument(
+        "--plans",
+        default="",
+        help="a regular expression: only formats and roundings that match it (table)",
+    )
+    parser.add_argument(
+        "--batches", type=int, default=8, help="calibration batches of 16 rows (table, calibrated)"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150, help="training steps (qlora)")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each kind (step)")
-    parser.add_argument("--kind", choices=("lora", "qlora"), default="qlora", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--kind", choices=("lora", "qlora"), default="qlora", help=argparse.SUPPRESS
+    )
     parser.add_argument("--out", help="a Markdown file for the table")
     args = parser.parse_args()
     if args.what == "one-step":
         print(json.dumps(run_step(args.kind, 4)))
         return
-    publish({"step": step, "table": table, "calibrated": calibrated, "qlora": qlora}[args.what](args), args.out)
+    publish(
+        {"step": step, "table": table, "calibrated": calibrated, "qlora": qlora}[args.what](args),
+        args.out,
+    )
 
 
 if __name__ == "__main__":

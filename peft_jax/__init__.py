@@ -4,7 +4,12 @@ from peft_jax.adapters.adapter_drop import keep_layers
 from peft_jax.adapters.bitfit import bitfit
 from peft_jax.adapters.bottleneck import bottleneck
 from peft_jax.adapters.compacter import compacter
-from peft_jax.adapters.compose import average_adapters, fuse_adapters, route_adapters, stack_adapters
+from peft_jax.adapters.compose import (
+    average_adapters,
+    fuse_adapters,
+    route_adapters,
+    stack_adapters,
+)
 from peft_jax.adapters.ia3 import ia3
 from peft_jax.adapters.invertible import invertible
 from peft_jax.adapters.llama_adapter import adaption_prompt

@@ -1,4 +1,6 @@
-"""The registry of methods. A new one is a file with a function `(params, key, *, options) -> params` and a line here."""
+"""The registry of methods. A new one is a file with a function `(params, key, *, options) ->
+params` and a line here.
+"""
 
 from __future__ import annotations
 
@@ -86,11 +88,19 @@ METHODS: dict[str, Callable[..., Any]] = {
     "full": full,
 }
 
-# Whether a method, given its options, is another model before the last step, so that an earlier evaluation says nothing of it.
+# Whether a method, given its options, is another model before the last step, so that an earlier
+# evaluation says nothing of it.
 ENDS_OTHERWISE: dict[str, Callable[[Mapping[str, Any]], bool]] = {"sparse": prunes_on_the_way}
 
-# The statistics of the training rows (see `calibrate`) that a method, given its options, takes as `statistics` by their names.
-METHOD_STATISTICS: dict[str, Callable[[Mapping[str, Any]], tuple[str, ...]]] = {"qat": qat_statistics}
+# The statistics of the training rows (see `calibrate`) that a method, given its options, takes as
+# `statistics` by their names.
+METHOD_STATISTICS: dict[str, Callable[[Mapping[str, Any]], tuple[str, ...]]] = {
+    "qat": qat_statistics
+}
 
-# What a method makes of the optimizer: (optimizer, steps, **its own options of the method) -> an optax transformation.
-METHOD_OPTIMIZERS: dict[str, Callable[..., Any]] = {"adalora": adalora_optimizer, "sparse": sparse_optimizer}
+# What a method makes of the optimizer: (optimizer, steps, **its own options of the method) -> an
+# optax transformation.
+METHOD_OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "adalora": adalora_optimizer,
+    "sparse": sparse_optimizer,
+}

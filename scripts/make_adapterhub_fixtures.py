@@ -1,8 +1,10 @@
-"""Adapters of AdapterHub's library with the logits it computes, for tests/adapters/test_adapterhub.py.
+"""Adapters of AdapterHub's library with the logits it computes, for
+tests/adapters/test_adapterhub.py.
 
-pip install adapters==1.3.0 torch      # in an environment of its own: it needs an older transformers
-python scripts/make_adapterhub_fixtures.py make tests/data/adapterhub      # the fixtures, anew
-python scripts/make_adapterhub_fixtures.py check tests/data/adapterhub FOLDER  # logits of an adapter that we wrote
+pip install adapters==1.3.0 torch      # in an environment of its own: it needs an older
+transformers python scripts/make_adapterhub_fixtures.py make tests/data/adapterhub      # the
+fixtures, anew python scripts/make_adapterhub_fixtures.py check tests/data/adapterhub FOLDER  #
+logits of an adapter that we wrote
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 CONFIGS = {
     "houlsby": adapters.DoubleSeqBnConfig(reduction_factor=4),
     "pfeiffer": adapters.SeqBnConfig(reduction_factor=4, ln_before=True),
-    "normed": adapters.SeqBnConfig(reduction_factor=4, ln_after=True, adapter_residual_before_ln=True, scaling="channel"),
+    "normed": adapters.SeqBnConfig(
+        reduction_factor=4, ln_after=True, adapter_residual_before_ln=True, scaling="channel"
+    ),
     "parallel": adapters.ParBnConfig(reduction_factor=4, scaling="learned"),
     "gated": adapters.SeqBnConfig(reduction_factor=4, mh_adapter=True, use_gating=True),
     "adapter_plus": adapters.AdapterPlusConfig(reduction_factor=4, stochastic_depth=0.0),
@@ -44,9 +48,18 @@ def base_model(folder: Path) -> Any:
     if not folder.exists():
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=96, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        )  # fmt: skip
+            vocab_size=96,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=4,
+            max_position_embeddings=64,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -73,14 +86,18 @@ def make(root: Path) -> None:
         model.eval()
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
-                if parameter.requires_grad and not parameter_name.endswith(".original"):  # of which training leaves a diagonal
+                if parameter.requires_grad and not parameter_name.endswith(
+                    ".original"
+                ):  # of which training leaves a diagonal
                     parameter.add_(torch.randn_like(parameter) * 0.3)
         model.save_adapter(str(root / name), "a", use_safetensors=True, with_head=False)
         np.savez(root / name / "logits.npz", tokens=TOKENS, logits=logits(model))
 
 
 def check(root: Path, folder: str) -> None:
-    """The largest difference between the library's logits of an adapter and those that stand beside it."""
+    """The largest difference between the library's logits of an adapter and those that stand beside
+    it.
+    """
     model = base_model(root / "base")
     model.set_active_adapters(model.load_adapter(folder, use_safetensors=True))
     expected = np.load(Path(folder) / "logits.npz")["logits"]
@@ -88,7 +105,8 @@ def check(root: Path, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    # The library hands over arrays that share memory (a norm that is listed twice, a prefix in every layer), which are refused.
+    # The library hands over arrays that share memory (a norm that is listed twice, a prefix in
+    # every layer), which are refused.
     safetensors.torch.save_file = lambda tensors, *rest, **more: _save(
         {k: v.contiguous().clone() for k, v in tensors.items()}, *rest, **more
     )

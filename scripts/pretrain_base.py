@@ -2,8 +2,9 @@
 
     python scripts/pretrain_base.py --data ../shared/data --out peft_jax/assets/base
 
-makes a byte-level BPE tokenizer of 4,096 tokens and a Llama-shaped model of 5.5 million parameters, and writes both as
-an ordinary Hugging Face folder (bfloat16). About 75 minutes on two CPU cores, minutes on an accelerator.
+makes a byte-level BPE tokenizer of 4,096 tokens and a Llama-shaped model of 5.5 million parameters,
+and writes both as an ordinary Hugging Face folder (bfloat16). About 75 minutes on two CPU cores,
+minutes on an accelerator.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from peft_jax.models.decoder import Decoder
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ '### ' + m['role'] | capitalize + ':\\n' + m['content'] }}"
+    "{{ bos_token }}{% for m in messages %}{{ '### ' + m['role'] | capitalize + ':\\n' + "
+    "m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
@@ -50,7 +52,9 @@ def paragraphs(data: Path) -> list[list[str]]:
 
 
 def documents(book: list[str], rng: random.Random) -> Iterator[str]:
-    """Runs of one to twenty paragraphs, so that the model sees texts of many lengths begin and end."""
+    """Runs of one to twenty paragraphs, so that the model sees texts of many lengths begin and
+    end.
+    """
     start = 0
     while start < len(book):
         count = rng.randint(1, 20)
@@ -70,7 +74,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, 0)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=BOS,
@@ -82,7 +88,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
 
 
-def token_streams(books: list[list[str]], tokenizer: PreTrainedTokenizerFast, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def token_streams(
+    books: list[list[str]], tokenizer: PreTrainedTokenizerFast, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(training, held-out) token streams; the last 3% of each book's paragraphs are held out."""
     rng = random.Random(seed)
     parts: dict[str, list[int]] = {"train": [], "held": []}
@@ -110,11 +118,18 @@ def batches(stream: np.ndarray, length: int, rows: int, seed: int) -> Iterator[n
 
 
 def make_optimizer(params, steps: int, peak: float) -> optax.GradientTransformation:
-    """Muon (Jordan 2024) for the layers' matrices, AdamW for the rest; warm-up, then linear decay to zero."""
-    schedule = optax.join_schedules([optax.linear_schedule(0, peak, 100), optax.linear_schedule(peak, 0.0, steps - 100)], [100])
+    """Muon (Jordan 2024) for the layers' matrices, AdamW for the rest; warm-up, then linear decay
+    to zero.
+    """
+    schedule = optax.join_schedules(
+        [optax.linear_schedule(0, peak, 100), optax.linear_schedule(peak, 0.0, steps - 100)], [100]
+    )
     spec = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     numbers = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: spec if "layer" in jax.tree_util.keystr(path) and leaf.ndim == 3 else None, params
+        lambda path, leaf: (
+            spec if "layer" in jax.tree_util.keystr(path) and leaf.ndim == 3 else None
+        ),
+        params,
     )
     return optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -139,13 +154,27 @@ def pretrain(args: argparse.Namespace) -> None:
     books = paragraphs(data)
     tokenizer = train_tokenizer([p for book in books for p in book], args.vocab)
     train, held = token_streams(books, tokenizer, args.seed)
-    print(f"{len(train):,} training tokens, {len(held):,} held out, {len(tokenizer)} tokens in the vocabulary", flush=True)
+    print(
+        f"{len(train):,} training tokens, {len(held):,} held out, {len(tokenizer)} tokens in the "
+        "vocabulary",
+        flush=True,
+    )
     hf_config = LlamaConfig(
-        vocab_size=args.vocab, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, rms_norm_eps=1e-5,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        architectures=["LlamaForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=args.vocab,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
     model = Decoder(decoder_config(hf_config))
     params = model.init(jax.random.key(args.seed), jnp.zeros((1, 8), jnp.int32))["params"]
     optimizer = make_optimizer(params, args.steps, args.lr)
@@ -171,7 +200,10 @@ def pretrain(args: argparse.Namespace) -> None:
             params, state, value = step(params, state, batch)
             done += 1
             if done % 50 == 0 or done in (1, 10):
-                print(f"step {done} loss {float(value):.4f} {time.monotonic() - start:.0f} s", flush=True)
+                print(
+                    f"step {done} loss {float(value):.4f} {time.monotonic() - start:.0f} s",
+                    flush=True,
+                )
             if done % 300 == 0 or done == args.steps:
                 held_loss = float(np.mean([evaluate(params, b) for b in held_rows]))
                 print(f"step {done} held-out {held_loss:.4f} nats/token", flush=True)
@@ -180,14 +212,22 @@ def pretrain(args: argparse.Namespace) -> None:
 
     save(out, model, jax.tree.map(lambda a: a.astype(jnp.bfloat16), params))
     tokenizer.save_pretrained(out)
-    record = {"steps": args.steps, "seed": args.seed, "training_tokens": len(train), "held_out_nats_per_token": held_loss}
+    record = {
+        "steps": args.steps,
+        "seed": args.seed,
+        "training_tokens": len(train),
+        "held_out_nats_per_token": held_loss,
+    }
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def snapshot(path: str | None, params) -> None:
     """Keep the newest weights as one .npz file, so that an interrupted run is not lost."""
     if path:
-        flat = {jax.tree_util.keystr(k, simple=True, separator="/"): np.asarray(v) for k, v in _leaves(params)}
+        flat = {
+            jax.tree_util.keystr(k, simple=True, separator="/"): np.asarray(v)
+            for k, v in _leaves(params)
+        }
         np.savez(path, **flat)
 
 
@@ -196,7 +236,9 @@ def _leaves(params):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True, help="folder with gutenberg/ and tinyshakespeare/")
     parser.add_argument("--out", required=True, help="Hugging Face folder to write")
     parser.add_argument("--vocab", type=int, default=4096)

@@ -1,7 +1,8 @@
-"""Techniques on every kind of model: identity at the start, gradients, merging, a quantized and a pruned base.
+"""Techniques on every kind of model: identity at the start, gradients, merging, a quantized and a
+pruned base.
 
-The method matrix holds each method to its properties on decoders and third-party models; this holds each kind of model to them
-with a method of every kind.
+The method matrix holds each method to its properties on decoders and third-party models; this holds
+each kind of model to them with a method of every kind.
 """
 
 import jax
@@ -30,7 +31,12 @@ METHODS = {
     "full": lambda p, k: peft_jax.full(p),
 }
 NOT_IDENTITY = ("prefix_tuning", "prompt_tuning")
-CASES = [(k, m) for k in KINDS for m in METHODS if k in FEW or m in ("lora", "pfeiffer", "prefix_tuning", "ia3")]
+CASES = [
+    (k, m)
+    for k in KINDS
+    for m in METHODS
+    if k in FEW or m in ("lora", "pfeiffer", "prefix_tuning", "ia3")
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,9 @@ def bases(tmp_path_factory):
             return known[kind]
         if kind == "t5":
             torch.manual_seed(0)
-            tr.T5ForConditionalGeneration(tr.T5Config(**T5_SIZES, feed_forward_proj="gated-gelu")).save_pretrained(root / kind)
+            tr.T5ForConditionalGeneration(
+                tr.T5Config(**T5_SIZES, feed_forward_proj="gated-gelu")
+            ).save_pretrained(root / kind)
             folder = root / kind
         elif kind in ("gpt2", "mixtral_sliding"):
             folder = family_checkpoint(kind, root)[0]
@@ -78,7 +86,11 @@ def test_a_method_on_a_kind_of_model(bases, kind, method):
     grads, out = gradient(*peft_jax.partition(moved))
     if method not in NOT_IDENTITY:
         assert relative_error(gradient(*peft_jax.partition(params))[1], run(base)) < 1e-5
-    unseen = ("attn_norm", "key", "k_lin")  # of the first layer, and shifts that a softmax does not see
+    unseen = (
+        "attn_norm",
+        "key",
+        "k_lin",
+    )  # of the first layer, and shifts that a softmax does not see
     for path, g in jax.tree_util.tree_flatten_with_path(grads)[0]:
         name = jax.tree_util.keystr(path)
         assert np.isfinite(g).all(), name
@@ -97,9 +109,16 @@ def test_quantized_and_pruned_bases(bases, kind):
     over = perturb(peft_jax.lora(small, jax.random.key(0), rank=2))
     _, out = gradient(*peft_jax.partition(over))
     assert relative_error(run(peft_jax.merge(over)), out) < 5e-5
-    kept = peft_jax.merge(perturb(peft_jax.mask_updates(peft_jax.lora(zeros, jax.random.key(0), rank=2))))
-    zero = lambda w: np.asarray(peft_jax.materialize(w)) == 0
-    gone = lambda tree: {p: zero(w) for p, w in peft_jax.places(tree).items() if hasattr(w, "shape")}
+    kept = peft_jax.merge(
+        perturb(peft_jax.mask_updates(peft_jax.lora(zeros, jax.random.key(0), rank=2)))
+    )
+
+    def zero(w):
+        return np.asarray(peft_jax.materialize(w)) == 0
+
+    def gone(tree):
+        return {p: zero(w) for p, w in peft_jax.places(tree).items() if hasattr(w, "shape")}
+
     before, after = gone(zeros), gone(kept)
     pruned = [p for p, w in peft_jax.places(zeros).items() if isinstance(w, peft_jax.Masked)]
     assert pruned

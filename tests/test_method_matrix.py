@@ -1,4 +1,5 @@
-"""What every method must satisfy, on models it has never seen and on the decoder. A registered method is tested by itself.
+"""What every method must satisfy, on models it has never seen and on the decoder. A registered
+method is tested by itself.
 
 Each case is (model, method); the properties are those of docs/architecture.md.
 """
@@ -81,12 +82,27 @@ NO_LAYOUT = (
     "cpt",
     "invertible",
 )
-PROMPTS = {"prompt_tuning", "p_tuning", "multitask_prompt_tuning", "cpt", "prefix_tuning", "unipelt", "mix_and_match"}
-NOT_IDENTITY = {"vblora", "qat", "sparse", *PROMPTS}  # methods that do not promise to change nothing at first
+PROMPTS = {
+    "prompt_tuning",
+    "p_tuning",
+    "multitask_prompt_tuning",
+    "cpt",
+    "prefix_tuning",
+    "unipelt",
+    "mix_and_match",
+}
+NOT_IDENTITY = {
+    "vblora",
+    "qat",
+    "sparse",
+    *PROMPTS,
+}  # methods that do not promise to change nothing at first
 
 
 def compressed(params):
-    """The base with its feed-forward masked, one weight of it quantized first and one afterwards, and the rest quantized."""
+    """The base with its feed-forward masked, one weight of it quantized first and one afterwards,
+    and the rest quantized.
+    """
     params = peft_jax.prune(params, 0.5, targets=["gate_proj", "down_proj"])
     formats = {
         "*/self_attn/*": peft_jax.NF4(block_size=16),
@@ -94,19 +110,31 @@ def compressed(params):
         "lm_head": peft_jax.Int(bits=4, block_size=8),
         "*/mlp/*": "int8",
     }
-    params = peft_jax.quantize(params, formats, targets=["*/self_attn/*", "embed_tokens", "lm_head", "up_proj", "down_proj"])
+    params = peft_jax.quantize(
+        params,
+        formats,
+        targets=["*/self_attn/*", "embed_tokens", "lm_head", "up_proj", "down_proj"],
+    )
     return peft_jax.prune(params, 0.5, targets="up_proj")
 
 
 MODELS = ["linen", "nnx", "compressed", "scanned", "looped", "gemma2"]
 MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"fsdp": 8}]
 THOROUGH = ("lora", "full")  # the others meet the first three models and the first mesh
-REMATERIALISED = (*THOROUGH, "bottleneck", "prefix_tuning")  # a property of the binding more than of a method
+REMATERIALISED = (
+    *THOROUGH,
+    "bottleneck",
+    "prefix_tuning",
+)  # a property of the binding more than of a method
 WHOLE = ("full", "qat", "sparse")  # they train the weights themselves, and have no adapter
 THIRD = {n: "scanned" for n in WHOLE} | {
     "bitfit": "biased"
 }  # the third model of the others, where it is not the compressed one
-CASES = [(m, n) for n in METHODS for m in (MODELS if n in THOROUGH else [*MODELS[:2], THIRD.get(n, "compressed")])]
+CASES = [
+    (m, n)
+    for n in METHODS
+    for m in (MODELS if n in THOROUGH else [*MODELS[:2], THIRD.get(n, "compressed")])
+]
 
 
 class Base(NamedTuple):
@@ -170,7 +198,9 @@ def case(request, root):
     base = base_model(name, root)
     options = dict(OPTIONS.get(method, {}))
     if base.layout is not None:
-        options |= ELSEWHERE.get(method, {}) | ({} if method in NO_LAYOUT else {"layout": base.layout})
+        options |= ELSEWHERE.get(method, {}) | (
+            {} if method in NO_LAYOUT else {"layout": base.layout}
+        )
     if base.layout is not None and method in ("adaption_prompt", "unipelt"):
         pytest.skip("it needs a decoder's attention")
     params = METHODS[method](base.params, jax.random.key(1), **options)
@@ -182,7 +212,9 @@ def is_compressed(base: Base) -> bool:
 
 
 def once(case):
-    """Skip what one model shows as well as three, for methods that are not gone through thoroughly."""
+    """Skip what one model shows as well as three, for methods that are not gone through
+    thoroughly.
+    """
     if case.method not in THOROUGH and not hasattr(case.model, "config"):
         pytest.skip("one model will do")
 
@@ -203,11 +235,15 @@ def test_gradients_reach_every_trained_array_and_no_other(case):
         assert np.isfinite(value), path
         # a key's bias shifts all scores of a query alike: softmax does not see it
         assert value > 1e-12 or "key" in jax.tree_util.keystr(path), path
-    assert jax.tree.structure(case.gradients) == jax.tree.structure(peft_jax.partition(case.moved)[0])
+    assert jax.tree.structure(case.gradients) == jax.tree.structure(
+        peft_jax.partition(case.moved)[0]
+    )
 
 
 def test_merged_equals_unmerged(case):
-    assert relative_error(case.base.apply(peft_jax.merge(case.moved), case.tokens), case.logits) < 2e-5
+    assert (
+        relative_error(case.base.apply(peft_jax.merge(case.moved), case.tokens), case.logits) < 2e-5
+    )
 
 
 def test_unmerge_restores(case):
@@ -220,7 +256,11 @@ def test_unmerge_restores(case):
 
 def test_matmul_equals_materialized(case):
     for path, w in peft_jax.places(distribute(case.moved)).items():
-        if not isinstance(w, peft_jax.Weight) or not path.endswith("kernel") or not hasattr(w, "in_axes"):
+        if (
+            not isinstance(w, peft_jax.Weight)
+            or not path.endswith("kernel")
+            or not hasattr(w, "in_axes")
+        ):
             continue
         while w.ndim > len(w.in_axes) + len(w.out_axes):
             w = jax.tree.map(lambda a: a[0], w)
@@ -270,7 +310,9 @@ def test_eight_devices_equal_one(case, axes):
 def test_bfloat16_stays_close(case):
     if not isinstance(case.model, nn.Module) or not hasattr(case.model, "dtype"):
         pytest.skip("the model has no dtype to change")
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, case.moved)
+    half = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, case.moved
+    )
     out = jax.jit(peft_jax.bind(case.model.clone(dtype=jnp.bfloat16)))(half, case.tokens)
     assert float(jnp.abs(out - case.logits).mean() / jnp.abs(case.logits).mean()) < 0.1
 
@@ -285,13 +327,17 @@ def test_orbax_round_trip(case, tmp_path):
         checkpointer.save(tmp_path / "state", {str(k): v for k, v in flat.items()})
         checkpointer.wait_until_finished()
         back = checkpointer.restore(tmp_path / "state")
-    leaves = [np.asarray(back[str(i)]) for i in range(len(flat))]  # free of a device, so that nothing is compiled again
+    leaves = [
+        np.asarray(back[str(i)]) for i in range(len(flat))
+    ]  # free of a device, so that nothing is compiled again
     restored = peft_jax.combine(jax.tree.unflatten(jax.tree.structure(trainable), leaves), frozen)
     np.testing.assert_array_equal(case.apply(restored, case.tokens), case.logits)
 
 
 def test_export_round_trip(case, tmp_path):
-    """An adapter through its PEFT folder, full fine-tuning through a Hugging Face folder: the same output."""
+    """An adapter through its PEFT folder, full fine-tuning through a Hugging Face folder: the same
+    output.
+    """
     if not hasattr(case.model, "config"):
         pytest.skip("only Hugging Face families have a folder format")
     if case.method in WHOLE:
@@ -305,8 +351,8 @@ def test_export_round_trip(case, tmp_path):
     assert relative_error(case.apply(params, case.tokens), case.logits) < 1e-6
 
 
-# NNX models whose trees have lists, run without compiling them as a whole; methods that need tokens or a decoder's attention
-# stay away from images.
+# NNX models whose trees have lists, run without compiling them as a whole; methods that need tokens
+# or a decoder's attention stay away from images.
 IN_LISTS = ELSEWHERE | {
     "trainable_tokens": {"targets": "embedder"},
     "bottleneck": {"targets": "layers"},
@@ -316,15 +362,28 @@ IN_LISTS = ELSEWHERE | {
 }
 ON_IMAGES = {n: {"width": WIDTH} for n in ("bottleneck", "compacter", "reft")}
 LISTED = [n for n in METHODS if n not in ("adaption_prompt", "unipelt")]
-SEEN = ("lora", "bottleneck", "ia3", "reft", "bitfit", "full")  # one for each way into a tree; the others are slow together
+SEEN = (
+    "lora",
+    "bottleneck",
+    "ia3",
+    "reft",
+    "bitfit",
+    "full",
+)  # one for each way into a tree; the others are slow together
 QUICK = (*SEEN, "trainable_tokens", "cpt", "prefix_tuning", "invertible")
-IN_LISTED = [pytest.param("listed", n, marks=() if n in QUICK else pytest.mark.slow) for n in LISTED]
+IN_LISTED = [
+    pytest.param("listed", n, marks=() if n in QUICK else pytest.mark.slow) for n in LISTED
+]
 
 
 @functools.cache
 def listed_model(kind: str) -> Base:
     model = (ListedModel if kind == "listed" else VisionModel)(nnx.Rngs(0))
-    given = random_tokens(2, 4, vocab=VOCAB) if kind == "listed" else jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    given = (
+        random_tokens(2, 4, vocab=VOCAB)
+        if kind == "listed"
+        else jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    )
     params, apply = peft_jax.nnx_params(model), peft_jax.bind(model)
     return Base(model, params, peft_jax.layout_of(model), given, apply, apply(params, given))
 
@@ -332,7 +391,11 @@ def listed_model(kind: str) -> Base:
 @pytest.mark.parametrize(("kind", "method"), IN_LISTED + [("images", n) for n in SEEN])
 def test_models_with_lists_of_modules(kind, method):
     base = listed_model(kind)
-    options = OPTIONS.get(method, {}) | IN_LISTS.get(method, {}) | (ON_IMAGES.get(method, {}) if kind == "images" else {})
+    options = (
+        OPTIONS.get(method, {})
+        | IN_LISTS.get(method, {})
+        | (ON_IMAGES.get(method, {}) if kind == "images" else {})
+    )
     layout = {} if method in NO_LAYOUT else {"layout": base.layout}
     params = METHODS[method](base.params, jax.random.key(1), **options, **layout)
     if method not in NOT_IDENTITY:

@@ -1,8 +1,9 @@
 """What every method that changes a weight must satisfy, on one small matrix and without a model.
 
-A method's node is multiplied with directly. Each column is a thing that may happen to it: the base beneath it is pruned or
-quantized afterwards, the base is bfloat16, layers of a stack are left out, an option is away from its default, the weight is an
-embedding, a stack of experts or a convolution. `tests/test_method_matrix.py` holds the methods to their properties in models.
+A method's node is multiplied with directly. Each column is a thing that may happen to it: the base
+beneath it is pruned or quantized afterwards, the base is bfloat16, layers of a stack are left out,
+an option is away from its default, the weight is an embedding, a stack of experts or a convolution.
+`tests/test_method_matrix.py` holds the methods to their properties in models.
 """
 
 import functools
@@ -26,28 +27,71 @@ IN, OUT, ROWS = 16, 24, 64
 KEY = jax.random.key(0)
 # Methods that stand beside modules, train what has no matrix, or rows of an embedding (below).
 BESIDE = {
-    *("trainable_tokens", "bottleneck", "compacter", "bitfit", "ln_tuning", "prompt_tuning", "p_tuning"),
-    *("multitask_prompt_tuning", "cpt", "prefix_tuning", "adaption_prompt", "reft", "unipelt", "mix_and_match", "invertible"),
+    *(
+        "trainable_tokens",
+        "bottleneck",
+        "compacter",
+        "bitfit",
+        "ln_tuning",
+        "prompt_tuning",
+        "p_tuning",
+    ),
+    *(
+        "multitask_prompt_tuning",
+        "cpt",
+        "prefix_tuning",
+        "adaption_prompt",
+        "reft",
+        "unipelt",
+        "mix_and_match",
+        "invertible",
+    ),
 }
 # Small values of what is large by default, with one factor of BOFT.
-SMALL = {**{n: o for n, o in MATRIX.items() if n not in BESIDE}, "boft": {"block_size": 4}, "ia3": {"targets": "kernel"}}
+SMALL = {
+    **{n: o for n, o in MATRIX.items() if n not in BESIDE},
+    "boft": {"block_size": 4},
+    "ia3": {"targets": "kernel"},
+}
 WEIGHTS = [*SMALL, "full"]
-ADAPTERS = [n for n in WEIGHTS if n not in ("full", "qat", "sparse")]  # the others train the base itself
+ADAPTERS = [
+    n for n in WEIGHTS if n not in ("full", "qat", "sparse")
+]  # the others train the base itself
 
-RANKS = [{"alpha": 5.0}, {"rslora": True, "alpha": 3.0}, {"rank_pattern": {"w": 3}}, {"alpha_pattern": {"w": 7.0}}]
+RANKS = [
+    {"alpha": 5.0},
+    {"rslora": True, "alpha": 3.0},
+    {"rank_pattern": {"w": 3}},
+    {"alpha_pattern": {"w": 7.0}},
+]
 # Each option away from its default, by itself or with what it needs.
 OPTIONS = {
-    "lora": [*RANKS, *({"init": name} for name in ("gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora"))],
+    "lora": [
+        *RANKS,
+        *({"init": name} for name in ("gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora")),
+    ],
     "dora": [*RANKS, {"init": "gaussian"}, {"dropout": 0.5}],
     "adalora": [{"alpha": 5.0}, {"orthogonal": 0.1}],
     "vera": [{"seed": 1}, {"d_initial": 1.0}],
     "loha": [{"alpha": 5.0}, {"rank_pattern": {"w": 3}}, {"alpha_pattern": {"w": 7.0}}],
     "lokr": [{"alpha": 3.0}, {"decompose_both": True}, {"factor": 4}, {"rank": 40}],
-    "oft": [{"terms": 0}, {"terms": 3}, {"share": True}, {"constrained": True}, {"constrained": True, "eps": 0.5}],
+    "oft": [
+        {"terms": 0},
+        {"terms": 3},
+        {"share": True},
+        {"constrained": True},
+        {"constrained": True, "eps": 0.5},
+    ],
     "boft": [{"factors": 2}],
     "hra": [{"orthogonal": True}, {"orthogonal": True, "rank": 3}],
     "fourierft": [{"scale": 20.0}, {"seed": 1}, {"frequencies_pattern": {"w": 7}}],
-    "waveft": [{"scale": 5.0}, {"seed": 1}, {"frequencies_pattern": {"w": 7}}, {"transform": False}, {"wavelet": "haar"}],
+    "waveft": [
+        {"scale": 5.0},
+        {"seed": 1},
+        {"frequencies_pattern": {"w": 7}},
+        {"transform": False},
+        {"wavelet": "haar"},
+    ],
     "randlora": [{"rank": 5}],
     "vblora": [{"rank": 3}, {"top_k": 3}, {"bank_bound": 0.3, "logits_std": 1.0}],
     "miss": [{"variant": "mini", "mini_rank": 2}, {"variant": "bat"}, {"rank": 5}],
@@ -58,19 +102,46 @@ OPTIONS = {
     "gralora": [{"blocks": 4}, {"hybrid_rank": 2}],
     "delora": [{"strength": 3.0}],
     "qalora": [{"alpha": 5.0}, {"block_size": 4}],
-    "qat": [{"format": "int4", "options": {"block_size": 8}}, {"format": "nf4", "options": {"block_size": 16}}],
+    "qat": [
+        {"format": "int4", "options": {"block_size": 8}},
+        {"format": "nf4", "options": {"block_size": 16}},
+    ],
     "sparse": [{"straight_through": False}, {"pattern": "2:4", "sparsity": None}],
     "ia3": [{"feedforward": "kernel"}],
 }
 # Options that say where a node stands or what trains beside it, or that its training alone reads.
-ELSEWHERE = {"targets", "exclude", "layers", "layout", "adapter", "modules_to_save", "bias", "statistics", "dropout"}
+ELSEWHERE = {
+    "targets",
+    "exclude",
+    "layers",
+    "layout",
+    "adapter",
+    "modules_to_save",
+    "bias",
+    "statistics",
+    "dropout",
+}
 SCHEDULED = {
     "adalora": {"warmup", "final", "every", "beta1", "beta2"},
-    "sparse": {"score", "distribution", "schedule", "regrow", "fraction", "begin", "final", "every", "rounds", "decay"},
+    "sparse": {
+        "score",
+        "distribution",
+        "schedule",
+        "regrow",
+        "fraction",
+        "begin",
+        "final",
+        "every",
+        "rounds",
+        "decay",
+    },
 }
 NOT_IDENTITY = ("vblora", "qat", "sparse")  # methods that do not promise to change nothing at first
-CASES = [(n, {}) for n in WEIGHTS] + [(n, options) for n, all_of in OPTIONS.items() for options in all_of]
-# What a method took from the base when it was attached and keeps, as a part of the adapter that its folder holds.
+CASES = [(n, {}) for n in WEIGHTS] + [
+    (n, options) for n, all_of in OPTIONS.items() for options in all_of
+]
+# What a method took from the base when it was attached and keeps, as a part of the adapter that its
+# folder holds.
 KEEPS = {
     "delora": "PEFT saves the norms with the adapter (delora_w_norm)",
     "lora pissa": "the factors that it starts with",
@@ -91,7 +162,10 @@ def kept(method, options):
 
 @functools.cache
 def array(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32) / shape[-2] ** 0.5
+    return (
+        jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+        / shape[-2] ** 0.5
+    )
 
 
 def tree_of(w, leaf="kernel"):
@@ -111,11 +185,17 @@ def test_every_method_is_here_or_stands_elsewhere():
 
 
 def test_every_method_names_its_source():
-    """A row for each in docs/methods_sources.md, in the registry's order, with a paper or an implementation."""
+    """A row for each in docs/methods_sources.md, in the registry's order, with a paper or an
+    implementation.
+    """
     text = (Path(__file__).parents[1] / "docs" / "methods_sources.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.*)\|$", text, re.MULTILINE)
     assert [name for name, _, _ in rows] == list(METHODS)
-    assert all(re.search(r"arXiv:\d{4}\.\d{5}|PEFT `\w+`|ICLR", source) for name, source, _ in rows if name != "full")
+    assert all(
+        re.search(r"arXiv:\d{4}\.\d{5}|PEFT `\w+`|ICLR", source)
+        for name, source, _ in rows
+        if name != "full"
+    )
 
 
 @pytest.mark.parametrize("method", OPTIONS)
@@ -143,14 +223,18 @@ def both_ways(trainable, frozen, leaf, x, weight):
 
 def close(found, expected, tolerance=1e-4):
     """Gradients that are not zero, and equal."""
-    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(found)[0], jax.tree.leaves(expected), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(found)[0], jax.tree.leaves(expected), strict=True
+    ):
         assert np.abs(a).max() > 0, path
         assert relative_error(a, b) < tolerance, path
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_product_merge_and_gradients_agree(case):
-    """The product is that of the array, and of the merge; so are its gradients. At the start all are finite."""
+    """The product is that of the array, and of the merge; so are its gradients. At the start all
+    are finite.
+    """
     method, options = case
     params = attached(method, tree_of(array(IN, OUT)), options)
     x, weight = array(ROWS, IN, seed=1), array(ROWS, OUT, seed=2)
@@ -175,7 +259,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("case", [c for c in CASES if c[0] in ADAPTERS], ids=name_of)
 def test_a_base_that_changes_afterwards(case, change):
-    """Product and merge agree over the base as it is now, and it matters not which came first, the adapter or the change."""
+    """Product and merge agree over the base as it is now, and it matters not which came first, the
+    adapter or the change.
+    """
     method, options = case
     base, x = tree_of(array(IN, OUT)), array(ROWS, IN, seed=1)
     moved = perturb(attached(method, base, options))
@@ -193,7 +279,8 @@ def test_a_base_that_changes_afterwards(case, change):
 
 OFF = 1.0039  # bfloat16 would make it one
 SCALED = {
-    n: {"alpha": OFF * SMALL[n].get("rank", 4)} for n in ("lora", "dora", "loha", "lokr", "randlora", "gralora", "qalora")
+    n: {"alpha": OFF * SMALL[n].get("rank", 4)}
+    for n in ("lora", "dora", "loha", "lokr", "randlora", "gralora", "qalora")
 }
 
 
@@ -207,22 +294,32 @@ def in_half_precision(method, options=()):
 
 def effects(x, start, end):
     """What a change of a node does to the products, float32."""
-    return matmul(x, node_of(end)).astype(jnp.float32) - matmul(x, node_of(start)).astype(jnp.float32)
+    return matmul(x, node_of(end)).astype(jnp.float32) - matmul(x, node_of(start)).astype(
+        jnp.float32
+    )
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_an_update_over_bfloat16_is_as_large_as_over_float32(method):
-    """Products are rounded, and so are factors of a product, but no scale: what they have in common would be off."""
+    """Products are rounded, and so are factors of a product, but no scale: what they have in common
+    would be off.
+    """
     half, whole, x = in_half_precision(method, SCALED.get(method, {}))
     found = effects(x, half, perturb(half, scale=0.2))
     expected = effects(x.astype(jnp.float32), whole, perturb(whole, scale=0.2))
-    assert float((found * expected).sum() / jnp.square(expected).sum()) == pytest.approx(1.0, abs=3e-3)
+    assert float((found * expected).sum() / jnp.square(expected).sum()) == pytest.approx(
+        1.0, abs=3e-3
+    )
 
 
-FORMED = [(m, k) for k in ("experts", "masked", "transposed") for m in ("dora", "oft", "lora", "hira")]
+FORMED = [
+    (m, k) for k in ("experts", "masked", "transposed") for m in ("dora", "oft", "lora", "hira")
+]
 
 
-@pytest.mark.parametrize(("method", "kind"), [c for c in FORMED if c != ("oft", "transposed")])  # turned, halves still cancel
+@pytest.mark.parametrize(
+    ("method", "kind"), [c for c in FORMED if c != ("oft", "transposed")]
+)  # turned, halves still cancel
 def test_a_small_update_over_bfloat16_where_the_weight_is_formed(method, kind):
     """An update far below what bfloat16 resolves of the weight's entries acts as over float32.
 
@@ -232,7 +329,10 @@ def test_a_small_update_over_bfloat16_where_the_weight_is_formed(method, kind):
     half, x = array(*lead, IN // 2, OUT), array(256, IN // 2, seed=1)
     if kind == "transposed":
         half, x = array(IN, OUT // 2), array(256, OUT // 2, seed=1)
-    base, x = jnp.concatenate([half, -half], across).astype(jnp.bfloat16), jnp.tile(x, 2).astype(jnp.bfloat16)
+    base, x = (
+        jnp.concatenate([half, -half], across).astype(jnp.bfloat16),
+        jnp.tile(x, 2).astype(jnp.bfloat16),
+    )
     products = {
         "experts": lambda x, w: ragged_matmul(x, w, jnp.asarray([256])),
         "masked": matmul,
@@ -243,11 +343,16 @@ def test_a_small_update_over_bfloat16_where_the_weight_is_formed(method, kind):
         params = tree_of(base.astype(dtype))
         params = attached(method, peft_jax.prune(params, 0.5) if kind == "masked" else params, {})
         params = peft_jax.mask_updates(params) if kind == "masked" else params
-        run = lambda p: products[kind](x.astype(dtype), node_of(p)).astype(jnp.float32)
+
+        def run(p):
+            return products[kind](x.astype(dtype), node_of(p)).astype(jnp.float32)
+
         return run(perturb(params, scale=3e-4)) - run(params)
 
     found, expected = effect(jnp.bfloat16), effect(jnp.float32)
-    assert float((found * expected).sum() / jnp.square(expected).sum()) == pytest.approx(1.0, abs=0.02)
+    assert float((found * expected).sum() / jnp.square(expected).sum()) == pytest.approx(
+        1.0, abs=0.02
+    )
 
 
 FACTORS = {"dora": "magnitude", "ia3": "scale", "boft": "s", "road": "alpha"}
@@ -255,13 +360,22 @@ FACTORS = {"dora": "magnitude", "ia3": "scale", "boft": "s", "road": "alpha"}
 
 @pytest.mark.parametrize("method", FACTORS)
 def test_a_factor_near_one_is_not_rounded_to_bfloat16(method):
-    """A change of 0.2% in what scales an output changes that output by 0.2% on average over many rows."""
+    """A change of 0.2% in what scales an output changes that output by 0.2% on average over many
+    rows.
+    """
     half, whole, x = in_half_precision(method)
     start = perturb(half)
-    more = lambda p: jax.tree_util.tree_map_with_path(lambda k, a: a * 1.002 if k[-1].name == FACTORS[method] else a, p)
+
+    def more(p):
+        return jax.tree_util.tree_map_with_path(
+            lambda k, a: a * 1.002 if k[-1].name == FACTORS[method] else a, p
+        )
+
     found = effects(x, start, more(start))
     expected = effects(x.astype(jnp.float32), perturb(whole), more(perturb(whole)))
-    share = (found * expected).sum(0) / jnp.square(expected).sum(0)  # of each output; a rounded factor moves by all or nothing
+    share = (found * expected).sum(0) / jnp.square(expected).sum(
+        0
+    )  # of each output; a rounded factor moves by all or nothing
     assert float(jnp.abs(share - 1).mean()) < 0.4
 
 
@@ -282,17 +396,23 @@ def test_layers_left_out_are_as_they_were_bit_for_bit(method):
 
 @pytest.mark.parametrize("method", [*ADAPTERS, "trainable_tokens"])
 def test_an_embedding(method):
-    """Rows that are looked up, and the products of a tied head, are those of the array and of the merge."""
-    more = {"trainable_tokens": {"ids": [1, 3], "targets": "embedding"}, "ia3": {"targets": "embedding"}}.get(
-        method, {"targets": "embedding"}
-    )
+    """Rows that are looked up, and the products of a tied head, are those of the array and of the
+    merge.
+    """
+    more = {
+        "trainable_tokens": {"ids": [1, 3], "targets": "embedding"},
+        "ia3": {"targets": "embedding"},
+    }.get(method, {"targets": "embedding"})
     base = tree_of(array(32, IN), "embedding")
     params = perturb(attached(method, base, {}, **more))
     node, merged = node_of(params, "embedding"), peft_jax.merge(params)["w"]["embedding"]
     ids, x = jnp.arange(32).reshape(4, 8), array(ROWS, IN, seed=1)
     np.testing.assert_allclose(materialize(merged), node.materialize(), rtol=1e-6)
     assert relative_error(take(node, ids), merged[ids]) < 1e-5
-    assert relative_error(matmul(x, node, in_axes=(-1,), out_axes=(-2,)), jnp.matmul(x, merged.T)) < 1e-5
+    assert (
+        relative_error(matmul(x, node, in_axes=(-1,), out_axes=(-2,)), jnp.matmul(x, merged.T))
+        < 1e-5
+    )
 
 
 EXPERTS, SIZES = 3, jnp.asarray([20, 0, 44])
@@ -302,7 +422,11 @@ EXPERTS, SIZES = 3, jnp.asarray([20, 0, 44])
 def test_stacked_experts(method):
     """Products by groups of rows are those of each expert's own node, and so are gradients."""
     params = perturb(attached(method, tree_of(array(EXPERTS, IN, OUT)), {}))
-    node, merged, x = node_of(params), peft_jax.merge(params)["w"]["kernel"], array(ROWS, IN, seed=1)
+    node, merged, x = (
+        node_of(params),
+        peft_jax.merge(params)["w"]["kernel"],
+        array(ROWS, IN, seed=1),
+    )
     out = ragged_matmul(x, node, SIZES)
     start = 0
     for i, size in enumerate(SIZES.tolist()):
@@ -316,11 +440,17 @@ def test_stacked_experts(method):
 
 @pytest.mark.parametrize("method", WEIGHTS)
 def test_a_convolution(method):
-    """A kernel [width, in, out], whose inputs are two axes: the product over both is that of the array and the merge."""
+    """A kernel [width, in, out], whose inputs are two axes: the product over both is that of the
+    array and the merge.
+    """
     axes = ((-3, -2), (-1,))
     layout = {} if method == "full" else {"layout": {"w/kernel": axes}}
     params = perturb(attached(method, tree_of(array(2, IN // 2, OUT)), {}, **layout))
-    node, merged, x = node_of(params), materialize(peft_jax.merge(params)["w"]["kernel"]), array(ROWS, IN, seed=1)
+    node, merged, x = (
+        node_of(params),
+        materialize(peft_jax.merge(params)["w"]["kernel"]),
+        array(ROWS, IN, seed=1),
+    )
     x = x.reshape(ROWS, 2, IN // 2)
     expected = jnp.einsum("bwi,wio->bo", x, merged)
     assert relative_error(jnp.einsum("bwi,wio->bo", x, node.materialize()), expected) < 1e-5

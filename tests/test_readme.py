@@ -1,4 +1,6 @@
-"""The README's example and the notebooks are run, and the README's commands are what they are said to be."""
+"""The README's example and the notebooks are run, and the README's commands are what they are said
+to be.
+"""
 
 import json
 import re

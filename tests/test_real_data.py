@@ -19,7 +19,9 @@ from peft_jax.training.config import TrainConfig
 from peft_jax.training.evaluate import perplexity
 from peft_jax.training.loop import train
 
-STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+)
 
 
 def half_split(w: np.ndarray, heads: int) -> np.ndarray:
@@ -43,24 +45,53 @@ def stories(shared_data, tmp_path_factory):
 
     head = dim // heads
     embed, attention_norm = take(vocab, dim), take(layers, dim)
-    q, k, v, o = take(layers, dim, dim), take(layers, kv * head, dim), take(layers, kv * head, dim), take(layers, dim, dim)
-    ffn_norm, w1, w2, w3 = take(layers, dim), take(layers, hidden, dim), take(layers, dim, hidden), take(layers, hidden, dim)
+    q, k, v, o = (
+        take(layers, dim, dim),
+        take(layers, kv * head, dim),
+        take(layers, kv * head, dim),
+        take(layers, dim, dim),
+    )
+    ffn_norm, w1, w2, w3 = (
+        take(layers, dim),
+        take(layers, hidden, dim),
+        take(layers, dim, hidden),
+        take(layers, hidden, dim),
+    )
     tensors = {"model.embed_tokens.weight": embed, "model.norm.weight": take(dim)}
     for i in range(layers):
         layer = {
-            "input_layernorm": attention_norm[i], "post_attention_layernorm": ffn_norm[i], "self_attn.o_proj": o[i],
-            "self_attn.q_proj": half_split(q[i], heads), "self_attn.k_proj": half_split(k[i], kv), "self_attn.v_proj": v[i],
-            "mlp.gate_proj": w1[i], "mlp.down_proj": w2[i], "mlp.up_proj": w3[i],
-        }  # fmt: skip
+            "input_layernorm": attention_norm[i],
+            "post_attention_layernorm": ffn_norm[i],
+            "self_attn.o_proj": o[i],
+            "self_attn.q_proj": half_split(q[i], heads),
+            "self_attn.k_proj": half_split(k[i], kv),
+            "self_attn.v_proj": v[i],
+            "mlp.gate_proj": w1[i],
+            "mlp.down_proj": w2[i],
+            "mlp.up_proj": w3[i],
+        }
         tensors |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
     folder = tmp_path_factory.mktemp("stories260k")
     save_tensors(folder / "model.safetensors", tensors)
-    write_json(folder / "config.json", {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab, "hidden_size": dim,
-        "intermediate_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv,
-        "max_position_embeddings": length, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 1,
-        "eos_token_id": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    })  # fmt: skip
+    write_json(
+        folder / "config.json",
+        {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": vocab,
+            "hidden_size": dim,
+            "intermediate_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv,
+            "max_position_embeddings": length,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    )
     pieces = read_pieces(shared_data / "stories260k" / "tok512.bin", vocab)
     return folder, pieces
 
@@ -108,7 +139,12 @@ def test_stories260k_has_its_documented_losses_and_story(stories, shared_data):
     play = (shared_data / "tinyshakespeare" / "input.txt").read_text()
     shakespeare = perplexity(model, params, rows_of(encode(play[:3000], pieces)[:481], 480))["loss"]
     assert abs(shakespeare - 3.93) < 0.02, shakespeare
-    excerpt = (shared_data / "tinystories_sample" / "tinystories.txt").read_text()[:3000].split("<|endoftext|>")[0].strip()
+    excerpt = (
+        (shared_data / "tinystories_sample" / "tinystories.txt")
+        .read_text()[:3000]
+        .split("<|endoftext|>")[0]
+        .strip()
+    )
     tale = perplexity(model, params, rows_of(encode(excerpt, pieces)[:481], 480))["loss"]
     assert 1.0 < tale < 1.8, tale
     (out,) = peft_jax.generate(model, params, [[1]], max_tokens=60)
@@ -128,7 +164,13 @@ def test_lora_wins_most_of_what_full_fine_tuning_wins_on_shakespeare(stories, sh
     after = {}
     for name, tree, rate in (
         ("full", peft_jax.full(params), 2e-3),
-        ("lora", peft_jax.lora(params, jax.random.key(0), rank=16, alpha=32, targets=["all-linear", "embed_tokens"]), 1e-2),
+        (
+            "lora",
+            peft_jax.lora(
+                params, jax.random.key(0), rank=16, alpha=32, targets=["all-linear", "embed_tokens"]
+            ),
+            1e-2,
+        ),
     ):
         steps = 400
         optimizer = optax.adamw(optax.cosine_decay_schedule(rate, steps))
@@ -136,19 +178,34 @@ def test_lora_wins_most_of_what_full_fine_tuning_wins_on_shakespeare(stories, sh
         after[name] = perplexity(model, result.params, test, batch_size=16)["loss"]
     share = (before - after["lora"]) / (before - after["full"])
     with capsys.disabled():
-        print(f"\nheld-out Shakespeare, nats per token: before {before:.3f}, after {after}; share {share:.2f}")
+        print(
+            f"\nheld-out Shakespeare, nats per token: before {before:.3f}, after {after}; share "
+            f"{share:.2f}"
+        )
     assert share >= 0.8
 
 
 @pytest.mark.parametrize("name", [pytest.param("e2e_nlg", marks=pytest.mark.slow), "gsm8k"])
 def test_configs_of_real_data_run_end_to_end(shared_data, tmp_path, name):
-    source = {"e2e_nlg": ("train.txt.gz", "valid.txt.gz"), "gsm8k": ("train.jsonl.gz", "test.jsonl")}[name]
+    source = {
+        "e2e_nlg": ("train.txt.gz", "valid.txt.gz"),
+        "gsm8k": ("train.jsonl.gz", "test.jsonl"),
+    }[name]
     paths = [str(shared_data / name / file) for file in source]
     options = [
-        f"output={tmp_path}", f"data.train.path={paths[0]}", f"data.validation.path={paths[1]}", "data.train.limit=200",
-        "data.validation.limit=16", "train.steps=4", "train.eval_every=2", "evaluate.limit=4", "evaluate.batch_size=4",
-        "evaluate.max_tokens=8", "generate.max_tokens=8", "mesh.data=8",
-    ]  # fmt: skip
+        f"output={tmp_path}",
+        f"data.train.path={paths[0]}",
+        f"data.validation.path={paths[1]}",
+        "data.train.limit=200",
+        "data.validation.limit=16",
+        "train.steps=4",
+        "train.eval_every=2",
+        "evaluate.limit=4",
+        "evaluate.batch_size=4",
+        "evaluate.max_tokens=8",
+        "generate.max_tokens=8",
+        "mesh.data=8",
+    ]
     if name == "e2e_nlg":
         options += [f"data.test.path={paths[1]}", "data.test.limit=16"]
     config = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
@@ -160,13 +217,18 @@ def test_configs_of_real_data_run_end_to_end(shared_data, tmp_path, name):
 
 @pytest.mark.slow
 def test_pruning_keeps_the_published_order(shared_data, monkeypatch):
-    """SparseGPT below Wanda below magnitude, all ranked over the matrix; 4:8 below 2:4; OWL helps at 70% (held-out novels)."""
+    """SparseGPT below Wanda below magnitude, all ranked over the matrix; 4:8 below 2:4; OWL helps
+    at 70% (held-out novels).
+    """
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
     from pretrain_base import paragraphs, token_streams
 
     model, params = peft_jax.load("builtin:base", scan_layers=False)
     streams = token_streams(paragraphs(shared_data), peft_jax.load_tokenizer("builtin:base"), 0)
-    few, held = (s[: n * 4096].reshape(n, 16, 256) for s, n in zip(streams, (8, len(streams[1]) // 4096), strict=True))
+    few, held = (
+        s[: n * 4096].reshape(n, 16, 256)
+        for s, n in zip(streams, (8, len(streams[1]) // 4096), strict=True)
+    )
     apply, batches = peft_jax.bind(model), [{"tokens": part} for part in few]
 
     @jax.jit
@@ -175,16 +237,27 @@ def test_pruning_keeps_the_published_order(shared_data, monkeypatch):
         return -jax.numpy.take_along_axis(log, tokens[:, 1:, None], -1)
 
     def loss(score, sparsity=None, **options):
-        tree = peft_jax.densify(peft_jax.prune_in_turn(apply, params, batches, sparsity, score=score, **options))
+        tree = peft_jax.densify(
+            peft_jax.prune_in_turn(apply, params, batches, sparsity, score=score, **options)
+        )
         return float(np.mean([losses(tree, part).mean() for part in held]))
 
     for sparsity in (0.5, 0.6, 0.7):
-        order = [loss(s, sparsity, **o) for s, o in (("sparsegpt", {}), ("wanda", {"compare": "matrix"}), ("magnitude", {}))]
+        order = [
+            loss(s, sparsity, **o)
+            for s, o in (("sparsegpt", {}), ("wanda", {"compare": "matrix"}), ("magnitude", {}))
+        ]
         assert order == sorted(order), sparsity
-    groups = {(score, p): loss(score, pattern=p) for score in ("sparsegpt", "wanda", "magnitude") for p in ("2:4", "4:8")}
+    groups = {
+        (score, p): loss(score, pattern=p)
+        for score in ("sparsegpt", "wanda", "magnitude")
+        for p in ("2:4", "4:8")
+    }
     for score in ("sparsegpt", "wanda", "magnitude"):
         assert groups[score, "4:8"] < groups[score, "2:4"]
     for pattern in ("2:4", "4:8"):
-        assert groups["sparsegpt", pattern] < groups["wanda", pattern] < groups["magnitude", pattern]
+        assert (
+            groups["sparsegpt", pattern] < groups["wanda", pattern] < groups["magnitude", pattern]
+        )
     for score in ("sparsegpt", "wanda"):
         assert loss(score, 0.7, distribution="owl") < loss(score, 0.7)

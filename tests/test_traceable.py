@@ -1,4 +1,6 @@
-"""Every transform of a tree under `jax.jit`, `jax.eval_shape` and on a mesh gives what it gives outside of them."""
+"""Every transform of a tree under `jax.jit`, `jax.eval_shape` and on a mesh gives what it gives
+outside of them.
+"""
 
 import functools
 
@@ -30,7 +32,10 @@ def tree_of(arrays):
 def base():
     """(a tree of a stacked and a single matrix, statistics of all kinds)."""
     rng = np.random.default_rng(0)
-    normal = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def normal(shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     inputs = {path: normal((*shape[:-2], 64, shape[-2])) for path, shape in SHAPES.items()}
     statistics = {
         "covariance": {p: x.mT @ x / 64 for p, x in inputs.items()},
@@ -44,20 +49,35 @@ def base():
 
 
 def check(transform, *args):
-    """`transform` as it is, compiled, and of shapes alone. Codes may fall either way at an edge between two of them."""
-    plain, compiled, shapes = transform(*args), jax.jit(transform)(*args), jax.eval_shape(transform, *args)
+    """`transform` as it is, compiled, and of shapes alone. Codes may fall either way at an edge
+    between two of them.
+    """
+    plain, compiled, shapes = (
+        transform(*args),
+        jax.jit(transform)(*args),
+        jax.eval_shape(transform, *args),
+    )
     assert jax.tree.structure(plain) == jax.tree.structure(compiled) == jax.tree.structure(shapes)
     for a, b, c in zip(*(jax.tree.leaves(t) for t in (plain, compiled, shapes)), strict=True):
         assert (jnp.shape(a), jnp.result_type(a)) == (b.shape, b.dtype) == (c.shape, c.dtype)
-        off = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)) > 1e-4 * max(1.0, float(np.abs(a).max()))
+        off = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)) > 1e-4 * max(
+            1.0, float(np.abs(a).max())
+        )
         assert off.mean() < 0.02
 
 
 FORMATS = {
-    "nf4": NF4(block_size=16), "nf4_single": NF4(block_size=16, double=False), "fp4": peft_jax.FP4(block_size=16), "fp8": "fp8",
-    "mxfp4": "mxfp4", "int8": "int8", "int3": Int(bits=3, block_size=16), "int2": Int(bits=2, block_size=16, symmetric=False),
-    "dynamic": Int(bits=8, activations="dynamic"), "static": Int(bits=8, activations="static"),
-}  # fmt: skip
+    "nf4": NF4(block_size=16),
+    "nf4_single": NF4(block_size=16, double=False),
+    "fp4": peft_jax.FP4(block_size=16),
+    "fp8": "fp8",
+    "mxfp4": "mxfp4",
+    "int8": "int8",
+    "int3": Int(bits=3, block_size=16),
+    "int2": Int(bits=2, block_size=16, symmetric=False),
+    "dynamic": Int(bits=8, activations="dynamic"),
+    "static": Int(bits=8, activations="static"),
+}
 
 
 def test_formats(base):
@@ -68,18 +88,25 @@ def test_formats(base):
             name: peft_jax.quantize(tree, format, statistics={"max_abs": of["max_abs"]}, **where)
             for name, format in FORMATS.items()
         },
-        params, statistics,
-    )  # fmt: skip
+        params,
+        statistics,
+    )
     check(peft_jax.dequantize, peft_jax.quantize(params, FORMATS["nf4"]))
 
 
 def test_roundings(base):
     params, statistics = base
-    format = lambda name: Int(bits=4, block_size=16, symmetric=name not in ("hqq", "gptq"))
+
+    def format(name):
+        return Int(bits=4, block_size=16, symmetric=name not in ("hqq", "gptq"))
+
     check(
-        lambda tree, of: {n: peft_jax.quantize(tree, format(n), rounding=n, statistics=of) for n in ROUNDINGS},
-        params, statistics,
-    )  # fmt: skip
+        lambda tree, of: {
+            n: peft_jax.quantize(tree, format(n), rounding=n, statistics=of) for n in ROUNDINGS
+        },
+        params,
+        statistics,
+    )
 
 
 def kinds_of(score):
@@ -99,7 +126,12 @@ def test_scores_patterns_and_distributions(base, score):
     def transform(tree, of):
         return {
             f"{pattern}, {distribution}": peft_jax.prune(
-                tree, None if pattern == "2:4" else 0.5, score=score, pattern=pattern, distribution=distribution, statistics=of
+                tree,
+                None if pattern == "2:4" else 0.5,
+                score=score,
+                pattern=pattern,
+                distribution=distribution,
+                statistics=of,
             )
             for pattern, distribution in kinds_of(score)
         }
@@ -109,20 +141,31 @@ def test_scores_patterns_and_distributions(base, score):
 
 def test_what_pruned_weights_become(base):
     params, _ = base
-    groups, blocks = peft_jax.prune(params, pattern="2:4"), peft_jax.prune(params, 0.5, pattern="8x8")
+    groups, blocks = (
+        peft_jax.prune(params, pattern="2:4"),
+        peft_jax.prune(params, 0.5, pattern="8x8"),
+    )
     check(lambda tree: (peft_jax.densify(tree), peft_jax.compress(tree)), groups)
-    dense = jax.jit(lambda tree: peft_jax.densify(peft_jax.compress(tree)))(blocks)  # with room for all blocks
+    dense = jax.jit(lambda tree: peft_jax.densify(peft_jax.compress(tree)))(
+        blocks
+    )  # with room for all blocks
     jax.tree.map(np.testing.assert_array_equal, dense, peft_jax.densify(blocks))
 
 
 def test_low_rank(base):
     params, statistics = base
-    check(lambda tree, of: peft_jax.factorize(tree, keep=0.5, statistics=of["covariance"])[0], params, statistics)
+    check(
+        lambda tree, of: peft_jax.factorize(tree, keep=0.5, statistics=of["covariance"])[0],
+        params,
+        statistics,
+    )
 
 
 CHAINS = {
     "prune, adapt, merge": lambda tree, of, key: peft_jax.merge(
-        peft_jax.mask_updates(peft_jax.lora(peft_jax.prune(tree, 0.5, score="sparsegpt", statistics=of), key, rank=2))
+        peft_jax.mask_updates(
+            peft_jax.lora(peft_jax.prune(tree, 0.5, score="sparsegpt", statistics=of), key, rank=2)
+        )
     ),
     "prune, quantize, adapt": lambda tree, of, key: peft_jax.dora(
         peft_jax.quantize(peft_jax.prune(tree, pattern="2:4"), FORMATS["nf4"]), key, rank=2
@@ -156,8 +199,12 @@ def test_what_needs_values_says_so(base):
     "transform",
     [
         lambda tree, of: peft_jax.quantize(tree, FORMATS["nf4"]),
-        lambda tree, of: peft_jax.quantize(tree, Int(bits=4, block_size=16), rounding="gptq", statistics=of),
-        lambda tree, of: peft_jax.prune(tree, 0.5, score="wanda", distribution="owl", statistics=of),
+        lambda tree, of: peft_jax.quantize(
+            tree, Int(bits=4, block_size=16), rounding="gptq", statistics=of
+        ),
+        lambda tree, of: peft_jax.prune(
+            tree, 0.5, score="wanda", distribution="owl", statistics=of
+        ),
     ],
     ids=["nf4", "gptq", "wanda"],
 )
@@ -165,7 +212,12 @@ def test_sharded_arrays_stay_where_they_lie(base, transform):
     """Compiled on eight devices, without a transfer to the host, against one device."""
     params, statistics = base
     mesh = peft_jax.make_mesh({"fsdp": 8})
-    spread = lambda x: jax.device_put(x, jax.sharding.NamedSharding(mesh, P(*[None] * (x.ndim - 1), "fsdp")))
+
+    def spread(x):
+        return jax.device_put(
+            x, jax.sharding.NamedSharding(mesh, P(*[None] * (x.ndim - 1), "fsdp"))
+        )
+
     there = jax.tree.map(spread, (params, statistics))
     with jax.transfer_guard("disallow"):
         found = jax.jit(transform)(*there)

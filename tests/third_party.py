@@ -21,20 +21,29 @@ class LinenBlock(nn.Module):
     @nn.compact
     def __call__(self, x, _):
         causal = nn.make_causal_mask(x[..., 0])
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(nn.LayerNorm()(x), mask=causal)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(
+            nn.LayerNorm()(x), mask=causal
+        )
         y = nn.Einsum((WIDTH, 2, WIDTH), "btd,dnf->btnf", name="up")(x)
         x = x + nn.DenseGeneral(WIDTH, axis=(-2, -1), name="down")(nn.gelu(y))
         return x + Gate(name="gate")(x), None
 
 
 class LinenModel(nn.Module):
-    """Scanned and rematerialised blocks, DenseGeneral attention, a causal convolution and a tied head."""
+    """Scanned and rematerialised blocks, DenseGeneral attention, a causal convolution and a tied
+    head.
+    """
 
     @nn.compact
     def __call__(self, tokens):
         embed = nn.Embed(VOCAB, WIDTH, name="embed", embedding_init=nn.initializers.normal(1.0))
         x = embed(tokens)
-        blocks = nn.scan(nn.remat(LinenBlock), variable_axes={"params": 0}, split_rngs={"params": True}, length=DEPTH)
+        blocks = nn.scan(
+            nn.remat(LinenBlock),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=DEPTH,
+        )
         x, _ = blocks(name="blocks")(x, None)
         x = x + nn.Conv(WIDTH, (3,), padding=[(2, 0)], name="conv")(x)
         x = nn.Dense(WIDTH, name="out")(x)
@@ -76,7 +85,9 @@ class Calls(nnx.Variable):
 
 
 class ListedModel(nnx.Module):
-    """Blocks in a list beside modules with names, as tunix's decoders have them; a list of parameters, and a count."""
+    """Blocks in a list beside modules with names, as tunix's decoders have them; a list of
+    parameters, and a count.
+    """
 
     def __init__(self, rngs):
         self.embedder = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
@@ -94,7 +105,9 @@ class ListedModel(nnx.Module):
 
 
 class VisionModel(nnx.Module):
-    """A small vision transformer: blocks in nnx.Sequential, parameters of its own, batch statistics and dropout."""
+    """A small vision transformer: blocks in nnx.Sequential, parameters of its own, batch statistics
+    and dropout.
+    """
 
     def __init__(self, rngs):
         self.patches = nnx.Conv(3, WIDTH, (2, 2), strides=(2, 2), rngs=rngs)

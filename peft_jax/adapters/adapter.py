@@ -1,7 +1,9 @@
-"""What adapters beside a module have in common: a gate per layer, dropout, AdapterDrop, and rows with adapters of their own.
+"""What adapters beside a module have in common: a gate per layer, dropout, AdapterDrop, and rows
+with adapters of their own.
 
-An adapter's arrays are [*lead, ...]; inside a call the leading axes are gone, and in a bank there is one of each array for
-every row of the batch, so its formulas take both [n] and [B, n] (see `rows`).
+An adapter's arrays are [*lead, ...]; inside a call the leading axes are gone, and in a bank there
+is one of each array for every row of the batch, so its formulas take both [n] and [B, n] (see
+`rows`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from peft_jax.core.weight import static
 
 
 def rows(v: jax.Array) -> jax.Array:
-    """A vector [n] as it is, one for each row [B, n] as [B, 1, n]: what goes beside activations [B, T, n]."""
+    """A vector [n] as it is, one for each row [B, n] as [B, 1, n]: what goes beside activations [B,
+    T, n].
+    """
     return v if v.ndim == 1 else v[:, None, :]
 
 
@@ -32,9 +36,10 @@ def per_row(v: jax.Array) -> jax.Array:
 class Adapter(Attachment):
     """Something that changes what a module puts out.
 
-    `gate` [*lead] is 1 where a layer is adapted and 0 where it is not. In training AdapterDrop (Rücklé et al. 2021,
-    arXiv:2010.11918) leaves out the adapters of the layers below one drawn anew for each step from 0 to `drop_layers`;
-    `depth` [*lead] has the layers' numbers. `key` is filled by `bind` where it is given an rng.
+    `gate` [*lead] is 1 where a layer is adapted and 0 where it is not. In training AdapterDrop
+    (Rücklé et al. 2021, arXiv:2010.11918) leaves out the adapters of the layers below one drawn
+    anew for each step from 0 to `drop_layers`; `depth` [*lead] has the layers' numbers. `key` is
+    filled by `bind` where it is given an rng.
     """
 
     stochastic: ClassVar[bool] = True
@@ -86,7 +91,9 @@ def normalized(x: jax.Array, norm: tuple[jax.Array, jax.Array], eps: float = 1e-
 
 
 def affine(x: jax.Array, w: jax.Array, b: jax.Array | None) -> jax.Array:
-    """x [..., n] times w [n, m] plus b [m], in x's dtype; or, with an array for each row, [B, n, m] and [B, m]."""
+    """x [..., n] times w [n, m] plus b [m], in x's dtype; or, with an array for each row, [B, n, m]
+    and [B, m].
+    """
     if w.ndim == 2:
         y = jnp.matmul(x.reshape(*token_axes(x.shape[:-1]), x.shape[-1]), w.astype(x.dtype))
         y = y.reshape(*x.shape[:-1], w.shape[-1])

@@ -1,4 +1,5 @@
-"""AdapterDrop at inference (Rücklé et al. 2021, arXiv:2010.11918): adapters left out of some layers, for speed.
+"""AdapterDrop at inference (Rücklé et al. 2021, arXiv:2010.11918): adapters left out of some
+layers, for speed.
 
 In training, an adapter's option `drop_layers` leaves them out at random, so that this costs little.
 """
@@ -15,10 +16,11 @@ from peft_jax.core.select import layer_paths
 
 
 def keep_layers(params: Any, layers: Sequence[int], *, adapter: str = "default") -> Any:
-    """The adapter left out of all but these layers: by its gate where layers are stacked, taken out of the tree elsewhere.
+    """The adapter left out of all but these layers: by its gate where layers are stacked, taken out
+    of the tree elsewhere.
 
-    Only the latter saves time (`unstack_layers`, and a model with scan_layers=False). Raises ValueError where the tree holds no
-    such adapter.
+    Only the latter saves time (`unstack_layers`, and a model with scan_layers=False). Raises
+    ValueError where the tree holds no such adapter.
     """
     wanted, found = set(layers), []
 

@@ -10,15 +10,28 @@ from peft_jax.core.tree import places
 from peft_jax.core.weight import Trainable
 
 
-def bitfit(params: Any, key: Any = None, *, targets: Targets = "*", exclude: Targets = (), adapter: str = "default") -> Any:
-    """`params` with biases of the adapter's own, which train, where `targets` name some. `key` is not used.
+def bitfit(
+    params: Any,
+    key: Any = None,
+    *,
+    targets: Targets = "*",
+    exclude: Targets = (),
+    adapter: str = "default",
+) -> Any:
+    """`params` with biases of the adapter's own, which train, where `targets` name some. `key` is
+    not used.
 
     Raises ValueError where there is none, as in LLaMA-like models.
     """
     if not (biases := [p for p in places(params) if p.rpartition("/")[2] == "bias"]):
-        raise ValueError("bitfit trains biases, and this model has none; ln_tuning trains its norms, ia3 scales its outputs")
+        raise ValueError(
+            "bitfit trains biases, and this model has none; ln_tuning trains its norms, ia3 scales "
+            "its outputs"
+        )
     chosen = set(select(params, targets, exclude, min_ndim=0)) & set(biases)
     if not chosen:
-        raise ValueError(f"targets {targets!r} name no bias; biases here: {', '.join(biases[:6])}, ...")
+        raise ValueError(
+            f"targets {targets!r} name no bias; biases here: {', '.join(biases[:6])}, ..."
+        )
     chosen = {p for p in chosen if not isinstance(places(params)[p], Trainable)}
     return replace_arrays(params, dict.fromkeys(chosen, "bias"), name=adapter)

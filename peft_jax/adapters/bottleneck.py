@@ -1,8 +1,9 @@
-"""Bottleneck adapters: Houlsby et al. 2019 (arXiv:1902.00751), Pfeiffer et al. 2020 (arXiv:2005.00247), and parallel and scaled
-parallel ones (He et al. 2021, arXiv:2110.04366), with the options of AdapterHub's `BnConfig`.
+"""Bottleneck adapters: Houlsby et al. 2019 (arXiv:1902.00751), Pfeiffer et al. 2020
+(arXiv:2005.00247), and parallel and scaled parallel ones (He et al. 2021, arXiv:2110.04366), with
+the options of AdapterHub's `BnConfig`.
 
-A sequential adapter makes y + s * up(f(down(y))) of what a module puts out, a parallel one y + s * up(f(down(x))) with what
-goes in.
+A sequential adapter makes y + s * up(f(down(y))) of what a module puts out, a parallel one y + s *
+up(f(down(x))) with what goes in.
 """
 
 from __future__ import annotations
@@ -45,9 +46,14 @@ class Placement(NamedTuple):
 
 
 _OUTPUTS = (
-    ("o_proj", "down_proj"), ("o_proj", "mlp"), ("output/dense",), ("out_lin", "lin2"), ("attn/c_proj", "mlp/c_proj"),
-    ("attn/Wo", "mlp/Wo"), ("o", "wo"),
-)  # fmt: skip
+    ("o_proj", "down_proj"),
+    ("o_proj", "mlp"),
+    ("output/dense",),
+    ("out_lin", "lin2"),
+    ("attn/c_proj", "mlp/c_proj"),
+    ("attn/Wo", "mlp/Wo"),
+    ("o", "wo"),
+)
 PLACEMENTS = {
     "houlsby": Placement(_OUTPUTS),
     "pfeiffer": Placement((("mlp_residual",),)),
@@ -60,9 +66,10 @@ PLACEMENTS = {
 class Bottleneck(Adapter):
     """down [*lead, in, r], down_bias [*lead, r], up [*lead, r, out], up_bias [*lead, out].
 
-    `scale` [*lead, 1 or out] is a learned factor, beside the fixed `scaling`. `before` and `after` are (scale, bias) of layer
-    norms within the adapter; with `residual_first` the residual is added ahead of the latter. `gating` weighs the update by a
-    sigmoid of its input [*lead, in, 1], for each token or by its mean over the sequence (UniPELT).
+    `scale` [*lead, 1 or out] is a learned factor, beside the fixed `scaling`. `before` and `after`
+    are (scale, bias) of layer norms within the adapter; with `residual_first` the residual is added
+    ahead of the latter. `gating` weighs the update by a sigmoid of its input [*lead, in, 1], for
+    each token or by its mean over the sequence (UniPELT).
     """
 
     trainable: ClassVar[tuple[str, ...]] = (
@@ -84,7 +91,9 @@ class Bottleneck(Adapter):
     scaling: float = static(default=1.0)
     parallel: bool = static(default=False)
     residual_first: bool = static(default=False)
-    stream: bool = static(default=False)  # beside a residual sum, of which the norm leaves out the stream
+    stream: bool = static(
+        default=False
+    )  # beside a residual sum, of which the norm leaves out the stream
     gating: str = static(default="none")
 
     @property
@@ -100,18 +109,26 @@ class Bottleneck(Adapter):
         down, up = self.matrices()
         if given.shape[-1] != down.shape[-2] or y.shape[-1] != up.shape[-1]:
             raise ValueError(
-                f"an adapter {self.name!r} from {down.shape[-2]} to {up.shape[-1]} features stands beside a module with "
+                f"an adapter {self.name!r} from {down.shape[-2]} to {up.shape[-1]} features stands "
+                "beside a module with "
                 f"{given.shape[-1]} and {y.shape[-1]}; name other targets, or give width="
             )
         h = given if self.before is None else normalized(given, self.before)
-        h = affine(ACTIVATIONS[self.activation](affine(h, down, self.down_bias)), up, self.up_bias) * self.scaling
+        h = (
+            affine(ACTIVATIONS[self.activation](affine(h, down, self.down_bias)), up, self.up_bias)
+            * self.scaling
+        )
         if self.scale is not None:
             h = h * rows(self.scale.astype(h.dtype))
         h = self.weighed(self.drop(h), given)
         if self.after is None:
             return y + h
         if self.residual_first and not self.parallel:
-            return x + normalized(y - x + h, self.after) if self.stream else normalized(y + h, self.after)
+            return (
+                x + normalized(y - x + h, self.after)
+                if self.stream
+                else normalized(y + h, self.after)
+            )
         return y + normalized(h, self.after)
 
     def weighed(self, h: jax.Array, given: jax.Array) -> jax.Array:
@@ -150,17 +167,20 @@ def bottleneck(
 ) -> Any:
     """`params` with a bottleneck adapter beside each module that `placement` or `targets` name.
 
-    Placements: houlsby (after attention's and the feed-forward's output), pfeiffer (after the layer), parallel (beside the
-    feed-forward, from the residual stream) and parallel_mlp (from what the feed-forward gets). `targets` and `parallel` place
-    elsewhere. The bottleneck has `size` units, or the features over `reduction_factor`; `size_pattern` maps targets to sizes.
-    `activation` and `scaling` default to AdapterHub's for the placement (swish, relu; 1, in parallel 4). init: zero starts
-    `up` at zero, so that nothing changes at first; bert draws all from N(0, 0.02^2), houlsby from N(0, 0.01^2) cut at two
-    deviations. A sequence's gate is a mean over all its tokens, later ones too: for encoders, not for generation. Raises
-    ValueError for an unknown placement, activation or init, and targets that match nothing.
+    Placements: houlsby (after attention's and the feed-forward's output), pfeiffer (after the
+    layer), parallel (beside the feed-forward, from the residual stream) and parallel_mlp (from what
+    the feed-forward gets). `targets` and `parallel` place elsewhere. The bottleneck has `size`
+    units, or the features over `reduction_factor`; `size_pattern` maps targets to sizes.
+    `activation` and `scaling` default to AdapterHub's for the placement (swish, relu; 1, in
+    parallel 4). init: zero starts `up` at zero, so that nothing changes at first; bert draws all
+    from N(0, 0.02^2), houlsby from N(0, 0.01^2) cut at two deviations. A sequence's gate is a mean
+    over all its tokens, later ones too: for encoders, not for generation. Raises ValueError for an
+    unknown placement, activation or init, and targets that match nothing.
     """
     if placement not in PLACEMENTS:
         raise ValueError(
-            f"unknown placement {placement!r}.{nearest(placement, PLACEMENTS)} Placements: {', '.join(PLACEMENTS)}"
+            f"unknown placement {placement!r}.{nearest(placement, PLACEMENTS)} Placements: "
+            f"{', '.join(PLACEMENTS)}"
         )
     place = PLACEMENTS[placement]
     beside = place.parallel if parallel is None and not targets else bool(parallel)
@@ -169,14 +189,19 @@ def bottleneck(
     if scaling is None:
         scaling = 4.0 if beside else 1.0
     modules = find_modules(params, targets or place.usual(params), exclude, layers, layout, width)
-    check_patterns([f"{n}/" for m in modules for n in (m.path, *m.layers)], size_pattern=size_pattern or {})
+    check_patterns(
+        [f"{n}/" for m in modules for n in (m.path, *m.layers)], size_pattern=size_pattern or {}
+    )
 
     def make(m: Module, key: jax.Array) -> Bottleneck:
         n_in = m.n_in if beside else m.n_out
         wanted = m.one_value(size, size_pattern or {}, "size_pattern")
         r = max(1, wanted or int(n_in // reduction_factor))
         down, up = jax.random.split(key)
-        zeros = lambda n: jnp.zeros((*m.lead, n)) if bias else None
+
+        def zeros(n):
+            return jnp.zeros((*m.lead, n)) if bias else None
+
         fixed = scaling if isinstance(scaling, int | float) else 1.0
         learned = {"learned": 1, "channel": m.n_out}.get(str(scaling))
         return Bottleneck(
@@ -210,13 +235,21 @@ def check_options(activation: str, gating: str, init: str, dropout: float) -> No
         ("init", init, ("zero", "bert", "houlsby")),
     ):
         if value not in known:
-            raise ValueError(f"unknown {what} {value!r}.{nearest(value, known)} There are {', '.join(known)}")
+            raise ValueError(
+                f"unknown {what} {value!r}.{nearest(value, known)} There are {', '.join(known)}"
+            )
 
 
 def common(m: Module, adapter: str, dropout: float, drop_layers: int) -> dict[str, Any]:
     """The fields that every adapter has."""
     depth = m.by_layer([float(i) for i in m.numbers]) if drop_layers else None
-    return {"name": adapter, "gate": m.gate, "depth": depth, "dropout": dropout, "drop_layers": drop_layers}
+    return {
+        "name": adapter,
+        "gate": m.gate,
+        "depth": depth,
+        "dropout": dropout,
+        "drop_layers": drop_layers,
+    }
 
 
 def draw(key: jax.Array, shape: tuple[int, ...], init: str) -> jax.Array:

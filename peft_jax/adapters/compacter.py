@@ -1,7 +1,9 @@
-"""Compacter (Karimi Mahabadi et al. 2021, arXiv:2106.04647): bottleneck adapters of parametrised hypercomplex matrices.
+"""Compacter (Karimi Mahabadi et al. 2021, arXiv:2106.04647): bottleneck adapters of parametrised
+hypercomplex matrices.
 
-A matrix [in, out] is the sum over i of the Kronecker products of A_i [n, n] and B_i [in/n, out/n], with B_i of low rank
-(equation 5). The rules A are shared by all adapters (Compacter) or a module's own.
+A matrix [in, out] is the sum over i of the Kronecker products of A_i [n, n] and B_i [in/n, out/n],
+with B_i of low rank (equation 5). The rules A are shared by all adapters (Compacter) or a module's
+own.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from peft_jax.core.weight import Layout, static
 
 @node
 class Compacter(Bottleneck):
-    """`down` and `up` are {"left" [*lead, n, in/n, rank], "right" [*lead, n, rank, out/n]}, and "rule" [*lead, n, n, n] where
-    it is not shared (in `shared`, which `bind` fills).
+    """`down` and `up` are {"left" [*lead, n, in/n, rank], "right" [*lead, n, rank, out/n]}, and
+    "rule" [*lead, n, n, n] where it is not shared (in `shared`, which `bind` fills).
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("down", "down_bias", "up", "up_bias")
@@ -70,14 +72,17 @@ def compacter(
     width: int | None = None,
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with a Compacter beside each module that `placement` (see `bottleneck`; pfeiffer makes it Compacter++) names.
+    """`params` with a Compacter beside each module that `placement` (see `bottleneck`; pfeiffer
+    makes it Compacter++) names.
 
     `dimension` is n, `rank` that of the B_i. init: zero starts `up` at zero, glorot as the paper.
-    Raises ValueError as `bottleneck`, and where `dimension` does not divide the features or the bottleneck.
+    Raises ValueError as `bottleneck`, and where `dimension` does not divide the features or the
+    bottleneck.
     """
     if placement not in PLACEMENTS:
         raise ValueError(
-            f"unknown placement {placement!r}.{nearest(placement, PLACEMENTS)} Placements: {', '.join(PLACEMENTS)}"
+            f"unknown placement {placement!r}.{nearest(placement, PLACEMENTS)} Placements: "
+            f"{', '.join(PLACEMENTS)}"
         )
     if init not in ("zero", "glorot"):
         raise ValueError(f"unknown init {init!r}; there are zero and glorot")
@@ -87,12 +92,18 @@ def compacter(
     modules = find_modules(params, targets or place.usual(params), exclude, layers, layout, width)
     group = f"compacter_{adapter}" if shared_rule else ""
 
-    def factors(key: jax.Array, lead: tuple[int, ...], n_in: int, n_out: int, start: str) -> dict[str, jax.Array]:
+    def factors(
+        key: jax.Array, lead: tuple[int, ...], n_in: int, n_out: int, start: str
+    ) -> dict[str, jax.Array]:
         keys = jax.random.split(key, 3)
         bounds = [(6 / (n_in // n + rank)) ** 0.5, (6 / (rank + n_out // n)) ** 0.5]
         made = {
-            "left": jax.random.uniform(keys[0], (*lead, n, n_in // n, rank), jnp.float32, -bounds[0], bounds[0]),
-            "right": jax.random.uniform(keys[1], (*lead, n, rank, n_out // n), jnp.float32, -bounds[1], bounds[1]),
+            "left": jax.random.uniform(
+                keys[0], (*lead, n, n_in // n, rank), jnp.float32, -bounds[0], bounds[0]
+            ),
+            "right": jax.random.uniform(
+                keys[1], (*lead, n, rank, n_out // n), jnp.float32, -bounds[1], bounds[1]
+            ),
         }
         if start == "zero":
             made["right"] = jnp.zeros_like(made["right"])
@@ -101,7 +112,11 @@ def compacter(
     def make(m: Module, key: jax.Array) -> Compacter:
         n_in = m.n_in if beside else m.n_out
         r = size or max(n, int(n_in // reduction_factor) // n * n)
-        for what, value in (("features", n_in), ("features", m.n_out), ("units of the bottleneck", r)):
+        for what, value in (
+            ("features", n_in),
+            ("features", m.n_out),
+            ("units of the bottleneck", r),
+        ):
             if value % n:
                 raise ValueError(f"dimension={n} does not divide the {value} {what} of {m.path}")
         down, up = jax.random.split(key)
@@ -119,9 +134,16 @@ def compacter(
     placed = place_attachments(params, key, make, "compacter", adapter, modules)
     if not shared_rule:
         return placed
-    return {**placed, f"shared_{group}": Shared(trained={"rule": _rule(jax.random.fold_in(key, 1), (), n)}, fixed={})}
+    return {
+        **placed,
+        f"shared_{group}": Shared(
+            trained={"rule": _rule(jax.random.fold_in(key, 1), (), n)}, fixed={}
+        ),
+    }
 
 
 def _rule(key: jax.Array, lead: tuple[int, ...], n: int) -> jax.Array:
-    """A fresh rule. AdapterHub's N(0, 0.01^2) leaves the products next to nothing; the paper's rules are of order one."""
+    """A fresh rule. AdapterHub's N(0, 0.01^2) leaves the products next to nothing; the paper's
+    rules are of order one.
+    """
     return jax.random.normal(key, (*lead, n, n, n)) / n

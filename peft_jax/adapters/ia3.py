@@ -1,4 +1,6 @@
-"""IA3 (Liu et al. 2022, arXiv:2205.05638): keys, values and the feed-forward's inner activations scaled by learned vectors."""
+"""IA3 (Liu et al. 2022, arXiv:2205.05638): keys, values and the feed-forward's inner activations
+scaled by learned vectors.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from peft_jax.core.weight import Layout, static
 
 @node
 class IA3(Reparametrised):
-    """`base` with its inputs (`feedforward`) or its outputs, the bias included, scaled by `scale` [*lead, in or out]."""
+    """`base` with its inputs (`feedforward`) or its outputs, the bias included, scaled by `scale`
+    [*lead, in or out].
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("scale",)
     scale: jax.Array
@@ -43,9 +47,15 @@ class IA3(Reparametrised):
 
 
 _USUAL = (
-    ("k_proj", "v_proj", "down_proj"), ("key", "value", "output/dense"), ("key_proj", "value_proj", "output/dense"),
-    ("k_lin", "v_lin", "lin2"), ("c_attn", "mlp/c_proj"), ("Wqkv", "mlp/Wo"), ("k", "v", "wo"), ("qkv_proj", "down_proj"),
-)  # fmt: skip
+    ("k_proj", "v_proj", "down_proj"),
+    ("key", "value", "output/dense"),
+    ("key_proj", "value_proj", "output/dense"),
+    ("k_lin", "v_lin", "lin2"),
+    ("c_attn", "mlp/c_proj"),
+    ("Wqkv", "mlp/Wo"),
+    ("k", "v", "wo"),
+    ("qkv_proj", "down_proj"),
+)
 _FEEDFORWARD = ("down_proj", "output/dense", "lin2", "mlp/c_proj", "mlp/Wo", "wo")
 
 
@@ -61,11 +71,11 @@ def ia3(
     adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with an IA3 node at each place that `targets` name; of those that `feedforward` names too, the inputs are
-    scaled.
+    """`params` with an IA3 node at each place that `targets` name; of those that `feedforward`
+    names too, the inputs are scaled.
 
-    By default keys, values and the feed-forward's output, as PEFT has it for each family. All scales start at one. `key` is
-    not used. Raises ValueError for a target that matches nothing.
+    By default keys, values and the feed-forward's output, as PEFT has it for each family. All
+    scales start at one. `key` is not used. Raises ValueError for a target that matches nothing.
     """
 
     usual = first_present(places(params), _USUAL)
@@ -75,8 +85,19 @@ def ia3(
     def make(site: Site, key: jax.Array) -> IA3:
         inputs = is_target(site.path, site.base, feedforward)
         lead, n_in, n_out = site.sizes
-        return IA3(**site.common(name=adapter), scale=jnp.ones((*lead, n_in if inputs else n_out)), feedforward=inputs)
+        return IA3(
+            **site.common(name=adapter),
+            scale=jnp.ones((*lead, n_in if inputs else n_out)),
+            feedforward=inputs,
+        )
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )

@@ -1,5 +1,6 @@
-"""Invertible adapters after the embedding (Pfeiffer et al. 2020, arXiv:2005.00052): an additive coupling (NICE, Dinh et al.
-2015, arXiv:1410.8516), whose inverse goes before a head that is tied to the embedding.
+"""Invertible adapters after the embedding (Pfeiffer et al. 2020, arXiv:2005.00052): an additive
+coupling (NICE, Dinh et al. 2015, arXiv:1410.8516), whose inverse goes before a head that is tied to
+the embedding.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ Net = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 @node
 class Invertible(Attachment):
-    """Two nets of two layers (weight, bias): `first` [D - D/2 -> D/2] and `second` [D/2 -> D - D/2], at the embedding."""
+    """Two nets of two layers (weight, bias): `first` [D - D/2 -> D/2] and `second` [D/2 -> D -
+    D/2], at the embedding.
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("first", "second")
     biases: ClassVar[tuple[str, ...]] = (r"\w+/\d+/1",)
@@ -56,7 +59,9 @@ class Invertible(Attachment):
 
 @node
 class Inverse(Attachment):
-    """At the embedding as a head: queries go through the inverse of the `Invertible` beside it, which `bind` hands over."""
+    """At the embedding as a head: queries go through the inverse of the `Invertible` beside it,
+    which `bind` hands over.
+    """
 
     method: ClassVar[str] = "attend"
     coupling: Invertible | None = None
@@ -64,7 +69,9 @@ class Inverse(Attachment):
     frozen: bool = static(default=False)
 
     def linked(self, params: Any, path: str) -> Self:
-        return self.replace(coupling=module_at(params, path.rpartition("/")[0])[f"invertible_{self.name}"])
+        return self.replace(
+            coupling=module_at(params, path.rpartition("/")[0])[f"invertible_{self.name}"]
+        )
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self.coupling is not None  # `linked` filled it
@@ -81,10 +88,12 @@ def invertible(
     adapter: str = "default",
     embedding: str | None = None,
 ) -> Any:
-    """`params` with an invertible adapter after the token embedding, and (`inverse`) its inverse where that is the head.
+    """`params` with an invertible adapter after the token embedding, and (`inverse`) its inverse
+    where that is the head.
 
-    Each net has half the features over `reduction_factor` hidden units, and ends in zeros, so that nothing changes at first.
-    Raises ValueError for an unknown activation and an embedding that is not found or has an invertible adapter of that name.
+    Each net has half the features over `reduction_factor` hidden units, and ends in zeros, so that
+    nothing changes at first. Raises ValueError for an unknown activation and an embedding that is
+    not found or has an invertible adapter of that name.
     """
     check_options(activation, "none", "zero", 0.0)
     D = token_embedding(params, embedding)[1].shape[-1]
@@ -97,12 +106,17 @@ def invertible(
 
     half = D // 2
     coupling = Invertible(
-        first=net(keys[0], D - half, half), second=net(keys[1], half, D - half), activation=activation, name=adapter
+        first=net(keys[0], D - half, half),
+        second=net(keys[1], half, D - half),
+        activation=activation,
+        name=adapter,
     )
     return place_invertible(params, coupling, embedding, inverse=inverse)
 
 
-def place_invertible(params: Any, coupling: Invertible, embedding: str | None, *, inverse: bool = True) -> Any:
+def place_invertible(
+    params: Any, coupling: Invertible, embedding: str | None, *, inverse: bool = True
+) -> Any:
     """`params` with a coupling at the token embedding."""
     path, _ = token_embedding(params, embedding)
     nodes: dict[str, Any] = {f"invertible_{coupling.name}": coupling}

@@ -1,8 +1,9 @@
-"""LLaMA-Adapter (Zhang et al. 2023, arXiv:2303.16199): prompts in the upper layers' attention, behind a gate that starts at
-zero.
+"""LLaMA-Adapter (Zhang et al. 2023, arXiv:2303.16199): prompts in the upper layers' attention,
+behind a gate that starts at zero.
 
-The prompt is projected by the layer's own k_proj and v_proj, gets a softmax of its own, and its part is added to attention's
-output times the gate (equations 4 to 7; one gate for all heads, as in PEFT).
+The prompt is projected by the layer's own k_proj and v_proj, gets a softmax of its own, and its
+part is added to attention's output times the gate (equations 4 to 7; one gate for all heads, as in
+PEFT).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from peft_jax.core.weight import static
 
 @node
 class AdaptionPrompt(Attachment):
-    """prompt [*lead, P, D] and strength [*lead] at an attention core; `keys` and `values` [*lead, P, K d] are made by
-    `linked`.
+    """prompt [*lead, P, D] and strength [*lead] at an attention core; `keys` and `values` [*lead,
+    P, K d] are made by `linked`.
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("prompt", "strength")
@@ -45,7 +46,9 @@ class AdaptionPrompt(Attachment):
     def linked(self, params: Any, path: str) -> Self:
         attention = module_at(params, path.rpartition("/core/")[0])
 
-        project = lambda name: _projected(self.prompt, attention[name], len(self.lead))
+        def project(name):
+            return _projected(self.prompt, attention[name], len(self.lead))
+
         return self.replace(keys=project("k_proj"), values=project("v_proj"))
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -57,11 +60,17 @@ class AdaptionPrompt(Attachment):
         assert self.keys is not None  # `linked` made them
         assert self.values is not None
         B, T, H, d = q.shape
-        heads = lambda x: x.reshape(*x.shape[:-1], kv_heads, d).astype(q.dtype)
+
+        def heads(x):
+            return x.reshape(*x.shape[:-1], kv_heads, d).astype(q.dtype)
+
         keys, values = heads(self.keys), heads(self.values)  # [P, K, d], or [B, P, K, d] in a bank
         grouped = q.reshape(B, T, kv_heads, -1, d)
         rows = "b" if keys.ndim == 4 else ""
-        scores = jnp.einsum(f"btkgd,{rows}pkd->bkgtp", grouped, keys, preferred_element_type=jnp.float32) * d**-0.5
+        scores = (
+            jnp.einsum(f"btkgd,{rows}pkd->bkgtp", grouped, keys, preferred_element_type=jnp.float32)
+            * d**-0.5
+        )
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
         more = jnp.einsum(f"bkgtp,{rows}pkd->btkgd", weights, values).reshape(B, T, H, d)
         strength = self.strength if self.gate is None else self.strength * self.gate
@@ -92,7 +101,10 @@ class FusedAdaptionPrompt(AdaptionPrompt):
 
 def _projected(prompt: jax.Array, layer: Any, leading: int) -> jax.Array:
     """The prompt [*lead, P, D] through a dense layer of the tree."""
-    run: Callable[..., jax.Array] = lambda x, layer: linear(x, layer["kernel"], bias_of(layer), dtype=None, precision=None)
+
+    def run(x, layer) -> jax.Array:
+        return linear(x, layer["kernel"], bias_of(layer), dtype=None, precision=None)
+
     for _ in range(leading):
         run = jax.vmap(run)
     return run(prompt, {k: layer[k] for k in ("kernel", "bias") if k in layer})
@@ -107,11 +119,11 @@ def adaption_prompt(
     layers: Sequence[int] | None = None,
     adapter: str = "default",
 ) -> Any:
-    """`params` with a prompt of `adapter_len` tokens in the attention of the last `adapter_layers` layers (all but the first
-    two by default, one at least), or of `layers`.
+    """`params` with a prompt of `adapter_len` tokens in the attention of the last `adapter_layers`
+    layers (all but the first two by default, one at least), or of `layers`.
 
-    Raises ValueError for a model whose attention has neither k_proj and v_proj of its own nor GPT-2's c_attn (PEFT has
-    none for others either).
+    Raises ValueError for a model whose attention has neither k_proj and v_proj of its own nor
+    GPT-2's c_attn (PEFT has none for others either).
     """
     if adapter_len < 1:
         raise ValueError(f"adapter_len must be at least 1, got {adapter_len}")
@@ -120,13 +132,16 @@ def adaption_prompt(
         known = find_modules(params, found)
     except ValueError as error:
         raise ValueError(
-            "adaption_prompt needs attention with k_proj and v_proj, or c_attn, and this model has none"
+            "adaption_prompt needs attention with k_proj and v_proj, or c_attn, and this model "
+            "has none"
         ) from error
     count = 1 + max(i for m in known for i in m.numbers)
     if layers is None:
         wanted = max(1, count - 2) if adapter_layers is None else adapter_layers
         if not 1 <= wanted <= count:
-            raise ValueError(f"adapter_layers must lie between 1 and the {count} layers, got {wanted}")
+            raise ValueError(
+                f"adapter_layers must lie between 1 and the {count} layers, got {wanted}"
+            )
         layers = range(count - wanted, count)
     D = hidden_size(params)
 

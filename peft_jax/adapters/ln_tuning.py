@@ -13,20 +13,37 @@ _NORMS = ("*norm*", "*Norm*", "*/ln_*")
 
 
 def ln_tuning(
-    params: Any, key: Any = None, *, targets: Targets = _NORMS, exclude: Targets = (), adapter: str = "default"
+    params: Any,
+    key: Any = None,
+    *,
+    targets: Targets = _NORMS,
+    exclude: Targets = (),
+    adapter: str = "default",
 ) -> Any:
-    """`params` with the scales and biases of the norms that `targets` name training. `key` is not used.
+    """`params` with the scales and biases of the norms that `targets` name training. `key` is not
+    used.
 
     Raises ValueError where they name no norm.
     """
     wanted, unwanted = ([t] if isinstance(t, str) else list(t) for t in (targets, exclude))
     known = places(params)
     norms = {p.rpartition("/")[0] for p in known if p.rpartition("/")[2] == "scale"}
-    named = lambda p, patterns: any(matches(p, t) for t in patterns)
-    plain = lambda w: not isinstance(w, Weight) or isinstance(w, Replacement)
-    beside = {p: w for p, w in known.items() if p.rpartition("/")[0] in norms and p.rpartition("/")[2] in ("scale", "bias")}
+
+    def named(p, patterns):
+        return any(matches(p, t) for t in patterns)
+
+    def plain(w):
+        return not isinstance(w, Weight) or isinstance(w, Replacement)
+
+    beside = {
+        p: w
+        for p, w in known.items()
+        if p.rpartition("/")[0] in norms and p.rpartition("/")[2] in ("scale", "bias")
+    }
     chosen = {p for p, w in beside.items() if plain(w)}
     chosen = {p for p in chosen if named(p, wanted) and not named(p, unwanted)}
     if not chosen:
-        raise ValueError(f"targets {targets!r} name no norm; norms here: {', '.join(sorted(norms))}")
+        raise ValueError(
+            f"targets {targets!r} name no norm; norms here: {', '.join(sorted(norms))}"
+        )
     return replace_arrays(params, dict.fromkeys(chosen, "norm"), name=adapter)

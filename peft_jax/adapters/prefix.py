@@ -1,8 +1,10 @@
-"""Prefix tuning (Li and Liang 2021, arXiv:2101.00190): keys and values that stand before those of the tokens in every layer.
+"""Prefix tuning (Li and Liang 2021, arXiv:2101.00190): keys and values that stand before those of
+the tokens in every layer.
 
-In a decoder of this package they are attached to the attention core, and tokens count their positions from the prefix's end,
-as with a key/value cache that holds it; in attention layers of Flax, to the projections of keys and values. A packed row's
-sequences all see the prefix; local layers see what their window reaches.
+In a decoder of this package they are attached to the attention core, and tokens count their
+positions from the prefix's end, as with a key/value cache that holds it; in attention layers of
+Flax, to the projections of keys and values. A packed row's sequences all see the prefix; local
+layers see what their window reaches.
 """
 
 from __future__ import annotations
@@ -24,20 +26,35 @@ from peft_jax.core.weight import Layout, matrix_shape, static
 from peft_jax.models.blocks import hooks_of
 
 _FLAX = {"query", "key", "value", "out"}
-_PROJECTIONS = (("q_proj", "k_proj"), ("query", "key"), ("query_proj", "key_proj"), ("q_lin", "k_lin"), ("q", "k"))
+_PROJECTIONS = (
+    ("q_proj", "k_proj"),
+    ("query", "key"),
+    ("query_proj", "key_proj"),
+    ("q_lin", "k_lin"),
+    ("q", "k"),
+)
 
 
 @node
 class Prefix(Attachment):
-    """keys and values [*lead, P, K d], or what makes them: `weight` [*lead, h, 2 K d] and `bias` [*lead, 2 K d] after the MLP's
-    first layer, which all layers share ({"embedding" [P, D], "weight" [D, h], "bias" [h]} in `shared`).
+    """keys and values [*lead, P, K d], or what makes them: `weight` [*lead, h, 2 K d] and `bias`
+    [*lead, 2 K d] after the MLP's first layer, which all layers share ({"embedding" [P, D],
+    "weight" [D, h], "bias" [h]} in `shared`).
 
-    `part` says what the module is: "both" an attention core, "key" or "value" a projection [B, T, H, d], "mask" the attention
-    around such projections. `gating_weight` [*lead, H d, 1] and `gating_bias` [*lead, 1] weigh the prefix for each token by a
-    sigmoid of its query. Rows of a bank have [B, ...] each.
+    `part` says what the module is: "both" an attention core, "key" or "value" a projection [B, T,
+    H, d], "mask" the attention around such projections. `gating_weight` [*lead, H d, 1] and
+    `gating_bias` [*lead, 1] weigh the prefix for each token by a sigmoid of its query. Rows of a
+    bank have [B, ...] each.
     """
 
-    trainable: ClassVar[tuple[str, ...]] = ("keys", "values", "weight", "bias", "gating_weight", "gating_bias")
+    trainable: ClassVar[tuple[str, ...]] = (
+        "keys",
+        "values",
+        "weight",
+        "bias",
+        "gating_weight",
+        "gating_bias",
+    )
     keys: jax.Array | None = None
     values: jax.Array | None = None
     weight: jax.Array | None = None
@@ -47,7 +64,9 @@ class Prefix(Attachment):
     gate: jax.Array | None = None
     shared: Any = None
     length: int = static()
-    offset: bool = static(default=True)  # whether tokens count their positions from its end (then there is an `Offset`)
+    offset: bool = static(
+        default=True
+    )  # whether tokens count their positions from its end (then there is an `Offset`)
     activation: str = static(default="tanh")
     part: str = static(default="both")
     group: str = static(default="")
@@ -66,7 +85,9 @@ class Prefix(Attachment):
         """(keys, values) [P, K d] each; None for a part that has none."""
         if self.weight is None or self.bias is None:
             return self.keys, self.values
-        hidden = ACTIVATIONS[self.activation](affine(self.shared["embedding"], self.shared["weight"], self.shared["bias"]))
+        hidden = ACTIVATIONS[self.activation](
+            affine(self.shared["embedding"], self.shared["weight"], self.shared["bias"])
+        )
         both = affine(hidden, self.weight, self.bias)
         if self.part != "both":
             return both, both
@@ -74,7 +95,9 @@ class Prefix(Attachment):
         return both[..., :n], both[..., n:]
 
     def arrays_by_layer(self) -> tuple[Any, Any]:
-        """(keys, values) [*lead, P, K d] each, outside a call; the tree's `distribute` has filled `shared`."""
+        """(keys, values) [*lead, P, K d] each, outside a call; the tree's `distribute` has filled
+        `shared`.
+        """
         run: Callable[[Any], Any] = Prefix.arrays
         for _ in self.lead:
             run = jax.vmap(run)
@@ -84,29 +107,45 @@ class Prefix(Attachment):
         if self.part == "mask":
             mask = kwargs.get("mask")
             if mask is not None:
-                kwargs["mask"] = jnp.concatenate([jnp.ones((*mask.shape[:-1], self.length), mask.dtype), mask], axis=-1)
+                kwargs["mask"] = jnp.concatenate(
+                    [jnp.ones((*mask.shape[:-1], self.length), mask.dtype), mask], axis=-1
+                )
             return call(*args, **kwargs)
         keys, values = self.arrays()
         if self.part != "both":
             return _before(keys if self.part == "key" else values, call(*args, **kwargs))
         q, k, v, mask, *rest = args
         visible = True if self.gate is None else (self.gate > 0).reshape(-1, 1, 1, 1)
-        mask = mask.with_prefix(self.length, visible, self._bias(q), 0 if self.offset else -self.length)
+        mask = mask.with_prefix(
+            self.length, visible, self._bias(q), 0 if self.offset else -self.length
+        )
         if len(rest) > 1 and rest[1] is not None:  # scores by position
             rest[1] = _bias_with_prefix(rest[1], self.length)
         return call(q, _before(keys, k), _before(values, v), mask, *rest, **kwargs)
 
     def _bias(self, q: jax.Array) -> jax.Array | None:
-        """What the gate adds to the prefix's scores, [B, 1, T, P]: its logarithm, so that an open gate adds nothing."""
+        """What the gate adds to the prefix's scores, [B, 1, T, P]: its logarithm, so that an open
+        gate adds nothing.
+        """
         if self.gating_weight is None:
             return None
-        logits = affine(q.reshape(*q.shape[:2], -1), self.gating_weight, self.gating_bias).astype(jnp.float32)
-        return jnp.broadcast_to(jax.nn.log_sigmoid(logits)[:, None], (q.shape[0], 1, q.shape[1], self.length))
+        logits = affine(q.reshape(*q.shape[:2], -1), self.gating_weight, self.gating_bias).astype(
+            jnp.float32
+        )
+        return jnp.broadcast_to(
+            jax.nn.log_sigmoid(logits)[:, None], (q.shape[0], 1, q.shape[1], self.length)
+        )
 
 
 def _bias_with_prefix(bias: Any, length: int) -> Any:
-    """A bias of scores with `length` keys in front: at the positions before the first, or at none."""
-    return bias.with_prefix(length) if hasattr(bias, "with_prefix") else jnp.pad(bias, [(0, 0)] * 3 + [(length, 0)])
+    """A bias of scores with `length` keys in front: at the positions before the first, or at
+    none.
+    """
+    return (
+        bias.with_prefix(length)
+        if hasattr(bias, "with_prefix")
+        else jnp.pad(bias, [(0, 0)] * 3 + [(length, 0)])
+    )
 
 
 def _before(prefix: jax.Array, x: jax.Array) -> jax.Array:
@@ -127,11 +166,15 @@ class Offset(Attachment):
     def moves(self, path: str) -> int:
         return self.length
 
-    def around(self, call: Callable[..., Any], tokens, positions, segment_ids, cache, common: int = 0) -> Any:
+    def around(
+        self, call: Callable[..., Any], tokens, positions, segment_ids, cache, common: int = 0
+    ) -> Any:
         if positions is None:
             start = 0 if cache is None else cache["index"]
             rows = 1 if cache is None else tokens.shape[0]
-            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), (rows, tokens.shape[1]))
+            positions = jnp.broadcast_to(
+                start + jnp.arange(tokens.shape[1], dtype=jnp.int32), (rows, tokens.shape[1])
+            )
         return call(tokens, positions + self.length, segment_ids, cache, common)
 
 
@@ -151,18 +194,21 @@ def prefix_tuning(
     adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with a prefix in each attention that `targets` name (a decoder's, or Flax's own attention layers).
+    """`params` with a prefix in each attention that `targets` name (a decoder's, or Flax's own
+    attention layers).
 
-    With `projection` an MLP of `hidden_size` units makes the prefix while it trains (section 4.3); it is exported without it.
-    `gating` weighs the prefix for each token (UniPELT). Keys and values start as N(0, init_std^2). With `offset` the tokens
-    of a decoder count their positions from the prefix's end, as in PEFT; without, from 0, as in AdapterHub. Raises ValueError
-    for a model without such attention and targets that match none.
+    With `projection` an MLP of `hidden_size` units makes the prefix while it trains (section 4.3);
+    it is exported without it. `gating` weighs the prefix for each token (UniPELT). Keys and values
+    start as N(0, init_std^2). With `offset` the tokens of a decoder count their positions from the
+    prefix's end, as in PEFT; without, from 0, as in AdapterHub. Raises ValueError for a model
+    without such attention and targets that match none.
     """
     if num_virtual_tokens < 1:
         raise ValueError(f"num_virtual_tokens must be at least 1, got {num_virtual_tokens}")
     if activation not in ACTIVATIONS:
         raise ValueError(
-            f"unknown activation {activation!r}.{nearest(activation, ACTIVATIONS)} There are {', '.join(ACTIVATIONS)}"
+            f"unknown activation {activation!r}.{nearest(activation, ACTIVATIONS)} There are "
+            f"{', '.join(ACTIVATIONS)}"
         )
     if gating not in ("none", "token"):
         raise ValueError(f"unknown gating {gating!r}; a prefix has none or token")
@@ -190,24 +236,37 @@ def prefix_tuning(
             weight = jax.random.normal(next(keys), (*m.lead, h, halves * n)) * h**-0.5
             return Prefix(**common, weight=weight, bias=jnp.zeros((*m.lead, halves * n)))
         made = [init_std * jax.random.normal(next(keys), (*m.lead, P, n)) for _ in range(halves)]
-        return Prefix(**common, keys=made[0] if part != "value" else None, values=made[-1] if part != "key" else None)
+        return Prefix(
+            **common,
+            keys=made[0] if part != "value" else None,
+            values=made[-1] if part != "key" else None,
+        )
 
     for m, kind, n_q, n_kv in found:
         if kind == "core":
             prefix = make(m, n_kv, "both")
             if gating == "token":
                 prefix = prefix.replace(
-                    gating_weight=0.02 * jax.random.normal(next(keys), (*m.lead, n_q, 1)), gating_bias=jnp.zeros((*m.lead, 1))
+                    gating_weight=0.02 * jax.random.normal(next(keys), (*m.lead, n_q, 1)),
+                    gating_bias=jnp.zeros((*m.lead, 1)),
                 )
             nodes[m.path] = {f"prefix_{adapter}": prefix}
             continue
         if gating != "none" or m.gate is not None:
             raise ValueError(
-                f"{m.path} is an attention layer of Flax, where a prefix has no gate and stands in all stacked layers"
+                f"{m.path} is an attention layer of Flax, where a prefix has no gate and stands in "
+                "all stacked layers"
             )
         nodes[m.path] = {f"prefix_{adapter}": Prefix(length=P, part="mask", name=adapter)}
-        nodes |= {f"{m.path}/{part}": {f"prefix_{adapter}": make(m, n_kv, part)} for part in ("key", "value")}
-    if any(kind == "core" for _, kind, _, _ in found) and (stack := offset_stack(params)) and offset:
+        nodes |= {
+            f"{m.path}/{part}": {f"prefix_{adapter}": make(m, n_kv, part)}
+            for part in ("key", "value")
+        }
+    if (
+        any(kind == "core" for _, kind, _, _ in found)
+        and (stack := offset_stack(params))
+        and offset
+    ):
         nodes[stack] = {f"offset_{adapter}": Offset(length=P, name=adapter)}
     params = attach(params, nodes)
     if not projection:
@@ -222,7 +281,9 @@ def prefix_tuning(
 
 
 def offset_stack(params: Any) -> str | None:
-    """The path of the decoder's stack, whose tokens count their positions from a prefix's end; None in other models."""
+    """The path of the decoder's stack, whose tokens count their positions from a prefix's end; None
+    in other models.
+    """
     kind, path = token_stack(params)
     return path if kind == "decoder" else None
 
@@ -241,12 +302,15 @@ def kv_features(params: Any) -> int:
 def _attentions(
     params: Any, layout: Layout | None, targets: Targets, layers: Sequence[int] | None
 ) -> list[tuple[Module, str, int, int]]:
-    """(where, what, features of queries, features of keys) for each attention that `targets` name."""
+    """(where, what, features of queries, features of keys) for each attention that `targets`
+    name.
+    """
     cores = [p.removesuffix("/core") for p in attention_cores(params)]
     flax = [p for p in module_paths(params) if set(module_at(params, p)) >= _FLAX]
     if not cores and not flax:
         raise ValueError(
-            "no attention was found that a prefix can stand in (this package's, or Flax's with query, key, value, out)"
+            "no attention was found that a prefix can stand in (this package's, or Flax's with "
+            "query, key, value, out)"
         )
     named = {m.path: m for m in find_modules(params, targets, (), layers, layout)}
     found = []
@@ -254,18 +318,30 @@ def _attentions(
         core = f"{path}/core" if path in cores else path
         m = named.get(core) or named.get(path)
         if m is not None:
-            found.append((m._replace(path=core), "core" if path in cores else "flax", *_sizes(params, path, layout)))
+            found.append(
+                (
+                    m._replace(path=core),
+                    "core" if path in cores else "flax",
+                    *_sizes(params, path, layout),
+                )
+            )
     if not found:
-        raise ValueError(f"targets {targets!r} name no attention; attention here: {', '.join([*cores, *flax])}")
+        raise ValueError(
+            f"targets {targets!r} name no attention; attention here: {', '.join([*cores, *flax])}"
+        )
     return found
 
 
 def _sizes(params: Any, path: str, layout: Layout | None) -> tuple[int, int]:
     """Features of queries and of keys, all heads together."""
     module = module_at(params, path)
-    out = lambda name: matrix_shape(
-        module[name]["kernel"].shape, *(layout or {}).get(f"{path}/{name}/kernel", ((-2,), (-1,)))
-    )[1:]  # fmt: skip
+
+    def out(name):
+        return matrix_shape(
+            module[name]["kernel"].shape,
+            *(layout or {}).get(f"{path}/{name}/kernel", ((-2,), (-1,))),
+        )[1:]
+
     if "qkv_proj" in module:
         n_q, total = out("o_proj")[0], out("qkv_proj")[1]
         return n_q, (total - n_q) // 2

@@ -1,11 +1,11 @@
-"""Prompts of virtual tokens before the input: prompt tuning (Lester et al. 2021, arXiv:2104.08691), P-tuning (Liu et al.
-2021, arXiv:2103.10385), multitask prompt tuning (Wang et al. 2023, arXiv:2303.02861) and context-aware prompt tuning (Blau et
-al. 2024, arXiv:2410.17222).
+"""Prompts of virtual tokens before the input: prompt tuning (Lester et al. 2021, arXiv:2104.08691),
+P-tuning (Liu et al. 2021, arXiv:2103.10385), multitask prompt tuning (Wang et al. 2023,
+arXiv:2303.02861) and context-aware prompt tuning (Blau et al. 2024, arXiv:2410.17222).
 
-Two attachments do it. `Prompt`, around the model, puts the ids -1, -2, ... before each row, moves the positions of its
-tokens, and takes the virtual tokens' outputs away; `VirtualTokens`, at the embedding, has their embeddings. A packed row has
-the prompt once: all its sequences see it, and none sees another. With a key/value cache the first call puts the prompt into
-it.
+Two attachments do it. `Prompt`, around the model, puts the ids -1, -2, ... before each row, moves
+the positions of its tokens, and takes the virtual tokens' outputs away; `VirtualTokens`, at the
+embedding, has their embeddings. A packed row has the prompt once: all its sequences see it, and
+none sees another. With a key/value cache the first call puts the prompt into it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from peft_jax.models.blocks import ScaledEmbed, embedding_scale, scaled
 
 @node
 class Prompt(Attachment):
-    """`length` virtual tokens before each row. `kind` says what the module is: the stack of a "decoder" or an "encoder" of this
-    package, or any "model" of tokens [B, T].
+    """`length` virtual tokens before each row. `kind` says what the module is: the stack of a
+    "decoder" or an "encoder" of this package, or any "model" of tokens [B, T].
 
-    In a bank `gate` [B] is 0 for a row without a prompt: nothing sees its virtual tokens. An encoder's rows are one sequence
-    each. Where it is asked for a row's first state, that is the first virtual token's, as PEFT has it.
+    In a bank `gate` [B] is 0 for a row without a prompt: nothing sees its virtual tokens. An
+    encoder's rows are one sequence each. Where it is asked for a row's first state, that is the
+    first virtual token's, as PEFT has it.
     """
 
     gate: jax.Array | None = None
@@ -52,17 +53,40 @@ class Prompt(Attachment):
         if self.kind == "decoder":
             return self._decoder(call, *args, **kwargs)
         if self.gate is not None:
-            raise ValueError("a bank of prompts needs a decoder of this package, which can hide a row's virtual tokens")
+            raise ValueError(
+                "a bank of prompts needs a decoder of this package, which can hide a row's "
+                "virtual tokens"
+            )
         if self.kind == "encoder":
             return self._encoder(call, *args, **kwargs)
         out = call(self._before(args[0], -1 - jnp.arange(self.length)), *args[1:], **kwargs)
-        return (out[0][:, self.length :], *out[1:]) if isinstance(out, tuple) else out[:, self.length :]
+        return (
+            (out[0][:, self.length :], *out[1:])
+            if isinstance(out, tuple)
+            else out[:, self.length :]
+        )
 
-    def _encoder(self, call: Callable[..., Any], tokens, segment_ids, token_type_ids, positions, pooled: bool = False) -> Any:
+    def _encoder(
+        self,
+        call: Callable[..., Any],
+        tokens,
+        segment_ids,
+        token_type_ids,
+        positions,
+        pooled: bool = False,
+    ) -> Any:
         P = self.length
-        whole = lambda x, values: None if x is None else self._before(jnp.broadcast_to(x, tokens.shape), values)
+
+        def whole(x, values):
+            return None if x is None else self._before(jnp.broadcast_to(x, tokens.shape), values)
+
         positions = None if positions is None else whole(positions + P, jnp.arange(P))
-        inputs = self._before(tokens, -1 - jnp.arange(P)), whole(segment_ids, 1), whole(token_type_ids, 0), positions
+        inputs = (
+            self._before(tokens, -1 - jnp.arange(P)),
+            whole(segment_ids, 1),
+            whole(token_type_ids, 0),
+            positions,
+        )
         out = call(*inputs, pooled)
         return out if pooled else out[:, P:]
 
@@ -71,7 +95,9 @@ class Prompt(Attachment):
         values = jnp.broadcast_to(jnp.asarray(values).astype(x.dtype), (x.shape[0], self.length))
         return jnp.concatenate([values, x], axis=1)
 
-    def _decoder(self, call: Callable[..., Any], tokens, positions, segment_ids, cache, common: int = 0) -> Any:
+    def _decoder(
+        self, call: Callable[..., Any], tokens, positions, segment_ids, cache, common: int = 0
+    ) -> Any:
         P = self.length
         started = cache is not None and "prompted" in cache
         cache = cache and {k: v for k, v in cache.items() if k != "prompted"}
@@ -81,7 +107,8 @@ class Prompt(Attachment):
             return x, {**new, "prompted": jnp.int32(P)}
         if cache is not None and (slots := cache["k"].shape[2]) < P + tokens.shape[1]:
             raise ValueError(
-                f"the cache has {slots} slots, and {tokens.shape[1]} tokens after a prompt of {P} need {P + tokens.shape[1]}"
+                f"the cache has {slots} slots, and {tokens.shape[1]} tokens after a prompt of {P} "
+                f"need {P + tokens.shape[1]}"
             )
         if segment_ids is None and (cache is not None or self.gate is not None):
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
@@ -89,13 +116,17 @@ class Prompt(Attachment):
             positions = self._before(jnp.broadcast_to(positions, tokens.shape), jnp.arange(P))
         seen = -1 if self.gate is None else jnp.where(self.gate > 0, -1, 0)[:, None]
         segment_ids = None if segment_ids is None else self._before(segment_ids, seen)
-        x, new = call(self._before(tokens, -1 - jnp.arange(P)), positions, segment_ids, cache, common + P)
+        x, new = call(
+            self._before(tokens, -1 - jnp.arange(P)), positions, segment_ids, cache, common + P
+        )
         return x[:, P:], None if cache is None else {**new, "prompted": jnp.int32(P)}
 
 
 @node
 class EncoderPrompt(Prompt):
-    """Virtual tokens before what the encoder of an encoder-decoder gets; its states stay, for the decoder to attend to."""
+    """Virtual tokens before what the encoder of an encoder-decoder gets; its states stay, for the
+    decoder to attend to.
+    """
 
     method: ClassVar[str] = "encode"
 
@@ -106,17 +137,24 @@ class EncoderPrompt(Prompt):
     def moves(self, path: str) -> int:
         return self.length if path.startswith("encoder/") else 0
 
-    def around(self, call: Callable[..., Any], tokens: jax.Array, segment_ids: jax.Array | None = None) -> Any:  # type: ignore[override]
-        segment_ids = None if segment_ids is None else self._before(jnp.broadcast_to(segment_ids, tokens.shape), 1)
+    def around(
+        self, call: Callable[..., Any], tokens: jax.Array, segment_ids: jax.Array | None = None
+    ) -> Any:  # type: ignore[override]
+        segment_ids = (
+            None
+            if segment_ids is None
+            else self._before(jnp.broadcast_to(segment_ids, tokens.shape), 1)
+        )
         return call(self._before(tokens, -1 - jnp.arange(self.length)), segment_ids)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Virtual(Attachment):
-    """At the embedding: the ids -1, -2, ... stand for the rows of `prompt()`. (What hides a row's prompt is `Prompt.gate`.)
+    """At the embedding: the ids -1, -2, ... stand for the rows of `prompt()`. (What hides a row's
+    prompt is `Prompt.gate`.)
 
-    They take the place of what the embedding puts out, after a scale of its own, as in PEFT. `scale` is the one that they
-    start with, where they start from the embedding's rows.
+    They take the place of what the embedding puts out, after a scale of its own, as in PEFT.
+    `scale` is the one that they start with, where they start from the embedding's rows.
     """
 
     gate: jax.Array | None = None
@@ -136,12 +174,15 @@ class Virtual(Attachment):
         scale = module.scale if isinstance(module, ScaledEmbed) else 1.0
         if self.scale not in (None, scale):
             raise ValueError(
-                f"the prompt {self.name!r} starts from rows of the embedding times {self.scale:g}, and this model multiplies "
+                f"the prompt {self.name!r} starts from rows of the embedding times {self.scale:g}, "
+                "and this model multiplies "
                 f"them by {scale:g}; give the method model=model"
             )
 
     def prompt(self) -> jax.Array:
-        """Embeddings of the virtual tokens, [P, D], or [B, P, D] where rows have prompts of their own."""
+        """Embeddings of the virtual tokens, [P, D], or [B, P, D] where rows have prompts of their
+        own.
+        """
         raise NotImplementedError
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +190,9 @@ class Virtual(Attachment):
         y = call(jnp.maximum(ids, 0), *args[1:], **kwargs)
         prompt = self.prompt().astype(y.dtype)
         at = jnp.clip(-1 - ids, 0, prompt.shape[-2] - 1)
-        virtual = prompt[at] if prompt.ndim == 2 else jnp.take_along_axis(prompt, at[..., None], axis=1)
+        virtual = (
+            prompt[at] if prompt.ndim == 2 else jnp.take_along_axis(prompt, at[..., None], axis=1)
+        )
         return jnp.where((ids < 0)[..., None], virtual, y)
 
 
@@ -166,9 +209,10 @@ class VirtualTokens(Virtual):
 
 @node
 class EncodedTokens(Virtual):
-    """P-tuning: `embeddings` [P, D] through an encoder, an MLP of `layers` (weight, bias) with ReLU between them, after the
-    bidirectional LSTM `lstm` where there is one: for each layer two directions of (input [n, 4h], recurrent [h, 4h], bias
-    [4h]), gates in the order input, forget, cell, output.
+    """P-tuning: `embeddings` [P, D] through an encoder, an MLP of `layers` (weight, bias) with ReLU
+    between them, after the bidirectional LSTM `lstm` where there is one: for each layer two
+    directions of (input [n, 4h], recurrent [h, 4h], bias [4h]), gates in the order input, forget,
+    cell, output.
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("embeddings", "layers", "lstm")
@@ -202,7 +246,8 @@ def _lstm(x: jax.Array, w: jax.Array, u: jax.Array, b: jax.Array) -> jax.Array:
 
 @node
 class TaskTokens(Virtual):
-    """Multitask prompt tuning: `embeddings` [P, D] times a task's own low-rank matrix, `columns` [n, P, r] by `rows` [n, r, D].
+    """Multitask prompt tuning: `embeddings` [P, D] times a task's own low-rank matrix, `columns`
+    [n, P, r] by `rows` [n, r, D].
 
     `ids` [B], each row's task, is filled by `bind` from `adapter_ids`.
     """
@@ -216,7 +261,10 @@ class TaskTokens(Virtual):
 
     def prompt(self) -> jax.Array:
         if self.ids is None and self.columns.shape[0] > 1:
-            raise ValueError("a prompt for several tasks needs apply(params, tokens, adapter_ids=tasks), one for each row")
+            raise ValueError(
+                "a prompt for several tasks needs apply(params, tokens, adapter_ids=tasks), one "
+                "for each row"
+            )
         ids = jnp.zeros((1,), jnp.int32) if self.ids is None else self.ids
         prompt = self.embeddings * jnp.matmul(self.columns[ids], self.rows[ids])
         return prompt[0] if self.ids is None else prompt
@@ -224,7 +272,8 @@ class TaskTokens(Virtual):
 
 @node
 class ContextTokens(Virtual):
-    """Context-aware prompt tuning: the embeddings of a context [P, D] and what is added to them, `delta` [P, D].
+    """Context-aware prompt tuning: the embeddings of a context [P, D] and what is added to them,
+    `delta` [P, D].
 
     A token's delta is cut back to the norm `radius` [P] (zero where it is not to change).
     """
@@ -241,18 +290,25 @@ class ContextTokens(Virtual):
     def prompt(self) -> jax.Array:
         delta = jnp.where(self.radius[:, None] > 0, self.delta, jax.lax.stop_gradient(self.delta))
         norm = jnp.linalg.norm(jax.lax.stop_gradient(delta), axis=-1)
-        return self.embeddings + delta * (self.radius / jnp.maximum(norm, jnp.maximum(self.radius, 1e-30)))[:, None]
+        return (
+            self.embeddings
+            + delta * (self.radius / jnp.maximum(norm, jnp.maximum(self.radius, 1e-30)))[:, None]
+        )
 
 
 def place_prompt(params: Any, tokens: Virtual, length: int, embedding: str | None) -> Any:
     """`params` with a prompt of `length` tokens. Raises ValueError where there is one already."""
     if old := [p for p, w in places(params).items() if isinstance(w, Prompt)]:
-        raise ValueError(f"the tree has a prompt already, {old[0]}; a bank holds several (peft_jax.bank)")
+        raise ValueError(
+            f"the tree has a prompt already, {old[0]}; a bank holds several (peft_jax.bank)"
+        )
     path, _ = token_embedding(params, embedding)
     kind, stack = token_stack(params, embedding)
     make: Any = EncoderPrompt if kind == "encoder-decoder" else Prompt
     prompt = make(length=length, kind=kind, name=tokens.name)
-    return attach(params, {path: {f"tokens_{tokens.name}": tokens}, stack: {f"prompt_{tokens.name}": prompt}})
+    return attach(
+        params, {path: {f"tokens_{tokens.name}": tokens}, stack: {f"prompt_{tokens.name}": prompt}}
+    )
 
 
 def _length(num_virtual_tokens: int) -> int:
@@ -279,10 +335,11 @@ def prompt_tuning(
 ) -> Any:
     """`params` with a prompt of virtual tokens.
 
-    init: random draws N(0, 1) scaled to the embedding's deviation, vocabulary takes the embeddings of tokens drawn at random,
-    text those of `token_ids` (a text's), repeated or cut to the length. `embedding` names the tokens' embedding where there
-    are several. A `model` that scales its embeddings (Gemma) has to be given. Raises ValueError for an unknown init, token
-    ids outside the vocabulary, and a tree that has a prompt already.
+    init: random draws N(0, 1) scaled to the embedding's deviation, vocabulary takes the embeddings
+    of tokens drawn at random, text those of `token_ids` (a text's), repeated or cut to the length.
+    `embedding` names the tokens' embedding where there are several. A `model` that scales its
+    embeddings (Gemma) has to be given. Raises ValueError for an unknown init, token ids outside the
+    vocabulary, and a tree that has a prompt already.
     """
     scale = embedding_scale(model)
     P, weight = _length(num_virtual_tokens), token_embedding(params, embedding)[1]
@@ -297,7 +354,9 @@ def prompt_tuning(
         start = _rows_of(weight, ids[jnp.arange(P) % len(ids)], scale)
     else:
         raise ValueError(f"unknown init {init!r}; there are random, vocabulary and text")
-    return place_prompt(params, VirtualTokens(embeddings=start, scale=scale, name=adapter), P, embedding)
+    return place_prompt(
+        params, VirtualTokens(embeddings=start, scale=scale, name=adapter), P, embedding
+    )
 
 
 def _checked_ids(ids: list[int], vocabulary: int, option: str) -> jax.Array:
@@ -317,10 +376,12 @@ def p_tuning(
     adapter: str = "default",
     embedding: str | None = None,
 ) -> Any:
-    """`params` with a prompt that an encoder makes: an MLP of three layers, or an LSTM of `num_layers` and an MLP of two.
+    """`params` with a prompt that an encoder makes: an MLP of three layers, or an LSTM of
+    `num_layers` and an MLP of two.
 
-    `hidden_size` defaults to the embedding's features. Exported as the prompt alone, without its encoder, as PEFT does.
-    Raises ValueError for an unknown encoder and a tree that has a prompt already.
+    `hidden_size` defaults to the embedding's features. Exported as the prompt alone, without its
+    encoder, as PEFT does. Raises ValueError for an unknown encoder and a tree that has a prompt
+    already.
     """
     P, D = _length(num_virtual_tokens), token_embedding(params, embedding)[1].shape[-1]
     h = hidden_size or D
@@ -341,7 +402,12 @@ def p_tuning(
         raise ValueError(f"unknown encoder {encoder!r}; there are mlp and lstm")
     layers = tuple((uniform(a, a, b), jnp.zeros(b)) for a, b in itertools.pairwise(sizes))
     start = jax.random.normal(next(keys), (P, D))
-    return place_prompt(params, EncodedTokens(embeddings=start, layers=layers, lstm=lstm, name=adapter), P, embedding)
+    return place_prompt(
+        params,
+        EncodedTokens(embeddings=start, layers=layers, lstm=lstm, name=adapter),
+        P,
+        embedding,
+    )
 
 
 def multitask_prompt_tuning(
@@ -354,13 +420,15 @@ def multitask_prompt_tuning(
     adapter: str = "default",
     embedding: str | None = None,
 ) -> Any:
-    """`params` with a prompt that tasks share, each changing it by a matrix of rank `num_ranks`; rows say theirs by
-    `adapter_ids`.
+    """`params` with a prompt that tasks share, each changing it by a matrix of rank `num_ranks`;
+    rows say theirs by `adapter_ids`.
 
     Raises ValueError for a count below 1 and a tree that has a prompt already.
     """
     if num_tasks < 1 or num_ranks < 1:
-        raise ValueError(f"num_tasks and num_ranks must be at least 1, got {num_tasks} and {num_ranks}")
+        raise ValueError(
+            f"num_tasks and num_ranks must be at least 1, got {num_tasks} and {num_ranks}"
+        )
     P, D = _length(num_virtual_tokens), token_embedding(params, embedding)[1].shape[-1]
     keys = jax.random.split(key, 3)
     tokens = TaskTokens(
@@ -384,13 +452,15 @@ def cpt(
     embedding: str | None = None,
     model: Any = None,
 ) -> Any:
-    """`params` with a prompt that starts as the context `token_ids` (examples, say), whose embeddings may move a little.
+    """`params` with a prompt that starts as the context `token_ids` (examples, say), whose
+    embeddings may move a little.
 
-    `token_types` (as PEFT's cpt_tokens_type_mask: modulo 4, 1 and 3 are templates, 2 an input, 0 an answer, which stays)
-    default to inputs. A token moves by at most `epsilon`, a template's by `format_epsilon`, times sqrt(D / 2048). Training
-    differs from PEFT's in one thing: the loss is the data's alone, without the context's own answers. `key` is not used.
-    A `model` that scales its embeddings (Gemma) has to be given. Raises ValueError for ids outside the vocabulary, types of
-    another length, and a tree that has a prompt already.
+    `token_types` (as PEFT's cpt_tokens_type_mask: modulo 4, 1 and 3 are templates, 2 an input, 0 an
+    answer, which stays) default to inputs. A token moves by at most `epsilon`, a template's by
+    `format_epsilon`, times sqrt(D / 2048). Training differs from PEFT's in one thing: the loss is
+    the data's alone, without the context's own answers. `key` is not used. A `model` that scales
+    its embeddings (Gemma) has to be given. Raises ValueError for ids outside the vocabulary, types
+    of another length, and a tree that has a prompt already.
     """
     weight = token_embedding(params, embedding)[1]
     V, D = weight.shape
@@ -399,17 +469,30 @@ def cpt(
     if len(types) != len(ids):
         raise ValueError(f"there are {len(types)} token_types for {len(ids)} token_ids")
     scale = embedding_scale(model)
-    context = context_tokens(_rows_of(weight, ids, scale), token_ids, types, epsilon, format_epsilon, adapter)
+    context = context_tokens(
+        _rows_of(weight, ids, scale), token_ids, types, epsilon, format_epsilon, adapter
+    )
     return place_prompt(params, context.replace(scale=scale), len(types), embedding)
 
 
 def context_tokens(
-    rows: jax.Array, ids: Sequence[int], types: Sequence[int], epsilon: float, format_epsilon: float, name: str
+    rows: jax.Array,
+    ids: Sequence[int],
+    types: Sequence[int],
+    epsilon: float,
+    format_epsilon: float,
+    name: str,
 ) -> ContextTokens:
     """A context that has not moved yet, from its embeddings [P, D]."""
     size = {1: format_epsilon, 2: epsilon, 3: format_epsilon}
     radius = jnp.asarray([size.get(t % 4, 0.0) if t > 0 else 0.0 for t in types], jnp.float32)
     return ContextTokens(
-        embeddings=rows, delta=jnp.zeros_like(rows), radius=radius * (rows.shape[1] / 2048) ** 0.5, name=name,
-        token_ids=tuple(ids), token_types=tuple(types), epsilon=epsilon, format_epsilon=format_epsilon,
-    )  # fmt: skip
+        embeddings=rows,
+        delta=jnp.zeros_like(rows),
+        radius=radius * (rows.shape[1] / 2048) ** 0.5,
+        name=name,
+        token_ids=tuple(ids),
+        token_types=tuple(types),
+        epsilon=epsilon,
+        format_epsilon=format_epsilon,
+    )

@@ -1,7 +1,8 @@
-"""Representation fine-tuning (Wu et al. 2024, arXiv:2404.03592): hidden states edited in a low-rank subspace.
+"""Representation fine-tuning (Wu et al. 2024, arXiv:2404.03592): hidden states edited in a low-rank
+subspace.
 
-LoReFT (equation 2): h + R^T (W h + b - R h), with the rows of R orthonormal; NoReFT drops the constraint, and DiReFT
-(equation 3) makes h + W2^T (W1 h + b).
+LoReFT (equation 2): h + R^T (W h + b - R h), with the rows of R orthonormal; NoReFT drops the
+constraint, and DiReFT (equation 3) makes h + W2^T (W1 h + b).
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ LAYERS = r"re:.*layers(_\d+)?"
 class ReFT(Adapter):
     """projection R [*lead, D, r], source W [*lead, D, r], source_bias b [*lead, r].
 
-    `first` and `last` are how many tokens at either end of each sequence are edited, None both: all. Virtual tokens are none
-    of them: `before`, which `linked` fills, is how many positions come before the first token.
+    `first` and `last` are how many tokens at either end of each sequence are edited, None both:
+    all. Virtual tokens are none of them: `before`, which `linked` fills, is how many positions come
+    before the first token.
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("projection", "source", "source_bias")
@@ -48,13 +50,18 @@ class ReFT(Adapter):
         return self.projection.shape[:-2]
 
     def rotation(self) -> jax.Array:
-        """R [..., D, r], with orthonormal columns where they are to be: the Q of a QR decomposition with positive diagonal."""
-        return orthonormal(self.projection.astype(jnp.float32)) if self.orthogonal else self.projection
+        """R [..., D, r], with orthonormal columns where they are to be: the Q of a QR decomposition
+        with positive diagonal.
+        """
+        return (
+            orthonormal(self.projection.astype(jnp.float32)) if self.orthogonal else self.projection
+        )
 
     def change(self, x: jax.Array, y: jax.Array) -> jax.Array:
         if y.shape[-1] != self.projection.shape[-2]:
             raise ValueError(
-                f"an intervention {self.name!r} made for {self.projection.shape[-2]} features stands beside a module that puts "
+                f"an intervention {self.name!r} made for {self.projection.shape[-2]} features "
+                "stands beside a module that puts "
                 f"out {y.shape[-1]}; name other targets, or give width="
             )
         rotation = self.rotation()
@@ -66,7 +73,9 @@ class ReFT(Adapter):
     def linked(self, params: Any, path: str) -> Self:
         if self.first is None and self.last is None:
             return self
-        return self.replace(before=sum(x.moves(path) for x in places(params).values() if isinstance(x, Attachment)))
+        return self.replace(
+            before=sum(x.moves(path) for x in places(params).values() if isinstance(x, Attachment))
+        )
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.first is None and self.last is None:
@@ -87,8 +96,9 @@ def orthonormal(m: jax.Array) -> jax.Array:
 
 
 def edited(length: int, first: int, last: int, before: int, shared: Mapping[str, Any]) -> jax.Array:
-    """[B or 1, T]: the first and the last of the `length` tokens of each sequence, by what layers share: positions, segments
-    and the index of the cache's next slot. Positions count from `before`; what comes before that is virtual.
+    """[B or 1, T]: the first and the last of the `length` tokens of each sequence, by what layers
+    share: positions, segments and the index of the cache's next slot. Positions count from
+    `before`; what comes before that is virtual.
     """
     t = jnp.arange(length)
     positions = shared.get("positions", t[None])
@@ -101,7 +111,9 @@ def edited(length: int, first: int, last: int, before: int, shared: Mapping[str,
             later = (segments[:, :, None] == segments[:, None, :]) & (t[:, None] < t[None])
             ends = (later.sum(-1) < last) & (segments > 0)
         index = shared.get("index")
-        chosen |= ends if index is None else ends & (index == 0)  # what goes on from a cache is generated, and ends nothing
+        chosen |= (
+            ends if index is None else ends & (index == 0)
+        )  # what goes on from a cache is generated, and ends nothing
     return real & chosen
 
 
@@ -125,9 +137,10 @@ def reft(
 ) -> Any:
     """`params` with an intervention after each layer, or each module that `targets` name.
 
-    `first` and `last` edit that many tokens at either end of each sequence (as it is given: a prompt when generating), None
-    both: all. init: zero makes W the projection, or W1 zero, so that nothing changes at first; default draws it as pyreft
-    does. Raises ValueError for an unknown variant, a rank above the features, and targets that match nothing.
+    `first` and `last` edit that many tokens at either end of each sequence (as it is given: a
+    prompt when generating), None both: all. init: zero makes W the projection, or W1 zero, so that
+    nothing changes at first; default draws it as pyreft does. Raises ValueError for an unknown
+    variant, a rank above the features, and targets that match nothing.
     """
     if variant not in ("loreft", "noreft", "direft"):
         raise ValueError(f"unknown variant {variant!r}; there are loreft, noreft and direft")
@@ -139,18 +152,29 @@ def reft(
     def make(m: Module, key: jax.Array) -> ReFT:
         n = m.n_out
         if not 1 <= rank <= n:
-            raise ValueError(f"rank must lie between 1 and the {n} features of {m.path}, got {rank}")
+            raise ValueError(
+                f"rank must lie between 1 and the {n} features of {m.path}, got {rank}"
+            )
         keys = jax.random.split(key)
-        projection = jax.random.uniform(keys[0], (*m.lead, n, rank), jnp.float32, -(n**-0.5), n**-0.5)
+        projection = jax.random.uniform(
+            keys[0], (*m.lead, n, rank), jnp.float32, -(n**-0.5), n**-0.5
+        )
         if variant == "loreft":
             projection = orthonormal(jax.random.normal(keys[0], (*m.lead, n, rank)))
         source = jax.random.uniform(keys[1], (*m.lead, n, rank), jnp.float32, -(n**-0.5), n**-0.5)
         if init == "zero":
             source = jnp.zeros_like(source) if variant == "direft" else projection
         return ReFT(
-            **common(m, adapter, dropout, 0), projection=projection, source=source, source_bias=jnp.zeros((*m.lead, rank)),
-            orthogonal=variant == "loreft", subtract=variant != "direft", activation=activation, first=first, last=last,
-        )  # fmt: skip
+            **common(m, adapter, dropout, 0),
+            projection=projection,
+            source=source,
+            source_bias=jnp.zeros((*m.lead, rank)),
+            orthogonal=variant == "loreft",
+            subtract=variant != "direft",
+            activation=activation,
+            first=first,
+            last=last,
+        )
 
     if init not in ("zero", "default"):
         raise ValueError(f"unknown init {init!r}; there are zero and default")

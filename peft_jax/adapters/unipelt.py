@@ -1,5 +1,5 @@
-"""Mixtures of methods: UniPELT (Mao et al. 2022, arXiv:2110.07577) and Mix-and-Match adapters (He et al. 2021,
-arXiv:2110.04366).
+"""Mixtures of methods: UniPELT (Mao et al. 2022, arXiv:2110.07577) and Mix-and-Match adapters (He
+et al. 2021, arXiv:2110.04366).
 """
 
 from __future__ import annotations
@@ -25,25 +25,44 @@ def unipelt(
     targets: Targets = ("q_proj", "v_proj"),
     adapter: str = "default",
 ) -> Any:
-    """`params` with a gated LoRA on `targets`, a gated prefix in every layer and a gated adapter after every layer's feed-
-    forward.
+    """`params` with a gated LoRA on `targets`, a gated prefix in every layer and a gated adapter
+    after every layer's feed- forward.
 
-    Each gate is a sigmoid of the module's input (the prefix's, of the query), for each token; with `sequence` LoRA and
-    adapter have the paper's mean over the sequence instead, which sees later tokens: for encoders, not for generation. Raises
-    ValueError as the methods do that it is made of.
+    Each gate is a sigmoid of the module's input (the prefix's, of the query), for each token; with
+    `sequence` LoRA and adapter have the paper's mean over the sequence instead, which sees later
+    tokens: for encoders, not for generation. Raises ValueError as the methods do that it is made
+    of.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     if gating not in ("token", "sequence"):
         raise ValueError(f"unknown gating {gating!r}; there are token and sequence")
     keys = jax.random.split(key, 3)
-    # LoRA beside the module, so that its gate sees the sequence: a linear bottleneck without biases.
+    # LoRA beside the module, so that its gate sees the sequence: a linear bottleneck without
+    # biases.
     params = bottleneck(
-        params, keys[0], targets=targets, parallel=True, size=rank, activation="linear", scaling=1.0, bias=False, gating=gating,
+        params,
+        keys[0],
+        targets=targets,
+        parallel=True,
+        size=rank,
+        activation="linear",
+        scaling=1.0,
+        bias=False,
+        gating=gating,
         adapter=adapter,
-    )  # fmt: skip
-    params = prefix_tuning(params, keys[1], num_virtual_tokens=num_virtual_tokens, gating="token", adapter=adapter)
-    return bottleneck(params, keys[2], placement="pfeiffer", reduction_factor=reduction_factor, gating=gating, adapter=adapter)
+    )
+    params = prefix_tuning(
+        params, keys[1], num_virtual_tokens=num_virtual_tokens, gating="token", adapter=adapter
+    )
+    return bottleneck(
+        params,
+        keys[2],
+        placement="pfeiffer",
+        reduction_factor=reduction_factor,
+        gating=gating,
+        adapter=adapter,
+    )
 
 
 def mix_and_match(
@@ -57,13 +76,23 @@ def mix_and_match(
     adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with a prefix in every layer and a scaled parallel adapter beside every feed-forward, or the modules `targets`.
+    """`params` with a prefix in every layer and a scaled parallel adapter beside every
+    feed-forward, or the modules `targets`.
 
     Raises ValueError as the methods do that it is made of.
     """
     keys = jax.random.split(key)
-    params = prefix_tuning(params, keys[0], num_virtual_tokens=num_virtual_tokens, adapter=adapter, layout=layout)
+    params = prefix_tuning(
+        params, keys[0], num_virtual_tokens=num_virtual_tokens, adapter=adapter, layout=layout
+    )
     return bottleneck(
-        params, keys[1], placement="parallel", targets=targets, parallel=True, size=size, reduction_factor=reduction_factor,
-        adapter=adapter, layout=layout,
-    )  # fmt: skip
+        params,
+        keys[1],
+        placement="parallel",
+        targets=targets,
+        parallel=True,
+        size=size,
+        reduction_factor=reduction_factor,
+        adapter=adapter,
+        layout=layout,
+    )

@@ -1,4 +1,6 @@
-"""`peft-jax`: one thin command per verb. Errors that a user can mend are one sentence and exit status 2."""
+"""`peft-jax`: one thin command per verb. Errors that a user can mend are one sentence and exit
+status 2.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def _command(function: Any) -> Any:
 def main() -> None:
     """Parameter-efficient fine-tuning of language models in JAX and Flax.
 
-    Each command takes a YAML file and overrides, as in: peft-jax train configs/quickstart.yaml method.rank=8
+    Each command takes a YAML file and overrides, as in: peft-jax train configs/quickstart.yaml
+    method.rank=8
     """
 
 
@@ -81,7 +84,9 @@ def generate(config: str | None, overrides: tuple[str, ...]) -> None:
 
 @_command
 def quantize(config: str | None, overrides: tuple[str, ...]) -> None:
-    """Quantize the model as `quantize` says: perplexity before and after, and a folder for transformers and vLLM."""
+    """Quantize the model as `quantize` says: perplexity before and after, and a folder for
+    transformers and vLLM.
+    """
     from peft_jax.training.run import run_quantization
 
     run_quantization(_config(config, overrides))
@@ -89,7 +94,9 @@ def quantize(config: str | None, overrides: tuple[str, ...]) -> None:
 
 @_command
 def prune(config: str | None, overrides: tuple[str, ...]) -> None:
-    """Prune the model as `prune` says: perplexity before and after, a table, a picture, and a folder for transformers."""
+    """Prune the model as `prune` says: perplexity before and after, a table, a picture, and a
+    folder for transformers.
+    """
     from peft_jax.training.run import run_pruning
 
     run_pruning(_config(config, overrides))
@@ -97,7 +104,9 @@ def prune(config: str | None, overrides: tuple[str, ...]) -> None:
 
 @_command
 def teach(config: str | None, overrides: tuple[str, ...]) -> None:
-    """Write what a teacher predicts of the training data, or completes, for students to learn from: see `distill`, `teach`."""
+    """Write what a teacher predicts of the training data, or completes, for students to learn from:
+    see `distill`, `teach`.
+    """
     from peft_jax.training.teach import run_teaching
 
     run_teaching(_config(config, overrides))
@@ -105,7 +114,9 @@ def teach(config: str | None, overrides: tuple[str, ...]) -> None:
 
 @_command
 def edit(config: str | None, overrides: tuple[str, ...]) -> None:
-    """Write facts into the weights as `edit` says: scores before and after, and a PEFT folder that can be taken off again."""
+    """Write facts into the weights as `edit` says: scores before and after, and a PEFT folder that
+    can be taken off again.
+    """
     from peft_jax.training.edit import run_editing
 
     run_editing(_config(config, overrides))
@@ -113,7 +124,9 @@ def edit(config: str | None, overrides: tuple[str, ...]) -> None:
 
 @_command
 def inject(config: str | None, overrides: tuple[str, ...]) -> None:
-    """Put facts into the model as `inject` says: what it knows of them, and of other things, before and after."""
+    """Put facts into the model as `inject` says: what it knows of them, and of other things, before
+    and after.
+    """
     from peft_jax.training.inject import run_injection
     from peft_jax.training.setup import start_distributed
 
@@ -123,7 +136,9 @@ def inject(config: str | None, overrides: tuple[str, ...]) -> None:
 
 
 def export(config: str | None, overrides: tuple[str, ...], merged: bool) -> None:
-    """Write the newest checkpoint of a run as a PEFT adapter, or merged into a Hugging Face model folder."""
+    """Write the newest checkpoint of a run as a PEFT adapter, or merged into a Hugging Face model
+    folder.
+    """
     from peft_jax.training.run import run_export
     from peft_jax.training.setup import start_distributed
 
@@ -132,7 +147,11 @@ def export(config: str | None, overrides: tuple[str, ...], merged: bool) -> None
     click.echo(run_export(parsed, merged=merged))
 
 
-_command(click.option("--merged", is_flag=True, help="write the whole model with the adapter merged in")(export))
+_command(
+    click.option("--merged", is_flag=True, help="write the whole model with the adapter merged in")(
+        export
+    )
+)
 
 
 @_command

@@ -20,11 +20,23 @@ def tree_table(params: Any) -> Table:
         arrays = jax.tree.leaves(x)
         trained = sum(a.size for a in jax.tree.leaves(partition(x)[0]))
         shape, dtype = getattr(x, "shape", ""), getattr(x, "dtype", "")
-        table.add_row(path, kind_of(x), str(shape), str(dtype), f"{nbytes(arrays):,}", f"{trained:,}" if trained else "")
+        table.add_row(
+            path,
+            kind_of(x),
+            str(shape),
+            str(dtype),
+            f"{nbytes(arrays):,}",
+            f"{trained:,}" if trained else "",
+        )
     trained, total = count(params)
     table.add_section()
     table.add_row(
-        "total", f"{total:,} parameters", "", "", f"{nbytes(jax.tree.leaves(params)):,}", f"{trained:,} ({trained / total:.2%})"
+        "total",
+        f"{total:,} parameters",
+        "",
+        "",
+        f"{nbytes(jax.tree.leaves(params)):,}",
+        f"{trained:,} ({trained / total:.2%})",
     )
     return table
 

@@ -1,1 +1,3 @@
-"""What every technique stands on: nodes, trees and binding. Knows JAX and Flax, and no technique."""
+"""What every technique stands on: nodes, trees and binding. Knows JAX and Flax, and no
+technique.
+"""

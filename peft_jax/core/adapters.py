@@ -16,7 +16,12 @@ from peft_jax.core.weight import Weight
 
 def adapter_names(params: Any) -> list[str]:
     """Names of the adapters in a tree, in the order in which they are met."""
-    nodes = [n for w in places(params).values() for n in stack_of(w) if isinstance(n, Reparametrised | Attachment)]
+    nodes = [
+        n
+        for w in places(params).values()
+        for n in stack_of(w)
+        if isinstance(n, Reparametrised | Attachment)
+    ]
     return list(dict.fromkeys(name for n in nodes if (name := getattr(n, "name", ""))))
 
 
@@ -25,7 +30,10 @@ def check_names(params: Any, names: Sequence[str]) -> None:
     known = adapter_names(params)
     for name in names:
         if name not in known:
-            raise ValueError(f"there is no adapter {name!r}.{nearest(name, known)} Adapters here: {', '.join(known) or 'none'}")
+            raise ValueError(
+                f"there is no adapter {name!r}.{nearest(name, known)} Adapters here: "
+                f"{', '.join(known) or 'none'}"
+            )
 
 
 def without(w: Any, names: Sequence[str]) -> Any:
@@ -38,7 +46,9 @@ def without(w: Any, names: Sequence[str]) -> Any:
 
 
 def replaced(w: Any, names: Sequence[str], make: Callable[[Any], Any]) -> Any:
-    """A place's Weight with `make(what is under it)` where the outermost adapter of these names was, and without the others."""
+    """A place's Weight with `make(what is under it)` where the outermost adapter of these names
+    was, and without the others.
+    """
     if isinstance(w, Reparametrised) and w.name in names:
         return make(without(w.base, names))
     return w.replace(base=replaced(w.base, names, make))
@@ -52,17 +62,33 @@ def renamed(w: Any, name: str, new: str) -> Any:
 
 
 def drop_adapters(params: Any, names: Sequence[str]) -> Any:
-    """The tree without these adapters, what was under and beside them as it was. Raises ValueError for an unknown name."""
+    """The tree without these adapters, what was under and beside them as it was. Raises ValueError
+    for an unknown name.
+    """
     check_names(params, names)
 
     def walk(tree: Any) -> Any:
         if not isinstance(tree, Mapping):
             return jax.tree.map(lambda w: without(w, names), tree, is_leaf=is_node)
-        kept = {k: x for k, x in tree.items() if not (isinstance(x, Attachment) and getattr(x, "name", None) in names)}
+        kept = {
+            k: x
+            for k, x in tree.items()
+            if not (isinstance(x, Attachment) and getattr(x, "name", None) in names)
+        }
         walked = {k: walk(x) for k, x in kept.items()}
-        empty = lambda x: isinstance(x, Mapping) and not x
-        return {k: x for k, x in walked.items() if not empty(x) or empty(kept[k])}  # no part was there for an attachment alone
+
+        def empty(x):
+            return isinstance(x, Mapping) and not x
+
+        return {
+            k: x for k, x in walked.items() if not empty(x) or empty(kept[k])
+        }  # no part was there for an attachment alone
 
     left = walk(params)
-    used = {f"shared_{n.group}" for w in places(left).values() for n in stack_of(w) if getattr(n, "group", "")}
+    used = {
+        f"shared_{n.group}"
+        for w in places(left).values()
+        for n in stack_of(w)
+        if getattr(n, "group", "")
+    }
     return {k: x for k, x in left.items() if not isinstance(x, Shared) or k in used}

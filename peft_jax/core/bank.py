@@ -1,8 +1,10 @@
-"""Banks: many adapters of one shape in a tree, each row of a batch using its own (Sheng et al. 2023, S-LoRA, arXiv:2311.03285).
+"""Banks: many adapters of one shape in a tree, each row of a batch using its own (Sheng et al.
+2023, S-LoRA, arXiv:2311.03285).
 
-One compiled program serves all: which adapter a row uses is an array (`bind(model)(params, tokens, adapter_ids=ids)`), and
-so are the adapters, so putting one in, or in another's place, compiles nothing. An id of -1 is the base alone.
-Weights (LoRA, IA3, ...) and attachments (bottleneck adapters, prefixes, prompts, ...) are banked alike.
+One compiled program serves all: which adapter a row uses is an array (`bind(model)(params, tokens,
+adapter_ids=ids)`), and so are the adapters, so putting one in, or in another's place, compiles
+nothing. An id of -1 is the base alone. Weights (LoRA, IA3, ...) and attachments (bottleneck
+adapters, prefixes, prompts, ...) are banked alike.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ from peft_jax.core.select import nearest
 from peft_jax.core.tree import map_places, places
 from peft_jax.core.weight import Axes, Weight, materialize, matmul, take
 
-_FREE = ("name", "frozen", "dropout", "rslora")  # static fields in which a bank's adapters may differ
+_FREE = (
+    "name",
+    "frozen",
+    "dropout",
+    "rslora",
+)  # static fields in which a bank's adapters may differ
 
 
 def _chosen(adapters: Any, ids: jax.Array) -> Any:
@@ -33,7 +40,9 @@ def _chosen(adapters: Any, ids: jax.Array) -> Any:
 
 def _needed(ids: jax.Array | None) -> jax.Array:
     if ids is None:
-        raise ValueError("a bank of adapters needs apply(params, tokens, adapter_ids=ids), one id for each row")
+        raise ValueError(
+            "a bank of adapters needs apply(params, tokens, adapter_ids=ids), one id for each row"
+        )
     return ids
 
 
@@ -44,8 +53,9 @@ def _on(active: jax.Array, ids: jax.Array) -> jax.Array:
 
 @node
 class WeightBank(Reparametrised):
-    """`adapters` is a reparametrised weight without its base, each array [*lead, n, ...]; active [*lead, n] is 1 where there is
-    an adapter. `ids` [*lead, B] is filled by `bind`, as is `key`, of which each row's dropout gets its own.
+    """`adapters` is a reparametrised weight without its base, each array [*lead, n, ...]; active
+    [*lead, n] is 1 where there is an adapter. `ids` [*lead, B] is filled by `bind`, as is `key`, of
+    which each row's dropout gets its own.
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("adapters",)
@@ -57,24 +67,39 @@ class WeightBank(Reparametrised):
     def field_specs(self, spec: P) -> dict[str, P]:
         return {"base": spec}
 
-    def _by_row(self, run: Callable[[Any, jax.Array], jax.Array], x: jax.Array, plain: jax.Array) -> jax.Array:
-        """`run(the row's weight, the row)` for x [..., n], whose rows of the batch are runs, `plain` where a row has no
-        adapter.
+    def _by_row(
+        self, run: Callable[[Any, jax.Array], jax.Array], x: jax.Array, plain: jax.Array
+    ) -> jax.Array:
+        """`run(the row's weight, the row)` for x [..., n], whose rows of the batch are runs,
+        `plain` where a row has no adapter.
         """
         ids = _needed(self.ids)
         B = ids.shape[0]
-        rows = x.reshape(B, -1, *x.shape[-1:]) if jnp.issubdtype(x.dtype, jnp.floating) else x.reshape(B, -1)
-        one = lambda adapter, row, key: run(adapter.replace(base=self.base, key=key), row)
+        rows = (
+            x.reshape(B, -1, *x.shape[-1:])
+            if jnp.issubdtype(x.dtype, jnp.floating)
+            else x.reshape(B, -1)
+        )
+
+        def one(adapter, row, key):
+            return run(adapter.replace(base=self.base, key=key), row)
+
         keys = None if self.key is None else jax.random.split(self.key, B)
         y = jax.vmap(one)(_chosen(self.adapters, ids), rows, keys).reshape(plain.shape)
         on = _on(self.active, ids)
         flat = plain.reshape(B, -1)
-        return jnp.where(on[:, None] > 0, y.reshape(B, -1), flat).reshape(plain.shape).astype(plain.dtype)
+        return (
+            jnp.where(on[:, None] > 0, y.reshape(B, -1), flat)
+            .reshape(plain.shape)
+            .astype(plain.dtype)
+        )
 
     def product(self, x: jax.Array, base: Product) -> jax.Array:
         return self._by_row(lambda w, row: w.product(row, base), x, base(x))
 
-    def transposed(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+    def transposed(
+        self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None
+    ) -> jax.Array:
         how: Any = {"in_axes": in_axes, "out_axes": out_axes, "precision": precision}
         return self._by_row(lambda w, row: w.transposed(row, **how), x, matmul(x, self.base, **how))
 
@@ -84,7 +109,9 @@ class WeightBank(Reparametrised):
     def rows(self) -> jax.Array:
         """Each row's array, [B, ...], without leading axes."""
         ids = _needed(self.ids)
-        arrays = jax.vmap(lambda adapter: adapter.replace(base=self.base).materialize())(_chosen(self.adapters, ids))
+        arrays = jax.vmap(lambda adapter: adapter.replace(base=self.base).materialize())(
+            _chosen(self.adapters, ids)
+        )
         return self._where_on(arrays, materialize(self.base))
 
     def bias(self, bias: jax.Array) -> jax.Array:
@@ -95,8 +122,12 @@ class WeightBank(Reparametrised):
         if not self.adapters.changes_output:
             return plain
         ids = _needed(self.ids)
-        each, plain = (b if by_row else jnp.broadcast_to(b, (len(ids), *b.shape)) for b in (bias, plain))
-        changed = jax.vmap(lambda adapter, b: adapter.replace(base=self.base).bias(b))(_chosen(self.adapters, ids), each)
+        each, plain = (
+            b if by_row else jnp.broadcast_to(b, (len(ids), *b.shape)) for b in (bias, plain)
+        )
+        changed = jax.vmap(lambda adapter, b: adapter.replace(base=self.base).bias(b))(
+            _chosen(self.adapters, ids), each
+        )
         return self._where_on(changed, plain)
 
     def _where_on(self, changed: jax.Array, plain: jax.Array) -> jax.Array:
@@ -104,12 +135,17 @@ class WeightBank(Reparametrised):
         return jnp.where(on.reshape(-1, *[1] * (changed.ndim - 1)) > 0, changed, plain)
 
     def adapt(self, w: jax.Array) -> jax.Array:
-        raise ValueError("a bank of adapters is no one weight; take an adapter out with bank_adapter before merging")
+        raise ValueError(
+            "a bank of adapters is no one weight; take an adapter out with bank_adapter "
+            "before merging"
+        )
 
 
 @node
 class AttachmentBank(Attachment):
-    """`adapters` is an attachment, each array [*lead, n, ...]; active [*lead, n]. `bind` fills `ids` [*lead, B] and `key`."""
+    """`adapters` is an attachment, each array [*lead, n, ...]; active [*lead, n]. `bind` fills
+    `ids` [*lead, B] and `key`.
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("adapters",)
     stochastic: ClassVar[bool] = True
@@ -153,7 +189,11 @@ class AttachmentBank(Attachment):
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ids = _needed(self.ids)
         drops = {"key": self.key} if hasattr(self.adapters, "key") else {}
-        return _chosen(self.adapters, ids).replace(gate=_on(self.active, ids), **drops).around(call, *args, **kwargs)
+        return (
+            _chosen(self.adapters, ids)
+            .replace(gate=_on(self.active, ids), **drops)
+            .around(call, *args, **kwargs)
+        )
 
     def drawn(self, rng: jax.Array) -> Any:
         gate = getattr(self.adapters.drawn(rng), "gate", None)
@@ -161,10 +201,12 @@ class AttachmentBank(Attachment):
 
 
 def bank(params: Any, size: int, *, adapter: str = "default") -> Any:
-    """`params` with room for `size` adapters wherever the tree has the adapter of that name, each a copy of it at first.
+    """`params` with room for `size` adapters wherever the tree has the adapter of that name, each a
+    copy of it at first.
 
-    A bank can be trained as it is, every row teaching its own adapter. Raises ValueError for a size below 1, a name that the
-    tree lacks, and adapters that share arrays over the tree, which a bank cannot hold.
+    A bank can be trained as it is, every row teaching its own adapter. Raises ValueError for a size
+    below 1, a name that the tree lacks, and adapters that share arrays over the tree, which a bank
+    cannot hold.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
@@ -177,15 +219,24 @@ def bank(params: Any, size: int, *, adapter: str = "default") -> Any:
         if getattr(x, "name", None) != adapter or not isinstance(x, Reparametrised | Attachment):
             return x
         if getattr(x, "group", ""):
-            raise ValueError(f"the {type(x).__name__} at {path} shares arrays with other places, which a bank cannot hold")
+            raise ValueError(
+                f"the {type(x).__name__} at {path} shares arrays with other places, which a bank "
+                "cannot hold"
+            )
         if not _differs(x):
             return x
         found.append(path)
         x, lead = x.plain(), x.lead
-        active = jnp.broadcast_to(jnp.float32(1) if x.gate is None else x.gate[..., None], (*lead, size))
+        active = jnp.broadcast_to(
+            jnp.float32(1) if x.gate is None else x.gate[..., None], (*lead, size)
+        )
         if isinstance(x, Reparametrised):
             fields = {"base": x.base, "in_axes": x.in_axes, "out_axes": x.out_axes, "name": adapter}
-            return WeightBank(**fields, adapters=_repeat(x.replace(base=None, gate=None), lead, size), active=active)
+            return WeightBank(
+                **fields,
+                adapters=_repeat(x.replace(base=None, gate=None), lead, size),
+                active=active,
+            )
         return AttachmentBank(adapters=_repeat(x.replace(gate=None), lead, size), active=active)
 
     result = map_places(banked, params)
@@ -196,9 +247,14 @@ def bank(params: Any, size: int, *, adapter: str = "default") -> Any:
 
 def _only_one(path: str, w: Any, adapter: str) -> None:
     """Raise ValueError where the adapter has several nodes at one place."""
-    mine = [type(n).__name__ for n in stack_of(w) if isinstance(n, Reparametrised) and n.name == adapter]
+    mine = [
+        type(n).__name__ for n in stack_of(w) if isinstance(n, Reparametrised) and n.name == adapter
+    ]
     if len(mine) > 1:
-        raise ValueError(f"{path} has {' over '.join(mine)} of the adapter {adapter!r}, and a bank holds one node at a place")
+        raise ValueError(
+            f"{path} has {' over '.join(mine)} of the adapter {adapter!r}, and a bank holds one "
+            "node at a place"
+        )
 
 
 def _differs(x: Any) -> bool:
@@ -216,7 +272,14 @@ Bank = (WeightBank, AttachmentBank)
 
 def _adapters(tree: Any, adapter: str) -> dict[str, Any]:
     """path -> the node called `adapter`."""
-    mine = lambda n: isinstance(n, Reparametrised | Attachment) and getattr(n, "name", None) == adapter and _differs(n)
+
+    def mine(n):
+        return (
+            isinstance(n, Reparametrised | Attachment)
+            and getattr(n, "name", None) == adapter
+            and _differs(n)
+        )
+
     for path, w in places(tree).items():
         _only_one(path, w, adapter)
     found = {p: next(filter(mine, stack_of(w)), None) for p, w in places(tree).items()}
@@ -224,11 +287,12 @@ def _adapters(tree: Any, adapter: str) -> dict[str, Any]:
 
 
 def set_adapter(params: Any, index: int, tree: Any, *, adapter: str = "default") -> Any:
-    """The bank in `params` with the adapter of that name in `tree` at `index`. Places that the adapter lacks get none.
+    """The bank in `params` with the adapter of that name in `tree` at `index`. Places that the
+    adapter lacks get none.
 
-    Arrays change and shapes do not, so a compiled program goes on. A smaller one (a LoRA of lower rank, a narrower
-    bottleneck) is filled up with zeros. Raises ValueError for an index outside the bank, an adapter that is larger or of
-    another kind, and one with a place that the bank lacks.
+    Arrays change and shapes do not, so a compiled program goes on. A smaller one (a LoRA of lower
+    rank, a narrower bottleneck) is filled up with zeros. Raises ValueError for an index outside the
+    bank, an adapter that is larger or of another kind, and one with a place that the bank lacks.
     """
     banked = {p: b for p, w in places(params).items() if (b := _bank_in(w)) is not None}
     given = _adapters(tree, adapter)
@@ -246,7 +310,9 @@ def set_adapter(params: Any, index: int, tree: Any, *, adapter: str = "default")
             return b.replace(active=b.active.at[..., index].set(0.0))
         x = given[path]
         active = b.active.at[..., index].set(1.0 if getattr(x, "gate", None) is None else x.gate)
-        return b.replace(adapters=_put(path, b.adapters, x, index, len(b.active.shape) - 1), active=active)
+        return b.replace(
+            adapters=_put(path, b.adapters, x, index, len(b.active.shape) - 1), active=active
+        )
 
     return _map_banks(params, put)
 
@@ -263,14 +329,18 @@ def _put(path: str, bank: Any, x: Any, index: int, at: int) -> Any:
                 raise ValueError(f"{path} has {field.name}={theirs!r}, the bank {mine!r}")
     if jax.tree.structure(bare.replace(**_free(bank))) != jax.tree.structure(bank):
         raise ValueError(
-            f"{path} has other arrays than the bank's: one has an option (a bias, a norm, a start) that the other lacks"
+            f"{path} has other arrays than the bank's: one has an option (a bias, a norm, a start) "
+            "that the other lacks"
         )
 
     def put(banked: jax.Array, a: jax.Array) -> jax.Array:
         room = (*banked.shape[:at], *banked.shape[at + 1 :])
         pads = [(0, n - m) for n, m in zip(room, np.shape(a), strict=True)]
         if any(n < 0 for _, n in pads) or (any(n for _, n in pads) and not x.zero_padded):
-            raise ValueError(f"the adapter has an array {np.shape(a)} at {path}, the bank {room}; resize it first")
+            raise ValueError(
+                f"the adapter has an array {np.shape(a)} at {path}, the bank {room}; resize "
+                "it first"
+            )
         padded = jnp.pad(jnp.asarray(a), pads) if pads else jnp.asarray(a)
         return banked.at[(*[slice(None)] * at, index)].set(padded.astype(banked.dtype))
 
@@ -287,7 +357,9 @@ def clear_adapter(params: Any, index: int) -> Any:
 
 
 def bank_adapter(params: Any, index: int, *, adapter: str = "default") -> Any:
-    """The tree with the adapter at `index` of the bank as an ordinary one called `adapter`, and no bank."""
+    """The tree with the adapter at `index` of the bank as an ordinary one called `adapter`, and no
+    bank.
+    """
 
     def out(path: str, b: Any) -> Any:
         at = len(b.active.shape) - 1
@@ -312,13 +384,19 @@ def _map_banks(params: Any, fn: Callable[[str, Any], Any]) -> Any:
     return map_places(inner, params)
 
 
-def run_parallel(apply: Callable[..., Any], params: Any, tokens: jax.Array, ids: Any, **fields: Any) -> jax.Array:
-    """The same rows through several adapters of a bank at once: tokens [B, T] -> [n, B, ...] for the n adapters `ids`.
+def run_parallel(
+    apply: Callable[..., Any], params: Any, tokens: jax.Array, ids: Any, **fields: Any
+) -> jax.Array:
+    """The same rows through several adapters of a bank at once: tokens [B, T] -> [n, B, ...] for
+    the n adapters `ids`.
 
     Batch fields [B, ...] (positions, segment_ids) go along.
     """
     ids = jnp.asarray(ids, jnp.int32)
-    repeat = lambda x: jnp.tile(jnp.asarray(x), (len(ids), *[1] * (jnp.ndim(x) - 1)))
+
+    def repeat(x):
+        return jnp.tile(jnp.asarray(x), (len(ids), *[1] * (jnp.ndim(x) - 1)))
+
     batch: Mapping[str, Any] = {k: repeat(v) for k, v in fields.items()}
     y = apply(params, repeat(tokens), adapter_ids=jnp.repeat(ids, tokens.shape[0]), **batch)
     return y.reshape(len(ids), tokens.shape[0], *y.shape[1:])

@@ -1,7 +1,8 @@
 """Calibration: statistics of what goes into each weight, collected in one pass over some batches.
 
-A `Probe` stands in the weight's place and passes its input on; the statistic is the "gradient" of an array of zeros beside
-it. So it works wherever gradients do: in scanned, rematerialised and third-party models, and sharded ones.
+A `Probe` stands in the weight's place and passes its input on; the statistic is the "gradient" of
+an array of zeros beside it. So it works wherever gradients do: in scanned, rematerialised and
+third-party models, and sharded ones.
 """
 
 from __future__ import annotations
@@ -16,16 +17,35 @@ import jax.numpy as jnp
 
 from peft_jax.core.coverage import Calibrated, record_tokens
 from peft_jax.core.partition import combine, partition
-from peft_jax.core.reparametrised import Product, Reparametrised, Site, find_sites, node, place_nodes
+from peft_jax.core.reparametrised import (
+    Product,
+    Reparametrised,
+    Site,
+    find_sites,
+    node,
+    place_nodes,
+)
 from peft_jax.core.select import EXPERTS, Targets
 from peft_jax.core.tree import map_places, places
-from peft_jax.core.weight import Layout, Trainable, ragged_matmul, row_groups, static, take, to_matrix
+from peft_jax.core.weight import (
+    Layout,
+    Trainable,
+    ragged_matmul,
+    row_groups,
+    static,
+    take,
+    to_matrix,
+)
 
-Statistic = Literal["covariance", "centred_covariance", "second_moment", "mean", "mean_abs", "max_abs"]
+Statistic = Literal[
+    "covariance", "centred_covariance", "second_moment", "mean", "mean_abs", "max_abs"
+]
 
 
 class Uses:
-    """How often one trace met each weight. No two are equal, so that no trace stands in for another."""
+    """How often one trace met each weight. No two are equal, so that no trace stands in for
+    another.
+    """
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -36,18 +56,21 @@ class Uses:
         return self.counts[name] - 1
 
 
-Sinks = tuple[jax.Array, jax.Array, jax.Array]  # of the statistic, the number of tokens and that of products
+Sinks = tuple[
+    jax.Array, jax.Array, jax.Array
+]  # of the statistic, the number of tokens and that of products
 
 
 @node
 class Probe(Reparametrised):
-    """`base`, unchanged; sink [*lead, in, in] or [*lead, in] receives the statistic of its inputs as a gradient, tokens
-    [*lead] their number and calls [*lead] that of the products. `probing` fills `seen` (see `seen_of`) and `uses`. For
-    `token_cap` see `calibrate`. For a centred covariance inputs have a one after them, so that the sink is
-    [*lead, in + 1, in + 1].
+    """`base`, unchanged; sink [*lead, in, in] or [*lead, in] receives the statistic of its inputs
+    as a gradient, tokens [*lead] their number and calls [*lead] that of the products. `probing`
+    fills `seen` (see `seen_of`) and `uses`. For `token_cap` see `calibrate`. For a centred
+    covariance inputs have a one after them, so that the sink is [*lead, in + 1, in + 1].
 
-    What several uses of a weight let flow into a sink is added up, which makes no maximum. So a sink of maxima is
-    [*lead, slots, in] in a pass, calls are [*lead, slots], and each use that a trace meets has a slot to itself.
+    What several uses of a weight let flow into a sink is added up, which makes no maximum. So a
+    sink of maxima is [*lead, slots, in] in a pass, calls are [*lead, slots], and each use that a
+    trace meets has a slot to itself.
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("sink", "tokens", "calls")
@@ -92,22 +115,30 @@ class Probe(Reparametrised):
 
     def narrowed(self) -> Probe:
         """The inverse: the largest of all slots."""
-        return self.replace(sink=self.sink.max(-2), calls=self.calls.max(-1)) if self.slotted else self
+        return (
+            self.replace(sink=self.sink.max(-2), calls=self.calls.max(-1)) if self.slotted else self
+        )
 
     def unrounded(self) -> jax.Array:
-        raise ValueError("a weight that its module materialises cannot be calibrated; register a rule or exclude it")
+        raise ValueError(
+            "a weight that its module materialises cannot be calibrated; register a rule or "
+            "exclude it"
+        )
 
 
 def seen_of(seen: tuple[jax.Array, ...], shape: tuple[int, ...]) -> jax.Array:
-    """1 for tokens that count and 0 for padding, of this `shape` (rows may lie in one axis): the call's mask of so many tokens,
-    else all count. Of two sequences `collect` sees to it that their numbers differ.
+    """1 for tokens that count and 0 for padding, of this `shape` (rows may lie in one axis): the
+    call's mask of so many tokens, else all count. Of two sequences `collect` sees to it that their
+    numbers differ.
     """
     found = next((mask for mask in seen if mask.size == math.prod(shape)), jnp.ones(shape))
     return found.reshape(shape)
 
 
 def capped(rows: jax.Array, cap: float | None, inside: jax.Array) -> jax.Array:
-    """Rows [N, in], the longer ones made shorter: a squared norm is at most `cap` times the median of those `inside` [N]."""
+    """Rows [N, in], the longer ones made shorter: a squared norm is at most `cap` times the median
+    of those `inside` [N].
+    """
     if cap is None:
         return rows
     energy = jnp.square(rows).sum(-1)
@@ -147,13 +178,21 @@ _tap.defvjp(_tap_forward, _tap_backward)
 
 
 def _rows(statistic: str, x: jax.Array) -> jax.Array:
-    """Inputs [..., in] in float32; with a one after them, whose products are their sum and number, to be centred."""
+    """Inputs [..., in] in float32; with a one after them, whose products are their sum and number,
+    to be centred.
+    """
     x = x.astype(jnp.float32)
-    return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1))], axis=-1) if statistic == "centred_covariance" else x
+    return (
+        jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1))], axis=-1)
+        if statistic == "centred_covariance"
+        else x
+    )
 
 
 def _centred(products: jax.Array) -> jax.Array:
-    """The sum of (x - m)(x - m)^T [*lead, in, in] about the mean m, of products [*lead, in + 1, in + 1] of x with a one."""
+    """The sum of (x - m)(x - m)^T [*lead, in, in] about the mean m, of products [*lead, in + 1, in
+    + 1] of x with a one.
+    """
     sums, count = products[..., :-1, -1], jnp.maximum(products[..., -1:, -1:], 1.0)
     return products[..., :-1, :-1] - sums[..., :, None] * sums[..., None, :] / count
 
@@ -172,8 +211,13 @@ def _ragged_backward(what: What, saved: Any, grad: jax.Array) -> Any:
     (x, sizes), E, (statistic, cap) = saved, saved[1].shape[0], what
     group = row_groups(len(x), sizes)
     rows = capped(_rows(statistic, x), cap, group < E)
-    if statistic.endswith("covariance"):  # what the gradient of a product with each group's weight is
-        _, back = jax.vjp(lambda w: jax.lax.ragged_dot(rows, w, sizes), jnp.zeros((E, rows.shape[-1], rows.shape[-1])))
+    if statistic.endswith(
+        "covariance"
+    ):  # what the gradient of a product with each group's weight is
+        _, back = jax.vjp(
+            lambda w: jax.lax.ragged_dot(rows, w, sizes),
+            jnp.zeros((E, rows.shape[-1], rows.shape[-1])),
+        )
         inside = (group < E)[:, None]
         value = back(jnp.where(inside, rows, 0.0))[0]
     elif statistic == "max_abs":
@@ -200,19 +244,22 @@ def calibrate(
     within: str = "",
     compiled: Pass | None = None,
 ) -> Calibrated:
-    """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]), the same about the mean ("centred_covariance"), x^2
-    ("second_moment", [*lead, in]), x ("mean") or |x| ("mean_abs"), or the largest |x| ("max_abs"), float32.
+    """path -> mean over tokens of x x^T ("covariance", [*lead, in, in]), the same about the mean
+    ("centred_covariance"), x^2 ("second_moment", [*lead, in]), x ("mean") or |x| ("mean_abs"), or
+    the largest |x| ("max_abs"), float32.
 
-    Of stacked experts each has the tokens that it gets, over the number of all tokens; how many those were is in the
-    result's `tokens`, path -> [*lead]. See `collect` for the `batches`. Of a part of a tree, paths begin `within` it;
-    `compiled`, the `probing` of `apply`, shares programs between calls.
+    Of stacked experts each has the tokens that it gets, over the number of all tokens; how many
+    those were is in the result's `tokens`, path -> [*lead]. See `collect` for the `batches`. Of a
+    part of a tree, paths begin `within` it; `compiled`, the `probing` of `apply`, shares programs
+    between calls.
 
-    Language models write some tokens, the first of each row above all, hundreds of times larger than others (Sun et al. 2024,
-    arXiv:2402.17762), and a sum of squares is then theirs alone. With `token_cap` the squared norm of a token counts for at
-    most so many times the median token's of its batch, in "covariance" and "second_moment"; the others are as they are.
+    Language models write some tokens, the first of each row above all, hundreds of times larger
+    than others (Sun et al. 2024, arXiv:2402.17762), and a sum of squares is then theirs alone. With
+    `token_cap` the squared norm of a token counts for at most so many times the median token's of
+    its batch, in "covariance" and "second_moment"; the others are as they are.
 
-    Raises ValueError where there is no batch, a target matches nothing, the cap is not positive, or uses of a weight cannot be
-    told apart whose largest inputs are asked for.
+    Raises ValueError where there is no batch, a target matches nothing, the cap is not positive, or
+    uses of a weight cannot be told apart whose largest inputs are asked for.
     """
     if token_cap is not None and not token_cap > 0:
         raise ValueError(f"token_cap must be positive, or None for no cap, got {token_cap}")
@@ -223,9 +270,17 @@ def calibrate(
         square = {"covariance": n_in, "centred_covariance": n_in + 1}.get(statistic)
         shape = (*lead, n_in) if square is None else (*lead, square, square)
         counts = {"tokens": jnp.zeros(lead), "calls": jnp.zeros(lead)}
-        return Probe(**site.common(name=site.path), sink=jnp.zeros(shape), **counts, statistic=statistic, token_cap=cap)
+        return Probe(
+            **site.common(name=site.path),
+            sink=jnp.zeros(shape),
+            **counts,
+            statistic=statistic,
+            token_cap=cap,
+        )
 
-    probed = place_nodes(params, jax.random.key(0), make, targets=targets, exclude=exclude, layout=layout)
+    probed = place_nodes(
+        params, jax.random.key(0), make, targets=targets, exclude=exclude, layout=layout
+    )
     inside = {p for p, w in places(probed).items() if isinstance(w, Probe)}
     sinks, rest = partition(map_places(lambda p, w: w if p in inside else _frozen(w), probed))
     largest = statistic == "max_abs"
@@ -240,10 +295,18 @@ def calibrate(
         sink = _centred(probe.sink) if statistic == "centred_covariance" else probe.sink
         return sink / jnp.reshape(n, (*jnp.shape(n), *[1] * (sink.ndim - jnp.ndim(n))))
 
-    whole = lambda path: f"{within}/{path}" if within else path
+    def whole(path):
+        return f"{within}/{path}" if within else path
+
     tokens = {whole(path): probe.tokens for path, probe in probes.items()}
     record_tokens(tokens)
-    return Calibrated({whole(path): probe.sink if largest else mean(path, probe) for path, probe in probes.items()}, tokens)
+    return Calibrated(
+        {
+            whole(path): probe.sink if largest else mean(path, probe)
+            for path, probe in probes.items()
+        },
+        tokens,
+    )
 
 
 def _check_apart(probes: Mapping[str, Probe], within: str) -> None:
@@ -251,8 +314,10 @@ def _check_apart(probes: Mapping[str, Probe], within: str) -> None:
     for path, probe in probes.items():
         if float(probe.calls.max()) > 1:
             raise ValueError(
-                f"{f'{within}/' if within else ''}{path} is used several times by one loop or compiled function (a scan, vmap "
-                f"or jit), where the largest inputs of its uses cannot be told apart; calibrate without that, or exclude it"
+                f"{f'{within}/' if within else ''}{path} is used several times by one loop or "
+                "compiled function (a scan, vmap "
+                "or jit), where the largest inputs of its uses cannot be told apart; calibrate "
+                "without that, or exclude it"
             )
 
 
@@ -274,17 +339,24 @@ Pass = Callable[..., Any]
 
 
 def probing(apply: Callable[..., Any]) -> Pass:
-    """The compiled pass that gives what flows into the probes of a tree: one program for all trees of like structure."""
+    """The compiled pass that gives what flows into the probes of a tree: one program for all trees
+    of like structure.
+    """
 
     @jax.jit
     def run(sinks: Any, rest: Any, sequences: Any, inputs: Any, seen: Any) -> Any:
         def output(sinks: Any, uses: Uses) -> jax.Array:
             told = map_places(functools.partial(_told, seen, uses), combine(sinks, rest))
-            return jnp.sum(jax.tree.leaves(apply(told, *sequences, **inputs))[0].astype(jnp.float32))
+            return jnp.sum(
+                jax.tree.leaves(apply(told, *sequences, **inputs))[0].astype(jnp.float32)
+            )
 
         uses = Uses()
         if any(isinstance(x, Probe) and x.slotted for x in places(sinks).values()):
-            jax.eval_shape(functools.partial(output, uses=uses), _each_probe(lambda probe: probe.widened(1), sinks))
+            jax.eval_shape(
+                functools.partial(output, uses=uses),
+                _each_probe(lambda probe: probe.widened(1), sinks),
+            )
         wide = _each_probe(lambda probe: probe.widened(uses.counts.get(probe.name, 1)), sinks)
         return _each_probe(Probe.narrowed, jax.grad(output)(wide, Uses()))
 
@@ -292,14 +364,21 @@ def probing(apply: Callable[..., Any]) -> Pass:
 
 
 def collect(
-    run: Pass, sinks: Any, rest: Any, batches: Iterable[Mapping[str, Any]], *, add: Callable[..., Any] = _add
+    run: Pass,
+    sinks: Any,
+    rest: Any,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    add: Callable[..., Any] = _add,
 ) -> tuple[Any, int]:
-    """(what the probes of a tree let flow into `sinks`, like `sinks`, joined over the batches by `add`; the number of tokens).
+    """(what the probes of a tree let flow into `sinks`, like `sinks`, joined over the batches by
+    `add`; the number of tokens).
 
-    `run` is the model's `probing`; `sinks` and `rest` are the parts of the tree that `partition` gives. `batches` hold
-    `tokens` [B, T] (of a layer alone its hidden states [B, T, D]) and what else the model's call takes (`positions`,
-    `segment_ids`); an encoder-decoder's `decoder_tokens` and `weights` [B, U] too. What has the segment 0, or as a target the
-    weight 0, is padding and does not count. Raises ValueError where there is no batch.
+    `run` is the model's `probing`; `sinks` and `rest` are the parts of the tree that `partition`
+    gives. `batches` hold `tokens` [B, T] (of a layer alone its hidden states [B, T, D]) and what
+    else the model's call takes (`positions`, `segment_ids`); an encoder-decoder's `decoder_tokens`
+    and `weights` [B, U] too. What has the segment 0, or as a target the weight 0, is padding and
+    does not count. Raises ValueError where there is no batch.
     """
     total, count = None, 0
     for batch in batches:
@@ -316,7 +395,8 @@ def collect(
 def _sequences(batch: Mapping[str, Any]) -> tuple[list[Any], tuple[jax.Array, ...]]:
     """(the sequences of tokens that a model's call takes, which of them count, float32).
 
-    An encoder-decoder's targets get a column of padding where they are as long as the source, so that they differ in number.
+    An encoder-decoder's targets get a column of padding where they are as long as the source, so
+    that they differ in number.
     """
     tokens = batch["tokens"]
     segments = batch.get("segment_ids")
@@ -342,10 +422,16 @@ def _told(seen: tuple[jax.Array, ...], uses: Uses, path: str, x: Any) -> Any:
 
 
 def calibrate_all(
-    apply: Callable[..., Any], params: Any, batches: Iterable[Mapping[str, Any]], statistics: Iterable[str], **options: Any
+    apply: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Mapping[str, Any]],
+    statistics: Iterable[str],
+    **options: Any,
 ) -> dict[str, Calibrated]:
     """statistic -> what `calibrate` gives for it; `options` are its others."""
-    return {name: calibrate(apply, params, batches, statistic=name, **options) for name in statistics}  # type: ignore[arg-type]
+    return {
+        name: calibrate(apply, params, batches, statistic=name, **options) for name in statistics
+    }  # type: ignore[arg-type]
 
 
 def gradients(
@@ -358,11 +444,11 @@ def gradients(
     layout: Layout | None = None,
     square: bool = False,
 ) -> dict[str, jax.Array]:
-    """path -> mean gradient [*lead, in, out], float32, of `loss(params, batch)` with respect to each whole weight; with
-    `square` the mean over batches of the squared gradient.
+    """path -> mean gradient [*lead, in, out], float32, of `loss(params, batch)` with respect to
+    each whole weight; with `square` the mean over batches of the squared gradient.
 
-    Each batch's gradient is in the weight's dtype; they are added up in float32. All of the targets' gradients are held at
-    once. Raises ValueError where there is no batch.
+    Each batch's gradient is in the weight's dtype; they are added up in float32. All of the
+    targets' gradients are held at once. Raises ValueError where there is no batch.
     """
     sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
     chosen = map_places(lambda p, w: Trainable(w) if p in sites else _frozen(w), params)

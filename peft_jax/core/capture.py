@@ -3,8 +3,8 @@
     apply = bind(model)
     logits, found = capture(apply, {"hidden": output_of("model/layers")})(params, tokens)
 
-A place is a module's path without layer numbers, or a glob; what stacked or looped layers give is one array with the
-layers first.
+A place is a module's path without layer numbers, or a glob; what stacked or looped layers give is
+one array with the layers first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _LAYER = re.compile(rf"\b({'|'.join(STACKS)})/(\d+)\b")
 
 
 class Place(NamedTuple):
-    """A module's path, as "model/layers/self_attn", and what to take of a call of it: (arguments, output) -> array."""
+    """A module's path, as "model/layers/self_attn", and what to take of a call of it: (arguments,
+    output) -> array.
+    """
 
     path: str
     pick: Callable[[tuple[Any, ...], Any], jax.Array]
@@ -59,18 +61,26 @@ class Recorder:
 
     def wants(self, path: str) -> bool:
         """Whether anything is wanted of the module at this path."""
-        return any(fnmatch.fnmatchcase(plain_path(path), place.path) for place in self.wanted.values())
+        return any(
+            fnmatch.fnmatchcase(plain_path(path), place.path) for place in self.wanted.values()
+        )
 
     def of(self, path: str, args: tuple[Any, ...], out: Any) -> dict[str, jax.Array]:
         """name -> array of what is wanted of a call of the module at this path."""
         plain = plain_path(path)
-        return {n: place.pick(args, out) for n, place in self.wanted.items() if fnmatch.fnmatchcase(plain, place.path)}
+        return {
+            n: place.pick(args, out)
+            for n, place in self.wanted.items()
+            if fnmatch.fnmatchcase(plain, place.path)
+        }
 
     def put(self, name: str, path: str, value: Any) -> None:
         """Keep what a call of the module at this path gave."""
         numbered, plain = _LAYER.search(number_layers(path)), plain_path(path)
         if self.where.setdefault(name, plain) != plain:
-            raise ValueError(f"{self.wanted[name].path!r} names several modules: {self.where[name]} and {plain}")
+            raise ValueError(
+                f"{self.wanted[name].path!r} names several modules: {self.where[name]} and {plain}"
+            )
         self.found.setdefault(name, {})[int(numbered[2]) if numbered else -1] = value
 
     def result(self) -> dict[str, jax.Array]:
@@ -78,7 +88,8 @@ class Recorder:
         for name, place in self.wanted.items():
             if name not in self.found:
                 raise ValueError(
-                    f"nothing was captured at {place.path!r}: no module called there, or its nn.scan does not carry the "
+                    f"nothing was captured at {place.path!r}: no module called there, or its "
+                    "nn.scan does not carry the "
                     f"collection {CAPTURED!r} (variable_axes={{'params': 0, '{CAPTURED}': 0}})"
                 )
         return {name: self._joined(parts) for name, parts in self.found.items()}
@@ -92,10 +103,11 @@ RECORDER: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("reco
 
 
 def capture(apply: Callable[..., Any], wanted: Mapping[str, Place]) -> Callable[..., Any]:
-    """`run(params, *args, **kwargs) -> (what apply returns, name -> array)` for the result of `bind`.
+    """`run(params, *args, **kwargs) -> (what apply returns, name -> array)` for the result of
+    `bind`.
 
-    Layers stacked under `nn.scan` give arrays [L, ...], looped ones (`layers_0`, ...) too; a stack under `nnx.scan` is not seen
-    into. Raises ValueError where nothing is at a path.
+    Layers stacked under `nn.scan` give arrays [L, ...], looped ones (`layers_0`, ...) too; a stack
+    under `nnx.scan` is not seen into. Raises ValueError where nothing is at a path.
     """
 
     def run(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, jax.Array]]:

@@ -1,7 +1,9 @@
-"""Coverage: how many tokens stand behind the statistics of each matrix, and what is said where there are none.
+"""Coverage: how many tokens stand behind the statistics of each matrix, and what is said where
+there are none.
 
-A calibrated method asks `reached` which matrices of a stack it knows anything about. For the others it does what needs no
-data. All that happens within a `ledger` is said in one line for each method when the outermost one closes.
+A calibrated method asks `reached` which matrices of a stack it knows anything about. For the others
+it does what needs no data. All that happens within a `ledger` is said in one line for each method
+when the outermost one closes.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ logger = logging.getLogger("peft_jax")
 
 @jax.tree_util.register_pytree_node_class
 class Calibrated(dict[str, jax.Array]):
-    """path -> statistic, and in `tokens` path -> how many tokens each of its matrices saw, [*lead]."""
+    """path -> statistic, and in `tokens` path -> how many tokens each of its matrices saw,
+    [*lead].
+    """
 
     def __init__(self, values: Mapping[str, jax.Array], tokens: Mapping[str, jax.Array]) -> None:
         super().__init__(values)
@@ -40,12 +44,16 @@ class Calibrated(dict[str, jax.Array]):
 
 
 def tokens_of(statistics: Any, path: str) -> jax.Array | None:
-    """How many tokens stand behind the statistics of a place, [*lead]; None where they do not say so."""
+    """How many tokens stand behind the statistics of a place, [*lead]; None where they do not say
+    so.
+    """
     return getattr(statistics, "tokens", {}).get(path)
 
 
 class _Count(NamedTuple):
-    """Of a place's `total` matrices a method knows nothing of `missing`, the first of which is `first`."""
+    """Of a place's `total` matrices a method knows nothing of `missing`, the first of which is
+    `first`.
+    """
 
     missing: int
     total: int
@@ -54,8 +62,8 @@ class _Count(NamedTuple):
 
 @dataclasses.dataclass
 class Ledger:
-    """tokens: path -> how many tokens each of its matrices saw, [*lead], in the last pass. known: (method, what is done
-    instead) -> path -> count of what the method knows.
+    """tokens: path -> how many tokens each of its matrices saw, [*lead], in the last pass. known:
+    (method, what is done instead) -> path -> count of what the method knows.
     """
 
     tokens: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
@@ -74,10 +82,15 @@ class Ledger:
             missing = [count for count in counts.values() if count.missing]
             if missing:
                 logger.warning(
-                    "%s has no usable statistics of %d of %d matrices (of experts each is one), which take %s instead; the "
+                    "%s has no usable statistics of %d of %d matrices (of experts each is one), "
+                    "which take %s instead; the "
                     "first is %s. Calibrate on more, or more varied, rows.",
-                    method, sum(c.missing for c in missing), sum(c.total for c in counts.values()), instead, missing[0].first,
-                )  # fmt: skip
+                    method,
+                    sum(c.missing for c in missing),
+                    sum(c.total for c in counts.values()),
+                    instead,
+                    missing[0].first,
+                )
 
 
 _LEDGER: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar("ledger", default=None)
@@ -85,7 +98,8 @@ _LEDGER: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar("ledger"
 
 @contextlib.contextmanager
 def ledger() -> Iterator[Ledger]:
-    """What calibration saw, and what it did not, while the block (or decorated function) runs; said at its end.
+    """What calibration saw, and what it did not, while the block (or decorated function) runs; said
+    at its end.
 
     Within another ledger it is that one.
     """
@@ -126,11 +140,12 @@ def reached(
     tokens: jax.Array | None = None,
     least: int | jax.Array = 1,
 ) -> jax.Array | None:
-    """bool [*lead]: of which matrices the statistics [*lead, ...] say anything; None where of all of them.
+    """bool [*lead]: of which matrices the statistics [*lead, ...] say anything; None where of all
+    of them.
 
-    They do where they are finite, not all zero and, if it is known, of at least `least` `tokens` (a number, or one each).
-    Notes in the ledger, which warns, that the others take `instead` of `method`; not of traced arrays, for which there is
-    always an array.
+    They do where they are finite, not all zero and, if it is known, of at least `least` `tokens` (a
+    number, or one each). Notes in the ledger, which warns, that the others take `instead` of
+    `method`; not of traced arrays, for which there is always an array.
     """
     there = jnp.ones(lead, bool)
     for array in statistics:
@@ -146,18 +161,27 @@ def reached(
 
 
 def choose(there: jax.Array | None, calibrated: Any, plain: Any) -> Any:
-    """Arrays [*lead, ...] of `calibrated` where there are statistics (`reached`), of `plain` elsewhere."""
+    """Arrays [*lead, ...] of `calibrated` where there are statistics (`reached`), of `plain`
+    elsewhere.
+    """
     if there is None:
         return calibrated
-    ours = lambda a: there.reshape(there.shape + (1,) * (a.ndim - there.ndim))
+
+    def ours(a):
+        return there.reshape(there.shape + (1,) * (a.ndim - there.ndim))
+
     return jax.tree.map(lambda a, b: jnp.where(ours(a), a, b), calibrated, plain)
 
 
 def white(covariance: jax.Array, there: jax.Array | None) -> jax.Array:
-    """Covariances [*lead, in, in], those of independent inputs of the others' mean size where there are none (`reached`)."""
+    """Covariances [*lead, in, in], those of independent inputs of the others' mean size where there
+    are none (`reached`).
+    """
     if there is None:
         return covariance
     size = jnp.diagonal(covariance, axis1=-2, axis2=-1).mean(-1)
     size = jnp.where(there, size, 0.0).sum() / jnp.maximum(there.sum(), 1)
     size = jnp.where(size > 0, size, 1.0)
-    return choose(there, covariance, jnp.broadcast_to(size * jnp.eye(covariance.shape[-1]), covariance.shape))
+    return choose(
+        there, covariance, jnp.broadcast_to(size * jnp.eye(covariance.shape[-1]), covariance.shape)
+    )

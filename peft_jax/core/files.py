@@ -16,7 +16,8 @@ from typing import IO, Any
 
 @contextlib.contextmanager
 def replacing_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder beside `folder`; when the block ends well, its files move over `folder`'s, else it vanishes.
+    """A temporary folder beside `folder`; when the block ends well, its files move over `folder`'s,
+    else it vanishes.
 
     Raises OSError naming `folder` where writing fails; nothing in `folder` has changed then.
     """
@@ -31,14 +32,19 @@ def replacing_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         for item in sorted(temporary.iterdir()):
             os.replace(item, target / item.name)
     except OSError as error:
-        raise OSError(error.errno, f"could not write {target}: {error.strerror or error}") from error
+        raise OSError(
+            error.errno, f"could not write {target}: {error.strerror or error}"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON with a final newline; numbers that are not finite as null."""
-    path.write_text(json.dumps(finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n",
+        encoding="utf-8",
+    )
 
 
 def finite(value: Any) -> Any:
@@ -51,7 +57,9 @@ def finite(value: Any) -> Any:
 
 
 def open_text(path: Path) -> IO[str]:
-    """A text file in UTF-8, a gzipped one unpacked, without the byte-order mark that some programs begin with."""
+    """A text file in UTF-8, a gzipped one unpacked, without the byte-order mark that some programs
+    begin with.
+    """
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
@@ -60,7 +68,8 @@ def open_text(path: Path) -> IO[str]:
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number, line) of the lines of a text file that are not blank, without their end.
 
-    A line ends with a line feed or carriage return, and not, as for `str.splitlines`, with one of Unicode's separators.
+    A line ends with a line feed or carriage return, and not, as for `str.splitlines`, with one of
+    Unicode's separators.
     """
     with open_text(path) as lines:
         for number, line in enumerate(lines, 1):

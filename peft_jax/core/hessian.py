@@ -1,4 +1,6 @@
-"""The Hessian of a layer's squared output error, which is the covariance of its inputs, as GPTQ and SparseGPT use it."""
+"""The Hessian of a layer's squared output error, which is the covariance of its inputs, as GPTQ and
+SparseGPT use it.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ import jax.numpy as jnp
 
 
 def damped(w: jax.Array, covariance: jax.Array, damping: float) -> tuple[jax.Array, jax.Array]:
-    """(w [in, out] with zeros for inputs that never occur, the Hessian [in, in]): the covariance with `damping` times its mean
-    diagonal added.
+    """(w [in, out] with zeros for inputs that never occur, the Hessian [in, in]): the covariance
+    with `damping` times its mean diagonal added.
     """
     diagonal = jnp.diagonal(covariance)
     dead = diagonal == 0
@@ -17,5 +19,7 @@ def damped(w: jax.Array, covariance: jax.Array, damping: float) -> tuple[jax.Arr
 
 
 def inverse_factor(hessian: jax.Array) -> jax.Array:
-    """The upper Cholesky factor of the inverse of a Hessian [in, in] (GPTQ's step 3, Frantar et al. 2022, arXiv:2210.17323)."""
+    """The upper Cholesky factor of the inverse of a Hessian [in, in] (GPTQ's step 3, Frantar et al.
+    2022, arXiv:2210.17323).
+    """
     return jnp.linalg.cholesky(jnp.linalg.inv(hessian)).T

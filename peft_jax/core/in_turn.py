@@ -1,8 +1,9 @@
-"""One layer after the other: statistics of a layer's inputs, a change of its weights, and on with what it puts out now.
+"""One layer after the other: statistics of a layer's inputs, a change of its weights, and on with
+what it puts out now.
 
-So later layers make up for what earlier ones lost, and the statistics of one layer are held at a time. A model that can be
-taken apart (a `Chain`) runs once from its first layer to its last, whatever its depth; of any other the part up to a layer
-runs anew for each.
+So later layers make up for what earlier ones lost, and the statistics of one layer are held at a
+time. A model that can be taken apart (a `Chain`) runs once from its first layer to its last,
+whatever its depth; of any other the part up to a layer runs anew for each.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ Change = Callable[[Any, list[str], dict[str, Calibrated]], Any]
 class Chain(NamedTuple):
     """A model as what it does with tokens first, and its layers in order.
 
-    `enter(params, tokens, **inputs)` gives the first layer's hidden states [B, T, D]. `layers` maps the path of each
-    layer to `layer(its part of params, hidden states, **inputs)`, which gives the next one's; like layers are the same
-    function, so that they share what is compiled. The inputs are `positions` and `segment_ids` [B, T], where there are any.
+    `enter(params, tokens, **inputs)` gives the first layer's hidden states [B, T, D]. `layers` maps
+    the path of each layer to `layer(its part of params, hidden states, **inputs)`, which gives the
+    next one's; like layers are the same function, so that they share what is compiled. The inputs
+    are `positions` and `segment_ids` [B, T], where there are any.
     """
 
     enter: Callable[..., jax.Array]
@@ -38,15 +40,21 @@ class Chain(NamedTuple):
 
 
 def chain_of(apply: Callable[..., Any], params: Any) -> Chain | None:
-    """How the bound model is taken apart; None where it cannot be, or the tree has what acts across layers."""
+    """How the bound model is taken apart; None where it cannot be, or the tree has what acts across
+    layers.
+    """
     take_apart = getattr(getattr(apply, "model", None), "chain", None)
-    if take_apart is None or any(isinstance(x, (Attachment, Shared)) for x in places(params).values()):
+    if take_apart is None or any(
+        isinstance(x, (Attachment, Shared)) for x in places(params).values()
+    ):
         return None
     return take_apart()
 
 
 def layer_blocks(paths: Iterable[str]) -> list[list[str]]:
-    """Paths grouped by the number of their layer (`layers_3`), in order; stacked layers and those without a number last."""
+    """Paths grouped by the number of their layer (`layers_3`), in order; stacked layers and those
+    without a number last.
+    """
     numbers = {path: layer_paths(path, None)[0][1] for path in paths}
     ordered = sorted({n for n in numbers.values() if n is not None})
     blocks = [[p for p, n in numbers.items() if n == number] for number in [*ordered, None]]
@@ -62,10 +70,11 @@ def in_turn(
     change: Change,
     **options: Any,
 ) -> Any:
-    """`params` after `change(params, paths of one block, statistic -> what calibrate gives of these paths)` of each block.
+    """`params` after `change(params, paths of one block, statistic -> what calibrate gives of these
+    paths)` of each block.
 
-    A block is a layer (`layer_blocks`); what lies outside of layers comes last. `options` are `calibrate`'s. Raises
-    ValueError as `calibrate` does.
+    A block is a layer (`layer_blocks`); what lies outside of layers comes last. `options` are
+    `calibrate`'s. Raises ValueError as `calibrate` does.
     """
     batches, paths = list(batches), list(paths)
     chain = chain_of(apply, params) if statistics else None
@@ -73,26 +82,47 @@ def in_turn(
         params = _along(chain, params, batches, paths, statistics, change, options)
         paths = [p for p in paths if not any(p.startswith(f"{layer}/") for layer in chain.layers)]
     for block in layer_blocks(paths):
-        params = change(params, block, calibrate_all(apply, params, batches, statistics, targets=block, **options))
+        params = change(
+            params,
+            block,
+            calibrate_all(apply, params, batches, statistics, targets=block, **options),
+        )
         jax.block_until_ready(params)
     return params
 
 
 def _along(
-    chain: Chain, params: Any, batches: list[Any], paths: list[str], statistics: Sequence[str], change: Change, options: Any
+    chain: Chain,
+    params: Any,
+    batches: list[Any],
+    paths: list[str],
+    statistics: Sequence[str],
+    change: Change,
+    options: Any,
 ) -> Any:
     """`in_turn` for the layers of a chain."""
     enter, states = jax.jit(chain.enter), []
     for batch in batches:
-        inputs = {name: jnp.asarray(batch[name]) for name in ("positions", "segment_ids") if name in batch}
+        inputs = {
+            name: jnp.asarray(batch[name]) for name in ("positions", "segment_ids") if name in batch
+        }
         states.append({"tokens": enter(params, jnp.asarray(batch["tokens"]), **inputs), **inputs})
     passes: dict[Layer, tuple[Pass, Layer]] = {}
     left = {p for p in paths if any(p.startswith(f"{prefix}/") for prefix in chain.layers)}
     for prefix, layer in chain.layers.items():
         probes, run = passes.setdefault(layer, (probing(layer), jax.jit(_renewed(layer))))
         if block := [p for p in paths if p.startswith(f"{prefix}/")]:
-            own = dict(options, within=prefix, compiled=probes, targets=[p.removeprefix(f"{prefix}/") for p in block])
-            params = change(params, block, calibrate_all(layer, module_at(params, prefix), states, statistics, **own))
+            own = dict(
+                options,
+                within=prefix,
+                compiled=probes,
+                targets=[p.removeprefix(f"{prefix}/") for p in block],
+            )
+            params = change(
+                params,
+                block,
+                calibrate_all(layer, module_at(params, prefix), states, statistics, **own),
+            )
             left -= set(block)
         if not left:  # nothing looks at what the layers from here on put out
             return params
@@ -119,10 +149,11 @@ def output_errors(
     exclude: Targets = (),
     layout: Layout | None = None,
 ) -> dict[str, jax.Array]:
-    """path -> ||X (W' - W)|| / ||X W|| [*lead] of each weight W of `before` that is W' in `after`, on after's own inputs X;
-    not a number where there are none.
+    """path -> ||X (W' - W)|| / ||X W|| [*lead] of each weight W of `before` that is W' in `after`,
+    on after's own inputs X; not a number where there are none.
 
-    The covariances of one block of layers are held at a time. Raises ValueError as `calibrate` does.
+    The covariances of one block of layers are held at a time. Raises ValueError as `calibrate`
+    does.
     """
     sites = find_sites(before, targets=targets, exclude=exclude, layout=layout)
     known, found = places(after), {}
@@ -131,7 +162,10 @@ def output_errors(
         covariances = statistics["covariance"]
         for path in paths:
             old, new = sites[path].matrix(), sites[path]._replace(base=known[path]).matrix()
-            energy = lambda w, of=covariances[path]: jnp.maximum(jnp.sum((of @ w) * w, (-2, -1)), 0.0)
+
+            def energy(w, of=covariances[path]):
+                return jnp.maximum(jnp.sum((of @ w) * w, (-2, -1)), 0.0)
+
             error = jnp.sqrt(energy(new - old) / jnp.maximum(energy(old), 1e-30))
             found[path] = jnp.where(covariances.tokens[path] > 0, error, jnp.nan)
         return params

@@ -15,13 +15,16 @@ logger = logging.getLogger("peft_jax")
 
 
 def merge(params: Any) -> Any:
-    """Every Weight replaced by what it amounts to: updates folded into their base (and bias). Attachments stay.
+    """Every Weight replaced by what it amounts to: updates folded into their base (and bias).
+    Attachments stay.
 
-    An update over a pruned weight fills its zeros, which is said in a warning: `mask_updates` keeps them.
+    An update over a pruned weight fills its zeros, which is said in a warning: `mask_updates` keeps
+    them.
     """
     if filled := [p for p, x in places(params).items() if _fills_zeros(x)]:
         logger.warning(
-            f"merging fills the zeros of {len(filled)} pruned weights, {filled[0]} the first; peft_jax.mask_updates(params) "
+            f"merging fills the zeros of {len(filled)} pruned weights, {filled[0]} the first; "
+            "peft_jax.mask_updates(params) "
             "before training keeps them"
         )
     whole = distribute(params)
@@ -36,14 +39,22 @@ def merge(params: Any) -> Any:
     merged = map_places(fold, whole)
     if not isinstance(merged, Mapping):
         return merged
-    needed = {f"shared_{getattr(x, 'group', '')}" for x in places(params).values() if isinstance(x, Attachment)}
+    needed = {
+        f"shared_{getattr(x, 'group', '')}"
+        for x in places(params).values()
+        if isinstance(x, Attachment)
+    }
     return {k: x for k, x in merged.items() if not isinstance(x, Shared) or k in needed}
 
 
 def biased(params: Any) -> dict[str, Weight]:
     """path of a bias -> the Weight in the place of `kernel` beside it."""
     known = places(params)
-    kernels = {p.rpartition("/")[0]: x for p, x in known.items() if p.endswith("/kernel") and isinstance(x, Weight)}
+    kernels = {
+        p.rpartition("/")[0]: x
+        for p, x in known.items()
+        if p.endswith("/kernel") and isinstance(x, Weight)
+    }
     return {f"{module}/bias": x for module, x in kernels.items() if f"{module}/bias" in known}
 
 
@@ -56,7 +67,9 @@ def _fills_zeros(x: Any) -> bool:
 
 
 def unmerge(merged: Any, params: Any) -> Any:
-    """The tree of `params` (with its adapters) over bases recovered from `merged`; equal up to rounding."""
+    """The tree of `params` (with its adapters) over bases recovered from `merged`; equal up to
+    rounding.
+    """
     known, whole = places(merged), distribute(params)
     beside = biased(whole)
 

@@ -1,4 +1,5 @@
-"""Codes of 1, 2, 3, 4 and 8 bits in bytes: a little-endian bit stream along the input axis, as GPTQ's checkpoints have.
+"""Codes of 1, 2, 3, 4 and 8 bits in bytes: a little-endian bit stream along the input axis, as
+GPTQ's checkpoints have.
 
 The first of several codes in a byte takes its low bits; eight 3-bit codes take three bytes.
 """
@@ -8,7 +9,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-_UNITS = {8: (1, 1), 4: (2, 1), 2: (4, 1), 1: (8, 1), 3: (8, 3)}  # bits -> (codes, bytes) that are packed together
+_UNITS = {
+    8: (1, 1),
+    4: (2, 1),
+    2: (4, 1),
+    1: (8, 1),
+    3: (8, 3),
+}  # bits -> (codes, bytes) that are packed together
 
 
 def pack_padded(codes: jax.Array, bits: int) -> jax.Array:
@@ -51,5 +58,7 @@ def unpack(packed: jax.Array, bits: int) -> jax.Array:
     parts = packed.astype(word).reshape(*lead, n // bytes_in, bytes_in, n_out)
     shifts = 8 * jnp.arange(bytes_in, dtype=word)[:, None]
     words = parts[..., 0, :] if bytes_in == 1 else jnp.sum(parts << shifts, axis=-2, dtype=word)
-    split = (words[..., None, :] >> (word(bits) * jnp.arange(codes_out, dtype=word)[:, None])) & word(2**bits - 1)
+    split = (
+        words[..., None, :] >> (word(bits) * jnp.arange(codes_out, dtype=word)[:, None])
+    ) & word(2**bits - 1)
     return split.astype(jnp.uint8).reshape(*lead, n // bytes_in * codes_out, n_out)

@@ -1,4 +1,6 @@
-"""What of a tree trains: partition and combination, freezing, full fine-tuning, counts and penalties."""
+"""What of a tree trains: partition and combination, freezing, full fine-tuning, counts and
+penalties.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,18 @@ from peft_jax.core.weight import Trainable, Weight
 def trainable_mask(params: Any) -> Any:
     """The tree of `params` with True for each array that trains.
 
-    An array trains where the innermost node around it lists its field in `trainable` and is not frozen.
+    An array trains where the innermost node around it lists its field in `trainable` and is not
+    frozen.
     """
 
     def mask(x: Any, trains: bool) -> Any:
         if is_node(x):
-            return x.replace(**{f: mask(getattr(x, f), f in x.trainable and not x.frozen) for f in data_fields(x)})
+            return x.replace(
+                **{
+                    f: mask(getattr(x, f), f in x.trainable and not x.frozen)
+                    for f in data_fields(x)
+                }
+            )
         return jax.tree.map(lambda y: mask(y, False) if is_node(y) else trains, x, is_leaf=is_node)
 
     return mask(params, False)
@@ -38,7 +46,9 @@ def partition(params: Any) -> tuple[Any, Any]:
 
 def combine(trainable: Any, frozen: Any) -> Any:
     """The tree whose `partition` is (trainable, frozen)."""
-    return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None
+    )
 
 
 def freeze(params: Any, targets: Targets = "*") -> Any:
@@ -57,17 +67,21 @@ def freeze(params: Any, targets: Targets = "*") -> Any:
             return map_nodes(inner, x)
         return x.replace(frozen=True, **{f: inner(getattr(x, f)) for f in data_fields(x)})
 
-    return map_places(lambda path, x: inner(x) if any(matches(path, t) for t in wanted) else x, params)
+    return map_places(
+        lambda path, x: inner(x) if any(matches(path, t) for t in wanted) else x, params
+    )
 
 
 def full(params: Any, key: Any = None, *, targets: Targets = "*", exclude: Targets = ()) -> Any:
-    """Full fine-tuning: the arrays that `targets` name train as they are, and of pruned and factorized weights what they
-    keep. `key` is not used.
+    """Full fine-tuning: the arrays that `targets` name train as they are, and of pruned and
+    factorized weights what they keep. `key` is not used.
     """
     paths = set(select(params, targets, exclude, min_ndim=0))
 
     def train(x: Any) -> Any:
-        return x if isinstance(x, Attachment) else x.train() if isinstance(x, Weight) else Trainable(x)
+        return (
+            x if isinstance(x, Attachment) else x.train() if isinstance(x, Weight) else Trainable(x)
+        )
 
     return map_places(lambda p, x: train(x) if p in paths else x, params)
 
@@ -75,8 +89,8 @@ def full(params: Any, key: Any = None, *, targets: Targets = "*", exclude: Targe
 def penalty(params: Any) -> Any:
     """What the nodes' `penalty` methods add to the loss; 0 where none has one.
 
-    It is their sum, or for an adapter whose nodes also tell the number of their `penalty_terms` the mean over all of its terms
-    (AdaLoRA's orthogonality).
+    It is their sum, or for an adapter whose nodes also tell the number of their `penalty_terms` the
+    mean over all of its terms (AdaLoRA's orthogonality).
     """
     sums: dict[Any, Any] = {}
     terms: dict[Any, Any] = {}
@@ -94,5 +108,9 @@ def count(params: Any) -> tuple[int, int]:
     trained = sum(x.size for x in jax.tree.leaves(trainable))
     total = 0
     for x in places(params).values():
-        total += sum(a.size for a in jax.tree.leaves(x)) if isinstance(x, Attachment) else math.prod(x.shape)
+        total += (
+            sum(a.size for a in jax.tree.leaves(x))
+            if isinstance(x, Attachment)
+            else math.prod(x.shape)
+        )
     return trained, total

@@ -1,4 +1,6 @@
-"""Where adapters stand: modules of a parameter tree chosen by name, and attachments put beside their parameters."""
+"""Where adapters stand: modules of a parameter tree chosen by name, and attachments put beside
+their parameters.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,19 @@ from peft_jax.core.tree import places
 from peft_jax.core.weight import Axes, Layout, matrix_shape
 from peft_jax.models.blocks import hooks_of
 
-_TOKENS = ("wte", "word_embeddings", "shared")  # what models call the tokens' embedding, among others
+_TOKENS = (
+    "wte",
+    "word_embeddings",
+    "shared",
+)  # what models call the tokens' embedding, among others
 
 
 class Module(NamedTuple):
     """A module that an attachment is to stand beside.
 
-    `lead` are the leading axes of its parameters (stacked layers), `layers` the path of each of them, `chosen` which of
-    them are adapted; `n_in` and `n_out` the features that go in and come out.
+    `lead` are the leading axes of its parameters (stacked layers), `layers` the path of each of
+    them, `chosen` which of them are adapted; `n_in` and `n_out` the features that go in and come
+    out.
     """
 
     path: str
@@ -44,17 +51,23 @@ class Module(NamedTuple):
 
     def one_value(self, default: Any, pattern: Mapping[str, Any], option: str) -> Any:
         """The value that `pattern` gives the module; layers stacked together have to agree."""
-        of = lambda name: by_pattern(f"{name}/", by_pattern(f"{self.path}/", default, pattern), pattern)
+
+        def of(name):
+            return by_pattern(f"{name}/", by_pattern(f"{self.path}/", default, pattern), pattern)
+
         values = {of(name) for name in self.layers}
         if len(values) > 1:
             raise ValueError(
-                f"{option} gives the layers stacked at {self.path} {sorted(map(str, values))}; unstack_layers first"
+                f"{option} gives the layers stacked at {self.path} {sorted(map(str, values))}; "
+                "unstack_layers first"
             )
         return values.pop()
 
 
 def hidden_size(params: Any) -> int:
-    """Features of the hidden states: those of the token embedding. Raises ValueError where there is none."""
+    """Features of the hidden states: those of the token embedding. Raises ValueError where there is
+    none.
+    """
     _, embedding = token_embedding(params)
     return embedding.shape[-1]
 
@@ -62,13 +75,25 @@ def hidden_size(params: Any) -> int:
 def token_embedding(params: Any, target: str | None = None) -> tuple[str, Any]:
     """(path of the module, embedding [V, D]) of the tokens' embedding.
 
-    `target` names it where there are several `embedding`s. Raises ValueError where none or several are found.
+    `target` names it where there are several `embedding`s. Raises ValueError where none or several
+    are found.
     """
-    known = {p.rpartition("/")[0]: w for p, w in places(params).items() if p.rpartition("/")[2] == "embedding"}
+    known = {
+        p.rpartition("/")[0]: w
+        for p, w in places(params).items()
+        if p.rpartition("/")[2] == "embedding"
+    }
     found = {p: w for p, w in known.items() if target is None or matches(p + "/", target)}
     if len(found) > 1:
-        name = lambda p: p.rpartition("/")[2]
-        named = {p: w for p, w in found.items() if ("tok" in name(p) and "type" not in name(p)) or name(p) in _TOKENS}
+
+        def name(p):
+            return p.rpartition("/")[2]
+
+        named = {
+            p: w
+            for p, w in found.items()
+            if ("tok" in name(p) and "type" not in name(p)) or name(p) in _TOKENS
+        }
         found = named if len(named) == 1 else found
     if len(found) != 1:
         what = "no token embedding" if not found else f"several embeddings ({', '.join(found)})"
@@ -79,19 +104,23 @@ def token_embedding(params: Any, target: str | None = None) -> tuple[str, Any]:
 def token_stack(
     params: Any, target: str | None = None
 ) -> tuple[Literal["decoder", "encoder", "encoder-decoder", "model"], str]:
-    """(what it is, path) of the module that tokens go into: a decoder's stack, an encoder's, the whole of an encoder-decoder
-    of this package, or any other model.
+    """(what it is, path) of the module that tokens go into: a decoder's stack, an encoder's, the
+    whole of an encoder-decoder of this package, or any other model.
     """
     parent, _, name = token_embedding(params, target)[0].rpartition("/")
     if name in ("embed_tokens", "wte") and parent:
         return "decoder", parent
     if parent.endswith("/embeddings"):
         return "encoder", parent.rpartition("/")[0]
-    return ("encoder-decoder" if name == "shared" and {"encoder", "decoder"} <= set(params) else "model"), ""
+    return (
+        "encoder-decoder" if name == "shared" and {"encoder", "decoder"} <= set(params) else "model"
+    ), ""
 
 
 def module_paths(params: Any) -> list[str]:
-    """Paths of all modules of a tree, with the known ones that have no parameters (see `hooks_of`), lists of them left out."""
+    """Paths of all modules of a tree, with the known ones that have no parameters (see `hooks_of`),
+    lists of them left out.
+    """
     found: list[str] = []
 
     def walk(tree: Any, path: str) -> None:
@@ -114,27 +143,33 @@ def find_modules(
     layout: Layout | None = None,
     width: int | None = None,
 ) -> list[Module]:
-    """The modules that `targets` name, in the order of the tree; targets as in `peft_jax.select`, but of modules. The name of a
-    list of modules names those in it.
+    """The modules that `targets` name, in the order of the tree; targets as in `peft_jax.select`,
+    but of modules. The name of a list of modules names those in it.
 
-    A module with a `kernel` has that one's features, any other the hidden states' (`width`, by default the token
-    embedding's). Raises ValueError for a target that matches nothing and a layer that is not there.
+    A module with a `kernel` has that one's features, any other the hidden states' (`width`, by
+    default the token embedding's). Raises ValueError for a target that matches nothing and a layer
+    that is not there.
     """
     wanted, unwanted = ([t] if isinstance(t, str) else list(t) for t in (targets, exclude))
     paths = module_paths(params)
     named = {p: layers_of(params, p, layout) for p in paths}
-    hits = lambda p, n, t: any(matches(f"{name}/", t) for name in (p, n, _of_list(p)))
+
+    def hits(p, n, t):
+        return any(matches(f"{name}/", t) for name in (p, n, _of_list(p)))
+
     for kind, patterns in (("target", wanted), ("exclude", unwanted)):
         for pattern in patterns:
             if not any(hits(p, n, pattern) for p, (_, names) in named.items() for n, _ in names):
                 last = sorted({p.rpartition("/")[2] for p in paths})
                 raise ValueError(
-                    f"{kind} {pattern!r} matches no module.{nearest(pattern, last)} Modules here: {', '.join(last)}"
+                    f"{kind} {pattern!r} matches no module.{nearest(pattern, last)} Modules here: "
+                    f"{', '.join(last)}"
                 )
     numbers = {i for _, names in named.values() for _, i in names if i is not None}
     if layers is not None and (missing := set(layers) - numbers):
         raise ValueError(
-            f"there is no layer {min(missing)}; layers here: {min(numbers, default=0)} to {max(numbers, default=0)}"
+            f"there is no layer {min(missing)}; layers here: {min(numbers, default=0)} to "
+            f"{max(numbers, default=0)}"
         )
     found = []
     for path, (lead, names) in named.items():
@@ -147,7 +182,9 @@ def find_modules(
         if any(flags):
             n_in, n_out = _features(params, path, layout, width)
             numbered = tuple(0 if i is None else i for _, i in names)
-            found.append(Module(path, lead, tuple(n for n, _ in names), numbered, flags, n_in, n_out))
+            found.append(
+                Module(path, lead, tuple(n for n, _ in names), numbered, flags, n_in, n_out)
+            )
     if not found:
         raise ValueError(f"targets {wanted} with exclude {unwanted} leave no module")
     return found
@@ -158,7 +195,9 @@ def _of_list(path: str) -> str:
     return re.sub(r"(/\d+)+$", "", path)
 
 
-def layers_of(params: Any, path: str, layout: Layout | None = None) -> tuple[tuple[int, ...], list[tuple[str, int | None]]]:
+def layers_of(
+    params: Any, path: str, layout: Layout | None = None
+) -> tuple[tuple[int, ...], list[tuple[str, int | None]]]:
     """(leading axes of a module, (path, number) of each of its layers)."""
     owner = path
     while owner and not (kernels := _kernels(params, owner, layout)):
@@ -195,6 +234,11 @@ def place_attachments(
     adapter: str,
     modules: Sequence[Module],
 ) -> Any:
-    """`params` with `make(module, key)` beside each of `modules`, under the key `<kind>_<adapter>`."""
+    """`params` with `make(module, key)` beside each of `modules`, under the key
+    `<kind>_<adapter>`.
+    """
     keys = jax.random.split(key, len(modules))
-    return attach(params, {m.path: {f"{kind}_{adapter}": make(m, k)} for m, k in zip(modules, keys, strict=True)})
+    return attach(
+        params,
+        {m.path: {f"{kind}_{adapter}": make(m, k)} for m, k in zip(modules, keys, strict=True)},
+    )

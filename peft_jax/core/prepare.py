@@ -1,4 +1,6 @@
-"""A tree made ready for one call: shared arrays, randomness and the rows' adapters handed to its nodes."""
+"""A tree made ready for one call: shared arrays, randomness and the rows' adapters handed to its
+nodes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from peft_jax.core.weight import Weight
 
 def distribute(params: Any) -> Any:
     """Nodes given the arrays that they share (see `Shared`), repeated over their leading axes."""
-    groups = {k: x for k, x in params.items() if isinstance(x, Shared)} if isinstance(params, Mapping) else {}
+    groups = (
+        {k: x for k, x in params.items() if isinstance(x, Shared)}
+        if isinstance(params, Mapping)
+        else {}
+    )
     if not groups:
         return params
 
@@ -30,9 +36,14 @@ def _fill_shared(x: Any, groups: Mapping[str, Shared]) -> Any:
     changes = {f: _fill_shared(getattr(x, f), groups) for f in data_fields(x)}
     if group := getattr(x, "group", ""):
         if (source := groups.get(f"shared_{group}")) is None:
-            raise ValueError(f"the tree lacks 'shared_{group}', which its {type(x).__name__} nodes need")
+            raise ValueError(
+                f"the tree lacks 'shared_{group}', which its {type(x).__name__} nodes need"
+            )
         arrays = {**source.fixed, **source.trained}
-        changes["shared"] = {n: jax.numpy.broadcast_to(a, (*getattr(x, "lead", ()), *a.shape)) for n, a in arrays.items()}
+        changes["shared"] = {
+            n: jax.numpy.broadcast_to(a, (*getattr(x, "lead", ()), *a.shape))
+            for n, a in arrays.items()
+        }
     return x.replace(**changes)
 
 
@@ -42,13 +53,17 @@ def resolve(params: Any) -> Any:
 
 
 def prepare(params: Any, rng: jax.Array | None = None, adapter_ids: Any = None) -> Any:
-    """The tree as `bind` runs it: shared arrays, randomness and the rows' adapters handed to the nodes."""
+    """The tree as `bind` runs it: shared arrays, randomness and the rows' adapters handed to the
+    nodes.
+    """
     return resolve(link(with_adapter_ids(with_rng(distribute(params), rng), adapter_ids)))
 
 
 def link(params: Any) -> Any:
     """Attachments given what they need of the rest of the tree (`Attachment.linked`)."""
-    return map_places(lambda path, x: x.linked(params, path) if isinstance(x, Attachment) else x, params)
+    return map_places(
+        lambda path, x: x.linked(params, path) if isinstance(x, Attachment) else x, params
+    )
 
 
 def cache_slots(params: Any) -> int:
@@ -57,7 +72,9 @@ def cache_slots(params: Any) -> int:
 
 
 def with_rng(params: Any, rng: jax.Array | None) -> Any:
-    """Stochastic nodes given a key each (one per slice of their leading axes), folded in by their place."""
+    """Stochastic nodes given a key each (one per slice of their leading axes), folded in by their
+    place.
+    """
     if rng is None:
         return params
 
@@ -65,7 +82,9 @@ def with_rng(params: Any, rng: jax.Array | None) -> Any:
         if not is_node(x):
             return map_nodes(lambda y: inner(y, key), x)
         x = x.drawn(rng)
-        changes = {f: inner(getattr(x, f), jax.random.fold_in(key, 1)) for f in _descended(x) if f != "key"}
+        changes = {
+            f: inner(getattr(x, f), jax.random.fold_in(key, 1)) for f in _descended(x) if f != "key"
+        }
         if x.stochastic:
             changes["key"] = jax.random.split(key, x.lead) if x.lead else key
         return x.replace(**changes)
@@ -92,5 +111,7 @@ def with_adapter_ids(params: Any, ids: jax.Array | None) -> Any:
 
 
 def _descended(node: Any) -> list[str]:
-    """The data fields without a bank's adapters, which have neither rows nor randomness of their own."""
+    """The data fields without a bank's adapters, which have neither rows nor randomness of their
+    own.
+    """
     return [f for f in data_fields(node) if f != "adapters"]

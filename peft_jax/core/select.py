@@ -14,15 +14,23 @@ from peft_jax.core.attachment import Attachment
 from peft_jax.core.tree import map_places, places
 from peft_jax.core.weight import Layout, matrix_shape
 
-# A module that holds the layers of a stack: `layers` [L, ...] where they are stacked, `layers_0`, `layers_1`, ... where not.
+# A module that holds the layers of a stack: `layers` [L, ...] where they are stacked, `layers_0`,
+# `layers_1`, ... where not.
 STACKS = ("layers", "layer", "h", "block")
 _NUMBERED = re.compile(rf"\b({'|'.join(STACKS)})_(\d+)\b")
 EXPERTS = ("gate_up_proj", "down_proj")  # weights of stacked experts, [E, in, out]
 # Beside an `embedding` [V, D]: what the tied head multiplies with in its place, [V, D].
 OUTPUT_EMBEDDING = "output_embedding"
 OUTPUT_HEADS = (
-    "lm_head", "head", "logits", "unembed", "output_projection", "score", "classifier", "qa_outputs",
-)  # fmt: skip
+    "lm_head",
+    "head",
+    "logits",
+    "unembed",
+    "output_projection",
+    "score",
+    "classifier",
+    "qa_outputs",
+)
 VECTORS = ("bias", "scale")
 Targets = str | Sequence[str]
 
@@ -35,22 +43,28 @@ def _names(path: str) -> tuple[str, str]:
 def matches(path: str, target: str) -> bool:
     """Whether a place belongs to a target.
 
-    A target is a glob over the place's path or its module's path, a name or trailing part of the module's path
-    ("q_proj", "self_attn.q_proj"), or a regular expression written `re:...` that must match the whole path.
+    A target is a glob over the place's path or its module's path, a name or trailing part of the
+    module's path ("q_proj", "self_attn.q_proj"), or a regular expression written `re:...` that must
+    match the whole path.
     """
     full, module = _names(path)
     if target.startswith("re:"):
         return any(re.fullmatch(target[3:], name) for name in (full, module))
     target = target.replace(".", "/")
-    return any(name == target or name.endswith("/" + target) or fnmatch.fnmatchcase(name, target) for name in (full, module))
+    return any(
+        name == target or name.endswith("/" + target) or fnmatch.fnmatchcase(name, target)
+        for name in (full, module)
+    )
 
 
-def select(params: Any, targets: Targets = "all-linear", exclude: Targets = (), *, min_ndim: int = 2) -> list[str]:
+def select(
+    params: Any, targets: Targets = "all-linear", exclude: Targets = (), *, min_ndim: int = 2
+) -> list[str]:
     """Paths of the places that `targets` name, in the order of the tree.
 
-    `targets` is "all-linear" (every `kernel` except the output head's), one target or several; see `matches`.
-    Places with fewer than `min_ndim` axes are passed over; a `bias` or `scale` counts as one axis, stacked or not.
-    Raises ValueError for a target that matches nothing.
+    `targets` is "all-linear" (every `kernel` except the output head's), one target or several; see
+    `matches`. Places with fewer than `min_ndim` axes are passed over; a `bias` or `scale` counts as
+    one axis, stacked or not. Raises ValueError for a target that matches nothing.
     """
     return list(select_layers(params, targets, exclude, min_ndim=min_ndim))
 
@@ -64,7 +78,8 @@ def select_layers(
     *,
     min_ndim: int = 2,
 ) -> dict[str, tuple[tuple[str, ...], tuple[bool, ...]]]:
-    """path -> (names of its layers, which of them are chosen), as `select`, for stacked layers one by one.
+    """path -> (names of its layers, which of them are chosen), as `select`, for stacked layers one
+    by one.
 
     Targets may name layers ("layers.3.self_attn.q_proj"); `layers` restricts them to these numbers.
     """
@@ -73,16 +88,23 @@ def select_layers(
     candidates = {}
     for p, w in places(params).items():
         if not isinstance(w, Attachment) and _ndim(p, w) >= min_ndim:
-            lead = matrix_shape(w.shape, *(layout or {}).get(p, ((-2,), (-1,))))[0] if w.ndim >= 2 else ()
+            lead = (
+                matrix_shape(w.shape, *(layout or {}).get(p, ((-2,), (-1,))))[0]
+                if w.ndim >= 2
+                else ()
+            )
             candidates[p] = layer_paths(p, lead[0] if lead else None)
     for kind, patterns in (("target", wanted), ("exclude", unwanted)):
         for pattern in patterns:
-            if not any(_named(p, name, pattern) for p, names in candidates.items() for name, _ in names):
+            if not any(
+                _named(p, name, pattern) for p, names in candidates.items() for name, _ in names
+            ):
                 raise ValueError(matches_nothing(kind, pattern, list(candidates)))
     numbers = {i for names in candidates.values() for _, i in names if i is not None}
     if layers is not None and (missing := set(layers) - numbers):
         raise ValueError(
-            f"there is no layer {min(missing)}; layers here: {min(numbers, default=0)} to {max(numbers, default=0)}"
+            f"there is no layer {min(missing)}; layers here: {min(numbers, default=0)} to "
+            f"{max(numbers, default=0)}"
         )
 
     def chosen(path: str, name: str, number: int | None) -> bool:
@@ -100,35 +122,50 @@ def select_layers(
 
 
 def first_present(paths: Iterable[str], alternatives: Sequence[Sequence[str]]) -> Sequence[str]:
-    """The first of several lists of targets, one for each family of models, all of which name one of `paths`.
+    """The first of several lists of targets, one for each family of models, all of which name one
+    of `paths`.
 
     The first list where none does, so that the error names what is usual.
     """
     paths = list(paths)
-    there = lambda target: any(matches(p, target) for p in paths)
+
+    def there(target):
+        return any(matches(p, target) for p in paths)
+
     return next((a for a in alternatives if all(map(there, a))), alternatives[0])
 
 
 def is_target(path: str, w: Any, targets: Targets, exclude: Targets = ()) -> bool:
-    """Whether `targets` name the place at `path`, as `select` has it; for one array before its tree is whole."""
+    """Whether `targets` name the place at `path`, as `select` has it; for one array before its tree
+    is whole.
+    """
     wanted, unwanted = ([t] if isinstance(t, str) else list(t) for t in (targets, exclude))
-    named = lambda patterns: any(_named(path, path, t) for t in patterns)
+
+    def named(patterns):
+        return any(_named(path, path, t) for t in patterns)
+
     return _ndim(path, w) >= 2 and named(wanted) and not named(unwanted)
 
 
 def layer_paths(path: str, layers: int | None) -> list[tuple[str, int | None]]:
-    """(path, layer number) for each of the `layers` stacked ones at `path`, or for the one layer that the path names."""
+    """(path, layer number) for each of the `layers` stacked ones at `path`, or for the one layer
+    that the path names.
+    """
     parts, at = path.split("/"), stack_at(path)
     if layers is not None and at is not None:
         return [("/".join([*parts[:at], str(i), *parts[at:]]), i) for i in range(layers)]
     numbered = None if at is not None else re.search(r"(?:^|[/_])(\d+)/", path)
     name, number = number_layers(path), int(numbered[1]) if numbered else None
-    return [(name, number)] if layers is None else [(name, i if number is None else number) for i in range(layers)]
+    return (
+        [(name, number)]
+        if layers is None
+        else [(name, i if number is None else number) for i in range(layers)]
+    )
 
 
 def stack_at(path: str) -> int | None:
-    """Where a layer's number belongs among the parts of a path of stacked layers; None where it has none, or has it already
-    (a list of NNX modules).
+    """Where a layer's number belongs among the parts of a path of stacked layers; None where it has
+    none, or has it already (a list of NNX modules).
     """
     parts = path.split("/")
     at = next((i for i, part in enumerate(parts, 1) if part in STACKS), None)
@@ -136,26 +173,39 @@ def stack_at(path: str) -> int | None:
 
 
 def layer_axes(params: Any) -> Any:
-    """The tree of `params` with, for each array, how many of its leading axes count layers: 1 in a stack, else 0.
+    """The tree of `params` with, for each array, how many of its leading axes count layers: 1 in a
+    stack, else 0.
 
     A stack is a module of a stack's name whose arrays all begin with an axis of one size.
     """
     stacks: dict[str, set[tuple[int, ...]]] = {}
     for path, x in places(params).items():
         if (at := stack_at(path)) is not None:
-            stacks.setdefault("/".join(path.split("/")[:at]), set()).update(a.shape[:1] for a in jax.tree.leaves(x))
-    stacked = tuple(f"{name}/" for name, sizes in stacks.items() if len(sizes) == 1 and () not in sizes)
-    return map_places(lambda path, x: jax.tree.map(lambda _: int(path.startswith(stacked)), x), params)
+            stacks.setdefault("/".join(path.split("/")[:at]), set()).update(
+                a.shape[:1] for a in jax.tree.leaves(x)
+            )
+    stacked = tuple(
+        f"{name}/" for name, sizes in stacks.items() if len(sizes) == 1 and () not in sizes
+    )
+    return map_places(
+        lambda path, x: jax.tree.map(lambda _: int(path.startswith(stacked)), x), params
+    )
 
 
 def number_layers(path: str) -> str:
-    """A path with the numbers of looped layers as parts of their own: `layers_3/mlp` becomes `layers/3/mlp`."""
+    """A path with the numbers of looped layers as parts of their own: `layers_3/mlp` becomes
+    `layers/3/mlp`.
+    """
     return _NUMBERED.sub(r"\1/\2", path)
 
 
 def _named(path: str, name: str, target: str) -> bool:
     """Whether a target names a place, or its layer called `name`."""
-    return _is_linear(path) if target == "all-linear" else matches(path, target) or matches(name, target)
+    return (
+        _is_linear(path)
+        if target == "all-linear"
+        else matches(path, target) or matches(name, target)
+    )
 
 
 def _ndim(path: str, w: Any) -> int:
@@ -165,7 +215,9 @@ def _ndim(path: str, w: Any) -> int:
 def _is_linear(path: str) -> bool:
     *module, name = path.split("/")
     last = module[-1] if module else ""
-    return (name == "kernel" and last not in OUTPUT_HEADS) or (name in EXPERTS and last == "experts")
+    return (name == "kernel" and last not in OUTPUT_HEADS) or (
+        name in EXPERTS and last == "experts"
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -176,13 +228,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def matches_nothing(kind: str, target: str, candidates: list[str]) -> str:
     names = sorted({p.split("/")[-2] for p in candidates if "/" in p}) or sorted(candidates)
-    tied = target.rpartition(".")[2] == "lm_head" and any(p.endswith("/embedding") for p in candidates)
-    more = " The head is the embedding; peft_jax.untie(params) gives it one of its own, output_embedding." if tied else ""
-    return f"{kind} {target!r} matches nothing.{nearest(target, names)}{more} Modules here: {', '.join(names)}"
+    tied = target.rpartition(".")[2] == "lm_head" and any(
+        p.endswith("/embedding") for p in candidates
+    )
+    more = (
+        " The head is the embedding; peft_jax.untie(params) gives it one of its own, "
+        "output_embedding."
+        if tied
+        else ""
+    )
+    return (
+        f"{kind} {target!r} matches nothing.{nearest(target, names)}{more} Modules here: "
+        f"{', '.join(names)}"
+    )
 
 
 def by_pattern(path: str, default: Any, pattern: Mapping[str, Any]) -> Any:
-    """The value of the first key of `pattern` that matches `path` (PEFT's rank_pattern and alpha_pattern)."""
+    """The value of the first key of `pattern` that matches `path` (PEFT's rank_pattern and
+    alpha_pattern).
+    """
     return next((value for key, value in pattern.items() if matches(path, key)), default)
 
 

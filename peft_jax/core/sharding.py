@@ -1,8 +1,8 @@
 """Sharding: a mesh with named axes and one rule table from path patterns to PartitionSpecs.
 
-Axes: `data` (rows of the batch), `fsdp` (rows, and parameters sharded), `tensor` (features of a layer), `sequence`
-(tokens), `expert` (rows, and the experts of a mixture). A rule speaks of a weight's last axes; leading (layer) axes are
-never split.
+Axes: `data` (rows of the batch), `fsdp` (rows, and parameters sharded), `tensor` (features of a
+layer), `sequence` (tokens), `expert` (rows, and the experts of a mixture). A rule speaks of a
+weight's last axes; leading (layer) axes are never split.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _COLUMNS = (
 )
 _ROWS = "((o|down)_proj|out_lin|lin2|Wo|wo|(Self|EncDec)Attention/o|c_proj|output/dense)"
 
-# Column-parallel, row-parallel and vocabulary-parallel layers (Shoeybi et al. 2019, arXiv:1909.08053), with the other
-# axis fully sharded (Rajbhandari et al. 2019, arXiv:1910.02054).
+# Column-parallel, row-parallel and vocabulary-parallel layers (Shoeybi et al. 2019,
+# arXiv:1909.08053), with the other axis fully sharded (Rajbhandari et al. 2019, arXiv:1910.02054).
 RULES: Rules = (
     (r".*experts/gate_up_proj", P("expert", "fsdp", "tensor")),
     (r".*experts/down_proj", P("expert", "tensor", "fsdp")),
@@ -46,14 +46,17 @@ LOGICAL_RULES = (("batch", ROWS), ("length", "sequence"), ("embed", None))
 
 
 def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices. `axes` maps axis names to sizes, one of which may be -1 ("the rest"); missing ones are 1.
+    """A mesh over all devices. `axes` maps axis names to sizes, one of which may be -1 ("the
+    rest"); missing ones are 1.
 
     Raises ValueError for an unknown axis or sizes that do not multiply to the number of devices.
     """
     devices = list(devices if devices is not None else jax.devices())
     axes = dict(axes or {"data": -1})
     if unknown := set(axes) - set(AXES):
-        raise ValueError(f"unknown mesh axis {sorted(unknown)[0]!r}; the axes are {', '.join(AXES)}")
+        raise ValueError(
+            f"unknown mesh axis {sorted(unknown)[0]!r}; the axes are {', '.join(AXES)}"
+        )
     sizes = [axes.get(name, 1) for name in AXES]
     if any(n == 0 or n < -1 for n in sizes) or sizes.count(-1) > 1:
         raise ValueError(f"mesh sizes must be positive, at most one of them -1: {axes}")
@@ -66,12 +69,17 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[Any] | No
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES) -> P:
-    """The PartitionSpec of the array at `path`: the first matching rule, without axes that do not divide the shape."""
+    """The PartitionSpec of the array at `path`: the first matching rule, without axes that do not
+    divide the shape.
+    """
     rule = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), P())
     if len(rule) > len(shape):
         return P()
     lead = len(shape) - len(rule)
-    return P(*[None] * lead, *(axis if _divides(shape[lead + i], axis, mesh) else None for i, axis in enumerate(rule)))
+    return P(
+        *[None] * lead,
+        *(axis if _divides(shape[lead + i], axis, mesh) else None for i, axis in enumerate(rule)),
+    )
 
 
 def _divides(size: int, axis: Any, mesh: Mesh) -> bool:
@@ -105,7 +113,9 @@ def node_shardings(path: str, x: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     def leaf(key: Any, y: Any) -> NamedSharding:
         field = path_str(key).split("/")[0]
         wanted = own.get(field, P())
-        fits = len(wanted) <= len(y.shape) and all(_divides(n, a, mesh) for n, a in zip(y.shape, wanted, strict=False))
+        fits = len(wanted) <= len(y.shape) and all(
+            _divides(n, a, mesh) for n, a in zip(y.shape, wanted, strict=False)
+        )
         return NamedSharding(mesh, wanted if fits else P())
 
     changes = {}
@@ -127,11 +137,15 @@ def _dividing(x: Weight, specs: Mapping[str, P], mesh: Mesh) -> dict[str, P]:
         for n, axis in zip(shape, specs[name], strict=False)
         if not _divides(n, axis, mesh)
     }
-    return {name: P(*(None if axis in unfit else axis for axis in spec)) for name, spec in specs.items()}
+    return {
+        name: P(*(None if axis in unfit else axis for axis in spec)) for name, spec in specs.items()
+    }
 
 
 def shard(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """`params` placed on the mesh. On several hosts, arrays that are not on it yet must be the same on each."""
+    """`params` placed on the mesh. On several hosts, arrays that are not on it yet must be the same
+    on each.
+    """
     return jax.tree.map(_put, params, shardings(params, mesh, rules))
 
 
@@ -150,7 +164,9 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def fetch(x: Any) -> np.ndarray:
-    """The whole array on this host, gathered from the others where it is spread over several; all of them call it then."""
+    """The whole array on this host, gathered from the others where it is spread over several; all
+    of them call it then.
+    """
     if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
         from jax.experimental import multihost_utils
 

@@ -15,7 +15,10 @@ from flax.core import meta
 
 from peft_jax.core.weight import Node
 
-_UNBOX = {meta.AxisMetadata: "flax.linen.meta.unbox", nnx.Variable: "flax.nnx.to_pure_dict"}  # boxes -> what takes them off
+_UNBOX = {
+    meta.AxisMetadata: "flax.linen.meta.unbox",
+    nnx.Variable: "flax.nnx.to_pure_dict",
+}  # boxes -> what takes them off
 
 
 def is_node(x: Any) -> bool:
@@ -30,16 +33,22 @@ def path_str(path: Any) -> str:
 
 def places(params: Any) -> dict[str, Any]:
     """path -> array or node, nodes not entered."""
-    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: is_node(x) or isinstance(x, tuple(_UNBOX)))[0]
+    leaves = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda x: is_node(x) or isinstance(x, tuple(_UNBOX))
+    )[0]
     for path, leaf in leaves:
         if call := next((call for box, call in _UNBOX.items() if isinstance(leaf, box)), None):
-            raise ValueError(f"{path_str(path)} is boxed ({type(leaf).__name__}); call {call} first")
+            raise ValueError(
+                f"{path_str(path)} is boxed ({type(leaf).__name__}); call {call} first"
+            )
     return {path_str(path): leaf for path, leaf in leaves}
 
 
 def map_places(fn: Callable[[str, Any], Any], params: Any) -> Any:
     """The tree with each array or node replaced by `fn(path, it)`."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(path_str(path), leaf), params, is_leaf=is_node)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: fn(path_str(path), leaf), params, is_leaf=is_node
+    )
 
 
 def stack_of(w: Any) -> list[Any]:

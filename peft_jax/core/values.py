@@ -1,4 +1,6 @@
-"""Values of arrays, where there are any: under `jax.jit` and `jax.eval_shape` an array has a shape and a dtype alone."""
+"""Values of arrays, where there are any: under `jax.jit` and `jax.eval_shape` an array has a shape
+and a dtype alone.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def fetched(x: Any) -> Any:
 
 
 def check_finite(x: jax.Array, message: str) -> None:
-    """Raise ValueError of the message where `x` holds numbers that are not finite; what is traced is not looked at."""
+    """Raise ValueError of the message where `x` holds numbers that are not finite; what is traced
+    is not looked at.
+    """
     if not is_traced(x) and not bool(jnp.isfinite(x).all()):
         raise ValueError(message)
 

@@ -1,11 +1,12 @@
 """Weights: what may stand in a parameter tree where an array stood.
 
-A `Weight` is a frozen dataclass registered as a pytree. It has the logical `shape` and `dtype` of the array it replaces
-and knows how to be multiplied with. Every array in it keeps the tree's leading axes (the layer axis of stacked layers),
-so scanning, sharding, checkpointing and optimizer states need no special case.
+A `Weight` is a frozen dataclass registered as a pytree. It has the logical `shape` and `dtype` of
+the array it replaces and knows how to be multiplied with. Every array in it keeps the tree's
+leading axes (the layer axis of stacked layers), so scanning, sharding, checkpointing and optimizer
+states need no special case.
 
-Axes of a weight are named by negative numbers, which leading axes do not change: a `Dense` kernel [in, out] has
-`in_axes=(-2,)` and `out_axes=(-1,)`, stacked or not.
+Axes of a weight are named by negative numbers, which leading axes do not change: a `Dense` kernel
+[in, out] has `in_axes=(-2,)` and `out_axes=(-1,)`, stacked or not.
 """
 
 from __future__ import annotations
@@ -30,17 +31,27 @@ def static(**options: Any) -> Any:
 
 
 class Node:
-    """Something other than an array in a parameter tree. `trainable` names the fields that train."""
+    """Something other than an array in a parameter tree. `trainable` names the fields that
+    train.
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ()
-    stochastic: ClassVar[bool] = False  # has a `key` field that `bind` fills when it is given an rng
+    stochastic: ClassVar[bool] = (
+        False  # has a `key` field that `bind` fills when it is given an rng
+    )
     routed: ClassVar[bool] = False  # has an `ids` field that `bind` fills with each row's adapter
-    zero_padded: ClassVar[bool] = False  # zeros after the end of its arrays change nothing, so that sizes can be evened out
-    biases: ClassVar[tuple[str, ...]] = ()  # patterns (re) of the fields that are biases or norms and are not called so
+    zero_padded: ClassVar[bool] = (
+        False  # zeros after the end of its arrays change nothing, so that sizes can be evened out
+    )
+    biases: ClassVar[
+        tuple[str, ...]
+    ] = ()  # patterns (re) of the fields that are biases or norms and are not called so
     frozen: bool = False
 
     def plain(self) -> Self:
-        """This node without what a start or a schedule keeps beside its arrays: as a bank holds it."""
+        """This node without what a start or a schedule keeps beside its arrays: as a bank holds
+        it.
+        """
         return self
 
     def drawn(self, rng: jax.Array) -> Self:
@@ -53,7 +64,8 @@ class Node:
 
 
 class Weight(Node):
-    """An array's stand-in. Subclasses define `shape`, `dtype` and `materialize`, and override what they do better.
+    """An array's stand-in. Subclasses define `shape`, `dtype` and `materialize`, and override what
+    they do better.
 
     `sharded_together`: a mesh axis that does not divide one of the fields splits none of them.
     """
@@ -80,18 +92,26 @@ class Weight(Node):
         raise NotImplementedError
 
     def unrounded(self) -> jax.Array:
-        """That array in float32, not rounded to `dtype` on the way where a subclass can tell it better.
+        """That array in float32, not rounded to `dtype` on the way where a subclass can tell it
+        better.
 
-        What weights differ by is taken of these: of two arrays of half precision it would be mostly their rounding.
+        What weights differ by is taken of these: of two arrays of half precision it would be mostly
+        their rounding.
         """
         return self.materialize().astype(jnp.float32)
 
-    def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+    def matmul(
+        self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None
+    ) -> jax.Array:
         """`x` [..., *in] times this weight -> [..., *out]; see the function `matmul`."""
-        return matmul(x, self.materialize(), in_axes=in_axes, out_axes=out_axes, precision=precision)
+        return matmul(
+            x, self.materialize(), in_axes=in_axes, out_axes=out_axes, precision=precision
+        )
 
     def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """`x` [N, in] in groups of `sizes` [E] rows times this weight [E, in, out]; see the function `ragged_matmul`."""
+        """`x` [N, in] in groups of `sizes` [E] rows times this weight [E, in, out]; see the
+        function `ragged_matmul`.
+        """
         return ragged_matmul(x, self.materialize(), sizes)
 
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
@@ -107,7 +127,8 @@ class Weight(Node):
         return self
 
     def field_specs(self, spec: P) -> dict[str, P]:
-        """PartitionSpecs of this weight's fields, given `spec` (one entry an axis) for the array it replaces.
+        """PartitionSpecs of this weight's fields, given `spec` (one entry an axis) for the array it
+        replaces.
 
         A field that is itself a Weight derives its own; fields left out are replicated.
         """
@@ -119,11 +140,15 @@ class Weight(Node):
         return False
 
     def train(self) -> Self:
-        """This weight with its own numbers training, as full fine-tuning has it; itself where they cannot."""
+        """This weight with its own numbers training, as full fine-tuning has it; itself where they
+        cannot.
+        """
         return self
 
     def bias(self, bias: jax.Array) -> jax.Array:
-        """What becomes of the bias [*lead, *out] beside this weight, for methods that change a layer's whole output."""
+        """What becomes of the bias [*lead, *out] beside this weight, for methods that change a
+        layer's whole output.
+        """
         return bias
 
     def recover_bias(self, bias: jax.Array) -> jax.Array:
@@ -138,7 +163,9 @@ class Weight(Node):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trainable(Weight):
-    """A plain array that trains, as in full fine-tuning: of the model, not of an adapter (see `Replacement`)."""
+    """A plain array that trains, as in full fine-tuning: of the model, not of an adapter (see
+    `Replacement`).
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("value",)
     value: jax.Array
@@ -179,15 +206,19 @@ def unrounded(w: Any) -> jax.Array:
     return w.unrounded() if isinstance(w, Weight) else w.astype(jnp.float32)
 
 
-def matmul(x: jax.Array, w: Any, *, in_axes: Axes = (-2,), out_axes: Axes = (-1,), precision: Any = None) -> jax.Array:
-    """Contract the last `len(in_axes)` axes of `x` with `in_axes` of `w`; the result is [..., *out_axes].
+def matmul(
+    x: jax.Array, w: Any, *, in_axes: Axes = (-2,), out_axes: Axes = (-1,), precision: Any = None
+) -> jax.Array:
+    """Contract the last `len(in_axes)` axes of `x` with `in_axes` of `w`; the result is [...,
+    *out_axes].
 
     `w` is an array or a Weight without leading axes. The product is computed in x's dtype.
     Raises ValueError where the axes of `w` are not exactly `in_axes` and `out_axes`.
     """
     if len(in_axes) + len(out_axes) != w.ndim:
         raise ValueError(
-            f"a weight of shape {w.shape} was multiplied as if it had {len(in_axes)} input and {len(out_axes)} output axes"
+            f"a weight of shape {w.shape} was multiplied as if it had {len(in_axes)} input and "
+            f"{len(out_axes)} output axes"
         )
     if isinstance(w, Weight):
         return w.matmul(x, in_axes=in_axes, out_axes=out_axes, precision=precision)
@@ -202,7 +233,8 @@ def matmul(x: jax.Array, w: Any, *, in_axes: Axes = (-2,), out_axes: Axes = (-1,
 
 
 def ragged_matmul(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
-    """The first `sizes[0]` rows of `x` [N, in] times `w[0]`, the next `sizes[1]` times `w[1]`, ...: [N, out] in x's dtype.
+    """The first `sizes[0]` rows of `x` [N, in] times `w[0]`, the next `sizes[1]` times `w[1]`, ...:
+    [N, out] in x's dtype.
 
     `w` [E, in, out] is an array or a Weight. What becomes of rows beyond the groups is not said.
     """
@@ -212,7 +244,9 @@ def ragged_matmul(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
 
 
 def row_groups(n: int, sizes: jax.Array) -> jax.Array:
-    """The group [n] of each of `n` rows of a ragged product, from 0 on; `len(sizes)` of rows beyond the groups."""
+    """The group [n] of each of `n` rows of a ragged product, from 0 on; `len(sizes)` of rows beyond
+    the groups.
+    """
     return jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(n), side="right")
 
 
@@ -227,8 +261,8 @@ def take(w: Any, ids: jax.Array, dtype: Any = None) -> jax.Array:
 def einsum(equation: str, x: jax.Array, w: Any, *, precision: Any = None) -> jax.Array:
     """`jnp.einsum(equation, x, w)` where `w` may be a Weight.
 
-    Labels shared by all three operands must lead in `w` (stacked experts) and are mapped over; an equation that is no
-    product of this kind is computed on the materialised weight.
+    Labels shared by all three operands must lead in `w` (stacked experts) and are mapped over; an
+    equation that is no product of this kind is computed on the materialised weight.
     """
     if not isinstance(w, Weight):
         return jnp.einsum(equation, x, w.astype(x.dtype), precision=precision)
@@ -237,8 +271,15 @@ def einsum(equation: str, x: jax.Array, w: Any, *, precision: Any = None) -> jax
     contracted = [label for label in ws if label in xs and label not in out]
     free = [label for label in ws if label not in xs and label in out]
     rest = [label for label in xs if label not in ws]
-    simple = len(batch) + len(contracted) + len(free) == len(ws) and contracted and set(rest) <= set(out)
-    if not simple or list(ws[: len(batch)]) != batch or len(set(xs)) < len(xs) or len(set(ws)) < len(ws):
+    simple = (
+        len(batch) + len(contracted) + len(free) == len(ws) and contracted and set(rest) <= set(out)
+    )
+    if (
+        not simple
+        or list(ws[: len(batch)]) != batch
+        or len(set(xs)) < len(xs)
+        or len(set(ws)) < len(ws)
+    ):
         return jnp.einsum(equation, x, w.materialize().astype(x.dtype), precision=precision)
     axes = {label: position - len(ws) for position, label in enumerate(ws)}
     product: Callable[..., jax.Array] = functools.partial(
@@ -265,8 +306,12 @@ def _parse(equation: str, x_ndim: int, w_ndim: int) -> tuple[str, str, str]:
     return xs.replace("...", letters), ws.replace("...", ""), out.replace("...", letters)
 
 
-def matrix_shape(shape: tuple[int, ...], in_axes: Axes, out_axes: Axes) -> tuple[tuple[int, ...], int, int]:
-    """(leading axes, input size, output size) of a weight of this shape seen as a stack of matrices."""
+def matrix_shape(
+    shape: tuple[int, ...], in_axes: Axes, out_axes: Axes
+) -> tuple[tuple[int, ...], int, int]:
+    """(leading axes, input size, output size) of a weight of this shape seen as a stack of
+    matrices.
+    """
     taken = {a % len(shape) for a in (*in_axes, *out_axes)}
     lead = tuple(n for i, n in enumerate(shape) if i not in taken)
     return lead, math.prod(shape[a] for a in in_axes), math.prod(shape[a] for a in out_axes)

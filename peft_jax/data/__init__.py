@@ -1,4 +1,6 @@
-"""Data: records from files and datasets, templates, packing, labels, batches whose position can be resumed."""
+"""Data: records from files and datasets, templates, packing, labels, batches whose position can be
+resumed.
+"""
 
 from peft_jax.data.batches import batch_at, evaluation_batches, unpadded
 from peft_jax.data.encode import Example, Rows, encode, fingerprint, fit, pack, with_fields
@@ -20,8 +22,30 @@ from peft_jax.data.labelled import (
 from peft_jax.data.records import MalformedRecordError, Record, read_records
 
 __all__ = [
-    "Example", "LabelledRows", "MalformedRecordError", "MaskedRows", "PairRows", "Question", "Record", "Rows", "SourceRows",
-    "batch_at", "encode", "encode_classification", "encode_masked", "encode_pairs", "encode_questions", "encode_sources",
-    "encode_tagging", "evaluation_batches", "fingerprint", "fit", "label_ids", "label_names", "pack", "read_records",
-    "unpadded", "with_fields",
-]  # fmt: skip
+    "Example",
+    "LabelledRows",
+    "MalformedRecordError",
+    "MaskedRows",
+    "PairRows",
+    "Question",
+    "Record",
+    "Rows",
+    "SourceRows",
+    "batch_at",
+    "encode",
+    "encode_classification",
+    "encode_masked",
+    "encode_pairs",
+    "encode_questions",
+    "encode_sources",
+    "encode_tagging",
+    "evaluation_batches",
+    "fingerprint",
+    "fit",
+    "label_ids",
+    "label_names",
+    "pack",
+    "read_records",
+    "unpadded",
+    "with_fields",
+]

@@ -1,4 +1,6 @@
-"""Batches in a deterministic order: which rows batch i holds depends on the seed and i alone, so a run can resume."""
+"""Batches in a deterministic order: which rows batch i holds depends on the seed and i alone, so a
+run can resume.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,17 @@ Batch = dict[str, np.ndarray]
 
 
 def batch_at(rows: Any, index: int, batch_size: int, *, seed: int) -> Batch:
-    """The `index`-th training batch: fields [batch_size, ...], rows in an order that changes with each epoch.
+    """The `index`-th training batch: fields [batch_size, ...], rows in an order that changes with
+    each epoch.
 
-    `rows` is a NamedTuple of arrays [N, ...], `tokens` among them.
-    The last, incomplete batch of an epoch is filled from the next one's order, so shapes are static and no row is lost.
+    `rows` is a NamedTuple of arrays [N, ...], `tokens` among them. The last, incomplete batch of an
+    epoch is filled from the next one's order, so shapes are static and no row is lost.
     """
     count = len(rows.tokens)
     first = index * batch_size
-    chosen = [_order(count, (first + i) // count, seed)[(first + i) % count] for i in range(batch_size)]
+    chosen = [
+        _order(count, (first + i) // count, seed)[(first + i) % count] for i in range(batch_size)
+    ]
     return {name: array[chosen] for name, array in rows._asdict().items()}
 
 
@@ -35,13 +40,18 @@ def evaluation_batches(rows: Any, batch_size: int) -> list[Batch]:
     for start in range(0, count, batch_size):
         part = {name: array[start : start + batch_size] for name, array in rows._asdict().items()}
         short = batch_size - len(part["tokens"])
-        batches.append({name: np.pad(array, [(0, short)] + [(0, 0)] * (array.ndim - 1)) for name, array in part.items()})
+        batches.append(
+            {
+                name: np.pad(array, [(0, short)] + [(0, 0)] * (array.ndim - 1))
+                for name, array in part.items()
+            }
+        )
     return batches
 
 
 def unpadded(rows: Any, multiple: int = 8) -> Any:
-    """Rows (a NamedTuple of arrays, those of tokens [N, T]) without padding that all of them end with, T being a multiple
-    of so many tokens, unless it was less: few lengths, few programs.
+    """Rows (a NamedTuple of arrays, those of tokens [N, T]) without padding that all of them end
+    with, T being a multiple of so many tokens, unless it was less: few lengths, few programs.
     """
     T = rows.tokens.shape[1]
     longest = -(-int((rows.segment_ids > 0).sum(1).max()) // multiple) * multiple

@@ -1,6 +1,8 @@
-"""Data that every machine already has: Python's own documentation and docstrings, and a table of countries.
+"""Data that every machine already has: Python's own documentation and docstrings, and a table of
+countries.
 
-Splits are fixed by a hash of each record's name, so they are the same on every machine with the same Python.
+Splits are fixed by a hash of each record's name, so they are the same on every machine with the
+same Python.
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ SPLITS = ("train", "validation", "test")
 
 
 def dataset(name: str, split: str) -> list[dict[str, str]]:
-    """The records of a built-in dataset's split, or "all" of them. Raises ValueError naming what there is."""
+    """The records of a built-in dataset's split, or "all" of them. Raises ValueError naming what
+    there is.
+    """
     if name not in DATASETS:
         raise ValueError(f"there is no built-in dataset {name!r}; there are {', '.join(DATASETS)}")
     if split not in (*SPLITS, "all"):
-        raise ValueError(f"built-in datasets have the splits {', '.join(SPLITS)} and all, not {split!r}")
+        raise ValueError(
+            f"built-in datasets have the splits {', '.join(SPLITS)} and all, not {split!r}"
+        )
     return [record for key, record in DATASETS[name]() if split in ("all", split_of(key))]
 
 
@@ -45,18 +51,31 @@ def python_docs() -> list[tuple[str, dict[str, str]]]:
 def _tidy(text: str) -> str:
     """Paragraphs on one line each, code blocks as they stand."""
     blocks = re.split(r"\n\s*\n", text.strip("\n"))
-    joined = (b.rstrip() if re.match(r"\s{3,}", b) else re.sub(r"\s*\n\s*", " ", b.strip()) for b in blocks)
+    joined = (
+        b.rstrip() if re.match(r"\s{3,}", b) else re.sub(r"\s*\n\s*", " ", b.strip())
+        for b in blocks
+    )
     return "\n\n".join(joined)
 
 
 @functools.cache
 def python_docstrings() -> list[tuple[str, dict[str, str]]]:
-    """Standard library: qualified name with signature -> the docstring's first sentence (about 4,800 pairs)."""
+    """Standard library: qualified name with signature -> the docstring's first sentence (about
+    4,800 pairs).
+    """
     pairs: dict[str, dict[str, str]] = {}
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         relative = file.relative_to(root)
-        if set(relative.parts) & {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "turtledemo"}:
+        if set(relative.parts) & {
+            "test",
+            "tests",
+            "idlelib",
+            "lib2to3",
+            "site-packages",
+            "__pycache__",
+            "turtledemo",
+        }:
             continue
         module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
         try:
@@ -70,7 +89,9 @@ def python_docstrings() -> list[tuple[str, dict[str, str]]]:
     return sorted(pairs.items())
 
 
-def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
+def _functions(
+    node: ast.AST, prefix: str
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             name = f"{prefix}.{child.name}"
@@ -94,7 +115,9 @@ def _first_sentence(doc: str | None) -> str:
 
 @functools.cache
 def countries() -> list[tuple[str, dict[str, str]]]:
-    """Question and answer about each country: capital, continent, currency, official or main language."""
+    """Question and answer about each country: capital, continent, currency, official or main
+    language.
+    """
     questions = {
         "capital": "What is the capital of {}?",
         "continent": "On which continent is {}?",

@@ -1,4 +1,6 @@
-"""From records to token sequences with a mask of what to learn, and from those to rows of one static shape."""
+"""From records to token sequences with a mask of what to learn, and from those to rows of one
+static shape.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ TooLong = Literal["skip", "truncate", "stop"]
 
 
 class Example(NamedTuple):
-    """Token ids [n] and, for each, whether the model learns to predict it; `rule` is that of the first of these, 0 for none."""
+    """Token ids [n] and, for each, whether the model learns to predict it; `rule` is that of the
+    first of these, 0 for none.
+    """
 
     ids: np.ndarray
     learn: np.ndarray
@@ -28,7 +32,8 @@ class Example(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Packed training rows, each array [N, T]: int32 tokens, targets, positions, segment_ids; float32 loss weights.
+    """Packed training rows, each array [N, T]: int32 tokens, targets, positions, segment_ids;
+    float32 loss weights.
 
     `targets` are the next tokens. Segment 0 is padding; positions restart with each segment.
     """
@@ -41,7 +46,9 @@ class Rows(NamedTuple):
 
 
 def with_fields(rows: Any, **fields: np.ndarray) -> Any:
-    """Rows (a NamedTuple of arrays) with these fields too, or in place of those of the same name."""
+    """Rows (a NamedTuple of arrays) with these fields too, or in place of those of the same
+    name.
+    """
     fields = rows._asdict() | fields
     return collections.namedtuple("Rows", fields)(**fields)
 
@@ -54,8 +61,12 @@ def fingerprint(rows: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def encode(records: Iterable[Record], tokenizer: Any, kind: Kind, *, on_error: str = "skip") -> Iterator[Example]:
-    """Examples of records: text learns every token, completions and assistant turns only theirs, with an end token."""
+def encode(
+    records: Iterable[Record], tokenizer: Any, kind: Kind, *, on_error: str = "skip"
+) -> Iterator[Example]:
+    """Examples of records: text learns every token, completions and assistant turns only theirs,
+    with an end token.
+    """
     for record in records:
         try:
             yield _ENCODERS[kind](record, tokenizer)
@@ -81,25 +92,38 @@ def _text(record: Record, tokenizer: Any) -> Example:
 
 def _completion(record: Record, tokenizer: Any) -> Example:
     prompt = _ids(tokenizer, record.value["prompt"], True)
-    prompt = prompt[:-1] if prompt and prompt[-1:] == _end(tokenizer) else prompt  # some tokenizers add an end token
+    prompt = (
+        prompt[:-1] if prompt and prompt[-1:] == _end(tokenizer) else prompt
+    )  # some tokenizers add an end token
     answer = _ids(tokenizer, record.value["completion"], False) + _end(tokenizer)
     learn = np.r_[np.zeros(len(prompt), bool), np.ones(len(answer), bool)]
     return Example(np.asarray(prompt + answer, np.int32), learn, record.value.get("rule", 0))
 
 
 def _chat(record: Record, tokenizer: Any) -> Example:
-    """The tokenizer's template over all messages; what an assistant turn adds to the rendered text is learnt."""
+    """The tokenizer's template over all messages; what an assistant turn adds to the rendered text
+    is learnt.
+    """
     messages = record.value["messages"]
     if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template; use kind: completion, or a model with a template")
-    render = lambda upto, prompt: tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=prompt)
+        raise ValueError(
+            "the tokenizer has no chat template; use kind: completion, or a model with a template"
+        )
+
+    def render(upto, prompt):
+        return tokenizer.apply_chat_template(
+            messages[:upto], tokenize=False, add_generation_prompt=prompt
+        )
+
     text = render(len(messages), False)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             before, after = render(i, True), render(i + 1, False)
             if not (text.startswith(before) and text.startswith(after)):
-                raise MalformedRecordError(f"{record.origin}: the chat template rewrites earlier turns")
+                raise MalformedRecordError(
+                    f"{record.origin}: the chat template rewrites earlier turns"
+                )
             spans.append((len(before), len(after)))
     encoded = with_offsets(tokenizer, text, add_special_tokens=False)
     learn = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
@@ -112,8 +136,9 @@ _ENCODERS = {"text": _text, "completion": _completion, "chat": _chat, "facts": _
 def fit(examples: Iterable[Example], length: int, kind: Kind, too_long: TooLong) -> list[Example]:
     """Examples of at most `length` + 1 tokens (`length` predictions).
 
-    Long texts are cut into pieces that overlap by one token, so that each token is predicted once. Longer completions
-    and chats are passed over with a count, cut at the end, or refused, as `too_long` says.
+    Long texts are cut into pieces that overlap by one token, so that each token is predicted once.
+    Longer completions and chats are passed over with a count, cut at the end, or refused, as
+    `too_long` says.
     """
     result: list[Example] = []
     skipped = 0
@@ -123,18 +148,34 @@ def fit(examples: Iterable[Example], length: int, kind: Kind, too_long: TooLong)
             result.append(example)
         elif kind == "text":
             cuts = range(0, n - 1, length)
-            result += [Example(example.ids[s : s + length + 1], example.learn[s : s + length + 1]) for s in cuts]
+            result += [
+                Example(example.ids[s : s + length + 1], example.learn[s : s + length + 1])
+                for s in cuts
+            ]
         elif too_long == "truncate":
-            result.append(example._replace(ids=example.ids[: length + 1], learn=example.learn[: length + 1]))
+            result.append(
+                example._replace(ids=example.ids[: length + 1], learn=example.learn[: length + 1])
+            )
         elif too_long == "stop":
-            raise ValueError(f"record {number} has {n} tokens; sequence_length is {length} (or set too_long: truncate)")
+            raise ValueError(
+                f"record {number} has {n} tokens; sequence_length is {length} (or set too_long: "
+                "truncate)"
+            )
         else:
             skipped += 1
     if skipped:
-        logger.warning("%d records longer than %d tokens skipped (too_long: truncate keeps their beginning)", skipped, length)
+        logger.warning(
+            "%d records longer than %d tokens skipped (too_long: truncate keeps their beginning)",
+            skipped,
+            length,
+        )
     taught = [e for e in result if len(e.ids) > 1 and e.learn[1:].any()]
     if len(taught) < len(result):
-        logger.warning("%d records have nothing to learn within %d tokens and are left out", len(result) - len(taught), length)
+        logger.warning(
+            "%d records have nothing to learn within %d tokens and are left out",
+            len(result) - len(taught),
+            length,
+        )
     result = taught
     if not result:
         raise ValueError(f"no record fits into sequence_length={length}")
@@ -142,8 +183,9 @@ def fit(examples: Iterable[Example], length: int, kind: Kind, too_long: TooLong)
 
 
 def pack(examples: list[Example], length: int, *, packing: bool = True) -> Rows:
-    """Rows of `length` predictions: several examples a row (best fit, longest first) or one a row; where examples have rules,
-    with int32 `rules` [N, T]: the number of the rule for what comes next, 0 for none.
+    """Rows of `length` predictions: several examples a row (best fit, longest first) or one a row;
+    where examples have rules, with int32 `rules` [N, T]: the number of the rule for what comes
+    next, 0 for none.
     """
     sizes = [len(e.ids) - 1 for e in examples]
     bins = _best_fit(sizes, length) if packing else [[i] for i in range(len(sizes))]

@@ -1,8 +1,8 @@
-"""Rows with labels: of whole texts, of words, of answers in a context, of pairs that belong together; masked text; and a
-source and a target for encoder-decoders.
+"""Rows with labels: of whole texts, of words, of answers in a context, of pairs that belong
+together; masked text; and a source and a target for encoder-decoders.
 
-Texts are cut or padded to one length by the tokenizer, which must be a fast one where words or characters have to be found
-again. N rows, T tokens, U target tokens.
+Texts are cut or padded to one length by the tokenizer, which must be a fast one where words or
+characters have to be found again. N rows, T tokens, U target tokens.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ logger = logging.getLogger("peft_jax")
 
 
 class LabelledRows(NamedTuple):
-    """tokens, segment_ids (1, and 0 for padding) and token_type_ids [N, T]; labels and weights [N] of texts, [N, T] of words;
-    of answers labels [N, 2], the first and the last token.
+    """tokens, segment_ids (1, and 0 for padding) and token_type_ids [N, T]; labels and weights [N]
+    of texts, [N, T] of words; of answers labels [N, 2], the first and the last token.
     """
 
     tokens: np.ndarray
@@ -34,7 +34,9 @@ class LabelledRows(NamedTuple):
 
 
 class MaskedRows(NamedTuple):
-    """tokens and segment_ids [N, T]; weights [N, T] are 1 where a token may be masked and 0 for special ones and padding."""
+    """tokens and segment_ids [N, T]; weights [N, T] are 1 where a token may be masked and 0 for
+    special ones and padding.
+    """
 
     tokens: np.ndarray
     segment_ids: np.ndarray
@@ -42,7 +44,9 @@ class MaskedRows(NamedTuple):
 
 
 class PairRows(NamedTuple):
-    """Two texts that belong together: tokens, segment_ids, other_tokens and other_segment_ids [N, T]; weights [N]."""
+    """Two texts that belong together: tokens, segment_ids, other_tokens and other_segment_ids [N,
+    T]; weights [N].
+    """
 
     tokens: np.ndarray
     segment_ids: np.ndarray
@@ -62,8 +66,8 @@ class SourceRows(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What it takes to turn predicted tokens into an answer: the record, the row's number, and the characters [T, 2] of the
-    context that each token stands for (-1 outside it).
+    """What it takes to turn predicted tokens into an answer: the record, the row's number, and the
+    characters [T, 2] of the context that each token stands for (-1 outside it).
     """
 
     record: int
@@ -75,11 +79,16 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
 
 def label_names(records: Sequence[Record], field: str = "label") -> list[str] | None:
-    """The names of all labels (or tags), in order; None where labels are numbers with a fraction, which are regressed.
+    """The names of all labels (or tags), in order; None where labels are numbers with a fraction,
+    which are regressed.
 
     Numbers may be written as text, as a CSV file has them; whole ones are ordered as numbers.
     """
-    found = [v for r in records for v in (r.value[field] if isinstance(r.value[field], list) else [r.value[field]])]
+    found = [
+        v
+        for r in records
+        for v in (r.value[field] if isinstance(r.value[field], list) else [r.value[field]])
+    ]
     names = {_label(v) for v in found}
     if not all(map(_NUMBER.fullmatch, names)):
         return sorted(names)
@@ -93,8 +102,8 @@ def _label(value: Any) -> str:
 
 
 def label_ids(names: Sequence[str]) -> dict[str, int]:
-    """What a record may call each of a model's classes: its name, its name in other case where that is no other class's, or,
-    where no name is a number itself, its number.
+    """What a record may call each of a model's classes: its name, its name in other case where that
+    is no other class's, or, where no name is a number itself, its number.
     """
     lower = [n.casefold() for n in names]
     ids = {n: i for i, n in enumerate(lower) if lower.count(n) == 1}
@@ -111,9 +120,12 @@ def _id_of(value: Any, ids: dict[str, int], names: Sequence[str], origin: str) -
     return found
 
 
-def usable(records: Sequence[Record], read: Callable[[Record], Any], on_error: str) -> tuple[list[Record], list[Any]]:
-    """The records of which `read` makes something, and what it makes; a malformed one is logged and passed over, or ends the
-    run with MalformedRecordError where `on_error` is "stop", or where none is left.
+def usable(
+    records: Sequence[Record], read: Callable[[Record], Any], on_error: str
+) -> tuple[list[Record], list[Any]]:
+    """The records of which `read` makes something, and what it makes; a malformed one is logged and
+    passed over, or ends the run with MalformedRecordError where `on_error` is "stop", or where none
+    is left.
     """
     kept: list[Record] = []
     made: list[Any] = []
@@ -145,22 +157,37 @@ def _padded(rows: Sequence[Any], length: int, value: Any = 0) -> np.ndarray:
 
 
 def _texts(tokenizer: Any, length: int, *texts: Any, offsets: bool = False, **options: Any) -> Any:
-    """(the encoding, tokens, segments and types [N, T]); what pads a row is 0 where the tokenizer has no token for that."""
-    run = functools.partial(with_offsets, tokenizer) if offsets else functools.partial(tokenizer, verbose=False)
+    """(the encoding, tokens, segments and types [N, T]); what pads a row is 0 where the tokenizer
+    has no token for that.
+    """
+    run = (
+        functools.partial(with_offsets, tokenizer)
+        if offsets
+        else functools.partial(tokenizer, verbose=False)
+    )
     encoded = run(*texts, **{"truncation": True, "max_length": length, **options})
     ids = encoded["input_ids"]
     types = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
-    arrays = [_padded(ids, length, tokenizer.pad_token_id or 0), _padded([[1] * len(row) for row in ids], length)]
+    arrays = [
+        _padded(ids, length, tokenizer.pad_token_id or 0),
+        _padded([[1] * len(row) for row in ids], length),
+    ]
     return encoded, [*arrays, _padded(types, length)]
 
 
 def encode_classification(
-    records: Sequence[Record], tokenizer: Any, length: int, labels: Sequence[str] | None, *, on_error: str = "stop"
+    records: Sequence[Record],
+    tokenizer: Any,
+    length: int,
+    labels: Sequence[str] | None,
+    *,
+    on_error: str = "stop",
 ) -> LabelledRows:
-    """Rows of texts (or pairs of texts) with their labels' numbers, or (`labels` None) numbers to regress, float32.
+    """Rows of texts (or pairs of texts) with their labels' numbers, or (`labels` None) numbers to
+    regress, float32.
 
-    Raises MalformedRecordError for a label that is not among `labels` (see `label_ids`) unless `on_error` is "skip", and
-    ValueError where only some records have a pair.
+    Raises MalformedRecordError for a label that is not among `labels` (see `label_ids`) unless
+    `on_error` is "skip", and ValueError where only some records have a pair.
     """
     pairs = [r.value.get("text_pair") is not None for r in records]
     if any(pairs) and not all(pairs):
@@ -171,25 +198,37 @@ def encode_classification(
     texts = [[r.value[side] for r in records] for side in ("text", "text_pair")[: 1 + all(pairs)]]
     _, (tokens, seen, types) = _texts(tokenizer, length, *texts)
     kind = np.float32 if labels is None else np.int32
-    return LabelledRows(tokens, seen, types, np.asarray(values, kind), np.ones(len(records), np.float32))
+    return LabelledRows(
+        tokens, seen, types, np.asarray(values, kind), np.ones(len(records), np.float32)
+    )
 
 
 def _number(record: Record) -> float:
     try:
         return float(record.value["label"])
     except ValueError as error:
-        raise MalformedRecordError(f"{record.origin}: label {record.value['label']!r} is no number") from error
+        raise MalformedRecordError(
+            f"{record.origin}: label {record.value['label']!r} is no number"
+        ) from error
 
 
 def encode_tagging(
-    records: Sequence[Record], tokenizer: Any, length: int, labels: Sequence[str], *, on_error: str = "stop"
+    records: Sequence[Record],
+    tokenizer: Any,
+    length: int,
+    labels: Sequence[str],
+    *,
+    on_error: str = "stop",
 ) -> LabelledRows:
-    """Rows of words with their tags, each at the word's first token. Words beyond the row's length are told in a warning.
+    """Rows of words with their tags, each at the word's first token. Words beyond the row's length
+    are told in a warning.
 
     Raises MalformedRecordError for an unknown tag unless `on_error` is "skip".
     """
     ids = label_ids(labels)
-    records, tags = usable(records, lambda r: [_id_of(t, ids, labels, r.origin) for t in r.value["tags"]], on_error)
+    records, tags = usable(
+        records, lambda r: [_id_of(t, ids, labels, r.origin) for t in r.value["tags"]], on_error
+    )
     words = _words(tokenizer, [r.value["tokens"] for r in records])
     encoded, (tokens, seen, types) = _texts(tokenizer, length, words, is_split_into_words=True)
     values, weights = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, np.float32)
@@ -201,46 +240,80 @@ def encode_tagging(
             before = word
     if lost := sum(map(len, tags)) - int(weights.sum()):
         logger.warning(
-            "%d of %d words lie beyond data.sequence_length=%d (or have no token) and are neither learnt nor scored",
-            lost, sum(map(len, tags)), length,
-        )  # fmt: skip
+            "%d of %d words lie beyond data.sequence_length=%d (or have no token) and are neither "
+            "learnt nor scored",
+            lost,
+            sum(map(len, tags)),
+            length,
+        )
     return LabelledRows(tokens, seen, types, values, weights)
 
 
 def _words(tokenizer: Any, sentences: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
-    """Words as the tokenizer is to get them: with the blank before them that byte-level ones (GPT-2, RoBERTa) tell words by."""
-    glued = tokenizer(["a", "b"], is_split_into_words=True, add_special_tokens=False, verbose=False)["input_ids"]
-    return [[f" {w}" for w in words] for words in sentences] if tokenizer.decode(glued).strip() == "ab" else sentences
+    """Words as the tokenizer is to get them: with the blank before them that byte-level ones
+    (GPT-2, RoBERTa) tell words by.
+    """
+    glued = tokenizer(
+        ["a", "b"], is_split_into_words=True, add_special_tokens=False, verbose=False
+    )["input_ids"]
+    return (
+        [[f" {w}" for w in words] for words in sentences]
+        if tokenizer.decode(glued).strip() == "ab"
+        else sentences
+    )
 
 
 def encode_questions(
-    records: Sequence[Record], tokenizer: Any, length: int, stride: int | None = None, *, on_error: str = "stop"
+    records: Sequence[Record],
+    tokenizer: Any,
+    length: int,
+    stride: int | None = None,
+    *,
+    on_error: str = "stop",
 ) -> tuple[LabelledRows, list[Question]]:
-    """(rows of questions with their contexts, where each row came from); long contexts become several rows that overlap by
-    `stride` tokens (a quarter of the length). A row without the answer has the labels 0, 0, its first token.
+    """(rows of questions with their contexts, where each row came from); long contexts become
+    several rows that overlap by `stride` tokens (a quarter of the length). A row without the answer
+    has the labels 0, 0, its first token.
 
-    Raises MalformedRecordError for a question that leaves no room for its context, unless `on_error` is "skip".
+    Raises MalformedRecordError for a question that leaves no room for its context, unless
+    `on_error` is "skip".
     """
     stride = length // 4 if stride is None else stride
     special = tokenizer.num_special_tokens_to_add(pair=True)
-    room = lambda n: length - special - n
+
+    def room(n):
+        return length - special - n
 
     def asked(record: Record) -> Record:
-        n = len(tokenizer(record.value["question"], add_special_tokens=False, verbose=False)["input_ids"])
+        n = len(
+            tokenizer(record.value["question"], add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
+        )
         if room(n) <= stride:
             raise MalformedRecordError(
-                f"{record.origin}: the question's {n} tokens leave {max(room(n), 0)} of data.sequence_length={length} for the "
+                f"{record.origin}: the question's {n} tokens leave {max(room(n), 0)} of "
+                f"data.sequence_length={length} for the "
                 f"context, which needs more than data.stride={stride}"
             )
         return record
 
     numbers = {id(r): i for i, r in enumerate(records)}
     records, _ = usable(records, asked, on_error)
-    questions, contexts = [r.value["question"] for r in records], [r.value["context"] for r in records]
+    questions, contexts = (
+        [r.value["question"] for r in records],
+        [r.value["context"] for r in records],
+    )
     encoded, (tokens, seen, kinds) = _texts(
-        tokenizer, length, questions, contexts, truncation="only_second", stride=stride,
-        return_overflowing_tokens=True, offsets=True,
-    )  # fmt: skip
+        tokenizer,
+        length,
+        questions,
+        contexts,
+        truncation="only_second",
+        stride=stride,
+        return_overflowing_tokens=True,
+        offsets=True,
+    )
     places = _padded(encoded["offset_mapping"], length)
     labels, origins = [], []
     for row, record in enumerate(encoded["overflow_to_sample_mapping"]):
@@ -266,22 +339,27 @@ def _answer(record: Record) -> tuple[int, int]:
 def encode_pairs(records: Sequence[Record], tokenizer: Any, length: int) -> PairRows:
     """Rows of two texts that belong together."""
     (first, seen, _), (second, other, _) = (
-        _texts(tokenizer, length, [r.value[side] for r in records])[1] for side in ("anchor", "positive")
+        _texts(tokenizer, length, [r.value[side] for r in records])[1]
+        for side in ("anchor", "positive")
     )
     return PairRows(first, seen, second, other, np.ones(len(records), np.float32))
 
 
 def encode_masked(records: Sequence[Record], tokenizer: Any, length: int) -> MaskedRows:
-    """Rows of text for a masked language model, long texts in several; of facts in words ({"prompt", "completion",
-    "object_at"}) only the object, the characters `object_at` of the completion, may be masked. Raises ValueError for a
-    tokenizer without a mask.
+    """Rows of text for a masked language model, long texts in several; of facts in words
+    ({"prompt", "completion", "object_at"}) only the object, the characters `object_at` of the
+    completion, may be masked. Raises ValueError for a tokenizer without a mask.
     """
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer has no mask token, which a masked language model needs")
     if "object_at" in records[0].value:
         return _masked_objects(records, tokenizer, length)
     encoded, (tokens, seen, _) = _texts(
-        tokenizer, length, [r.value["text"] for r in records], return_overflowing_tokens=True, return_special_tokens_mask=True
+        tokenizer,
+        length,
+        [r.value["text"] for r in records],
+        return_overflowing_tokens=True,
+        return_special_tokens_mask=True,
     )
     special = _padded(encoded["special_tokens_mask"], length, 1)
     return MaskedRows(tokens, seen, (1 - special).astype(np.float32))
@@ -300,12 +378,20 @@ def _masked_objects(records: Sequence[Record], tokenizer: Any, length: int) -> M
 
 
 def encode_sources(
-    records: Sequence[Record], tokenizer: Any, length: int, start_token: int, target_length: int | None = None
+    records: Sequence[Record],
+    tokenizer: Any,
+    length: int,
+    start_token: int,
+    target_length: int | None = None,
 ) -> SourceRows:
-    """Rows of prompts and their completions, ended by the end token; decoder_tokens are the targets moved by one."""
+    """Rows of prompts and their completions, ended by the end token; decoder_tokens are the targets
+    moved by one.
+    """
     target_length = target_length or length
     _, (tokens, seen, _) = _texts(tokenizer, length, [r.value["prompt"] for r in records])
-    targets = tokenizer([r.value["completion"] for r in records], add_special_tokens=False, verbose=False)["input_ids"]
+    targets = tokenizer(
+        [r.value["completion"] for r in records], add_special_tokens=False, verbose=False
+    )["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     shape = (len(records), target_length)
     rows = SourceRows(tokens, seen, *(np.zeros(shape, t) for t in (np.int32, np.int32, np.float32)))

@@ -1,9 +1,9 @@
 """Records from files and hub datasets, each with its origin, so that a malformed one can be named.
 
-What a record holds is decided by `kind`: `text`; `prompt` and `completion`; `messages` (chat); `text`, `label` and perhaps
-`text_pair` (classification); `tokens` and `tags` (tagging); `question`, `context` and `answers` (question_answering, as in
-SQuAD); `anchor` and `positive` (pairs); `subject`, `relation`, `object` and perhaps the subject's `aliases`, a list or
-"one|two" (facts).
+What a record holds is decided by `kind`: `text`; `prompt` and `completion`; `messages` (chat);
+`text`, `label` and perhaps `text_pair` (classification); `tokens` and `tags` (tagging); `question`,
+`context` and `answers` (question_answering, as in SQuAD); `anchor` and `positive` (pairs);
+`subject`, `relation`, `object` and perhaps the subject's `aliases`, a list or "one|two" (facts).
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from peft_jax.data import builtin
 
 logger = logging.getLogger("peft_jax")
 csv.field_size_limit(2**31 - 1)  # a long text is a field like any other
-Kind = Literal["text", "completion", "chat", "classification", "tagging", "question_answering", "pairs", "facts"]
+Kind = Literal[
+    "text",
+    "completion",
+    "chat",
+    "classification",
+    "tagging",
+    "question_answering",
+    "pairs",
+    "facts",
+]
 FIELDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "completion": ("prompt", "completion"),
@@ -57,17 +66,21 @@ def read_records(
 ) -> list[Record]:
     """All usable records of a source, at most `limit`.
 
-    `path` is "builtin:NAME", a file (.jsonl, .json, .csv, .parquet, .txt, each but Parquet also with .gz) or a hub dataset
-    id. `columns` maps the fields of the kind to the source's names; with a `delimiter`, each line of a text file is split
-    into the kind's fields. Of a table with a row a thing, `columns` of {"subject": NAME, "relation": "*"} make facts: each
-    other column is a relation, and its cell the object. A malformed record is logged with file and line and passed over, or
-    ends the run with MalformedRecordError if `on_error` is "stop". Raises ValueError where nothing usable is left.
+    `path` is "builtin:NAME", a file (.jsonl, .json, .csv, .parquet, .txt, each but Parquet also
+    with .gz) or a hub dataset id. `columns` maps the fields of the kind to the source's names; with
+    a `delimiter`, each line of a text file is split into the kind's fields. Of a table with a row a
+    thing, `columns` of {"subject": NAME, "relation": "*"} make facts: each other column is a
+    relation, and its cell the object. A malformed record is logged with file and line and passed
+    over, or ends the run with MalformedRecordError if `on_error` is "stop". Raises ValueError where
+    nothing usable is left.
     """
     optional = OPTIONAL.get(kind, ())
     names = {field: (columns or {}).get(field, field) for field in FIELDS[kind]}
     names |= {field: columns[field] for field in optional if columns and field in columns}
     if unknown := set(columns or {}) - {*names, *optional}:
-        raise ValueError(f"columns names {sorted(unknown)[0]!r}; a {kind} record has {', '.join(names)}")
+        raise ValueError(
+            f"columns names {sorted(unknown)[0]!r}; a {kind} record has {', '.join(names)}"
+        )
     records: list[Record] = []
     bad = 0
     raws = _raw(path, kind, split, delimiter)
@@ -87,26 +100,43 @@ def read_records(
     if bad > 5:
         logger.warning("%s: %d malformed records skipped in all", path, bad)
     if not records:
-        raise ValueError(f"{path} holds no usable {kind} record" + (f" ({bad} malformed)" if bad else ""))
+        raise ValueError(
+            f"{path} holds no usable {kind} record" + (f" ({bad} malformed)" if bad else "")
+        )
     return records
 
 
-def _cells(raws: Iterator[Record | MalformedRecordError], subject: str) -> Iterator[Record | MalformedRecordError]:
+def _cells(
+    raws: Iterator[Record | MalformedRecordError], subject: str
+) -> Iterator[Record | MalformedRecordError]:
     """A fact for each cell of a table that is not empty."""
     for raw in raws:
-        if isinstance(raw, MalformedRecordError) or not isinstance(raw.value, Mapping) or subject not in raw.value:
-            yield raw if isinstance(raw, MalformedRecordError) else MalformedRecordError(f"{raw.origin}: no field {subject!r}")
+        if (
+            isinstance(raw, MalformedRecordError)
+            or not isinstance(raw.value, Mapping)
+            or subject not in raw.value
+        ):
+            yield (
+                raw
+                if isinstance(raw, MalformedRecordError)
+                else MalformedRecordError(f"{raw.origin}: no field {subject!r}")
+            )
             continue
         for relation, value in raw.value.items():
             if relation != subject and value not in (None, ""):
-                yield Record({"subject": raw.value[subject], "relation": relation, "object": str(value)}, raw.origin)
+                yield Record(
+                    {"subject": raw.value[subject], "relation": relation, "object": str(value)},
+                    raw.origin,
+                )
 
 
 def _check(raw: Record | MalformedRecordError, names: Mapping[str, str], kind: Kind) -> Record:
     if isinstance(raw, MalformedRecordError):
         raise raw
     if not isinstance(raw.value, Mapping):
-        raise MalformedRecordError(f"{raw.origin}: expected an object, found {type(raw.value).__name__}")
+        raise MalformedRecordError(
+            f"{raw.origin}: expected an object, found {type(raw.value).__name__}"
+        )
     value = {}
     for field, name in names.items():
         if name not in raw.value:
@@ -144,9 +174,15 @@ def _check_tags(value: Mapping[str, Any], names: Mapping[str, str], origin: str)
 def _check_question(value: Mapping[str, Any], names: Mapping[str, str], origin: str) -> None:
     _check_texts({n: v for n, v in value.items() if n != "answers"}, names, origin)
     answers = value["answers"]
-    good = isinstance(answers, Mapping) and len(answers.get("text", ())) == len(answers.get("answer_start", ())) > 0
+    good = (
+        isinstance(answers, Mapping)
+        and len(answers.get("text", ())) == len(answers.get("answer_start", ())) > 0
+    )
     if not good:
-        raise MalformedRecordError(f"{origin}: {names['answers']!r} should hold text and answer_start, one of each at least")
+        raise MalformedRecordError(
+            f"{origin}: {names['answers']!r} should hold text and answer_start, one of each "
+            "at least"
+        )
     for text, start in zip(answers["text"], answers["answer_start"], strict=True):
         if value["context"][start : start + len(text)] != text:
             raise MalformedRecordError(f"{origin}: the context does not hold {text!r} at {start}")
@@ -154,9 +190,17 @@ def _check_question(value: Mapping[str, Any], names: Mapping[str, str], origin: 
 
 def _check_fact(value: dict[str, Any], names: Mapping[str, str], origin: str) -> None:
     aliases = value.get("aliases", [])
-    value |= {"aliases": [a.strip() for a in aliases.split("|") if a.strip()] if isinstance(aliases, str) else aliases}
-    if not isinstance(value["aliases"], list) or not all(isinstance(a, str) for a in value["aliases"]):
-        raise MalformedRecordError(f"{origin}: {names.get('aliases', 'aliases')!r} is no list of names")
+    value |= {
+        "aliases": [a.strip() for a in aliases.split("|") if a.strip()]
+        if isinstance(aliases, str)
+        else aliases
+    }
+    if not isinstance(value["aliases"], list) or not all(
+        isinstance(a, str) for a in value["aliases"]
+    ):
+        raise MalformedRecordError(
+            f"{origin}: {names.get('aliases', 'aliases')!r} is no list of names"
+        )
     _check_texts({n: v for n, v in value.items() if n != "aliases"}, names, origin)
     if empty := [n for n in FIELDS["facts"] if not value[n].strip()]:
         raise MalformedRecordError(f"{origin}: {names[empty[0]]!r} is empty")
@@ -167,8 +211,13 @@ def _check_fact(value: dict[str, Any], names: Mapping[str, str], origin: str) ->
 def _check_messages(value: Mapping[str, Any], names: Mapping[str, str], origin: str) -> None:
     messages = value["messages"]
     good = isinstance(messages, list) and messages
-    if not good or not all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and m.get("role") for m in messages):
-        raise MalformedRecordError(f"{origin}: messages must be a list of objects with role and content")
+    if not good or not all(
+        isinstance(m, Mapping) and isinstance(m.get("content"), str) and m.get("role")
+        for m in messages
+    ):
+        raise MalformedRecordError(
+            f"{origin}: messages must be a list of objects with role and content"
+        )
     if not any(m["role"] == "assistant" for m in messages):
         raise MalformedRecordError(f"{origin}: no assistant turn to learn from")
 
@@ -182,14 +231,18 @@ _CHECKS: dict[str, Callable[[dict[str, Any], Mapping[str, str], str], None]] = {
 }
 
 
-def _raw(path: str, kind: Kind, split: str, delimiter: str | None) -> Iterator[Record | MalformedRecordError]:
+def _raw(
+    path: str, kind: Kind, split: str, delimiter: str | None
+) -> Iterator[Record | MalformedRecordError]:
     if path.startswith("builtin:"):
         name = path.removeprefix("builtin:")
         for i, value in enumerate(builtin.dataset(name, split)):
             yield Record(value, f"{path}[{split}]:{i}")
         return
     file = Path(path).expanduser()
-    suffix = "".join(file.suffixes[-2:] if file.suffix == ".gz" else [file.suffix]).removesuffix(".gz")
+    suffix = "".join(file.suffixes[-2:] if file.suffix == ".gz" else [file.suffix]).removesuffix(
+        ".gz"
+    )
     if not file.is_file():
         if file.exists() or suffix in _READERS or path.startswith((".", "/", "~")):
             raise FileNotFoundError(f"data file {path} does not exist")
@@ -209,7 +262,9 @@ def _jsonl(file: Path) -> Iterator[Record | MalformedRecordError]:
         try:
             yield Record(json.loads(line), f"{file}:{number}")
         except json.JSONDecodeError as error:
-            yield MalformedRecordError(f"{file}:{number}: not valid JSON ({error.msg} at column {error.colno})")
+            yield MalformedRecordError(
+                f"{file}:{number}: not valid JSON ({error.msg} at column {error.colno})"
+            )
 
 
 def _json(file: Path) -> Iterator[Record | MalformedRecordError]:
@@ -237,7 +292,9 @@ def _csv(file: Path) -> Iterator[Record | MalformedRecordError]:
                 continue
             if None in row or None in row.values():
                 columns = len(rows.fieldnames or [])
-                yield MalformedRecordError(f"{file}:{rows.line_num}: not {columns} columns as in the header")
+                yield MalformedRecordError(
+                    f"{file}:{rows.line_num}: not {columns} columns as in the header"
+                )
             else:
                 yield Record(dict(row), f"{file}:{rows.line_num}")
 
@@ -247,12 +304,16 @@ def _text(file: Path) -> Iterator[Record | MalformedRecordError]:
         yield Record({"text": handle.read().replace("\r\n", "\n")}, str(file))
 
 
-def _lines(file: Path, delimiter: str, fields: tuple[str, ...]) -> Iterator[Record | MalformedRecordError]:
+def _lines(
+    file: Path, delimiter: str, fields: tuple[str, ...]
+) -> Iterator[Record | MalformedRecordError]:
     with open_text(file) as lines:
         for number, line in enumerate(lines, 1):
             parts = [part.strip() for part in line.split(delimiter)]
             if len(parts) != len(fields):
-                yield MalformedRecordError(f"{file}:{number}: {len(parts)} fields, expected {len(fields)}")
+                yield MalformedRecordError(
+                    f"{file}:{number}: {len(parts)} fields, expected {len(fields)}"
+                )
             else:
                 yield Record(dict(zip(fields, parts, strict=True)), f"{file}:{number}")
 
@@ -272,14 +333,17 @@ def _hub(name: str, split: str) -> Iterator[Record]:
         data = load_dataset(identifier, configuration or None, split=split)
     except Exception as error:
         raise FileNotFoundError(
-            f"{name} is neither a file nor a dataset that can be downloaded ({type(error).__name__}: {error})"
+            f"{name} is neither a file nor a dataset that can be downloaded "
+            f"({type(error).__name__}: {error})"
         ) from error
     for i, value in enumerate(data):
         yield Record(dict(value), f"{name}[{split}]:{i}")
 
 
 def _rdf(file: Path) -> Iterator[Record | MalformedRecordError]:
-    """Triples of N-Triples or Turtle; things are called by their label in the file, or the last part of their name."""
+    """Triples of N-Triples or Turtle; things are called by their label in the file, or the last
+    part of their name.
+    """
     try:
         import rdflib
     except ImportError as error:
@@ -291,18 +355,25 @@ def _rdf(file: Path) -> Iterator[Record | MalformedRecordError]:
                 try:
                     graph.parse(data=line, format="nt")
                 except Exception as error:  # of several kinds
-                    yield MalformedRecordError(f"{file}:{number}: not a triple ({' '.join(str(error).split())[:80]})")
+                    yield MalformedRecordError(
+                        f"{file}:{number}: not a triple ({' '.join(str(error).split())[:80]})"
+                    )
     else:
         with open_text(file) as handle:
             try:
                 graph.parse(data=handle.read(), format="turtle")
             except Exception as error:  # of several kinds
-                raise ValueError(f"{file} is not valid Turtle: {' '.join(str(error).split())[:200]}") from error
+                raise ValueError(
+                    f"{file} is not valid Turtle: {' '.join(str(error).split())[:200]}"
+                ) from error
     labels = (rdflib.RDFS.label, rdflib.SKOS.prefLabel)
     for s, p, o in sorted(graph):
         if p not in labels:
             subject, relation, thing = (_called(graph, x, labels) for x in (s, p, o))
-            yield Record({"subject": subject, "relation": relation, "object": thing}, f"{file} ({s.n3()} {p.n3()})")
+            yield Record(
+                {"subject": subject, "relation": relation, "object": thing},
+                f"{file} ({s.n3()} {p.n3()})",
+            )
 
 
 def _called(graph: Any, thing: Any, labels: Any) -> str:
@@ -319,9 +390,10 @@ _CONLLU = ("form", "lemma", "upos", "xpos", "feats", "head", "deprel")
 
 
 def _conllu(file: Path) -> Iterator[Record | MalformedRecordError]:
-    """Sentences of a treebank: `tokens` (the words' forms), `lemma`, `upos`, `xpos`, `feats`, `head`, `deprel`, a value a word,
-    and what its comments say (`sent_id`, `text`). Multiword tokens and empty nodes are passed over. `head_offset` says how far
-    a word's head is from it, up to 8 words ("-2", "+1", "far-", "far+"), or "root": parsing as tagging (Strzyz et al. 2019).
+    """Sentences of a treebank: `tokens` (the words' forms), `lemma`, `upos`, `xpos`, `feats`,
+    `head`, `deprel`, a value a word, and what its comments say (`sent_id`, `text`). Multiword
+    tokens and empty nodes are passed over. `head_offset` says how far a word's head is from it, up
+    to 8 words ("-2", "+1", "far-", "far+"), or "root": parsing as tagging (Strzyz et al. 2019).
     """
     with open_text(file) as lines:
         words: list[list[str]] = []
@@ -336,30 +408,45 @@ def _conllu(file: Path) -> Iterator[Record | MalformedRecordError]:
             elif line.strip():
                 parts = line.split("\t")
                 if len(parts) != 10:
-                    bad = bad or MalformedRecordError(f"{file}:{number}: {len(parts)} columns, CoNLL-U has 10")
+                    bad = bad or MalformedRecordError(
+                        f"{file}:{number}: {len(parts)} columns, CoNLL-U has 10"
+                    )
                 elif parts[0].isdigit():
                     words.append(parts[1:8])
                     if not (parts[6] == "_" or parts[6].isdigit()):
-                        bad = bad or MalformedRecordError(f"{file}:{number}: the head {parts[6]!r} is no word's number")
+                        bad = bad or MalformedRecordError(
+                            f"{file}:{number}: the head {parts[6]!r} is no word's number"
+                        )
             else:
-                columns = dict(zip(_CONLLU, map(list, zip(*words, strict=True)), strict=True)) if words else {}
+                columns = (
+                    dict(zip(_CONLLU, map(list, zip(*words, strict=True)), strict=True))
+                    if words
+                    else {}
+                )
                 heads = [int(h) for h in columns.get("head", ()) if h.isdigit()]
                 if bad is None and any(h > len(words) for h in heads):
                     bad = MalformedRecordError(
-                        f"{file}:{start}: the head {max(heads)} is none of the sentence's {len(words)} words"
+                        f"{file}:{start}: the head {max(heads)} is none of the sentence's "
+                        f"{len(words)} words"
                     )
                 if bad is not None:
                     yield bad
                 elif words:
                     if len(heads) == len(words):
-                        columns["head_offset"] = [_offset(at, head) for at, head in enumerate(heads, 1)]
-                    yield Record({"tokens": columns.pop("form"), **columns, **comments}, f"{file}:{start}")
+                        columns["head_offset"] = [
+                            _offset(at, head) for at, head in enumerate(heads, 1)
+                        ]
+                    yield Record(
+                        {"tokens": columns.pop("form"), **columns, **comments}, f"{file}:{start}"
+                    )
                 words, comments, bad, start = [], {}, None, number + 1
 
 
 def _offset(at: int, head: int) -> str:
     far = head - at
-    return "root" if head == 0 else f"{far:+d}" if abs(far) <= 8 else f"far{'+' if far > 0 else '-'}"
+    return (
+        "root" if head == 0 else f"{far:+d}" if abs(far) <= 8 else f"far{'+' if far > 0 else '-'}"
+    )
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Record | MalformedRecordError]]] = {

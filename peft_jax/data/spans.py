@@ -1,10 +1,11 @@
-"""Where something stands in a text, in characters and in tokens: templates filled once, names as whole words, and the tokens
-of a span of characters.
+"""Where something stands in a text, in characters and in tokens: templates filled once, names as
+whole words, and the tokens of a span of characters.
 
-What is put into a text is known by its place from then on and never searched for. Only names in free text are looked for, as
-whole words: runs of letters, digits, underscores and the marks upon them, in any script. Chinese characters, hiragana, Thai,
-Lao, Khmer and Burmese stand without blanks between words: there each character is a word of its own, so a name may be found
-inside of a longer one that is not a name itself. T tokens.
+What is put into a text is known by its place from then on and never searched for. Only names in
+free text are looked for, as whole words: runs of letters, digits, underscores and the marks upon
+them, in any script. Chinese characters, hiragana, Thai, Lao, Khmer and Burmese stand without blanks
+between words: there each character is a word of its own, so a name may be found inside of a longer
+one that is not a name itself. T tokens.
 """
 
 from __future__ import annotations
@@ -31,17 +32,23 @@ _NO_BLANKS = (  # scripts that write no blanks between words
 
 
 def fill(template: str, subject: str) -> tuple[str, Span]:
-    """The template with `subject` in the place of {}, and where it stands. Raises ValueError unless {} is there once."""
+    """The template with `subject` in the place of {}, and where it stands. Raises ValueError unless
+    {} is there once.
+    """
     count = template.count("{}")
     if count == 0:
         raise ValueError(f"the prompt {template!r} has no {{}} for its subject")
     if count > 1:
-        raise ValueError(f"the prompt {template!r} has {{}} {count} times: write the subject out where it stands again")
+        raise ValueError(
+            f"the prompt {template!r} has {{}} {count} times: write the subject out where it "
+            "stands again"
+        )
     before, after = template.split("{}")
     return f"{before}{subject}{after}", (len(before), len(before) + len(subject))
 
 
-# ------------------------------------------------------------------------------------------------------- spans and tokens
+# --------------------------------------------------------------------------------------------------
+# spans and tokens
 
 
 def with_offsets(tokenizer: Any, *texts: Any, **options: Any) -> Any:
@@ -51,23 +58,28 @@ def with_offsets(tokenizer: Any, *texts: Any, **options: Any) -> Any:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"{type(tokenizer).__name__} gives no character offsets, which finding places in texts needs: "
+            f"{type(tokenizer).__name__} gives no character offsets, which finding places in "
+            "texts needs: "
             "bring a tokenizer.json"
         )
     return tokenizer(*texts, return_offsets_mapping=True, verbose=False, **options)
 
 
 def covers(offsets: Any, span: Span) -> np.ndarray:
-    """[..., T] which tokens, of the characters `offsets` [..., T, 2], stand for some of the span."""
+    """[..., T] which tokens, of the characters `offsets` [..., T, 2], stand for some of the
+    span.
+    """
     first, end = np.moveaxis(np.asarray(offsets), -1, 0)
     start, stop = span
     return (first < stop) & (end > start) & (end > first)
 
 
 def tokens_of(text: str, offsets: Any, span: Span) -> Span:
-    """(the first token, the one after the last) of a span of the text's characters; blanks at its ends are no part of it.
+    """(the first token, the one after the last) of a span of the text's characters; blanks at its
+    ends are no part of it.
 
-    A character that takes several tokens has them all. Raises ValueError where no token stands for the span.
+    A character that takes several tokens has them all. Raises ValueError where no token stands for
+    the span.
     """
     inside = np.flatnonzero(covers(offsets, trimmed(text, span)))
     if not len(inside):
@@ -81,21 +93,26 @@ def trimmed(text: str, span: Span) -> Span:
     return span[0] + len(said) - len(said.lstrip()), span[0] + len(said.rstrip())
 
 
-# ------------------------------------------------------------------------------------------------------ the text of tokens
+# --------------------------------------------------------------------------------------------------
+# the text of tokens
 
 
 @functools.lru_cache(maxsize=1)
 def bytes_of_characters() -> dict[str, int]:
-    """The character that stands for each byte in byte-level tokenizers (Radford et al. 2019), inverted."""
+    """The character that stands for each byte in byte-level tokenizers (Radford et al. 2019),
+    inverted.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:
-    """What each token adds to a text, in UTF-8: of byte-level vocabularies, SentencePiece's and WordPiece's.
+    """What each token adds to a text, in UTF-8: of byte-level vocabularies, SentencePiece's and
+    WordPiece's.
 
-    Special tokens are a BREAK, the unknown one is UNKNOWN. Raises ValueError as `with_offsets` does.
+    Special tokens are a BREAK, the unknown one is UNKNOWN. Raises ValueError as `with_offsets`
+    does.
     """
     if not getattr(tokenizer, "is_fast", False):
         with_offsets(tokenizer, "")
@@ -103,10 +120,17 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     if type(model).__name__ in ("WordPiece", "WordLevel"):
         goes_on = getattr(model, "continuing_subword_prefix", None)
-        of = lambda p: (p.removeprefix(goes_on) if goes_on and p.startswith(goes_on) else f" {p}").encode()
+
+        def of(piece: str) -> bytes:
+            inside = bool(goes_on) and piece.startswith(goes_on)
+            return (piece.removeprefix(goes_on) if inside else f" {piece}").encode()
     elif any(p.startswith("Ġ") for p in pieces):
         known = bytes_of_characters()
-        of = lambda p: bytes(known[c] for c in p) if all(c in known for c in p) else p.encode()
+
+        def of(piece: str) -> bytes:
+            if not all(c in known for c in piece):
+                return piece.encode()
+            return bytes(known[c] for c in piece)
     else:
         of = _of_sentencepiece
     made = [of(p) for p in pieces]
@@ -122,9 +146,11 @@ def _of_sentencepiece(piece: str) -> bytes:
     return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 
 
-def text_of(pieces: Sequence[bytes], tokens: Sequence[int], segments: Sequence[int]) -> tuple[str, np.ndarray]:
-    """The text that tokens stand for, with a BREAK between segments and for what is in none (0), and each token's characters
-    [T, 2] in it; several tokens may share one.
+def text_of(
+    pieces: Sequence[bytes], tokens: Sequence[int], segments: Sequence[int]
+) -> tuple[str, np.ndarray]:
+    """The text that tokens stand for, with a BREAK between segments and for what is in none (0),
+    and each token's characters [T, 2] in it; several tokens may share one.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text, spans, before = "", [], 0
@@ -139,7 +165,8 @@ def text_of(pieces: Sequence[bytes], tokens: Sequence[int], segments: Sequence[i
     return text + decoder.decode(b"", final=True), np.asarray(spans, np.int64).reshape(-1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------- names in texts
+# --------------------------------------------------------------------------------------------------
+# names in texts
 
 
 class Names(NamedTuple):
@@ -150,15 +177,28 @@ class Names(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def _words() -> re.Pattern[str]:
-    """Words, and all else character by character. Python's own \\w leaves out marks, which words of Hindi are full of."""
-    of = lambda c: unicodedata.category(chr(c))[0] == "M"
-    runs = [list(run) for mark, run in itertools.groupby([*range(0x300, 0x20000), *range(0xE0100, 0xE01F0)], of) if mark]
+    """Words, and all else character by character. Python's own \\w leaves out marks, which words of
+    Hindi are full of.
+    """
+
+    def of(c):
+        return unicodedata.category(chr(c))[0] == "M"
+
+    runs = [
+        list(run)
+        for mark, run in itertools.groupby([*range(0x300, 0x20000), *range(0xE0100, 0xE01F0)], of)
+        if mark
+    ]
     marks = "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs) + "\u200c\u200d"
-    return re.compile(f"[{_NO_BLANKS}][{marks}]*|(?:(?![{_NO_BLANKS}])[\\w{UNKNOWN}]|[{marks}])+|.", re.DOTALL)
+    return re.compile(
+        f"[{_NO_BLANKS}][{marks}]*|(?:(?![{_NO_BLANKS}])[\\w{UNKNOWN}]|[{marks}])+|.", re.DOTALL
+    )
 
 
 def make_names(names: Iterable[tuple[str, int]]) -> Names:
-    """Of (name, number); blanks at a name's ends do not count, and of two numbers of one name the first does."""
+    """Of (name, number); blanks at a name's ends do not count, and of two numbers of one name the
+    first does.
+    """
     numbers: dict[str, int] = {}
     for name, number in names:
         if said := _blanks(name).strip():
@@ -170,7 +210,9 @@ def make_names(names: Iterable[tuple[str, int]]) -> Names:
 
 
 def find_names(names: Names, text: str) -> list[tuple[int, int, int]]:
-    """(first character, end, number of the name) of each name in a text, from the left, the longest at a place: whole words."""
+    """(first character, end, number of the name) of each name in a text, from the left, the longest
+    at a place: whole words.
+    """
     text = _blanks(text)
     words = [(m.start(), m.group()) for m in _words().finditer(text)]
     ends, found, done = {len(text), *(start for start, _ in words)}, [], 0

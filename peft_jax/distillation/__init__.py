@@ -1,1 +1,3 @@
-"""Knowledge distillation: what a student learns from a teacher's predictions, hidden states and texts."""
+"""Knowledge distillation: what a student learns from a teacher's predictions, hidden states and
+texts.
+"""

@@ -1,7 +1,7 @@
 """Divergences between a student's and a teacher's next-token distributions.
 
-All take log-probabilities over the last axis, [..., V], and return nats [...] (total variation: a share). The student's is the
-first argument. Q is the student's distribution, P the teacher's.
+All take log-probabilities over the last axis, [..., V], and return nats [...] (total variation: a
+share). The student's is the first argument. Q is the student's distribution, P the teacher's.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 FLOOR = -1e4  # stands for log 0: exp of it is 0, and products with it are finite
 
 
-def log_probabilities(logits: jax.Array, *, temperature: float = 1.0, vocabulary: int | None = None) -> jax.Array:
-    """Log-probabilities [..., V] in float32 of logits over `temperature`; only the first `vocabulary` of them exist, where
-    given (families pad their embeddings to different sizes).
+def log_probabilities(
+    logits: jax.Array, *, temperature: float = 1.0, vocabulary: int | None = None
+) -> jax.Array:
+    """Log-probabilities [..., V] in float32 of logits over `temperature`; only the first
+    `vocabulary` of them exist, where given (families pad their embeddings to different sizes).
     """
     logits = logits.astype(jnp.float32)
     logits = logits if vocabulary is None else logits[..., :vocabulary]
@@ -29,27 +31,36 @@ def log_probabilities(logits: jax.Array, *, temperature: float = 1.0, vocabulary
 
 
 def forward_kl(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """KL(P || Q): the student covers all that the teacher does (Hinton et al. 2015, arXiv:1503.02531)."""
+    """KL(P || Q): the student covers all that the teacher does (Hinton et al. 2015,
+    arXiv:1503.02531).
+    """
     return _mean(teacher, teacher - student)
 
 
 def reverse_kl(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """KL(Q || P): the student keeps to what the teacher would say (Gu et al. 2023, arXiv:2306.08543)."""
+    """KL(Q || P): the student keeps to what the teacher would say (Gu et al. 2023,
+    arXiv:2306.08543).
+    """
     return _mean(student, student - teacher)
 
 
 def jensen_shannon(student: jax.Array, teacher: jax.Array, *, beta: float = 0.5) -> jax.Array:
-    """beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q (Agarwal et al. 2023, arXiv:2306.13649, equation
-    1). At the ends, where that is 0, its limits over beta and 1 - beta: KL(P || Q) for 0 and KL(Q || P) for 1.
+    """beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q (Agarwal et al. 2023,
+    arXiv:2306.13649, equation 1). At the ends, where that is 0, its limits over beta and 1 - beta:
+    KL(P || Q) for 0 and KL(Q || P) for 1.
     """
     if beta in (0.0, 1.0):
         return (reverse_kl if beta else forward_kl)(student, teacher)
     mixture = _mixture(teacher, student, beta)
-    return beta * _mean(teacher, teacher - mixture) + (1.0 - beta) * _mean(student, student - mixture)
+    return beta * _mean(teacher, teacher - mixture) + (1.0 - beta) * _mean(
+        student, student - mixture
+    )
 
 
 def skewed_forward_kl(student: jax.Array, teacher: jax.Array, *, alpha: float = 0.1) -> jax.Array:
-    """KL(P || alpha P + (1 - alpha) Q) (DistiLLM, Ko et al. 2024, arXiv:2402.03898, section 3.1)."""
+    """KL(P || alpha P + (1 - alpha) Q) (DistiLLM, Ko et al. 2024, arXiv:2402.03898, section
+    3.1).
+    """
     return _mean(teacher, teacher - _mixture(teacher, student, alpha))
 
 
@@ -75,7 +86,9 @@ def _mixture(first: jax.Array, second: jax.Array, share: float) -> jax.Array:
     return jnp.logaddexp(first + math.log(share), second + math.log1p(-share))
 
 
-DIVERGENCES: dict[str, tuple[Callable[..., jax.Array], str | None]] = {  # name -> (function, its option in [0, 1])
+DIVERGENCES: dict[
+    str, tuple[Callable[..., jax.Array], str | None]
+] = {  # name -> (function, its option in [0, 1])
     "forward_kl": (forward_kl, None),
     "reverse_kl": (reverse_kl, None),
     "jensen_shannon": (jensen_shannon, "beta"),
@@ -86,23 +99,34 @@ DIVERGENCES: dict[str, tuple[Callable[..., jax.Array], str | None]] = {  # name 
 
 
 def make_divergence(name: str, **options: float) -> Divergence:
-    """The divergence of a name with its option. Raises ValueError for an unknown name or option, or a share not in [0, 1]."""
+    """The divergence of a name with its option. Raises ValueError for an unknown name or option, or
+    a share not in [0, 1].
+    """
     if name not in DIVERGENCES:
-        raise ValueError(f"unknown divergence {name!r}.{nearest(name, DIVERGENCES)} There are: {', '.join(DIVERGENCES)}")
+        raise ValueError(
+            f"unknown divergence {name!r}.{nearest(name, DIVERGENCES)} There are: "
+            f"{', '.join(DIVERGENCES)}"
+        )
     function, option = DIVERGENCES[name]
     for key, value in options.items():
         if key != option:
-            raise ValueError(f"{name} has no option {key!r}{f'; it has {option}' if option else ''}")
+            raise ValueError(
+                f"{name} has no option {key!r}{f'; it has {option}' if option else ''}"
+            )
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{key} of {name} must lie in [0, 1], got {value}")
     return functools.partial(function, **options)
 
 
-def with_tail(logits: jax.Array, ids: jax.Array, *, temperature: float = 1.0, vocabulary: int | None = None) -> jax.Array:
-    """Log-probabilities [..., k + 1] of k tokens, `ids` [..., k], and of all the others together, given logits [..., V].
+def with_tail(
+    logits: jax.Array, ids: jax.Array, *, temperature: float = 1.0, vocabulary: int | None = None
+) -> jax.Array:
+    """Log-probabilities [..., k + 1] of k tokens, `ids` [..., k], and of all the others together,
+    given logits [..., V].
 
-    With the others' mass as one outcome more, a divergence between two such distributions is a lower bound of the whole one
-    (data processing inequality) and equals it where k = V; leaving the others out would make it neither.
+    With the others' mass as one outcome more, a divergence between two such distributions is a
+    lower bound of the whole one (data processing inequality) and equals it where k = V; leaving the
+    others out would make it neither.
     """
     every = log_probabilities(logits, temperature=temperature, vocabulary=vocabulary)
     chosen = jnp.take_along_axis(every, ids, axis=-1)
@@ -112,8 +136,12 @@ def with_tail(logits: jax.Array, ids: jax.Array, *, temperature: float = 1.0, vo
     return jnp.concatenate([chosen, jnp.maximum(rest, FLOOR)], axis=-1)
 
 
-def top_k(logits: jax.Array, k: int, *, temperature: float = 1.0, vocabulary: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """(ids [..., k] of the k most likely tokens, log-probabilities [..., k + 1] of these and of the others together)."""
+def top_k(
+    logits: jax.Array, k: int, *, temperature: float = 1.0, vocabulary: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(ids [..., k] of the k most likely tokens, log-probabilities [..., k + 1] of these and of the
+    others together).
+    """
     size = logits.shape[-1] if vocabulary is None else vocabulary
     ids = jax.lax.top_k(logits[..., :size], min(k, size))[1]
     return ids, with_tail(logits, ids, temperature=temperature, vocabulary=vocabulary)

@@ -1,7 +1,7 @@
 """Distillation between different tokenizers: which of the two texts' tokens to compare, and how.
 
-Two models may be compared where both have read the same text: at the tokens that end at the same character ("span"), or, as
-in Boizard et al. 2024, at the tokens of the same number ("position").
+Two models may be compared where both have read the same text: at the tokens that end at the same
+character ("span"), or, as in Boizard et al. 2024, at the tokens of the same number ("position").
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Alignment = Literal["span", "position"]
 class TwofoldRows(NamedTuple):
     """Texts as a student and a teacher read them, each array [N, ...].
 
-    tokens, targets, positions, segment_ids int32 [N, T] and float32 weights [N, T] of the student; teacher_tokens and
-    teacher_segment_ids [N, S]; and the places to compare: compared_at [N, P] in the student's row,
-    teacher_at [N, P] in the teacher's, compared [N, P] (1, or 0 for filling).
+    tokens, targets, positions, segment_ids int32 [N, T] and float32 weights [N, T] of the student;
+    teacher_tokens and teacher_segment_ids [N, S]; and the places to compare: compared_at [N, P] in
+    the student's row, teacher_at [N, P] in the teacher's, compared [N, P] (1, or 0 for filling).
     """
 
     tokens: np.ndarray
@@ -44,12 +44,16 @@ class TwofoldRows(NamedTuple):
 
 
 def uld(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Sum of differences between the probabilities in order of size, the smaller vocabulary filled up with zeros (universal
-    logit distillation, Boizard et al. 2024, arXiv:2402.12030, equation 5), of log-probabilities [..., V] and [..., U].
+    """Sum of differences between the probabilities in order of size, the smaller vocabulary filled
+    up with zeros (universal logit distillation, Boizard et al. 2024, arXiv:2402.12030, equation 5),
+    of log-probabilities [..., V] and [..., U].
     """
     p, q = (jnp.sort(jnp.exp(x), axis=-1)[..., ::-1] for x in (student, teacher))
     size = max(p.shape[-1], q.shape[-1])
-    fill = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+
+    def fill(x):
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+
     return jnp.abs(fill(p) - fill(q)).sum(-1)
 
 
@@ -60,7 +64,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def shared_tokens(student: Any, teacher: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(ids of the student's tokenizer, ids of the teacher's) of the tokens that stand for the same text, int32 [n].
+    """(ids of the student's tokenizer, ids of the teacher's) of the tokens that stand for the same
+    text, int32 [n].
 
     Raises ValueError where there is none.
     """
@@ -68,7 +73,9 @@ def shared_tokens(student: Any, teacher: Any) -> tuple[np.ndarray, np.ndarray]:
     common = sorted(ours.keys() & theirs.keys(), key=lambda text: ours[text])
     if not common:
         raise ValueError("the two tokenizers share no token; use divergence: uld")
-    return np.asarray([ours[t] for t in common], np.int32), np.asarray([theirs[t] for t in common], np.int32)
+    return np.asarray([ours[t] for t in common], np.int32), np.asarray(
+        [theirs[t] for t in common], np.int32
+    )
 
 
 def _by_text(tokenizer: Any) -> dict[str | bytes, int]:
@@ -99,8 +106,9 @@ def encode_twofold(
     context: str = "",
     alignment: Alignment = "span",
 ) -> TwofoldRows:
-    """Rows of texts or completions for two tokenizers, one record a row, cut at `length` and `teacher_length` tokens (by
-    default twice as many); `context` stands before what the teacher reads. Completions are compared in what is to be learnt.
+    """Rows of texts or completions for two tokenizers, one record a row, cut at `length` and
+    `teacher_length` tokens (by default twice as many); `context` stands before what the teacher
+    reads. Completions are compared in what is to be learnt.
 
     Raises ValueError where a tokenizer gives no character offsets, or nothing is to be compared.
     """
@@ -108,7 +116,11 @@ def encode_twofold(
     rows = []
     for record in records:
         prompt = record.value.get("prompt", "")
-        text = prompt + record.value["completion"] if "completion" in record.value else record.value["text"]
+        text = (
+            prompt + record.value["completion"]
+            if "completion" in record.value
+            else record.value["text"]
+        )
         ours, ends = _tokens(student, text, length + 1)
         theirs, other_ends = _tokens(teacher, text, wide + 1, context)
         learnt = ends[:-1] >= len(prompt)
@@ -116,16 +128,26 @@ def encode_twofold(
         if len(at):
             rows.append((ours, theirs, learnt, at, teacher_at))
     if not rows:
-        raise ValueError("there is no text of which both tokenizers have a common place; give longer rows, or other data")
+        raise ValueError(
+            "there is no text of which both tokenizers have a common place; give longer rows, or "
+            "other data"
+        )
     if len(rows) < len(records):
         missing = len(records) - len(rows)
-        logger.warning("%d of %d records have no common place within the rows and are left out", missing, len(records))
+        logger.warning(
+            "%d of %d records have no common place within the rows and are left out",
+            missing,
+            len(records),
+        )
     return _filled(rows, length, wide)
 
 
-def _tokens(tokenizer: Any, text: str, most: int, context: str = "") -> tuple[np.ndarray, np.ndarray]:
-    """(token ids, how many characters of the text have been read with each, -1 before the end of a context). Special tokens
-    stand before the text, or after it. The context's tokens are its own, so that the text's are those of the text alone.
+def _tokens(
+    tokenizer: Any, text: str, most: int, context: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
+    """(token ids, how many characters of the text have been read with each, -1 before the end of a
+    context). Special tokens stand before the text, or after it. The context's tokens are its own,
+    so that the text's are those of the text alone.
     """
     encoded = with_offsets(tokenizer, text, add_special_tokens=not context)
     ids, ends = list(encoded["input_ids"]), [b for _, b in encoded["offset_mapping"]]
@@ -136,13 +158,21 @@ def _tokens(tokenizer: Any, text: str, most: int, context: str = "") -> tuple[np
         ids, ends = [*ids, tokenizer.eos_token_id], [*ends, len(text)]
     if context:
         before_it = tokenizer(context, verbose=False)["input_ids"]
-        before_it = before_it[:-1] if len(before_it) > 1 and before_it[-1] == tokenizer.eos_token_id else before_it
+        before_it = (
+            before_it[:-1]
+            if len(before_it) > 1 and before_it[-1] == tokenizer.eos_token_id
+            else before_it
+        )
         ids, ends = [*before_it, *ids], [*[-1] * (len(before_it) - 1), 0, *ends]
     return np.asarray(ids[:most], np.int32), np.asarray(ends[:most], np.int64)
 
 
-def _pairs(ends: np.ndarray, others: np.ndarray, start: int, alignment: Alignment) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the two rows after which both have read the same text, from character `start` on."""
+def _pairs(
+    ends: np.ndarray, others: np.ndarray, start: int, alignment: Alignment
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the two rows after which both have read the same text, from character `start`
+    on.
+    """
     if alignment == "position":
         ours, theirs = np.flatnonzero(ends >= start), np.flatnonzero(others >= start)
         n = min(len(ours), len(theirs))
@@ -159,12 +189,27 @@ def _pairs(ends: np.ndarray, others: np.ndarray, start: int, alignment: Alignmen
 def _filled(rows: Any, length: int, wide: int) -> TwofoldRows:
     N, most = len(rows), max(len(at) for *_, at, _ in rows)
     shapes = [(N, length)] * 5 + [(N, wide)] * 2 + [(N, most)] * 3
-    types = [np.int32, np.int32, np.float32, np.int32, np.int32, np.int32, np.int32, np.int32, np.int32, np.float32]
+    types = [
+        np.int32,
+        np.int32,
+        np.float32,
+        np.int32,
+        np.int32,
+        np.int32,
+        np.int32,
+        np.int32,
+        np.int32,
+        np.float32,
+    ]
     made = TwofoldRows(*(np.zeros(s, t) for s, t in zip(shapes, types, strict=True)))
     for i, (ours, theirs, learnt, at, teacher_at) in enumerate(rows):
         n, m = len(ours) - 1, len(theirs) - 1
         made.tokens[i, :n], made.targets[i, :n], made.weights[i, :n] = ours[:-1], ours[1:], learnt
         made.positions[i, :n], made.segment_ids[i, :n] = np.arange(n), 1
         made.teacher_tokens[i, :m], made.teacher_segment_ids[i, :m] = theirs[:-1], 1
-        made.compared_at[i, : len(at)], made.teacher_at[i, : len(at)], made.compared[i, : len(at)] = at, teacher_at, 1.0
+        (
+            made.compared_at[i, : len(at)],
+            made.teacher_at[i, : len(at)],
+            made.compared[i, : len(at)],
+        ) = at, teacher_at, 1.0
     return made

@@ -1,7 +1,9 @@
-"""Distillation as an objective: a teacher's tree beside the student's, in one tree that one step trains.
+"""Distillation as an objective: a teacher's tree beside the student's, in one tree that one step
+trains.
 
-The tree is {"student": ..., "teachers": {"0": ...}, "projections": {...}}; what trains in it is the student's, and matrices
-that make hidden states of different widths comparable. A teacher that is the student's own base has no tree of its own.
+The tree is {"student": ..., "teachers": {"0": ...}, "projections": {...}}; what trains in it is the
+student's, and matrices that make hidden states of different widths comparable. A teacher that is
+the student's own base has no tree of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +30,13 @@ from peft_jax.distillation.divergence import (
     top_k,
     with_tail,
 )
-from peft_jax.distillation.hidden import FEATURES, feature_loss, layer_map, places_of, visible_tokens
+from peft_jax.distillation.hidden import (
+    FEATURES,
+    feature_loss,
+    layer_map,
+    places_of,
+    visible_tokens,
+)
 from peft_jax.distillation.match import uld
 from peft_jax.generation.generate import continuations, outdated
 from peft_jax.objectives.reading import (
@@ -47,8 +55,9 @@ Batch = dict[str, jax.Array]
 
 
 class Teacher(NamedTuple):
-    """One to learn from: its `apply`, its weight among several, and, where its tokenizer is another one, the ids of the tokens
-    that both have (the student's, the teacher's). `apply` is None for the student's own base.
+    """One to learn from: its `apply`, its weight among several, and, where its tokenizer is another
+    one, the ids of the tokens that both have (the student's, the teacher's). `apply` is None for
+    the student's own base.
     """
 
     apply: Apply | None
@@ -57,7 +66,9 @@ class Teacher(NamedTuple):
 
 
 class FeatureTerm(NamedTuple):
-    """An objective over hidden states: its name, weight, pairs of layers (None: the usual ones) and options."""
+    """An objective over hidden states: its name, weight, pairs of layers (None: the usual ones) and
+    options.
+    """
 
     name: str
     weight: float = 1.0
@@ -66,9 +77,10 @@ class FeatureTerm(NamedTuple):
 
 
 class OnPolicy(NamedTuple):
-    """Learning from texts that the student writes: `share` of the batches (the rest is the data's), their length, and how
-    they are sampled; `minillm` adds the gradient through what is written (Gu et al. 2023), `teacher_share` of the draws are
-    the teacher's, and `prompt_tokens` is the least that stays of a row.
+    """Learning from texts that the student writes: `share` of the batches (the rest is the data's),
+    their length, and how they are sampled; `minillm` adds the gradient through what is written (Gu
+    et al. 2023), `teacher_share` of the draws are the teacher's, and `prompt_tokens` is the least
+    that stays of a row.
     """
 
     share: float = 1.0
@@ -99,12 +111,14 @@ def distillation(
 ) -> Objective:
     """An objective of a tree as `beside_teachers` makes it.
 
-    The loss is `data_weight` times the cross-entropy, plus `weight` times temperature^2 (Hinton et al. 2015) times the mean
-    divergence of student and teachers at that temperature, plus the features. `keep` > 0 compares the teacher's most likely
-    tokens and the others' mass together; a batch with `teacher_ids` [B, T, k] and `teacher_log_probs` [B, T, k + 1] brings the
-    teacher's predictions itself. Logits are computed for `chunk` tokens at a time (see `over_positions`), both models'.
-    `vocabulary` is how many of the logits are tokens. A student that is a mixture of experts adds `router_loss` times its
-    load-balancing loss (see `balanced`). Metrics: `divergence`, `data_loss`, one for each feature.
+    The loss is `data_weight` times the cross-entropy, plus `weight` times temperature^2 (Hinton et
+    al. 2015) times the mean divergence of student and teachers at that temperature, plus the
+    features. `keep` > 0 compares the teacher's most likely tokens and the others' mass together; a
+    batch with `teacher_ids` [B, T, k] and `teacher_log_probs` [B, T, k + 1] brings the teacher's
+    predictions itself. Logits are computed for `chunk` tokens at a time (see `over_positions`),
+    both models'. `vocabulary` is how many of the logits are tokens. A student that is a mixture of
+    experts adds `router_loss` times its load-balancing loss (see `balanced`). Metrics:
+    `divergence`, `data_loss`, one for each feature.
     """
 
     def objective(apply: Apply, params: Any, batch: Batch, rng: Any) -> Any:
@@ -115,30 +129,48 @@ def distillation(
         student, mean = params["student"], mean_over(batch)
         states, found = _read(reading, apply, student, batch, rng, _wanted(features, student))
         head = reading.head(apply, student, batch)
-        taught = [_teach(reading, apply, params, i, t, batch, features) for i, t in enumerate(teachers)]
-        spec = _Comparison(divergence, temperature, keep, vocabulary, on_policy is not None and on_policy.minillm)
+        taught = [
+            _teach(reading, apply, params, i, t, batch, features) for i, t in enumerate(teachers)
+        ]
+        spec = _Comparison(
+            divergence, temperature, keep, vocabulary, on_policy is not None and on_policy.minillm
+        )
         parts = _compare(spec, head, states, teachers, taught, batch, chunk, rng)
         weights = batch["weights"].astype(jnp.float32)
-        metrics = {"weight": weights.sum(), "accuracy": mean(parts["hits"], weights), "data_loss": mean(parts["nll"], weights)}
+        metrics = {
+            "weight": weights.sum(),
+            "accuracy": mean(parts["hits"], weights),
+            "data_loss": mean(parts["nll"], weights),
+        }
         shared = {"weight": metrics["weight"]}
         loss = jnp.zeros(())
         if weight:
-            compared = (batch["compared"].astype(jnp.float32), "compared") if "compared" in batch else (weights, "weight")
+            compared = (
+                (batch["compared"].astype(jnp.float32), "compared")
+                if "compared" in batch
+                else (weights, "weight")
+            )
             shared[compared[1]] = compared[0].sum()
             if spec.policy and rng is not None:
                 loss = weight * mean(_policy_loss(on_policy, parts, weights), weights)
             else:
                 loss = weight * temperature**2 * mean(parts["divergence"], *compared)
             metrics["divergence"] = mean(parts["divergence"], *compared)
-        if data_weight and on_policy is not None and rng is not None:  # of the data, not of what the student wrote
+        if (
+            data_weight and on_policy is not None and rng is not None
+        ):  # of the data, not of what the student wrote
             seen = reading.view(data, rng)
             data_weights = seen["weights"].astype(jnp.float32)
-            nll, _ = scores_of(head, reading.states(apply, student, seen, rng), seen["targets"], chunk, rng)
+            nll, _ = scores_of(
+                head, reading.states(apply, student, seen, rng), seen["targets"], chunk, rng
+            )
             metrics["data_loss"] = mean(nll, data_weights, "data")
             shared["data"] = data_weights.sum()
         loss = loss + data_weight * metrics["data_loss"] if data_weight else loss
         for term in features:
-            value, shared[term.name] = _feature(term, params, apply, batch, found, [t.found for t in taught], teachers)
+            value, shared[term.name] = _feature(
+                term, params, apply, batch, found, [t.found for t in taught], teachers
+            )
             loss, metrics = loss + term.weight * value, {**metrics, term.name: value}
         return loss, metrics if len(shared) == 1 else {**metrics, "shared": shared}
 
@@ -158,9 +190,10 @@ def beside_teachers(
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The tree that `distillation` works on. `teachers` are trees, or None for the student's own base (which must be left as
-    it is by the method; ValueError names a place that trains in itself). `widths` are hidden sizes (student, teachers): where
-    they differ, features that can gain a projection.
+    """The tree that `distillation` works on. `teachers` are trees, or None for the student's own
+    base (which must be left as it is by the method; ValueError names a place that trains in
+    itself). `widths` are hidden sizes (student, teachers): where they differ, features that can
+    gain a projection.
     """
     for tree in teachers:
         if tree is None:
@@ -182,22 +215,28 @@ def beside_teachers(
 
 
 def base_of(params: Any) -> Any:
-    """A tree without its adapters, its arrays the same ones. Raises ValueError where the base itself trains."""
+    """A tree without its adapters, its arrays the same ones. Raises ValueError where the base
+    itself trains.
+    """
     names = adapter_names(params)
     base = drop_adapters(params, names) if names else params
     if left := jax.tree_util.tree_flatten_with_path(partition(base)[0])[0]:
         raise ValueError(
-            f"the base cannot be the teacher while {path_str(left[0][0])} of it trains: use a method that leaves it alone, as "
+            f"the base cannot be the teacher while {path_str(left[0][0])} of it trains: use a "
+            "method that leaves it alone, as "
             "lora, or name a teacher"
         )
     return base
 
 
-# ----------------------------------------------------------------------------------------------------- what the models say
+# --------------------------------------------------------------------------------------------------
+# what the models say
 
 
 class _Taught(NamedTuple):
-    """A teacher's states [B, T, D] with its head, and what was captured; the predictions themselves where they are stored."""
+    """A teacher's states [B, T, D] with its head, and what was captured; the predictions themselves
+    where they are stored.
+    """
 
     states: jax.Array | None
     head: Callable[[jax.Array], jax.Array] | None
@@ -210,7 +249,9 @@ def _wanted(features: Sequence[FeatureTerm], tree: Any, side: int = 0) -> dict[s
     return places_of(tree, needs, embedded=embedded) if needs else {}
 
 
-def _read(reading: Reading, apply: Apply, tree: Any, batch: Batch, rng: Any, wanted: dict[str, Any]) -> Any:
+def _read(
+    reading: Reading, apply: Apply, tree: Any, batch: Batch, rng: Any, wanted: dict[str, Any]
+) -> Any:
     """(states, what was captured)."""
     if not wanted:
         return reading.states(apply, tree, batch, rng), {}
@@ -226,7 +267,13 @@ def _read(reading: Reading, apply: Apply, tree: Any, batch: Batch, rng: Any, wan
 
 
 def _teach(
-    reading: Reading, apply: Apply, params: Any, index: int, teacher: Teacher, batch: Batch, features: Sequence[FeatureTerm]
+    reading: Reading,
+    apply: Apply,
+    params: Any,
+    index: int,
+    teacher: Teacher,
+    batch: Batch,
+    features: Sequence[FeatureTerm],
 ) -> _Taught:
     tree = base_of(params["student"]) if teacher.apply is None else params["teachers"][str(index)]
     theirs = teacher.apply or apply
@@ -235,7 +282,9 @@ def _teach(
         batch = {**{k: v for k, v in batch.items() if k not in ("positions", "at")}, **own}
     states, found = _read(reading, theirs, tree, batch, None, _wanted(features, tree, 1))
     stop = functools.partial(jax.tree.map, jax.lax.stop_gradient)
-    return _Taught(stop(states), lambda s: stop(reading.head(theirs, stop(tree), batch)(s)), stop(found))
+    return _Taught(
+        stop(states), lambda s: stop(reading.head(theirs, stop(tree), batch)(s)), stop(found)
+    )
 
 
 class _Comparison(NamedTuple):
@@ -256,50 +305,77 @@ def _compare(
     chunk: Any,
     rng: Any,
 ) -> dict[str, jax.Array]:
-    """nll and hits [B, T] of the targets, divergence [B, T] (or where it is compared, [B, P]), and for MiniLLM the
-    student's and the teacher's log-probabilities of the targets.
+    """nll and hits [B, T] of the targets, divergence [B, T] (or where it is compared, [B, P]), and
+    for MiniLLM the student's and the teacher's log-probabilities of the targets.
     """
     stored = {n: batch[n] for n in ("teacher_ids", "teacher_log_probs") if n in batch}
     both = [t.states for t in taught]
     width = logits_width(head, states) * (1 + len(taught))
-    scored = lambda logits, targets: dict(zip(("nll", "hits"), nll_and_hits(logits, targets), strict=True))
+
+    def scored(logits, targets):
+        return dict(zip(("nll", "hits"), nll_and_hits(logits, targets), strict=True))
 
     def of(
         s: jax.Array, targets: Any, theirs: list[Any], stored: dict[str, jax.Array], rng: Any = None
     ) -> dict[str, jax.Array]:
         logits = head(s, rng=rng)
-        return scored(logits, targets) | _divergences(spec, logits, targets, teachers, taught, theirs, stored)
+        return scored(logits, targets) | _divergences(
+            spec, logits, targets, teachers, taught, theirs, stored
+        )
 
     if "teacher_at" not in batch:
         return over_positions(of, (states, batch["targets"], both, stored), width, chunk, rng)
-    pick = lambda x, at: jnp.take_along_axis(x, at[..., None], axis=1)
+
+    def pick(x, at):
+        return jnp.take_along_axis(x, at[..., None], axis=1)
+
     ours, theirs = pick(states, batch["compared_at"]), [pick(x, batch["teacher_at"]) for x in both]
-    of_data = lambda s, targets, rng=None: scored(head(s, rng=rng), targets)
-    compared = lambda s, theirs, rng=None: _divergences(spec, head(s, rng=rng), None, teachers, taught, theirs, {})
+
+    def of_data(s, targets, rng=None):
+        return scored(head(s, rng=rng), targets)
+
+    def compared(s, theirs, rng=None):
+        return _divergences(spec, head(s, rng=rng), None, teachers, taught, theirs, {})
+
     return over_positions(of_data, (states, batch["targets"]), width, chunk, rng) | over_positions(
         compared, (ours, theirs), width, chunk, rng
     )
 
 
 def _divergences(
-    spec: _Comparison, logits: jax.Array, targets: Any, teachers: Any, taught: Any, theirs: list[Any], stored: Any
+    spec: _Comparison,
+    logits: jax.Array,
+    targets: Any,
+    teachers: Any,
+    taught: Any,
+    theirs: list[Any],
+    stored: Any,
 ) -> dict[str, jax.Array]:
     options: dict[str, Any] = {"temperature": spec.temperature, "vocabulary": spec.vocabulary}
     if stored:
         ours = with_tail(logits, stored["teacher_ids"].astype(jnp.int32), **options)
-        return {"divergence": spec.divergence(ours, stored["teacher_log_probs"].astype(jnp.float32))}
+        return {
+            "divergence": spec.divergence(ours, stored["teacher_log_probs"].astype(jnp.float32))
+        }
     total = sum(t.weight for t in teachers)
     value, made = jnp.zeros(logits.shape[:-1], jnp.float32), {}
     for teacher, what, states in zip(teachers, taught, theirs, strict=True):
-        value = value + teacher.weight / total * _divergence(spec, options, logits, what.head(states), teacher)
+        value = value + teacher.weight / total * _divergence(
+            spec, options, logits, what.head(states), teacher
+        )
     if spec.policy:
         p, q = (log_probabilities(x, **options) for x in (taught[0].head(theirs[0]), logits))
-        of = lambda x: jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0]
+
+        def of(x):
+            return jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0]
+
         made = {"log_q": of(q), "log_p": of(p), "reverse_kl": reverse_kl(q, p)}
     return {"divergence": value, **made}
 
 
-def _divergence(spec: _Comparison, options: Any, logits: jax.Array, others: jax.Array, teacher: Teacher) -> jax.Array:
+def _divergence(
+    spec: _Comparison, options: Any, logits: jax.Array, others: jax.Array, teacher: Teacher
+) -> jax.Array:
     """Of a student's logits [..., V] and a teacher's [..., U]."""
     if spec.divergence is uld:
         mine = {"temperature": spec.temperature}
@@ -311,11 +387,19 @@ def _divergence(spec: _Comparison, options: Any, logits: jax.Array, others: jax.
     if spec.keep:
         ids, kept = top_k(others, spec.keep, **options)
         return spec.divergence(with_tail(logits, ids, **options), kept)
-    return spec.divergence(log_probabilities(logits, **options), log_probabilities(others, **options))
+    return spec.divergence(
+        log_probabilities(logits, **options), log_probabilities(others, **options)
+    )
 
 
 def _feature(
-    term: FeatureTerm, params: Any, apply: Apply, batch: Batch, found: Any, taught: Sequence[Any], teachers: Sequence[Teacher]
+    term: FeatureTerm,
+    params: Any,
+    apply: Apply,
+    batch: Batch,
+    found: Any,
+    taught: Sequence[Any],
+    teachers: Sequence[Teacher],
 ) -> tuple[jax.Array, jax.Array]:
     """(the term, how much counts in it): of a part of a batch its share of the whole batch's."""
     segments = batch.get("segment_ids")
@@ -323,58 +407,94 @@ def _feature(
     weights = (segments > 0).astype(jnp.float32)
     visible = visible_tokens(segments, causal=hasattr(apply.model, "empty_cache"))
     counted = FEATURES[term.name].counted(weights, visible)
-    share = counted / jnp.maximum(batch["shared"][term.name].sum(), 1e-9) if "shared" in batch else 1.0
+    share = (
+        counted / jnp.maximum(batch["shared"][term.name].sum(), 1e-9) if "shared" in batch else 1.0
+    )
     total, sum_of_weights = jnp.zeros(()), sum(t.weight for t in teachers)
     for i, (teacher, theirs) in enumerate(zip(teachers, taught, strict=True)):
-        depth = lambda x: next(v.shape[0] for n, v in x.items() if n != "embedded")
+
+        def depth(x):
+            return next(v.shape[0] for n, v in x.items() if n != "embedded")
+
         pairs = term.layers or layer_map(term.name, depth(found), depth(theirs))
         projection = params["projections"].get(f"{term.name}_{i}")
         value = feature_loss(
-            term.name, found, theirs, pairs, weights=weights, visible=visible,
-            projection=projection.value if isinstance(projection, Trainable) else projection, **term.options,
-        )  # fmt: skip
+            term.name,
+            found,
+            theirs,
+            pairs,
+            weights=weights,
+            visible=visible,
+            projection=projection.value if isinstance(projection, Trainable) else projection,
+            **term.options,
+        )
         total = total + teacher.weight / sum_of_weights * value
     return total * share, counted
 
 
-# ------------------------------------------------------------------------------------------------ the student's own texts
+# ------------------------------------------------------------------------------------------------
+# the student's own texts
 
 
-def _own_texts(spec: OnPolicy, apply: Apply, params: Any, teachers: Sequence[Teacher], batch: Batch, rng: Any) -> Batch:
-    """The batch, or in a `share` of the calls the prompts of its rows with what the student (mixed with the teacher) writes."""
+def _own_texts(
+    spec: OnPolicy, apply: Apply, params: Any, teachers: Sequence[Teacher], batch: Batch, rng: Any
+) -> Batch:
+    """The batch, or in a `share` of the calls the prompts of its rows with what the student (mixed
+    with the teacher) writes.
+    """
     draw, key = jax.random.split(jax.random.fold_in(rng, 2))
     frozen = jax.tree.map(jax.lax.stop_gradient, params)
     first = teachers[0]
     theirs = base_of(frozen["student"]) if first.apply is None else frozen["teachers"].get("0")
     writer, tree = apply, frozen["student"]
     if spec.teacher_share:
-        writer, tree = _mixed(apply, first.apply or apply, spec.teacher_share), (frozen["student"], theirs)
-    write = lambda: _written(spec, writer, tree, batch, key)
+        writer, tree = (
+            _mixed(apply, first.apply or apply, spec.teacher_share),
+            (frozen["student"], theirs),
+        )
+
+    def write():
+        return _written(spec, writer, tree, batch, key)
+
     if spec.share >= 1.0:
         return write()
     return jax.lax.cond(jax.random.uniform(draw) < spec.share, write, lambda: dict(batch))
 
 
 def _written(spec: OnPolicy, apply: Apply, params: Any, batch: Batch, key: Any) -> Batch:
-    """Rows of prompts, each with the tokens before the first that is to be learnt, and of continuations, which count."""
+    """Rows of prompts, each with the tokens before the first that is to be learnt, and of
+    continuations, which count.
+    """
     tokens, segments = batch["tokens"], batch["segment_ids"]
     B, T = tokens.shape
     size = (segments == 1).sum(1)
     first = jnp.argmax(batch["weights"] > 0, axis=1) + 1
-    n = jnp.clip(jnp.maximum(first, spec.prompt_tokens), 1, jnp.maximum(size, 1))[:, None]  # the prompt's tokens
+    n = jnp.clip(jnp.maximum(first, spec.prompt_tokens), 1, jnp.maximum(size, 1))[
+        :, None
+    ]  # the prompt's tokens
     place = jnp.arange(T)[None]
     back = place - (T - n)  # prompts padded on the left
     prompts = jnp.take_along_axis(tokens, jnp.maximum(back, 0), axis=1)
     new = continuations(
-        apply, params, jnp.where(back >= 0, prompts, 0), (back >= 0).astype(jnp.int32), key, max_tokens=spec.max_tokens,
-        eos=spec.eos, temperature=spec.temperature, top_k=spec.top_k, top_p=spec.top_p,
-    )  # fmt: skip
+        apply,
+        params,
+        jnp.where(back >= 0, prompts, 0),
+        (back >= 0).astype(jnp.int32),
+        key,
+        max_tokens=spec.max_tokens,
+        eos=spec.eos,
+        temperature=spec.temperature,
+        top_k=spec.top_k,
+        top_p=spec.top_p,
+    )
     end = jnp.isin(new, jnp.asarray(spec.eos, jnp.int32))
     ended = jnp.cumsum(end, axis=1) - end > 0  # after the end token
     count = (~ended).sum(1)[:, None]
     at = jnp.arange(T + 1)[None] - n
     whole = jnp.where(
-        at >= 0, jnp.take_along_axis(new, jnp.clip(at, 0, spec.max_tokens - 1), 1), jnp.pad(tokens, ((0, 0), (0, 1)))
+        at >= 0,
+        jnp.take_along_axis(new, jnp.clip(at, 0, spec.max_tokens - 1), 1),
+        jnp.pad(tokens, ((0, 0), (0, 1))),
     )
     there = at < count
     counts = ((at[:, 1:] >= 0) & there[:, 1:]).astype(jnp.float32)
@@ -390,20 +510,25 @@ def _written(spec: OnPolicy, apply: Apply, params: Any, batch: Batch, key: Any) 
 
 
 def _mixed(student: Apply, teacher: Apply, share: float) -> Any:
-    """An `apply` of (student's tree, teacher's tree) that gives log-probabilities of a mixture, each with its own cache."""
+    """An `apply` of (student's tree, teacher's tree) that gives log-probabilities of a mixture,
+    each with its own cache.
+    """
 
     def apply(params: Any, *args: Any, cache: Any, **kwargs: Any) -> Any:
         ours, theirs = (
-            f(p, *args, cache=c, **kwargs) for f, p, c in zip((student, teacher), params, (cache["0"], cache["1"]), strict=True)
+            f(p, *args, cache=c, **kwargs)
+            for f, p, c in zip((student, teacher), params, (cache["0"], cache["1"]), strict=True)
         )
         size = min(ours[0].shape[-1], theirs[0].shape[-1])
         log = [jax.nn.log_softmax(x[0][..., :size].astype(jnp.float32)) for x in (ours, theirs)]
         mixture = jnp.logaddexp(log[0] + np.log1p(-share), log[1] + np.log(share))
         return mixture, {"0": ours[1], "1": theirs[1]}
 
-    empty = lambda batch, length, *dtype: {
-        str(i): f.model.empty_cache(batch, length, *dtype) for i, f in enumerate((student, teacher))
-    }
+    def empty(batch, length, *dtype):
+        return {
+            str(i): f.model.empty_cache(batch, length, *dtype)
+            for i, f in enumerate((student, teacher))
+        }
 
     def either(cache: Any) -> Any:
         found = [outdated(f.model, cache[str(i)]) for i, f in enumerate((student, teacher))]
@@ -414,18 +539,26 @@ def _mixed(student: Apply, teacher: Apply, share: float) -> Any:
     return apply
 
 
-def _policy_loss(spec: OnPolicy | None, parts: dict[str, jax.Array], weights: jax.Array) -> jax.Array:
-    """[B, T] whose gradient is MiniLLM's (Gu et al. 2023, arXiv:2306.08543, equations 3 to 7): at each place the reverse
-    KL, and the log-probability of what was written times the mean log-ratio of what follows it, both weighted by how much
-    likelier the student was to write it than the mixture that wrote it.
+def _policy_loss(
+    spec: OnPolicy | None, parts: dict[str, jax.Array], weights: jax.Array
+) -> jax.Array:
+    """[B, T] whose gradient is MiniLLM's (Gu et al. 2023, arXiv:2306.08543, equations 3 to 7): at
+    each place the reverse KL, and the log-probability of what was written times the mean log-ratio
+    of what follows it, both weighted by how much likelier the student was to write it than the
+    mixture that wrote it.
     """
     assert spec is not None
     log_q, log_p = parts["log_q"], jax.lax.stop_gradient(parts["log_p"])
     ratio = jax.lax.stop_gradient(log_p - log_q) * weights
-    after = lambda x: jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1] - x  # the sum of what follows
+
+    def after(x):
+        return jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1] - x  # the sum of what follows
+
     reward = after(ratio) / jnp.maximum(after(weights), 1.0)
     importance = jnp.ones_like(reward)
     if spec.teacher_share:
-        mixture = jnp.logaddexp(log_q + np.log1p(-spec.teacher_share), log_p + np.log(spec.teacher_share))
+        mixture = jnp.logaddexp(
+            log_q + np.log1p(-spec.teacher_share), log_p + np.log(spec.teacher_share)
+        )
         importance = jnp.exp(jax.lax.stop_gradient(log_q - mixture))
     return importance * (parts["reverse_kl"] - reward * log_q)

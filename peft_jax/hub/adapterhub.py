@@ -1,7 +1,9 @@
-"""AdapterHub's folders (`adapters` 1.x: `adapter_config.json`, `adapter.safetensors`) of decoders, in and out.
+"""AdapterHub's folders (`adapters` 1.x: `adapter_config.json`, `adapter.safetensors`) of decoders,
+in and out.
 
-Bottleneck adapters (Houlsby's, Pfeiffer's, parallel ones, Compacter, invertible ones), prefix tuning, LoRA and ReFT. The
-library itself writes a PyTorch pickle unless told `use_safetensors=True`; pickles are not read.
+Bottleneck adapters (Houlsby's, Pfeiffer's, parallel ones, Compacter, invertible ones), prefix
+tuning, LoRA and ReFT. The library itself writes a PyTorch pickle unless told
+`use_safetensors=True`; pickles are not read.
 """
 
 from __future__ import annotations
@@ -43,38 +45,60 @@ _FIXED: dict[str, Any] = {
 
 
 def load_adapterhub(params: Any, path: Path, config: Config, name: str) -> Any:
-    """`params` with the adapter of an AdapterHub folder. Raises ValueError naming the option or tensor that cannot be used."""
+    """`params` with the adapter of an AdapterHub folder. Raises ValueError naming the option or
+    tensor that cannot be used.
+    """
     if not (path / WEIGHTS).is_file():
-        raise ValueError(f"{path} has no {WEIGHTS}; save the adapter with use_safetensors=True (pickles are not read)")
+        raise ValueError(
+            f"{path} has no {WEIGHTS}; save the adapter with use_safetensors=True (pickles are "
+            "not read)"
+        )
     width = hidden_size(params)
     if config.get("hidden_size") not in (None, width):
-        raise ValueError(f"the adapter in {path} is for a model of {config['hidden_size']} features; this one has {width}")
+        raise ValueError(
+            f"the adapter in {path} is for a model of {config['hidden_size']} features; this one "
+            f"has {width}"
+        )
     with open_checkpoint(path, WEIGHTS, WEIGHTS + ".index.json") as checkpoint:
         tensors = {n: checkpoint.read(n).astype(np.float32) for n in checkpoint.names}
     theirs, options = str(config.get("name", name)), config["config"]
     kind = options.get("architecture")
-    readers = {None: _read_bottleneck, "prefix_tuning": _read_prefix, "lora": _read_lora, "reft": _read_reft}
+    readers = {
+        None: _read_bottleneck,
+        "prefix_tuning": _read_prefix,
+        "lora": _read_lora,
+        "reft": _read_reft,
+    }
     if kind not in readers:
         known = ", ".join(k or "bottleneck" for k in readers)
-        raise ValueError(f"{path / CONFIG}: architecture {kind!r} is not supported; supported: {known}")
+        raise ValueError(
+            f"{path / CONFIG}: architecture {kind!r} is not supported; supported: {known}"
+        )
     try:
         return readers[kind](params, tensors, options, name, theirs)
     except KeyError as error:
-        raise ValueError(f"{path / WEIGHTS} lacks a tensor {error} that the adapter needs") from error
+        raise ValueError(
+            f"{path / WEIGHTS} lacks a tensor {error} that the adapter needs"
+        ) from error
 
 
 def _parse(tensors: Tensors, marker: str) -> dict[str, Tensors]:
-    """Hugging Face module name -> {what follows `marker`: tensor}; all tensors must have the marker."""
+    """Hugging Face module name -> {what follows `marker`: tensor}; all tensors must have the
+    marker.
+    """
     found: dict[str, Tensors] = {}
     for key, value in tensors.items():
         module, _, rest = key.partition(marker)
         if not rest:
-            raise ValueError(f"tensor {key} does not belong to the adapter's method ({marker.strip('.')})")
+            raise ValueError(
+                f"tensor {key} does not belong to the adapter's method ({marker.strip('.')})"
+            )
         found.setdefault(module, {})[rest] = value
     return found
 
 
-# ------------------------------------------------------------------------------------------------ bottleneck adapters
+# ------------------------------------------------------------------------------------------------
+# bottleneck adapters
 
 
 def _read_bottleneck(params: Any, tensors: Tensors, options: Config, name: str, theirs: str) -> Any:
@@ -83,12 +107,16 @@ def _read_bottleneck(params: Any, tensors: Tensors, options: Config, name: str, 
             raise ValueError(f"option {key}={options[key]!r} of the adapter is not supported")
     shared = {k: tensors.pop(k) for k in list(tensors) if ".shared_parameters." in k}
     coupling = {
-        k.rpartition(f".invertible_adapters.{theirs}.")[2]: tensors.pop(k) for k in list(tensors) if ".invertible_" in k
+        k.rpartition(f".invertible_adapters.{theirs}.")[2]: tensors.pop(k)
+        for k in list(tensors)
+        if ".invertible_" in k
     }
     nodes = {}
     for module, arrays in _parse(tensors, f".adapters.{theirs}.").items():
         layer, _, place = module.rpartition(".")
-        where = {"attention_adapters": "attention_residual", "output_adapters": "mlp_residual"}.get(place)
+        where = {"attention_adapters": "attention_residual", "output_adapters": "mlp_residual"}.get(
+            place
+        )
         if where is None:
             raise ValueError(f"tensor group {module} has no counterpart in this model")
         node = _bottleneck(arrays, options, name, f"compacter_{name}" if shared else "")
@@ -106,18 +134,26 @@ def _read_bottleneck(params: Any, tensors: Tensors, options: Config, name: str, 
 
 def _inside(options: Config, where: str) -> str:
     """The module of a layer that the adapter stands beside, by how its residuals lie."""
-    if options.get("is_parallel") or (options.get("original_ln_before") and options.get("residual_before_ln", True) is True):
+    if options.get("is_parallel") or (
+        options.get("original_ln_before") and options.get("residual_before_ln", True) is True
+    ):
         if not options.get("original_ln_after", True):
-            raise ValueError("original_ln_after=False without the residual of the stream is not supported")
+            raise ValueError(
+                "original_ln_after=False without the residual of the stream is not supported"
+            )
         return where
     if options.get("original_ln_before"):
         if options.get("original_ln_after", True):
             raise ValueError(
-                "original_ln_before, original_ln_after and residual_before_ln=False add the residual twice; not supported"
+                "original_ln_before, original_ln_after and residual_before_ln=False add the "
+                "residual twice; not supported"
             )
         return where
     if not options.get("original_ln_after", True):
-        raise ValueError("original_ln_before=False with original_ln_after=False drops the residual; not supported")
+        raise ValueError(
+            "original_ln_before=False with original_ln_after=False drops the residual; not "
+            "supported"
+        )
     return {"attention_residual": "self_attn/o_proj", "mlp_residual": "mlp/down_proj"}[where]
 
 
@@ -138,14 +174,23 @@ def _bottleneck(arrays: Tensors, options: Config, name: str, group: str) -> Any:
     if options.get("phm_layer"):
         unsupported = [k for k in ("ln_before", "ln_after", "use_gating") if options.get(k)]
         if unsupported or not isinstance(scaling, int | float):
-            raise ValueError(f"phm_layer beside {unsupported or ['a learned scaling']} is not supported")
+            raise ValueError(
+                f"phm_layer beside {unsupported or ['a learned scaling']} is not supported"
+            )
         down, up = (_factors(arrays, p) for p in (f"adapter_down.{at}.", "adapter_up."))
         biases = {"down_bias": arrays[f"adapter_down.{at}.b"], "up_bias": arrays["adapter_up.b"]}
         return Compacter(**common, down=down, up=up, **biases, group=group)
-    norm = lambda part: (arrays[f"{part}.weight"], arrays[f"{part}.bias"])
+
+    def norm(part):
+        return (arrays[f"{part}.weight"], arrays[f"{part}.bias"])
+
     gating: dict[str, Any] = {}
     if options.get("use_gating"):
-        gating = {"gating": "sequence", "gating_weight": arrays["gate.weight"].T, "gating_bias": arrays["gate.bias"]}
+        gating = {
+            "gating": "sequence",
+            "gating_weight": arrays["gate.weight"].T,
+            "gating_bias": arrays["gate.bias"],
+        }
     return Bottleneck(
         **common,
         down=arrays[f"adapter_down.{at}.weight"].T,
@@ -153,7 +198,11 @@ def _bottleneck(arrays: Tensors, options: Config, name: str, group: str) -> Any:
         up=arrays["adapter_up.weight"].T,
         up_bias=arrays["adapter_up.bias"],
         scale=arrays["scaling"] if scaling in ("learned", "channel") else None,
-        before=norm("adapter_norm_before" if "adapter_norm_before.weight" in arrays else "adapter_down.0") if at else None,
+        before=norm(
+            "adapter_norm_before" if "adapter_norm_before.weight" in arrays else "adapter_down.0"
+        )
+        if at
+        else None,
         after=norm("adapter_norm_after") if options.get("ln_after") else None,
         residual_first=bool(options.get("adapter_residual_before_ln")),
         stream=stream and options.get("residual_before_ln", True) is True,
@@ -164,7 +213,10 @@ def _bottleneck(arrays: Tensors, options: Config, name: str, group: str) -> Any:
 def _factors(arrays: Tensors, part: str) -> dict[str, np.ndarray]:
     if f"{part}W" in arrays:  # not factorized: the other factor is the identity
         n, _, out = arrays[f"{part}W"].shape
-        factors = {"left": arrays[f"{part}W"], "right": np.tile(np.eye(out, dtype=np.float32), (n, 1, 1))}
+        factors = {
+            "left": arrays[f"{part}W"],
+            "right": np.tile(np.eye(out, dtype=np.float32), (n, 1, 1)),
+        }
     else:
         factors = {"left": arrays[f"{part}W_left"], "right": arrays[f"{part}W_right"]}
     return factors | ({"rule": arrays[f"{part}phm_rule"]} if f"{part}phm_rule" in arrays else {})
@@ -173,36 +225,60 @@ def _factors(arrays: Tensors, part: str) -> dict[str, np.ndarray]:
 def _coupling(arrays: Tensors, options: Config, name: str) -> Invertible:
     if options.get("inv_adapter") != "nice":
         raise ValueError(f"inv_adapter={options.get('inv_adapter')!r} is not supported; nice is")
-    net = lambda part: tuple(
-        (jnp.asarray(arrays[f"{part}.{i}.weight"].T), jnp.asarray(arrays[f"{part}.{i}.bias"])) for i in (0, 2)
+
+    def net(part):
+        return tuple(
+            (jnp.asarray(arrays[f"{part}.{i}.weight"].T), jnp.asarray(arrays[f"{part}.{i}.bias"]))
+            for i in (0, 2)
+        )
+
+    return Invertible(
+        first=net("F"), second=net("G"), activation=str(options["non_linearity"]).lower(), name=name
     )
-    return Invertible(first=net("F"), second=net("G"), activation=str(options["non_linearity"]).lower(), name=name)
 
 
-# ------------------------------------------------------------------------------------------- prefixes, LoRA and ReFT
+# -------------------------------------------------------------------------------------------
+# prefixes, LoRA and ReFT
 
 
 def _read_prefix(params: Any, tensors: Tensors, options: Config, name: str, theirs: str) -> Any:
     if options.get("use_gating"):
-        raise ValueError("a gated prefix of AdapterHub weighs a sequence by its mean; not supported")
+        raise ValueError(
+            "a gated prefix of AdapterHub weighs a sequence by its mean; not supported"
+        )
     parts = {k.rpartition(".self_prefix.")[2]: v for k, v in tensors.items()}
     order, length = prefix_places(params), int(options["prefix_length"])
     if options.get("flat"):
-        return place_prefix(params, parts["control_trans"].reshape(length, -1), order, name, offset=False)
+        return place_prefix(
+            params, parts["control_trans"].reshape(length, -1), order, name, offset=False
+        )
     h = parts["wte.weight"] @ parts["control_trans.0.weight"].T + parts["control_trans.0.bias"]
     h = np.asarray(ACTIVATIONS[str(options["non_linearity"]).lower()](jnp.asarray(h)))
     return place_prefix(
-        params, h @ parts["control_trans.2.weight"].T + parts["control_trans.2.bias"], order, name, offset=False
+        params,
+        h @ parts["control_trans.2.weight"].T + parts["control_trans.2.bias"],
+        order,
+        name,
+        offset=False,
     )
 
 
 def _read_lora(params: Any, tensors: Tensors, options: Config, name: str, theirs: str) -> Any:
     if options.get("composition_mode", "add") != "add" or options.get("use_gating"):
-        raise ValueError("only LoRA with composition_mode='add' and without gating is read from AdapterHub's folders")
+        raise ValueError(
+            "only LoRA with composition_mode='add' and without gating is read from "
+            "AdapterHub's folders"
+        )
     names = {key: key.replace(f".loras.{theirs}.", ".") + ".weight" for key in tensors}
     config = {"peft_type": "LORA", "r": int(options["r"]), "lora_alpha": float(options["alpha"])}
     config["lora_dropout"] = float(options.get("dropout") or 0.0)
-    return attach_peft(params, {f"base_model.model.{names[k]}": v for k, v in tensors.items()}, config, name, Path(WEIGHTS))
+    return attach_peft(
+        params,
+        {f"base_model.model.{names[k]}": v for k, v in tensors.items()},
+        config,
+        name,
+        Path(WEIGHTS),
+    )
 
 
 def _read_reft(params: Any, tensors: Tensors, options: Config, name: str, theirs: str) -> Any:
@@ -211,7 +287,9 @@ def _read_reft(params: Any, tensors: Tensors, options: Config, name: str, theirs
     tied = bool(options.get("tied_weights"))
     for module, arrays in _parse(tensors, f".reft_layer.refts.{theirs}.units.").items():
         for unit in (0,) if tied else (0, 1):
-            own = {k.removeprefix(f"{unit}."): v for k, v in arrays.items() if k.startswith(f"{unit}.")}
+            own = {
+                k.removeprefix(f"{unit}."): v for k, v in arrays.items() if k.startswith(f"{unit}.")
+            }
             orthogonal = "projection.weight" not in own
             projection = _householder(own) if orthogonal else own["projection.weight"].T
             nodes[f"{module.replace('.', '/')}/reft{unit or ''}"] = ReFT(
@@ -229,7 +307,9 @@ def _read_reft(params: Any, tensors: Tensors, options: Config, name: str, theirs
 
 
 def _householder(arrays: Tensors) -> np.ndarray:
-    """[D, r] of PyTorch's orthogonal parametrisation of a wide matrix: a product of Householder reflections, times its base."""
+    """[D, r] of PyTorch's orthogonal parametrisation of a wide matrix: a product of Householder
+    reflections, times its base.
+    """
     part = "projection.parametrizations.weight"
     x = arrays[f"{part}.original"].T.astype(np.float64)
     a = np.tril(x, -1)
@@ -241,7 +321,8 @@ def _householder(arrays: Tensors) -> np.ndarray:
     return (arrays[f"{part}.0.base"] @ q if f"{part}.0.base" in arrays else q).astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------- saving
+# --------------------------------------------------------------------------------------------------
+# saving
 
 _PLACES = {
     "o_proj": "attention_adapters",
@@ -252,9 +333,16 @@ _PLACES = {
 
 
 def save_adapterhub(
-    folder: str | os.PathLike[str], params: Any, nodes: Mapping[str, Any], *, name: str, base: str | None
+    folder: str | os.PathLike[str],
+    params: Any,
+    nodes: Mapping[str, Any],
+    *,
+    name: str,
+    base: str | None,
 ) -> None:
-    """Write bottleneck adapters, a prefix or LoRAs as an AdapterHub folder. Raises ValueError for what it cannot say."""
+    """Write bottleneck adapters, a prefix or LoRAs as an AdapterHub folder. Raises ValueError for
+    what it cannot say.
+    """
     kinds = {type(n) for n in nodes.values()}
     if kinds == {Bottleneck}:
         tensors, options = _write_bottleneck(split_layers(params, nodes, name), name)
@@ -264,7 +352,8 @@ def save_adapterhub(
         tensors, options = _write_lora(split_layers(params, nodes, name), name)
     else:
         raise ValueError(
-            f"AdapterHub's format is written for Bottleneck, Prefix or LoRA alone, not {sorted(k.__name__ for k in kinds)}"
+            "AdapterHub's format is written for Bottleneck, Prefix or LoRA alone, not "
+            f"{sorted(k.__name__ for k in kinds)}"
         )
     config = {
         "config": options,
@@ -280,27 +369,43 @@ def _write_bottleneck(split: Mapping[str, Any], name: str) -> tuple[Tensors, dic
     tensors: Tensors = {}
     modules = {p.rpartition("/")[0].rpartition("/")[2] for p in split}
     if len({m in ("o_proj", "down_proj") for m in modules}) > 1 or not modules <= set(_PLACES):
-        raise ValueError(f"AdapterHub places adapters after attention and feed-forward, not at {', '.join(sorted(modules))}")
+        raise ValueError(
+            "AdapterHub places adapters after attention and feed-forward, not at "
+            f"{', '.join(sorted(modules))}"
+        )
     first = next(iter(split.values()))
     for path, n in split.items():
         if _options_of(n) != _options_of(first):
             raise ValueError(f"AdapterHub's adapters share their options; {path} has others")
         if n.gating == "token" or n.down_bias is None or n.up_bias is None:
-            raise ValueError(f"{path} has a gate for each token or no biases, which AdapterHub's format cannot say")
+            raise ValueError(
+                f"{path} has a gate for each token or no biases, which AdapterHub's format "
+                "cannot say"
+            )
         module = path.rpartition("/")[0].rpartition("/")
         layer = module[0].removesuffix("/self_attn").removesuffix("/mlp").replace("/", ".")
         own, at = f"{layer}.{_PLACES[module[2]]}.adapters.{name}.", 0 if n.before is None else 1
         arrays = {f"adapter_down.{at}.weight": n.down.T, f"adapter_down.{at}.bias": n.down_bias}
         arrays |= {"adapter_up.weight": n.up.T, "adapter_up.bias": n.up_bias}
-        for part, norm in (("adapter_norm_before", n.before), ("adapter_down.0", n.before), ("adapter_norm_after", n.after)):
+        for part, norm in (
+            ("adapter_norm_before", n.before),
+            ("adapter_down.0", n.before),
+            ("adapter_norm_after", n.after),
+        ):
             arrays |= {} if norm is None else {f"{part}.weight": norm[0], f"{part}.bias": norm[1]}
         arrays |= {} if n.scale is None else {"scaling": n.scale}
-        arrays |= {} if n.gating == "none" else {"gate.weight": n.gating_weight.T, "gate.bias": n.gating_bias}
+        arrays |= (
+            {}
+            if n.gating == "none"
+            else {"gate.weight": n.gating_weight.T, "gate.bias": n.gating_bias}
+        )
         tensors |= {own + k: np.ascontiguousarray(v) for k, v in arrays.items()}
     layers = {p.partition("/layers/")[2].partition("/")[0] for p in split}
     places = {_PLACES[p.split("/")[-2]] for p in split}
     if len(split) != len(layers) * len(places):
-        raise ValueError("AdapterHub has adapters at the same places of each layer, and this adapter has not")
+        raise ValueError(
+            "AdapterHub has adapters at the same places of each layer, and this adapter has not"
+        )
     before = modules <= {"attention_residual", "mlp_residual"} and not first.parallel
     return tensors, _options_of(first) | {
         "mh_adapter": "attention_adapters" in places,
@@ -327,31 +432,46 @@ def _options_of(n: Bottleneck) -> dict[str, Any]:
     }
 
 
-def _write_prefix(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
+def _write_prefix(
+    params: Any, nodes: Mapping[str, Any], name: str
+) -> tuple[Tensors, dict[str, Any]]:
     prompt = WHOLE_FORMATS["PREFIX_TUNING"].write(params, nodes, name)[0]["prompt_embeddings"]
     own = f"prefix_tuning.pool.prefix_tunings.{name}.self_prefix.control_trans"
     attention = prefix_places(params)[0][0].removesuffix("/core").replace("/", ".")
-    options = {"architecture": "prefix_tuning", "flat": True, "prefix_length": len(prompt), "cross_prefix": False}
+    options = {
+        "architecture": "prefix_tuning",
+        "flat": True,
+        "prefix_length": len(prompt),
+        "cross_prefix": False,
+    }
     return {f"{attention}.{own}": prompt.reshape(-1)}, options
 
 
 def _write_lora(split: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
     alphas = {(n.rank, round(float(n.scale) * n.rank, 6)) for n in split.values()}
     if len(alphas) > 1:
-        raise ValueError(f"AdapterHub's LoRA has one rank and alpha for all modules, this one {sorted(alphas)}")
+        raise ValueError(
+            f"AdapterHub's LoRA has one rank and alpha for all modules, this one {sorted(alphas)}"
+        )
     rank, alpha = alphas.pop()
     modules = {p.removesuffix("/kernel").rpartition("/")[2] for p in split}
     places = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
     if not modules <= set(places):
         raise ValueError(
-            f"AdapterHub's LoRA adapts q_proj, k_proj and v_proj of a decoder, not {sorted(modules - set(places))[0]}"
+            "AdapterHub's LoRA adapts q_proj, k_proj and v_proj of a decoder, not "
+            f"{sorted(modules - set(places))[0]}"
         )
     tensors: Tensors = {}
     for path, n in split.items():
         own = f"{path.removesuffix('/kernel').replace('/', '.')}.loras.{name}."
         a, b = n.factors()
         tensors |= {own + "lora_A": np.asarray(a).T.copy(), own + "lora_B": np.asarray(b).T.copy()}
-    options = {"architecture": "lora", "r": rank, "alpha": alpha, "attn_matrices": sorted(places[m] for m in modules)}
+    options = {
+        "architecture": "lora",
+        "r": rank,
+        "alpha": alpha,
+        "attn_matrices": sorted(places[m] for m in modules),
+    }
     return tensors, options | {
         "composition_mode": "add",
         "selfattn_lora": True,

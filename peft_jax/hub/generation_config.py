@@ -1,7 +1,7 @@
 """A folder's `generation_config.json`, and the tokens at which a model's text ends.
 
-The ends are a set: those of the generation config (else of the config, as in `transformers`), the tokenizer's, and the
-token after an assistant's turn in the chat template.
+The ends are a set: those of the generation config (else of the config, as in `transformers`), the
+tokenizer's, and the token after an assistant's turn in the chat template.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ _TURN = [{"role": "user", "content": "Question"}, {"role": "assistant", "content
 
 
 def read_generation_config(folder: Path) -> str | None:
-    """The folder's generation config as JSON, None where there is none. Raises ValueError where it is no JSON object."""
+    """The folder's generation config as JSON, None where there is none. Raises ValueError where it
+    is no JSON object.
+    """
     path = folder / FILE
     return json.dumps(read_json(path), sort_keys=True) if path.is_file() else None
 
 
 def end_tokens(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
-    """The ids of all tokens that end what the model writes, those of its own configuration first; none for an unknown model."""
+    """The ids of all tokens that end what the model writes, those of its own configuration first;
+    none for an unknown model.
+    """
     found = _listed(_settings(model).get("eos_token_id"))
     if tokenizer is not None:
         found += _listed(tokenizer.eos_token_id) + _listed(end_of_turn(tokenizer))
@@ -47,7 +51,9 @@ def _listed(ids: Any) -> list[int]:
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The first of the tokenizer's added tokens after an assistant's text, as its chat template writes it; None without."""
+    """The first of the tokenizer's added tokens after an assistant's text, as its chat template
+    writes it; None without.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
@@ -55,6 +61,8 @@ def end_of_turn(tokenizer: Any) -> int | None:
     except (TemplateError, ValueError):  # a template for other conversations
         return None
     after = text.rpartition(_TURN[-1]["content"])[2]
-    known = {i for i, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()}
+    known = {
+        i for i, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()
+    }
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     return next((i for i in ids if i in known), None)

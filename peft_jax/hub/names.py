@@ -1,8 +1,8 @@
 """Paths in a parameter tree and names of modules and tensors in Hugging Face's models.
 
-`model/layers/self_attn/q_proj/kernel` [L, in, out] is `model.layers.{i}.self_attn.q_proj.weight` [out, in] for each
-layer i; looped trees have `model/layers_{i}/...` instead. Stacks are called as they are there (`layers`, `layer`, `h`,
-`block`), so the names follow from the tree alone.
+`model/layers/self_attn/q_proj/kernel` [L, in, out] is `model.layers.{i}.self_attn.q_proj.weight`
+[out, in] for each layer i; looped trees have `model/layers_{i}/...` instead. Stacks are called as
+they are there (`layers`, `layer`, `h`, `block`), so the names follow from the tree alone.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from peft_jax.core.select import EXPERTS, OUTPUT_EMBEDDING, number_layers, stack
 from peft_jax.models.families import FAMILIES
 
 _WEIGHT_LEAVES = ("kernel", "embedding", "scale", OUTPUT_EMBEDDING)
-_CONV1D = ("c_attn", "c_proj", "c_fc")  # GPT-2's layers of the class Conv1D, whose weights are [in, out]
+_CONV1D = (
+    "c_attn",
+    "c_proj",
+    "c_fc",
+)  # GPT-2's layers of the class Conv1D, whose weights are [in, out]
 # What all layers share and Hugging Face keeps in the first one.
 _SHARED = re.compile(r"^(encoder|decoder)\.(relative_attention_bias)$")
 
 
 class Tensor(NamedTuple):
-    """A tensor and where it goes: its name, the layer it fills (None: all of the leaf), transposed or not.
+    """A tensor and where it goes: its name, the layer it fills (None: all of the leaf), transposed
+    or not.
 
-    Of stacked experts it may be one (`expert`), and of its outputs the `part[0]`-th of `part[1]` equal runs.
+    Of stacked experts it may be one (`expert`), and of its outputs the `part[0]`-th of `part[1]`
+    equal runs.
     """
 
     name: str
@@ -58,9 +64,14 @@ class Tensor(NamedTuple):
         return value.swapaxes(-1, -2) if self.transposed else value
 
     def put(self, leaf: Any, value: Any, where: str) -> None:
-        """Fill its part of a leaf, a NumPy array, from the checkpoint's `value`. Raises ValueError for another shape."""
+        """Fill its part of a leaf, a NumPy array, from the checkpoint's `value`. Raises ValueError
+        for another shape.
+        """
         if np.shape(value) != self.stored(leaf.shape):
-            raise ValueError(f"{self.name} in {where} has shape {np.shape(value)}, the model's is {self.stored(leaf.shape)}")
+            raise ValueError(
+                f"{self.name} in {where} has shape {np.shape(value)}, the model's is "
+                f"{self.stored(leaf.shape)}"
+            )
         leaf[self.index] = (value.swapaxes(-1, -2) if self.transposed else value).astype(leaf.dtype)
 
 
@@ -75,11 +86,16 @@ def tensors_of(path: str, layers: int | None) -> list[Tensor]:
     expert = leaf in EXPERTS and module.endswith("experts")
     transposed = expert or (leaf == "kernel" and not is_conv1d(module))
     suffix = "weight" if leaf in _WEIGHT_LEAVES else leaf
-    return [Tensor(f"{name}.{suffix}" if name else suffix, layer, transposed) for name, layer in modules_of(path, layers)]
+    return [
+        Tensor(f"{name}.{suffix}" if name else suffix, layer, transposed)
+        for name, layer in modules_of(path, layers)
+    ]
 
 
 def modules_of(path: str, layers: int | None) -> list[tuple[str, int | None]]:
-    """(Hugging Face module name, layer) for each module behind the place at `path`; see `tensors_of`."""
+    """(Hugging Face module name, layer) for each module behind the place at `path`; see
+    `tensors_of`.
+    """
     module, _, leaf = path.rpartition("/")
     if leaf != OUTPUT_EMBEDDING:
         return module_names(module, layers)
@@ -93,7 +109,9 @@ def embedding_name(path: str) -> str:
 
 
 def expert_tensors(tensor: Tensor, experts: int) -> list[Tensor]:
-    """The tensors of single experts, as checkpoints have them, for one of stacked experts; itself for any other."""
+    """The tensors of single experts, as checkpoints have them, for one of stacked experts; itself
+    for any other.
+    """
     module, _, leaf = tensor.name.rpartition(".")
     if leaf not in EXPERTS or not module.endswith(".experts"):
         return [tensor]
@@ -117,5 +135,10 @@ def module_names(module: str, layers: int | None) -> list[tuple[str, int | None]
         paths: list[tuple[str, int | None]] = [(module, None)]
     else:
         paths = [("/".join([*parts[:at], str(i), *parts[at:]]), i) for i in range(layers)]
-    named = lambda path: number_layers(path).replace("/", ".")
-    return [(_SHARED.sub(r"\1.block.0.layer.0.SelfAttention.\2", named(path)), i) for path, i in paths]
+
+    def named(path):
+        return number_layers(path).replace("/", ".")
+
+    return [
+        (_SHARED.sub(r"\1.block.0.layer.0.SelfAttention.\2", named(path)), i) for path, i in paths
+    ]

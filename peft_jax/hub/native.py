@@ -1,7 +1,9 @@
-"""This package's own adapter folders: any nodes of a tree, several methods together, in safetensors and JSON.
+"""This package's own adapter folders: any nodes of a tree, several methods together, in safetensors
+and JSON.
 
-`adapter_config.json` says where each node stands (layer by layer, so that stacked and looped trees share it), its class and its
-options; `adapter_model.safetensors` has its arrays. Classes are looked up among this package's own; nothing is executed.
+`adapter_config.json` says where each node stands (layer by layer, so that stacked and looped trees
+share it), its class and its options; `adapter_model.safetensors` has its arrays. Classes are looked
+up among this package's own; nothing is executed.
 """
 
 from __future__ import annotations
@@ -26,14 +28,28 @@ from peft_jax.hub.safetensors_io import CONFIG, open_checkpoint, write_adapter
 from peft_jax.models.families import untie
 
 WEIGHTS, FORMAT = "adapter_model.safetensors", "peft_jax"
-_LEFT = ("base", "key", "shared")  # fields that the tree or `bind` fills, as it does the `ids` of banks
+_LEFT = (
+    "base",
+    "key",
+    "shared",
+)  # fields that the tree or `bind` fills, as it does the `ids` of banks
 
 
 def save_native(
-    folder: str | os.PathLike[str], params: Any, nodes: dict[str, Any], *, name: str, base: Any, revision: Any
+    folder: str | os.PathLike[str],
+    params: Any,
+    nodes: dict[str, Any],
+    *,
+    name: str,
+    base: Any,
+    revision: Any,
 ) -> None:
     """Write these nodes (place -> node) of the adapter `name`, and what it shares."""
-    groups = {f"shared_{n.group}": params[f"shared_{n.group}"] for n in nodes.values() if getattr(n, "group", "")}
+    groups = {
+        f"shared_{n.group}": params[f"shared_{n.group}"]
+        for n in nodes.values()
+        if getattr(n, "group", "")
+    }
     tensors: dict[str, np.ndarray] = {}
     split = split_layers(params, nodes, name)
     described = {p: _describe(n, p, tensors) for p, n in split.items()}
@@ -60,10 +76,22 @@ def _width(params: Any) -> int | None:
 def _describe(x: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     """A value of a node's field as JSON; arrays go to `tensors` under `path`."""
     if is_node(x):
-        fixed = [f.name for f in dataclasses.fields(x) if f.metadata.get("static") and f.name not in ("name", "frozen")]
+        fixed = [
+            f.name
+            for f in dataclasses.fields(x)
+            if f.metadata.get("static") and f.name not in ("name", "frozen")
+        ]
         left = (*_LEFT, "ids") if x.routed else _LEFT
-        data = {f: _describe(getattr(x, f), f"{path}.{f}", tensors) for f in data_fields(x) if f not in left}
-        return {"class": type(x).__name__, "options": {f: _plain(getattr(x, f)) for f in fixed}, "fields": data}
+        data = {
+            f: _describe(getattr(x, f), f"{path}.{f}", tensors)
+            for f in data_fields(x)
+            if f not in left
+        }
+        return {
+            "class": type(x).__name__,
+            "options": {f: _plain(getattr(x, f)) for f in fixed},
+            "fields": data,
+        }
     if x is None:
         return None
     if isinstance(x, tuple | list):
@@ -90,25 +118,44 @@ def _classes() -> dict[str, type]:
 
 
 def load_native(params: Any, path: Path, name: str) -> Any:
-    """`params` with the adapter of a folder that `save_native` wrote. Raises ValueError naming what cannot be used."""
+    """`params` with the adapter of a folder that `save_native` wrote. Raises ValueError naming what
+    cannot be used.
+    """
     config = read_json(path / CONFIG)
     if config.get("version") != 1:
-        raise ValueError(f"{path / CONFIG}: version {config.get('version')!r} of the format is not known; this package reads 1")
+        raise ValueError(
+            f"{path / CONFIG}: version {config.get('version')!r} of the format is not known; this "
+            "package reads 1"
+        )
     width = _width(params)
     if width and config.get("hidden_size") not in (None, width):
-        raise ValueError(f"the adapter in {path} is for a model of {config['hidden_size']} features; this one has {width}")
+        raise ValueError(
+            f"the adapter in {path} is for a model of {config['hidden_size']} features; this one "
+            f"has {width}"
+        )
     with open_checkpoint(path, WEIGHTS, WEIGHTS + ".index.json") as checkpoint:
         tensors = {n: checkpoint.read(n) for n in checkpoint.names}
     if config.get("untied"):
         params = untie(params)
     if config.get("trained"):
         raise ValueError(
-            f"{path / CONFIG} is of an older version, which kept whole modules in a section of their own; write it again with "
+            f"{path / CONFIG} is of an older version, which kept whole modules in a section of "
+            "their own; write it again with "
             "this one"
         )
-    read = lambda part: {p: _restore(s, tensors, name, f"{path / CONFIG}: {p}") for p, s in (config.get(part) or {}).items()}
+
+    def read(part):
+        return {
+            p: _restore(s, tensors, name, f"{path / CONFIG}: {p}")
+            for p, s in (config.get(part) or {}).items()
+        }
+
     nodes = join_layers(params, {p: _named(n, name) for p, n in read("nodes").items()}, name)
-    groups = {f"{key.rpartition('_')[0]}_{name}": node for key, node in read("shared").items() if isinstance(node, Shared)}
+    groups = {
+        f"{key.rpartition('_')[0]}_{name}": node
+        for key, node in read("shared").items()
+        if isinstance(node, Shared)
+    }
     for place, node in nodes.items():
         _check_lead(params, place, node)
     return {**put_nodes(params, nodes), **groups} if groups else put_nodes(params, nodes)
@@ -118,13 +165,19 @@ def _check_lead(params: Any, place: str, node: Any) -> None:
     base = places(params).get(place)
     if hasattr(node, "in_axes") and base is not None:
         placed = node.replace(base=base)
-        if placed.shape != base.shape or placed.lead != tuple(np.shape(jax.tree.leaves(node)[0])[: len(placed.lead)]):
-            raise ValueError(f"the adapter's arrays at {place} do not fit a weight of shape {base.shape}")
+        if placed.shape != base.shape or placed.lead != tuple(
+            np.shape(jax.tree.leaves(node)[0])[: len(placed.lead)]
+        ):
+            raise ValueError(
+                f"the adapter's arrays at {place} do not fit a weight of shape {base.shape}"
+            )
 
 
 def _named(node: Any, name: str) -> Any:
     group = getattr(node, "group", "")
-    return node.replace(name=name, **({"group": f"{group.rpartition('_')[0]}_{name}"} if group else {}))
+    return node.replace(
+        name=name, **({"group": f"{group.rpartition('_')[0]}_{name}"} if group else {})
+    )
 
 
 def _restore(spec: Any, tensors: dict[str, np.ndarray], name: str, where: str) -> Any:
@@ -149,7 +202,9 @@ def _restore(spec: Any, tensors: dict[str, np.ndarray], name: str, where: str) -
     if unknown := [k for k in (*options, *data) if k not in fields]:
         raise ValueError(f"{where} has a field {unknown[0]!r}, which a {cls.__name__} lacks")
     values = {k: _restore(s, tensors, name, where) for k, s in data.items()}
-    values |= {k: _tuples(v) for k, v in options.items()} | ({"base": None} if "base" in fields else {})
+    values |= {k: _tuples(v) for k, v in options.items()} | (
+        {"base": None} if "base" in fields else {}
+    )
     try:
         return cls(**values)
     except TypeError as error:

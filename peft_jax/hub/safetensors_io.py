@@ -1,4 +1,6 @@
-"""Reading and writing safetensors checkpoints, one file or shards with an index. No pickle, ever."""
+"""Reading and writing safetensors checkpoints, one file or shards with an index. No pickle,
+ever.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,20 @@ class Checkpoint:
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor, or the part of it that `index` (one slice an axis) cuts out; only that part is read."""
+        """The tensor, or the part of it that `index` (one slice an axis) cuts out; only that part
+        is read.
+        """
         part = self._slice(name)
         if part.get_dtype() in _FLOAT8:  # unknown to the library's NumPy side
             whole = mapped(self._files[name], name, _FLOAT8[part.get_dtype()])
             return np.array(whole[index] if index else whole)
-        return part[index] if index else part[:] if part.get_shape() else self._handles[self._files[name]].get_tensor(name)
+        return (
+            part[index]
+            if index
+            else part[:]
+            if part.get_shape()
+            else self._handles[self._files[name]].get_tensor(name)
+        )
 
     def _slice(self, name: str) -> Any:
         return self._handles[self._files[name]].get_slice(name)
@@ -52,8 +62,8 @@ class Checkpoint:
 def open_checkpoint(folder: Path, single: str = SINGLE, index: str = INDEX) -> Iterator[Checkpoint]:
     """The safetensors checkpoint in `folder`.
 
-    Raises FileNotFoundError where there is none, and ValueError for a corrupt or truncated file, or an index that names
-    a file or a tensor that is not there.
+    Raises FileNotFoundError where there is none, and ValueError for a corrupt or truncated file, or
+    an index that names a file or a tensor that is not there.
     """
     with contextlib.ExitStack() as stack:
         handles: dict[Path, Any] = {}
@@ -64,11 +74,15 @@ def open_checkpoint(folder: Path, single: str = SINGLE, index: str = INDEX) -> I
                 raise ValueError(f"{folder / index} has no weight_map")
             for file in sorted(set(weight_map.values())):
                 if Path(file).name != file:
-                    raise ValueError(f"{folder / index} names {file!r}, which is not a file beside it")
+                    raise ValueError(
+                        f"{folder / index} names {file!r}, which is not a file beside it"
+                    )
                 handles[folder / file] = stack.enter_context(_open(folder / file))
             for name, file in weight_map.items():
                 if name not in handles[folder / file].keys():  # noqa: SIM118 (no mapping)
-                    raise ValueError(f"{folder / index} places {name} in {file}, which does not hold it")
+                    raise ValueError(
+                        f"{folder / index} places {name} in {file}, which does not hold it"
+                    )
                 files[name] = folder / file
         elif (folder / single).is_file():
             handles[folder / single] = stack.enter_context(_open(folder / single))
@@ -79,7 +93,9 @@ def open_checkpoint(folder: Path, single: str = SINGLE, index: str = INDEX) -> I
 
 
 def mapped(path: Path, name: str, dtype: Any) -> np.ndarray:
-    """A tensor of a file that has been opened (and so checked), through its header, without reading the rest; mapped."""
+    """A tensor of a file that has been opened (and so checked), through its header, without reading
+    the rest; mapped.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(length))[name]
@@ -95,17 +111,26 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file (corrupt or truncated): {error}") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file (corrupt or truncated): {error}"
+        ) from error
 
 
 def _no_weights(folder: Path, single: str) -> str:
     if any(folder.glob("*.bin")):
-        return f"{folder} holds PyTorch .bin files (pickle, which is not read); convert them to {single}"
+        return (
+            f"{folder} holds PyTorch .bin files (pickle, which is not read); convert them "
+            f"to {single}"
+        )
     return f"{folder} holds no {single}"
 
 
-def write_adapter(folder: str | os.PathLike[str], weights: str, tensors: dict[str, np.ndarray], config: Any) -> None:
-    """An adapter's folder of a configuration and one file of weights; of several hosts the first one writes it."""
+def write_adapter(
+    folder: str | os.PathLike[str], weights: str, tensors: dict[str, np.ndarray], config: Any
+) -> None:
+    """An adapter's folder of a configuration and one file of weights; of several hosts the first
+    one writes it.
+    """
     if jax.process_index() != 0:
         return
     with replacing_folder(folder) as temporary:
@@ -114,11 +139,15 @@ def write_adapter(folder: str | os.PathLike[str], weights: str, tensors: dict[st
 
 
 def write_shards(
-    folder: Path | None, tensors: Iterable[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]], limit: int
+    folder: Path | None,
+    tensors: Iterable[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]],
+    limit: int,
 ) -> None:
-    """Write (name, shape, dtype, reader) tensors into shards of at most `limit` bytes, with an index where several.
+    """Write (name, shape, dtype, reader) tensors into shards of at most `limit` bytes, with an
+    index where several.
 
-    Without a folder all is read and nothing written: so do the hosts that only send their part of each tensor.
+    Without a folder all is read and nothing written: so do the hosts that only send their part of
+    each tensor.
     """
     shards: list[list[tuple[str, Callable[[], np.ndarray]]]] = [[]]
     sizes, size = [], 0
@@ -139,10 +168,14 @@ def write_shards(
             save_tensors(folder / file, arrays)
         weight_map.update({name: file for name, _ in shard})
     if folder is not None and len(shards) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+        write_json(
+            folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        )
 
 
 def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """One safetensors file, marked as PyTorch's layout, which is what other tools look for."""
-    save_file({k: np.asarray(v, order="C") for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {k: np.asarray(v, order="C") for k, v in tensors.items()}, path, metadata={"format": "pt"}
+    )
     path.chmod(0o644)  # the library makes files that only their owner can read

@@ -1,4 +1,6 @@
-"""Attachments that change what flows through chosen layers at chosen tokens: for finding and writing facts."""
+"""Attachments that change what flows through chosen layers at chosen tokens: for finding and
+writing facts.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,15 @@ from peft_jax.core.prepare import cache_slots
 from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import places
 
-_DOWN = {"down_proj": "model/layers/mlp", "c_proj": "transformer/h/mlp"}  # the module that writes, and the feed-forward
+_DOWN = {
+    "down_proj": "model/layers/mlp",
+    "c_proj": "transformer/h/mlp",
+}  # the module that writes, and the feed-forward
 
 
 class FeedForward(NamedTuple):
-    """Where a decoder's feed-forward stands: the stack of its layers, the module, the path of the weight that writes, and
-    the sum that adds what is made of its output to the hidden states.
+    """Where a decoder's feed-forward stands: the stack of its layers, the module, the path of the
+    weight that writes, and the sum that adds what is made of its output to the hidden states.
     """
 
     stack: str
@@ -32,12 +37,20 @@ def feed_forward(params: Any) -> FeedForward:
     """Of a tree with stacked layers, Llama's kin or GPT-2. Raises ValueError for others."""
     known = places(params)
     if cache_slots(params):
-        raise ValueError("the tree has virtual tokens, which edits would count as a prompt's own; edit the model without them")
+        raise ValueError(
+            "the tree has virtual tokens, which edits would count as a prompt's own; edit the "
+            "model without them"
+        )
     for name, module in _DOWN.items():
         path = f"{module}/{name}/kernel"
         if path in known and known[path].ndim == 3:
-            return FeedForward(module.rpartition("/")[0], module, path, f"{module}_residual", known[path].shape[0])
-    raise ValueError("knowledge is edited in decoders with stacked layers and one feed-forward each (Llama's kin, GPT-2)")
+            return FeedForward(
+                module.rpartition("/")[0], module, path, f"{module}_residual", known[path].shape[0]
+            )
+    raise ValueError(
+        "knowledge is edited in decoders with stacked layers and one feed-forward each (Llama's "
+        "kin, GPT-2)"
+    )
 
 
 @node
@@ -72,7 +85,9 @@ class Restore(Attachment):
     mask: jax.Array
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return _first(call(*args, **kwargs), lambda out: jnp.where(self.mask[None, :, None], out[:1], out))
+        return _first(
+            call(*args, **kwargs), lambda out: jnp.where(self.mask[None, :, None], out[:1], out)
+        )
 
 
 def _first(out: Any, change: Callable[[jax.Array], jax.Array]) -> Any:

@@ -1,7 +1,9 @@
-"""Knowledge at the input: triples beside the mentions of their subjects (K-BERT, Liu et al. 2020, arXiv:1909.07606), and
-vectors of entities added there (in the manner of ERNIE, Zhang et al. 2019, arXiv:1905.07129, and KnowBERT).
+"""Knowledge at the input: triples beside the mentions of their subjects (K-BERT, Liu et al. 2020,
+arXiv:1909.07606), and vectors of entities added there (in the manner of ERNIE, Zhang et al. 2019,
+arXiv:1905.07129, and KnowBERT).
 
-The rows of any task get more fields, and the model attachments that read them; the models themselves know of neither.
+The rows of any task get more fields, and the model attachments that read them; the models
+themselves know of neither.
 """
 
 from __future__ import annotations
@@ -24,7 +26,16 @@ from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import map_places
 from peft_jax.core.weight import static
 from peft_jax.data import Record, with_fields
-from peft_jax.data.spans import BREAK, UNKNOWN, Names, find_names, make_names, text_of, token_bytes, tokens_of
+from peft_jax.data.spans import (
+    BREAK,
+    UNKNOWN,
+    Names,
+    find_names,
+    make_names,
+    text_of,
+    token_bytes,
+    tokens_of,
+)
 from peft_jax.knowledge.hooks import KEY
 
 logger = logging.getLogger("peft_jax")
@@ -40,7 +51,8 @@ class Lexicon(NamedTuple):
 def make_lexicon(tokenizer: Any, names: Iterable[str | Sequence[str]]) -> Lexicon:
     """Of names, or lists of a thing's names (aliases), numbered in their order.
 
-    Warns of names that the tokenizer cannot say, which are never found. Raises ValueError for a tokenizer without offsets.
+    Warns of names that the tokenizer cannot say, which are never found. Raises ValueError for a
+    tokenizer without offsets.
     """
     pieces, said, unsaid = token_bytes(tokenizer), [], []
     for number, aliases in enumerate(names):
@@ -49,16 +61,25 @@ def make_lexicon(tokenizer: Any, names: Iterable[str | Sequence[str]]) -> Lexico
             text = text_of(pieces, ids, [1] * len(ids))[0].removeprefix(BREAK)
             (unsaid if {BREAK, UNKNOWN} & set(text) else said).append((text, name, number))
     if unsaid:
-        logger.warning("%d names hold what the tokenizer cannot say and are never found: %r ...", len(unsaid), unsaid[0][1])
+        logger.warning(
+            "%d names hold what the tokenizer cannot say and are never found: %r ...",
+            len(unsaid),
+            unsaid[0][1],
+        )
     return Lexicon(make_names((text, number) for text, _, number in said), pieces)
 
 
-def find_mentions(lexicon: Lexicon, tokens: Any, segments: Any = None) -> list[tuple[int, int, int]]:
-    """(first token, end, number of the name) of each mention in tokens [T], from the left, the longest name at a place; whole
-    words of one of the `segments` [T] only (0: of none). Of two mentions in one token the first is told.
+def find_mentions(
+    lexicon: Lexicon, tokens: Any, segments: Any = None
+) -> list[tuple[int, int, int]]:
+    """(first token, end, number of the name) of each mention in tokens [T], from the left, the
+    longest name at a place; whole words of one of the `segments` [T] only (0: of none). Of two
+    mentions in one token the first is told.
     """
     ids = np.asarray(tokens).tolist()
-    text, spans = text_of(lexicon.pieces, ids, [1] * len(ids) if segments is None else np.asarray(segments).tolist())
+    text, spans = text_of(
+        lexicon.pieces, ids, [1] * len(ids) if segments is None else np.asarray(segments).tolist()
+    )
     found, done = [], 0
     for *span, name in find_names(lexicon.names, text):
         start, end = tokens_of(text, spans, (span[0], span[1]))
@@ -69,7 +90,9 @@ def find_mentions(lexicon: Lexicon, tokens: Any, segments: Any = None) -> list[t
 
 
 class Triples(NamedTuple):
-    """What is known: `lexicon` of the subjects, and for each of them what is said beside it, as tokens."""
+    """What is known: `lexicon` of the subjects, and for each of them what is said beside it, as
+    tokens.
+    """
 
     lexicon: Lexicon
     said: list[list[np.ndarray]]
@@ -81,23 +104,35 @@ def make_triples(tokenizer: Any, facts: Sequence[Record]) -> Triples:
     for fact in facts:
         value = fact.value
         of.setdefault(value["subject"], []).append(f" {value['relation']} {value['object']}")
-    encode = lambda text: np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
-    return Triples(make_lexicon(tokenizer, of), [[encode(t) for t in texts] for texts in of.values()])
+
+    def encode(text):
+        return np.asarray(
+            tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32
+        )
+
+    return Triples(
+        make_lexicon(tokenizer, of), [[encode(t) for t in texts] for texts in of.values()]
+    )
 
 
 def attach_triples(rows: Any, triples: Triples, *, most: int = 4, room: int = 32) -> Any:
-    """Rows (a NamedTuple of arrays [N, ...], those of tokens [N, T]) with at most `most` triples beside each mention, as long
-    as `room` more tokens hold them: [N, T + room].
+    """Rows (a NamedTuple of arrays [N, ...], those of tokens [N, T]) with at most `most` triples
+    beside each mention, as long as `room` more tokens hold them: [N, T + room].
 
-    A triple stands before its mention's last token, so that in a decoder this token sees it and no earlier one does. Its soft
-    positions go on from the mention's (figure 2 of the paper), it has no loss, and two more fields say what the visible matrix
-    needs: `branches`, 0 for the sentence and else the number of the triple, and `mentions`, the number of the mention that a
-    token is of, 0 for none. Raises ValueError for rows of an encoder-decoder and of questions, whose labels are places.
+    A triple stands before its mention's last token, so that in a decoder this token sees it and no
+    earlier one does. Its soft positions go on from the mention's (figure 2 of the paper), it has no
+    loss, and two more fields say what the visible matrix needs: `branches`, 0 for the sentence and
+    else the number of the triple, and `mentions`, the number of the mention that a token is of, 0
+    for none. Raises ValueError for rows of an encoder-decoder and of questions, whose labels are
+    places.
     """
     fields, (N, T) = rows._asdict(), rows.tokens.shape
     labels = fields.get("labels", rows.tokens)
     if "decoder_tokens" in fields or "other_tokens" in fields or labels.shape[1:] not in ((), (T,)):
-        raise ValueError("triples are attached to rows of one text each, with labels of the text or of its tokens")
+        raise ValueError(
+            "triples are attached to rows of one text each, with labels of the text or of "
+            "its tokens"
+        )
     fields.setdefault("positions", np.broadcast_to(np.arange(T, dtype=np.int32), (N, T)))
     wide = {n: np.zeros((N, T + room), x.dtype) for n, x in fields.items() if x.shape == (N, T)}
     wide |= {n: np.zeros((N, T + room), np.int32) for n in ("branches", "mentions")}
@@ -115,8 +150,8 @@ def attach_triples(rows: Any, triples: Triples, *, most: int = 4, room: int = 32
 
 
 class _Woven(NamedTuple):
-    """A row with triples: for each new place the old one (of a triple's, its mention's last token), how far it is behind that
-    (0 for the sentence), its branch and mention; and the triples' tokens.
+    """A row with triples: for each new place the old one (of a triple's, its mention's last token),
+    how far it is behind that (0 for the sentence), its branch and mention; and the triples' tokens.
     """
 
     order: np.ndarray
@@ -126,11 +161,15 @@ class _Woven(NamedTuple):
     said: np.ndarray
 
 
-def _woven(triples: Triples, tokens: np.ndarray, segments: np.ndarray, most: int, room: int) -> _Woven:
+def _woven(
+    triples: Triples, tokens: np.ndarray, segments: np.ndarray, most: int, room: int
+) -> _Woven:
     places: list[tuple[int, int, int, int]] = []  # order, soft, branch, mention
     said: list[int] = []
     done = branch = 0
-    for number, (start, end, name) in enumerate(find_mentions(triples.lexicon, tokens, segments), 1):
+    for number, (start, end, name) in enumerate(
+        find_mentions(triples.lexicon, tokens, segments), 1
+    ):
         places += [(at, 0, 0, number if at >= start else 0) for at in range(done, end - 1)]
         for text in triples.said[name][:most]:
             if len(said) + len(text) <= room:
@@ -146,18 +185,27 @@ def _woven(triples: Triples, tokens: np.ndarray, segments: np.ndarray, most: int
 
 @node
 class VisibleMatrix(Attachment):
-    """Around an attention core: who sees whom, by `branches` and `mentions` [*lead, B, T] (K-BERT's equation 5). Tokens see
-    those of their own branch, the sentence being one; a triple and the mention that it stands at see each other.
+    """Around an attention core: who sees whom, by `branches` and `mentions` [*lead, B, T] (K-BERT's
+    equation 5). Tokens see those of their own branch, the sentence being one; a triple and the
+    mention that it stands at see each other.
     """
 
     branches: jax.Array
     mentions: jax.Array
 
-    def around(self, call: Callable[..., Any], q: Any, k: Any, v: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
+    def around(
+        self, call: Callable[..., Any], q: Any, k: Any, v: Any, mask: Any, *rest: Any, **kwargs: Any
+    ) -> Any:
         b, m, place = self.branches, self.mentions, jnp.arange(self.branches.shape[-1])
         if q.shape[1] != len(place):
-            raise ValueError(f"rows with triples have {len(place)} tokens, attention {q.shape[1]}: leave virtual tokens out")
-        pairs = lambda x: (x[:, None, :, None], x[:, None, None, :])
+            raise ValueError(
+                f"rows with triples have {len(place)} tokens, attention {q.shape[1]}: leave "
+                "virtual tokens out"
+            )
+
+        def pairs(x):
+            return (x[:, None, :, None], x[:, None, None, :])
+
         (ours, theirs), (at, other) = pairs(b), pairs(m)
         seen = (ours == theirs) | (((ours == 0) | (theirs == 0)) & (at == other) & (at > 0))
         if mask.causal:
@@ -176,8 +224,9 @@ class VisibleMatrix(Attachment):
 
 @node
 class EntityFusion(Attachment):
-    """Beside a token embedding: `table` [E, d], projected by `weight` [d, D] (trained, zero at first), is added where
-    `entities` [B, T] say 1 + the number of an entity. `reads_knowledge` fills `entities`; without them nothing is added.
+    """Beside a token embedding: `table` [E, d], projected by `weight` [d, D] (trained, zero at
+    first), is added where `entities` [B, T] say 1 + the number of an entity. `reads_knowledge`
+    fills `entities`; without them nothing is added.
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("weight",)
@@ -191,38 +240,49 @@ class EntityFusion(Attachment):
         out = call(*args, **kwargs)
         if self.entities is None:
             return out
-        entities = jnp.pad(self.entities, ((0, 0), (out.shape[1] - self.entities.shape[1], 0)))  # virtual tokens stand before
+        entities = jnp.pad(
+            self.entities, ((0, 0), (out.shape[1] - self.entities.shape[1], 0))
+        )  # virtual tokens stand before
         vectors = jnp.take(self.table, jnp.maximum(entities - 1, 0), axis=0) @ self.weight
         return out + jnp.where(entities[..., None] > 0, vectors, 0.0).astype(out.dtype)
 
 
 def entity_fusion(params: Any, table: Any, *, adapter: str = "default") -> Any:
-    """`params` with vectors of entities [E, d] to be fused at the token embedding, at first without effect."""
+    """`params` with vectors of entities [E, d] to be fused at the token embedding, at first without
+    effect.
+    """
     path, embedding = token_embedding(params)
     table = jnp.asarray(table, jnp.float32)
-    fusion = EntityFusion(table=table, weight=jnp.zeros((table.shape[1], embedding.shape[-1])), name=adapter)
+    fusion = EntityFusion(
+        table=table, weight=jnp.zeros((table.shape[1], embedding.shape[-1])), name=adapter
+    )
     return attach(params, {path: {f"entities_{adapter}": fusion}})
 
 
 def read_entities(path: Path) -> tuple[list[str], np.ndarray]:
-    """(names, vectors float32 [E, d]) of an .npz file with `names` and `vectors`. Raises ValueError for any other."""
+    """(names, vectors float32 [E, d]) of an .npz file with `names` and `vectors`. Raises ValueError
+    for any other.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"file of entity vectors {path} does not exist")
     try:
         with np.load(path, allow_pickle=False) as file:
             names, vectors = [str(n) for n in file["names"]], file["vectors"].astype(np.float32)
     except (KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path} should be an .npz file with names [E] and vectors [E, d]: {error}") from error
+        raise ValueError(
+            f"{path} should be an .npz file with names [E] and vectors [E, d]: {error}"
+        ) from error
     if vectors.ndim != 2 or len(names) != len(vectors) or not np.isfinite(vectors).all():
         raise ValueError(
-            f"{path} has {len(names)} names and vectors {vectors.shape}; one finite vector for each name is needed"
+            f"{path} has {len(names)} names and vectors {vectors.shape}; one finite vector for "
+            "each name is needed"
         )
     return names, vectors
 
 
 def mark_entities(rows: Any, lexicon: Lexicon, *, everywhere: bool = False) -> Any:
-    """Rows with the field `entities` [N, T]: 1 + the number of the name at the last token of each mention (or at every one of
-    its tokens), else 0.
+    """Rows with the field `entities` [N, T]: 1 + the number of the name at the last token of each
+    mention (or at every one of its tokens), else 0.
     """
     marked = np.zeros(rows.tokens.shape, np.int32)
     for i, (tokens, segments) in enumerate(zip(rows.tokens, rows.segment_ids, strict=True)):
@@ -233,19 +293,33 @@ def mark_entities(rows: Any, lexicon: Lexicon, *, everywhere: bool = False) -> A
 
 @functools.lru_cache(maxsize=16)
 def reads_knowledge(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """`apply` (of `bind`) that also takes the fields of rows with triples and entities, each [B, T].
+    """`apply` (of `bind`) that also takes the fields of rows with triples and entities, each [B,
+    T].
 
-    With a key/value cache, which has to be empty, later tokens see of these rows what the sentence's tokens see: the sentence.
+    With a key/value cache, which has to be empty, later tokens see of these rows what the
+    sentence's tokens see: the sentence.
     """
 
-    def run(params: Any, *args: Any, branches: Any = None, mentions: Any = None, entities: Any = None, **kwargs: Any) -> Any:
+    def run(
+        params: Any,
+        *args: Any,
+        branches: Any = None,
+        mentions: Any = None,
+        entities: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         if entities is not None:
-            fill = lambda _, x: x.replace(entities=entities) if isinstance(x, EntityFusion) else x
+
+            def fill(_, x):
+                return x.replace(entities=entities) if isinstance(x, EntityFusion) else x
+
             params = map_places(fill, params)
         if branches is None:
             return apply(params, *args, **kwargs)
         if (segments := kwargs.get("segment_ids")) is not None:
-            branches = jnp.where(jnp.asarray(segments) > 0, branches, -1)  # what pads a row is no part of the sentence
+            branches = jnp.where(
+                jnp.asarray(segments) > 0, branches, -1
+            )  # what pads a row is no part of the sentence
         out = apply(_see(params, branches, mentions), *args, **kwargs)
         return out if kwargs.get("cache") is None else (out[0], _sentence_alone(out[1], branches))
 
@@ -262,10 +336,16 @@ def _sentence_alone(cache: Any, branches: jax.Array) -> Any:
 def _see(params: Any, branches: jax.Array, mentions: jax.Array) -> Any:
     cores = attention_cores(params)
     if not cores:
-        raise ValueError("triples are attached in models of this package alone, whose attention takes a visible matrix")
+        raise ValueError(
+            "triples are attached in models of this package alone, whose attention takes a "
+            "visible matrix"
+        )
     nodes: dict[str, Mapping[str, Attachment]] = {}
     for path in cores:
         lead, _ = layers_of(params, path)
-        wide = lambda x, lead=lead: jnp.broadcast_to(x, (*lead, *x.shape))
+
+        def wide(x, lead=lead):
+            return jnp.broadcast_to(x, (*lead, *x.shape))
+
         nodes[path] = {KEY: VisibleMatrix(branches=wide(branches), mentions=wide(mentions))}
     return attach(params, nodes)

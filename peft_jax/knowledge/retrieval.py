@@ -1,5 +1,5 @@
-"""Retrieval-augmented fine-tuning (RAFT, Zhang et al. 2024, arXiv:2403.10131): passages before questions, some without the one
-that answers.
+"""Retrieval-augmented fine-tuning (RAFT, Zhang et al. 2024, arXiv:2403.10131): passages before
+questions, some without the one that answers.
 """
 
 from __future__ import annotations
@@ -24,20 +24,29 @@ def passages_of(facts: Sequence[Record], templates: Mapping[str, Sequence[str]])
 
 
 def with_passages(
-    records: Sequence[Record], passages: Sequence[str], *, each: int = 3, oracle_share: float = 1.0, seed: int | None = None
+    records: Sequence[Record],
+    passages: Sequence[str],
+    *,
+    each: int = 3,
+    oracle_share: float = 1.0,
+    seed: int | None = None,
 ) -> list[Record]:
     """Completions whose prompts begin with `each` passages, those that BM25 finds for the prompt.
 
-    In training (with a `seed`) the passages come in random order, and the best one, RAFT's oracle, stands among them with the
-    probability `oracle_share`; else the next best takes its place (section 3). Without a seed: the best ones, the very best
-    nearest to the question. Raises ValueError where there are not more passages than are asked for, ImportError without bm25s.
+    In training (with a `seed`) the passages come in random order, and the best one, RAFT's oracle,
+    stands among them with the probability `oracle_share`; else the next best takes its place
+    (section 3). Without a seed: the best ones, the very best nearest to the question. Raises
+    ValueError where there are not more passages than are asked for, ImportError without bm25s.
     """
     try:
         import bm25s
     except ImportError as error:
         raise ImportError("retrieval needs bm25s: pip install peft-jax[retrieval]") from error
     if not 0 < each < len(passages):
-        raise ValueError(f"{each} passages before each question: there are {len(passages)}, and one more than that is needed")
+        raise ValueError(
+            f"{each} passages before each question: there are {len(passages)}, and one more than "
+            "that is needed"
+        )
     if not 0.0 <= oracle_share <= 1.0:
         raise ValueError(f"oracle_share must lie in [0, 1], got {oracle_share}")
     index, quiet = bm25s.BM25(), {"show_progress": False}
@@ -51,5 +60,7 @@ def with_passages(
         near = (best[:each] if oracle else best[1:])[::-1]
         order = near if rng is None else rng.permutation(near)
         read = "\n".join(passages[int(i)] for i in order)
-        made.append(record._replace(value={**record.value, "prompt": f"{read}\n\n{record.value['prompt']}"}))
+        made.append(
+            record._replace(value={**record.value, "prompt": f"{read}\n\n{record.value['prompt']}"})
+        )
     return made

@@ -1,4 +1,6 @@
-"""Causal tracing: which states a fact depends on (Meng et al. 2022, arXiv:2202.05262, section 2)."""
+"""Causal tracing: which states a fact depends on (Meng et al. 2022, arXiv:2202.05262, section
+2).
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ _ATTENTION = {"model/layers": "model/layers/self_attn", "transformer/h": "transf
 
 
 class Trace(NamedTuple):
-    """Probabilities of the answer's first token: `clean`, with the subject `corrupted`, and `restored` [T, L], corrupted but
-    for one token's state after one layer. `tokens` are the prompt's, `subject` the first and the last of the subject's.
+    """Probabilities of the answer's first token: `clean`, with the subject `corrupted`, and
+    `restored` [T, L], corrupted but for one token's state after one layer. `tokens` are the
+    prompt's, `subject` the first and the last of the subject's.
     """
 
     clean: float
@@ -49,14 +52,18 @@ def trace(
     samples: int = 10,
     seed: int = 0,
 ) -> Trace:
-    """How much of a fact comes back when single states do, the subject's embeddings being blurred by `noise` times the standard
-    deviation of all embeddings, averaged over `samples` draws.
+    """How much of a fact comes back when single states do, the subject's embeddings being blurred
+    by `noise` times the standard deviation of all embeddings, averaged over `samples` draws.
 
-    `what` is restored: hidden states after layers, or what feed-forwards or attentions put out, in a `window` of layers around
-    each one. Raises ValueError for models without stacked layers.
+    `what` is restored: hidden states after layers, or what feed-forwards or attentions put out, in
+    a `window` of layers around each one. Raises ValueError for models without stacked layers.
     """
     stack = feed_forward(params).stack
-    module = {"states": stack, "feed_forward": feed_forward(params).module, "attention": _ATTENTION[stack]}[what]
+    module = {
+        "states": stack,
+        "feed_forward": feed_forward(params).module,
+        "attention": _ATTENTION[stack],
+    }[what]
     rows = edit_rows(tokenizer, [fact.question], [fact.target], [fact.place])
     n = int(rows.segment_ids.sum()) - int(rows.weights.sum())  # the prompt's tokens
     tokens = rows.tokens[:, :n]
@@ -65,12 +72,20 @@ def trace(
     first, end = tokens_of(fact.question, offsets, fact.place)
     embedding = next(p for p in _EMBEDDINGS if f"{p}/embedding" in places(params))
     table = fetch(materialize(places(params)[f"{embedding}/embedding"])).astype(np.float32)
-    drawn = noise * table.std() * embedding_scale(model) * jax.random.normal(jax.random.key(seed), (samples, n, table.shape[1]))
+    drawn = (
+        noise
+        * table.std()
+        * embedding_scale(model)
+        * jax.random.normal(jax.random.key(seed), (samples, n, table.shape[1]))
+    )
     inside = (jnp.arange(n) >= first) & (jnp.arange(n) < end)
     blur = jnp.concatenate([jnp.zeros((1, *drawn.shape[1:])), drawn * inside[:, None]])
     blurred = attach(params, {embedding: {KEY: Noise(noise=blur)}})
     run = _runner(bind(model), module)
-    batch, layers = jnp.broadcast_to(jnp.asarray(tokens), (samples + 1, n)), feed_forward(params).layers
+    batch, layers = (
+        jnp.broadcast_to(jnp.asarray(tokens), (samples + 1, n)),
+        feed_forward(params).layers,
+    )
     nothing = np.zeros((layers, n), bool)
     clean, corrupted = fetch(run(blurred, batch, target, nothing))
     restored = np.zeros((n, layers), np.float32)
@@ -96,14 +111,28 @@ def _runner(apply: Any, module: str) -> Any:
 
 
 def plot_trace(traces: Trace | Sequence[Trace], path: Path) -> Path:
-    """A heat map by token and layer of what comes back of each fact, in a file. Raises ImportError without matplotlib."""
+    """A heat map by token and layer of what comes back of each fact, in a file. Raises ImportError
+    without matplotlib.
+    """
     from matplotlib.figure import Figure
 
     traces = [traces] if isinstance(traces, Trace) else list(traces)
-    figure = Figure(figsize=(6, 0.3 * sum(len(t.tokens) for t in traces) + 1.2 * len(traces)), layout="constrained")
+    figure = Figure(
+        figsize=(6, 0.3 * sum(len(t.tokens) for t in traces) + 1.2 * len(traces)),
+        layout="constrained",
+    )
     for axis, found in zip(np.atleast_1d(figure.subplots(len(traces), 1)), traces, strict=True):
-        image = axis.imshow(found.restored, aspect="auto", cmap="Purples", vmin=found.corrupted, vmax=max(found.clean, 1e-6))
-        names = [f"{w}*" if found.subject[0] <= i <= found.subject[1] else w for i, w in enumerate(found.tokens)]
+        image = axis.imshow(
+            found.restored,
+            aspect="auto",
+            cmap="Purples",
+            vmin=found.corrupted,
+            vmax=max(found.clean, 1e-6),
+        )
+        names = [
+            f"{w}*" if found.subject[0] <= i <= found.subject[1] else w
+            for i, w in enumerate(found.tokens)
+        ]
         axis.set_yticks(range(len(names)), names, fontsize="small")
         axis.set(xlabel="layer", title=f"clean {found.clean:.2f}, corrupted {found.corrupted:.2f}")
         figure.colorbar(image, ax=axis, label="p(answer)")

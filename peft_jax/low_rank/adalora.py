@@ -1,9 +1,9 @@
 """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): W + s P diag(E) Q, whose ranks share one budget.
 
-`adalora_budget` is an optax transformation that keeps the paper's importance scores (equations 8 to 11) and sets the
-E of the least important triplets to zero on the paper's cubic schedule (equation 12); arrays change, shapes do not.
-The orthogonality penalty (equation 4, averaged over the factors as Hugging Face PEFT does) is the node's `penalty`, which the
-training step adds to the loss.
+`adalora_budget` is an optax transformation that keeps the paper's importance scores (equations 8 to
+11) and sets the E of the least important triplets to zero on the paper's cubic schedule (equation
+12); arrays change, shapes do not. The orthogonality penalty (equation 4, averaged over the factors
+as Hugging Face PEFT does) is the node's `penalty`, which the training step adds to the loss.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from peft_jax.core.weight import Layout, static
 
 @node
 class AdaLoRA(Additive):
-    """`base` + scale * a diag(e) b. a [*lead, in, r], e [*lead, r], b [*lead, r, out], scale [*lead]."""
+    """`base` + scale * a diag(e) b. a [*lead, in, r], e [*lead, r], b [*lead, r, out], scale
+    [*lead].
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("a", "e", "b")
     a: jax.Array
@@ -46,12 +48,17 @@ class AdaLoRA(Additive):
     def penalty(self) -> jax.Array:
         """orthogonal * (||A^T A - I|| + ||B B^T - I||), summed over the layers that are adapted."""
         eye = jnp.eye(self.a.shape[-1])
-        distance = lambda gram: jnp.sqrt(jnp.square(gram - eye).sum((-2, -1)) + 1e-12)
+
+        def distance(gram):
+            return jnp.sqrt(jnp.square(gram - eye).sum((-2, -1)) + 1e-12)
+
         each = distance(self.a.mT @ self.a) + distance(self.b @ self.b.mT)
         return self.orthogonal * (each if self.gate is None else each * self.gate).sum()
 
     def penalty_terms(self) -> Any:
-        """The number of those norms, since as in PEFT it is their mean over the model that counts."""
+        """The number of those norms, since as in PEFT it is their mean over the model that
+        counts.
+        """
         return 2 * (self.e[..., 0].size if self.gate is None else self.gate.sum())
 
 
@@ -78,12 +85,15 @@ def adalora(
 ) -> Any:
     """`params` with an AdaLoRA node of rank `init_rank` at each place that `targets` name.
 
-    The scale is alpha / init_rank; alpha defaults to the initial rank. `orthogonal` weighs the penalty. `target_rank`,
-    `warmup`, `final`, `every`, `beta1` and `beta2` are read by `adalora_budget`. Raises ValueError for ranks that do not
-    fall from `init_rank` to `target_rank`.
+    The scale is alpha / init_rank; alpha defaults to the initial rank. `orthogonal` weighs the
+    penalty. `target_rank`, `warmup`, `final`, `every`, `beta1` and `beta2` are read by
+    `adalora_budget`. Raises ValueError for ranks that do not fall from `init_rank` to
+    `target_rank`.
     """
     if not 1 <= target_rank <= init_rank:
-        raise ValueError(f"target_rank must lie between 1 and init_rank={init_rank}, got {target_rank}")
+        raise ValueError(
+            f"target_rank must lie between 1 and init_rank={init_rank}, got {target_rank}"
+        )
     check_dropout(dropout)
 
     def make(site: Site, key: jax.Array) -> AdaLoRA:
@@ -94,12 +104,21 @@ def adalora(
             a=0.02 * jax.random.normal(k1, (*lead, n_in, init_rank)),
             e=jnp.zeros((*lead, init_rank)),
             b=0.02 * jax.random.normal(k2, (*lead, init_rank, n_out)),
-            scale=jnp.full(lead, (alpha or init_rank) / (init_rank + 1e-5)),  # PEFT's guard against rank 0
+            scale=jnp.full(
+                lead, (alpha or init_rank) / (init_rank + 1e-5)
+            ),  # PEFT's guard against rank 0
             orthogonal=orthogonal,
         )
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )
 
 
@@ -122,25 +141,45 @@ def adalora_budget(
     beta1: float = 0.85,
     beta2: float = 0.85,
 ) -> optax.GradientTransformationExtraArgs:
-    """Put last in the optimizer's chain: after each update, the triplets outside the budget get E = 0.
+    """Put last in the optimizer's chain: after each update, the triplets outside the budget get E =
+    0.
 
-    The budget falls from `init_rank` to `target_rank` a weight on average, from step `warmup` to step `steps - final`,
-    and is applied every `every` steps; afterwards the last choice stays. Needs the gradients as `grads`, and the frozen tree
-    as `frozen` where some of the layers of a stack are left out, which then have no part in the budget.
+    The budget falls from `init_rank` to `target_rank` a weight on average, from step `warmup` to
+    step `steps - final`, and is applied every `every` steps; afterwards the last choice stays.
+    Needs the gradients as `grads`, and the frozen tree as `frozen` where some of the layers of a
+    stack are left out, which then have no part in the budget.
     """
 
     def init(params: Any) -> BudgetState:
-        zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # two trees, since states are donated
+        def zeros():
+            return jax.tree.map(jnp.zeros_like, params)  # two trees, since states are donated
+
         return BudgetState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
-    def update(updates: Any, state: BudgetState, params: Any = None, *, grads: Any, frozen: Any = None, **_: Any) -> Any:
+    def update(
+        updates: Any,
+        state: BudgetState,
+        params: Any = None,
+        *,
+        grads: Any,
+        frozen: Any = None,
+        **_: Any,
+    ) -> Any:
         sensitivity = jax.tree.map(lambda p, g: jnp.abs(p * g), params, grads)
-        importance = jax.tree.map(lambda i, s: beta1 * i + (1 - beta1) * s, state.importance, sensitivity)
+        importance = jax.tree.map(
+            lambda i, s: beta1 * i + (1 - beta1) * s, state.importance, sensitivity
+        )
         uncertainty = jax.tree.map(
-            lambda u, s, i: beta2 * u + (1 - beta2) * jnp.abs(s - i), state.uncertainty, sensitivity, importance
+            lambda u, s, i: beta2 * u + (1 - beta2) * jnp.abs(s - i),
+            state.uncertainty,
+            sensitivity,
+            importance,
         )
         whole = params if frozen is None else combine(params, frozen)
-        leaf = lambda x: x is None or _is_adalora(x)
+
+        def leaf(x):
+            return x is None or _is_adalora(x)
+
         scores = jax.tree.map(_triplet_scores, importance, uncertainty, whole, is_leaf=leaf)
         budget = _budget_fraction(state.step, steps, init_rank, target_rank, warmup, final)
         active = (state.step > warmup) & ((state.step % every == 0) | (state.step >= steps - final))
@@ -161,8 +200,8 @@ def _is_adalora(x: Any) -> bool:
 
 
 def _triplet_scores(importance: Any, uncertainty: Any, node: Any) -> Any:
-    """S = s(E) + mean s(P) + mean s(Q) a triplet, [*lead, r] (equation 8), where s is importance times uncertainty; minus
-    infinity in layers that are left out.
+    """S = s(E) + mean s(P) + mean s(Q) a triplet, [*lead, r] (equation 8), where s is importance
+    times uncertainty; minus infinity in layers that are left out.
     """
     if not _is_adalora(importance):
         return None
@@ -171,13 +210,17 @@ def _triplet_scores(importance: Any, uncertainty: Any, node: Any) -> Any:
     return scores if node.gate is None else jnp.where(node.gate[..., None] > 0, scores, -jnp.inf)
 
 
-def _budget_fraction(step: jax.Array, steps: int, init_rank: int, target_rank: int, warmup: int, final: int) -> jax.Array:
+def _budget_fraction(
+    step: jax.Array, steps: int, init_rank: int, target_rank: int, warmup: int, final: int
+) -> jax.Array:
     """The share of triplets kept at `step` (equation 12)."""
     done = jnp.clip((step - warmup) / max(steps - warmup - final, 1), 0.0, 1.0)
     return (target_rank + (init_rank - target_rank) * (1 - done) ** 3) / init_rank
 
 
-def _zero_outside(updates: Any, params: Any, scores: Any, budget: jax.Array, active: jax.Array) -> Any:
+def _zero_outside(
+    updates: Any, params: Any, scores: Any, budget: jax.Array, active: jax.Array
+) -> Any:
     flat = jnp.concatenate([s.ravel() for s in jax.tree.leaves(scores)])
     kept = jnp.round(budget * jnp.isfinite(flat).sum()).astype(jnp.int32)
     threshold = jnp.sort(flat)[::-1][jnp.clip(kept - 1, 0, flat.size - 1)]

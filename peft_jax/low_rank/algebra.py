@@ -1,8 +1,10 @@
-"""Adapters as vectors: combined with weights, converted to LoRA, resized, subtracted, removed. Pure functions on trees.
+"""Adapters as vectors: combined with weights, converted to LoRA, resized, subtracted, removed. Pure
+functions on trees.
 
-Combinations follow Hugging Face PEFT's `add_weighted_adapter`: task arithmetic (Ilharco et al. 2023, arXiv:2212.04089),
-TIES (Yadav et al. 2023, arXiv:2306.01708), DARE (Yu et al. 2024, arXiv:2311.03099) and magnitude pruning, on the factors
-or, with the suffix `_svd`, on the updates themselves followed by a truncated SVD.
+Combinations follow Hugging Face PEFT's `add_weighted_adapter`: task arithmetic (Ilharco et al.
+2023, arXiv:2212.04089), TIES (Yadav et al. 2023, arXiv:2306.01708), DARE (Yu et al. 2024,
+arXiv:2311.03099) and magnitude pruning, on the factors or, with the suffix `_svd`, on the updates
+themselves followed by a truncated SVD.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from peft_jax.core.tree import map_places, places, stack_of
 from peft_jax.core.weight import Weight, materialize
 from peft_jax.low_rank.lora import LoRA
 
-Merge = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (tensors [n, ...], weights [n], key) -> [...]
+Merge = Callable[
+    [jax.Array, jax.Array, jax.Array], jax.Array
+]  # (tensors [n, ...], weights [n], key) -> [...]
 
 
 def combine_adapters(
@@ -40,11 +44,12 @@ def combine_adapters(
 ) -> Any:
     """The LoRA adapters that `weights` names replaced by one called `into`.
 
-    `method` is linear, cat (exact, the ranks add up), ties, dare_linear, dare_ties or magnitude_prune, on the factors, or
-    svd, ties_svd, dare_linear_svd, dare_ties_svd or magnitude_prune_svd, on the updates, cut to `rank` (the largest one
-    by default). `density` is the share of entries that pruning keeps; DARE draws them with `key`. Negative weights
-    subtract. Raises ValueError for unknown names or methods, ranks that differ where they must not, and a density
-    outside (0, 1].
+    `method` is linear, cat (exact, the ranks add up), ties, dare_linear, dare_ties or
+    magnitude_prune, on the factors, or svd, ties_svd, dare_linear_svd, dare_ties_svd or
+    magnitude_prune_svd, on the updates, cut to `rank` (the largest one by default). `density` is
+    the share of entries that pruning keeps; DARE draws them with `key`. Negative weights subtract.
+    Raises ValueError for unknown names or methods, ranks that differ where they must not, and a
+    density outside (0, 1].
     """
     check_names(params, list(weights))
     names = list(weights)
@@ -53,22 +58,34 @@ def combine_adapters(
     base_method = method.removesuffix("_svd") if method != "svd" else "linear"
     if method != "cat" and base_method not in _MERGES:
         known = ["cat", "svd", *_MERGES, *(f"{m}_svd" for m in _MERGES if m != "linear")]
-        raise ValueError(f"unknown method {method!r}.{nearest(method, known)} Methods: {', '.join(known)}")
+        raise ValueError(
+            f"unknown method {method!r}.{nearest(method, known)} Methods: {', '.join(known)}"
+        )
     if base_method.startswith("dare") and key is None:
         raise ValueError(f"method {method!r} draws at random; pass key=jax.random.key(...)")
-    merge = functools.partial(_MERGES[base_method], density=density, majority=majority) if method != "cat" else None
+    merge = (
+        functools.partial(_MERGES[base_method], density=density, majority=majority)
+        if method != "cat"
+        else None
+    )
 
     def place(path: str, w: Any) -> Any:
         found = plain_loras(path, w, names)
         if not found:
             return w
         own = [weights[n.name] for n in found]
-        local = jax.random.fold_in(key, zlib.crc32(path.encode())) if key is not None else jax.random.key(0)
+        local = (
+            jax.random.fold_in(key, zlib.crc32(path.encode()))
+            if key is not None
+            else jax.random.key(0)
+        )
         if merge is None:
             a, b = _concatenate(found, own)
         elif method == "svd" or method.endswith("_svd"):
             deltas = jnp.stack([n.change() for n in found])
-            a, b = _truncate(_by_layer(merge, deltas, own, local), rank or max(n.rank for n in found))
+            a, b = _truncate(
+                _by_layer(merge, deltas, own, local), rank or max(n.rank for n in found)
+            )
         else:
             a, b = _merge_factors(path, merge, found, own, local)
         return replaced(w, names, lambda base: _as_lora(base, found[0], a, b, into))
@@ -76,12 +93,16 @@ def combine_adapters(
     return map_places(place, params)
 
 
-def to_lora(params: Any, *, rank: int, adapter: str = "default", into: str | None = None) -> tuple[Any, dict[str, float]]:
-    """The adapter, of whatever method, as the LoRA of this rank that is nearest to it (truncated SVD of its update).
+def to_lora(
+    params: Any, *, rank: int, adapter: str = "default", into: str | None = None
+) -> tuple[Any, dict[str, float]]:
+    """The adapter, of whatever method, as the LoRA of this rank that is nearest to it (truncated
+    SVD of its update).
 
-    Returns the tree and, for each place, the relative error ||update - LoRA|| / ||update|| (Frobenius norm). What is not
-    a sum, like OFT, is converted too, since the update is the changed weight less the base, both float32. Raises
-    ValueError where there is no adapter of that name, and for one that changes a bias too, which no LoRA does.
+    Returns the tree and, for each place, the relative error ||update - LoRA|| / ||update||
+    (Frobenius norm). What is not a sum, like OFT, is converted too, since the update is the changed
+    weight less the base, both float32. Raises ValueError where there is no adapter of that name,
+    and for one that changes a bias too, which no LoRA does.
     """
     check_names(params, [adapter])
     errors: dict[str, float] = {}
@@ -90,7 +111,14 @@ def to_lora(params: Any, *, rank: int, adapter: str = "default", into: str | Non
     biases = {id(w): whole[path] for path, w in biased(spread).items()}
 
     def place(path: str, w: Any) -> Any:
-        found = next((n for n in stack_of(whole[path]) if isinstance(n, Reparametrised) and n.name == adapter), None)
+        found = next(
+            (
+                n
+                for n in stack_of(whole[path])
+                if isinstance(n, Reparametrised) and n.name == adapter
+            ),
+            None,
+        )
         if found is None:
             return w
         if isinstance(found, Replacement):  # no update: it goes along as it is
@@ -98,16 +126,25 @@ def to_lora(params: Any, *, rank: int, adapter: str = "default", into: str | Non
         _check_bias(path, found, biases.get(id(whole[path])))
         update = found.change()
         a, b = _truncate(update, rank)
-        errors[path] = float(jnp.linalg.norm(update - a @ b) / jnp.maximum(jnp.linalg.norm(update), 1e-30))
+        errors[path] = float(
+            jnp.linalg.norm(update - a @ b) / jnp.maximum(jnp.linalg.norm(update), 1e-30)
+        )
         return replaced(w, [adapter], lambda base: _as_lora(base, found, a, b, into or adapter))
 
     result = map_places(place, params)
-    unused = [f"shared_{n.group}" for w in whole.values() for n in stack_of(w) if getattr(n, "group", "") and n.name == adapter]
+    unused = [
+        f"shared_{n.group}"
+        for w in whole.values()
+        for n in stack_of(w)
+        if getattr(n, "group", "") and n.name == adapter
+    ]
     return ({k: v for k, v in result.items() if k not in unused} if unused else result), errors
 
 
 def resize(params: Any, *, rank: int, adapter: str = "default") -> tuple[Any, dict[str, float]]:
-    """A LoRA adapter at another rank, the best approximation of its update; with the relative errors of `to_lora`."""
+    """A LoRA adapter at another rank, the best approximation of its update; with the relative
+    errors of `to_lora`.
+    """
     return to_lora(params, rank=rank, adapter=adapter)
 
 
@@ -119,20 +156,25 @@ def subtract_adapters(params: Any, plus: str, minus: str, *, into: str = "differ
 def plain_loras(path: str, w: Any, names: Sequence[str]) -> list[LoRA]:
     """The LoRAs of these names at one place, outermost first.
 
-    Raises ValueError for an adapter of another method, and where between two of them lies a weight that is no sum, so that
-    what is under it cannot move out.
+    Raises ValueError for an adapter of another method, and where between two of them lies a weight
+    that is no sum, so that what is under it cannot move out.
     """
     nodes = stack_of(w)
     mine = [i for i, n in enumerate(nodes) if isinstance(n, Reparametrised) and n.name in names]
     for n in (nodes[i] for i in mine):
         if isinstance(n, Replacement):
-            raise ValueError(f"{path} is trained whole by {n.name!r}, and whole modules cannot be combined")
+            raise ValueError(
+                f"{path} is trained whole by {n.name!r}, and whole modules cannot be combined"
+            )
         if type(n) is not LoRA:
-            raise ValueError(f"{path} has a {type(n).__name__} named {n.name!r}; convert it with to_lora first")
+            raise ValueError(
+                f"{path} has a {type(n).__name__} named {n.name!r}; convert it with to_lora first"
+            )
     for n in nodes[mine[0] : mine[-1]] if mine else ():
         if not (isinstance(n, Additive) and n.sum):
             raise ValueError(
-                f"{path} has a {type(n).__name__} between the adapters {', '.join(names)}, which changes what is under it; "
+                f"{path} has a {type(n).__name__} between the adapters {', '.join(names)}, which "
+                "changes what is under it; "
                 "convert it with to_lora, or drop it, first"
             )
     return [nodes[i] for i in mine]
@@ -142,17 +184,22 @@ def _check_bias(path: str, node: Reparametrised, bias: Any) -> None:
     """Raise ValueError where the method changes the bias beside the weight."""
     if bias is None or not node.changes_output:
         return
-    under = node.base.bias(materialize(bias)) if isinstance(node.base, Weight) else materialize(bias)
+    under = (
+        node.base.bias(materialize(bias)) if isinstance(node.base, Weight) else materialize(bias)
+    )
     if bool(jnp.any(node.bias(materialize(bias)) != under)):
         raise ValueError(
-            f"the {type(node).__name__} at {path} changes the bias beside it too, which a LoRA cannot; merge it, or leave "
+            f"the {type(node).__name__} at {path} changes the bias beside it too, which a LoRA "
+            "cannot; merge it, or leave "
             "places with a bias out of its targets"
         )
 
 
 def _as_lora(base: Any, like: Reparametrised, a: jax.Array, b: jax.Array, name: str) -> LoRA:
     scale = jnp.ones(a.shape[:-2], jnp.float32)
-    return LoRA(base=base, a=a, b=b, scale=scale, in_axes=like.in_axes, out_axes=like.out_axes, name=name)
+    return LoRA(
+        base=base, a=a, b=b, scale=scale, in_axes=like.in_axes, out_axes=like.out_axes, name=name
+    )
 
 
 def _truncate(update: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
@@ -170,7 +217,11 @@ def _weighted(node: LoRA, weight: float) -> jax.Array:
 def _concatenate(nodes: Sequence[LoRA], weights: Sequence[float]) -> tuple[jax.Array, jax.Array]:
     factors = [n.factors() for n in nodes]
     a = jnp.concatenate(
-        [a * _weighted(n, w)[..., None, None] for n, w, (a, _) in zip(nodes, weights, factors, strict=True)], axis=-1
+        [
+            a * _weighted(n, w)[..., None, None]
+            for n, w, (a, _) in zip(nodes, weights, factors, strict=True)
+        ],
+        axis=-1,
     )
     return a, jnp.concatenate([b for _, b in factors], axis=-2)
 
@@ -178,10 +229,14 @@ def _concatenate(nodes: Sequence[LoRA], weights: Sequence[float]) -> tuple[jax.A
 def _merge_factors(
     path: str, merge: Merge, nodes: Sequence[LoRA], weights: Sequence[float], key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Each factor merged by itself, with the square root of the weights (their sign on A), as PEFT does."""
+    """Each factor merged by itself, with the square root of the weights (their sign on A), as PEFT
+    does.
+    """
     factors = [n.factors() for n in nodes]
     if len({a.shape for a, _ in factors}) > 1:
-        raise ValueError(f"the adapters at {path} differ in rank; use method 'cat' or one that ends in svd")
+        raise ValueError(
+            f"the adapters at {path} differ in rank; use method 'cat' or one that ends in svd"
+        )
     scales = jnp.stack([_weighted(n, w) for n, w in zip(nodes, weights, strict=True)])
     root = jnp.sqrt(jnp.abs(scales))
     ka, kb = jax.random.split(key)
@@ -193,7 +248,10 @@ def _by_layer(merge: Merge, tensors: jax.Array, weights: Any, key: jax.Array) ->
     """`merge` for each matrix of [n, *lead, p, q] with weights [n] or [n, *lead]."""
     lead = tensors.shape[1:-2]
     weights = jnp.asarray(weights, jnp.float32)
-    weights = jnp.broadcast_to(weights.reshape(*weights.shape, *[1] * (1 + len(lead) - weights.ndim)), (len(tensors), *lead))
+    weights = jnp.broadcast_to(
+        weights.reshape(*weights.shape, *[1] * (1 + len(lead) - weights.ndim)),
+        (len(tensors), *lead),
+    )
     keys = jax.random.split(key, lead) if lead else key
     for _ in lead:
         merge = jax.vmap(merge, in_axes=(1, 1, 0))
@@ -224,19 +282,27 @@ def _agree(tensors: jax.Array, weights: jax.Array, majority: str) -> jax.Array:
     return weighted.sum(0) / jnp.maximum(agrees.sum(0), 1)
 
 
-def _magnitude_prune(tensors: jax.Array, weights: jax.Array, key: jax.Array, *, density: float, **_: Any) -> jax.Array:
+def _magnitude_prune(
+    tensors: jax.Array, weights: jax.Array, key: jax.Array, *, density: float, **_: Any
+) -> jax.Array:
     return jnp.tensordot(weights, jnp.stack([_largest(t, density) for t in tensors]), 1)
 
 
-def _ties(tensors: jax.Array, weights: jax.Array, key: jax.Array, *, density: float, majority: str) -> jax.Array:
+def _ties(
+    tensors: jax.Array, weights: jax.Array, key: jax.Array, *, density: float, majority: str
+) -> jax.Array:
     return _agree(jnp.stack([_largest(t, density) for t in tensors]), weights, majority)
 
 
-def _dare_linear(tensors: jax.Array, weights: jax.Array, key: jax.Array, *, density: float, **_: Any) -> jax.Array:
+def _dare_linear(
+    tensors: jax.Array, weights: jax.Array, key: jax.Array, *, density: float, **_: Any
+) -> jax.Array:
     return jnp.tensordot(weights, _random(tensors, density, key), 1)
 
 
-def _dare_ties(tensors: jax.Array, weights: jax.Array, key: jax.Array, *, density: float, majority: str) -> jax.Array:
+def _dare_ties(
+    tensors: jax.Array, weights: jax.Array, key: jax.Array, *, density: float, majority: str
+) -> jax.Array:
     return _agree(_random(tensors, density, key), weights, majority)
 
 

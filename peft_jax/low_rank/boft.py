@@ -1,7 +1,8 @@
-"""BOFT (Liu et al. 2024, arXiv:2311.06243): OFT with butterfly factors, and a trained scale of each output.
+"""BOFT (Liu et al. 2024, arXiv:2311.06243): OFT with butterfly factors, and a trained scale of each
+output.
 
-R = P_m D_m P_m^T ... P_1 D_1 P_1^T with block-diagonal rotations D_i and permutations P_i that let blocks of one factor
-mix what those of the one before kept apart (section 4).
+R = P_m D_m P_m^T ... P_1 D_1 P_1^T with block-diagonal rotations D_i and permutations P_i that let
+blocks of one factor mix what those of the one before kept apart (section 4).
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class BOFT(Reparametrised):
     def _turn(self, w: jax.Array, rotations: jax.Array, factors: Sequence[int]) -> jax.Array:
         """P_i D_i P_i^T for each factor i in turn, times w [*lead, in, n]."""
         count, blocks, b = rotations.shape[-4:-1]
-        turns = (rotations - jnp.eye(b)).astype(w.dtype)  # what differs from one, which half precision would round to one
+        turns = (rotations - jnp.eye(b)).astype(
+            w.dtype
+        )  # what differs from one, which half precision would round to one
         for i in factors:
             order = butterfly(blocks * b, blocks, b, i, count)
             rows = w[..., order, :].reshape(*w.shape[:-2], blocks, b, w.shape[-1])
@@ -53,12 +56,16 @@ class BOFT(Reparametrised):
 
     def product(self, x: jax.Array, base: Product) -> jax.Array:
         back = self._rotations().mT
-        turned = self._turn(x.reshape(-1, x.shape[-1]).T, back, range(self.r.shape[-4])[::-1])  # (x R)^T = R^T x^T
+        turned = self._turn(
+            x.reshape(-1, x.shape[-1]).T, back, range(self.r.shape[-4])[::-1]
+        )  # (x R)^T = R^T x^T
         return scaled(base(turned.T.reshape(x.shape)), self.s)
 
 
 def butterfly(size: int, blocks: int, block_size: int, factor: int, factors: int) -> np.ndarray:
-    """The order of `size` features before factor number `factor`: within groups, even half-blocks, then odd ones."""
+    """The order of `size` features before factor number `factor`: within groups, even half-blocks,
+    then odd ones.
+    """
     order = np.arange(size)
     if factors == 1:
         return order
@@ -83,18 +90,29 @@ def boft(
 ) -> Any:
     """`params` with a BOFT node of `factors` butterfly factors at each place that `targets` name.
 
-    Raises ValueError where `block_size` (with several factors, times 2^(factors - 1), and even) does not divide a
-    weight's inputs, naming the place.
+    Raises ValueError where `block_size` (with several factors, times 2^(factors - 1), and even)
+    does not divide a weight's inputs, naming the place.
     """
     if block_size < 2 or factors < 1 or (factors > 1 and block_size % 2):
-        raise ValueError(f"block_size must be at least 2, and even with several factors, got {block_size}")
+        raise ValueError(
+            f"block_size must be at least 2, and even with several factors, got {block_size}"
+        )
 
     def make(site: Site, key: jax.Array) -> BOFT:
         lead, n_in, n_out = site.sizes
-        site.check_divides(block_size * 2 ** (factors - 1), "block_size * 2^(factors - 1)", outputs=False)
+        site.check_divides(
+            block_size * 2 ** (factors - 1), "block_size * 2^(factors - 1)", outputs=False
+        )
         shape = (*lead, factors, n_in // block_size, block_size, block_size)
         return BOFT(**site.common(name=adapter), r=jnp.zeros(shape), s=jnp.ones((*lead, n_out)))
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )

@@ -1,7 +1,8 @@
-"""C3A (Chen et al. 2025, arXiv:2407.19342): the change is block-circulant, and its product a circular convolution.
+"""C3A (Chen et al. 2025, arXiv:2407.19342): the change is block-circulant, and its product a
+circular convolution.
 
-A block of size b is given by b numbers, and multiplied by fast Fourier transforms. The change is divided by the number
-of inputs.
+A block of size b is given by b numbers, and multiplied by fast Fourier transforms. The change is
+divided by the number of inputs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class C3A(Additive):
     kernel: jax.Array
 
     def delta(self) -> jax.Array:
-        """Entry (i, o) of a block is kernel[(o - i) mod b], on the inputs' reversed spectrum as PEFT has it."""
+        """Entry (i, o) of a block is kernel[(o - i) mod b], on the inputs' reversed spectrum as
+        PEFT has it.
+        """
         b = self.kernel.shape[-1]
         shift = (jnp.arange(b)[:, None] - jnp.arange(b)[None, :]) % b
         blocks = self.kernel[..., shift]  # [out/b, in/b, b (in), b (out)]
@@ -52,7 +55,8 @@ def c3a(
     adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with a C3A node at each place that `targets` name. Only `init="zeros"` changes nothing at first.
+    """`params` with a C3A node at each place that `targets` name. Only `init="zeros"` changes
+    nothing at first.
 
     Raises ValueError where `block_size` does not divide a weight's sizes, naming the place.
     """
@@ -63,12 +67,24 @@ def c3a(
         lead, n_in, n_out = site.sizes
         site.check_divides(block_size, "block_size")
         shape = (*lead, n_out // block_size, n_in // block_size, block_size)
-        bound = {"kaiming_uniform": (1 / n_in) ** 0.5, "xavier_uniform": (6 / (n_in + n_out)) ** 0.5}.get(init, 0.0)
+        bound = {
+            "kaiming_uniform": (1 / n_in) ** 0.5,
+            "xavier_uniform": (6 / (n_in + n_out)) ** 0.5,
+        }.get(init, 0.0)
         kernel = (
-            jax.random.normal(key, shape) if init == "gaussian" else jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+            jax.random.normal(key, shape)
+            if init == "gaussian"
+            else jax.random.uniform(key, shape, minval=-bound, maxval=bound)
         )
         return C3A(**site.common(name=adapter), kernel=kernel)
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )

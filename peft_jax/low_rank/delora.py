@@ -1,6 +1,8 @@
-"""DeLoRA (Bini et al. 2025, arXiv:2503.18225): normalised rank-one terms whose strength is one trained number.
+"""DeLoRA (Bini et al. 2025, arXiv:2503.18225): normalised rank-one terms whose strength is one
+trained number.
 
-W + diag(w) A diag(lambda / (r ||a_i|| ||b_i||)) B, with w the norm of W's rows (an input's weights) when it was attached.
+W + diag(w) A diag(lambda / (r ||a_i|| ||b_i||)) B, with w the norm of W's rows (an input's weights)
+when it was attached.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class DeLoRA(Additive):
 
 def _norm(x: jax.Array, axis: int) -> jax.Array:
     square = jnp.square(x).sum(axis)
-    return jnp.sqrt(jnp.maximum(square, 1e-8))  # a maximum inside the root, so that zero has no infinite gradient
+    return jnp.sqrt(
+        jnp.maximum(square, 1e-8)
+    )  # a maximum inside the root, so that zero has no infinite gradient
 
 
 def delora(
@@ -62,7 +66,8 @@ def delora(
     adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with a DeLoRA node of rank `rank` at each place that `targets` name; `strength` is lambda at the start.
+    """`params` with a DeLoRA node of rank `rank` at each place that `targets` name; `strength` is
+    lambda at the start.
 
     Raises ValueError for a rank below 1 or dropout outside [0, 1).
     """
@@ -81,5 +86,12 @@ def delora(
         )
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )

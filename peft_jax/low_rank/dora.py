@@ -1,7 +1,7 @@
 """DoRA (Liu et al. 2024, arXiv:2402.09353): a magnitude per output, and LoRA on the direction.
 
-W' = m * (W + s A B) / ||W + s A B||, norms over the input axis (equation 5), without a gradient through the norm
-(section 4.3). m starts as ||W||, so nothing changes at first.
+W' = m * (W + s A B) / ||W + s A B||, norms over the input axis (equation 5), without a gradient
+through the norm (section 4.3). m starts as ||W||, so nothing changes at first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from peft_jax.low_rank.lora import LoRA, Ranks
 
 @node
 class DoRA(LoRA):
-    """A LoRA with magnitude [*lead, out]. Norms are of the base as it is: pruned, quantized or trained since, they follow."""
+    """A LoRA with magnitude [*lead, out]. Norms are of the base as it is: pruned, quantized or
+    trained since, they follow.
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
     magnitude: jax.Array
@@ -29,7 +31,9 @@ class DoRA(LoRA):
         return {**super().array_specs(into, out), "magnitude": (out,)}
 
     def _factor(self, direction: jax.Array) -> jax.Array:
-        """m / ||W + s A B|| [*lead, out] of the direction [*lead, in, out]; the norm is a constant in the backward pass."""
+        """m / ||W + s A B|| [*lead, out] of the direction [*lead, in, out]; the norm is a constant
+        in the backward pass.
+        """
         return self.magnitude / _divisor(jax.lax.stop_gradient(jnp.linalg.norm(direction, axis=-2)))
 
     def adapt(self, w: jax.Array) -> jax.Array:
@@ -54,8 +58,13 @@ class DoRA(LoRA):
         return result if dropped is x else result + base(x) - y  # dropout acts on the change alone
 
     def _direction_norm(self) -> jax.Array:
-        """||W + s A B|| over inputs, [out], from ||W|| and products of rank r: the sum is never formed."""
-        w, a, b = (jax.lax.stop_gradient(m) for m in (self.base_matrix(), *self.scaled_factors(jnp.float32)))
+        """||W + s A B|| over inputs, [out], from ||W|| and products of rank r: the sum is never
+        formed.
+        """
+        w, a, b = (
+            jax.lax.stop_gradient(m)
+            for m in (self.base_matrix(), *self.scaled_factors(jnp.float32))
+        )
         cross = (jnp.matmul(a.T, w) * b).sum(0)  # <W, s A B> a column
         square = (jnp.matmul(a.T @ a, b) * b).sum(0)
         return _divisor(jnp.sqrt(jnp.maximum(jnp.square(w).sum(0) + 2 * cross + square, 0.0)))
@@ -68,7 +77,9 @@ class DoRA(LoRA):
 
 
 def _divisor(norm: jax.Array) -> jax.Array:
-    """The norm, and 1 for an output that is zero altogether (a pruned one): it stays zero, where PEFT divides 0 by 0."""
+    """The norm, and 1 for an output that is zero altogether (a pruned one): it stays zero, where
+    PEFT divides 0 by 0.
+    """
     return jnp.where(norm > 0, norm, 1.0)
 
 
@@ -102,6 +113,14 @@ def dora(
         return DoRA(**common, a=a, b=b, scale=scale, magnitude=norm, rslora=rslora)
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, bias=bias,
-        modules_to_save=modules_to_save, patterns={"rank_pattern": ranks.rank_pattern, "alpha_pattern": ranks.alpha_pattern},
-    )  # fmt: skip
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        bias=bias,
+        modules_to_save=modules_to_save,
+        patterns={"rank_pattern": ranks.rank_pattern, "alpha_pattern": ranks.alpha_pattern},
+    )

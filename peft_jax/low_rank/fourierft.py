@@ -1,7 +1,8 @@
-"""FourierFT (Gao et al. 2024, arXiv:2405.03003): the change is the inverse 2-D Fourier transform of a few entries.
+"""FourierFT (Gao et al. 2024, arXiv:2405.03003): the change is the inverse 2-D Fourier transform of
+a few entries.
 
-The entries' places are the first n of a random permutation, drawn from a seed as Hugging Face PEFT draws it; only the
-values train. The change is formed whole for each call.
+The entries' places are the first n of a random permutation, drawn from a seed as Hugging Face PEFT
+draws it; only the values train. The change is formed whole for each call.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ class FourierFT(Additive):
 def scatter(values: jax.Array, places: jax.Array, features: tuple[int, int]) -> jax.Array:
     """[*lead, out, in] with `values` [*lead, n] at flattened `places`, zero elsewhere."""
     n_in, n_out = features
-    one = lambda v, p: jnp.zeros(n_in * n_out, v.dtype).at[p].set(v)
+
+    def one(v, p):
+        return jnp.zeros(n_in * n_out, v.dtype).at[p].set(v)
+
     for _ in values.shape[:-1]:
         one = jax.vmap(one)
     return one(values, places).reshape(*values.shape[:-1], n_out, n_in)
@@ -49,15 +53,20 @@ def draw_places(lead: tuple[int, ...], size: int, count: int, seed: int) -> jax.
 
 
 def count_of(site: Site, frequencies: int, pattern: Mapping[str, int]) -> int:
-    """How many entries of a matrix train. Raises ValueError where it has fewer, or stacked layers differ."""
+    """How many entries of a matrix train. Raises ValueError where it has fewer, or stacked layers
+    differ.
+    """
     _, n_in, n_out = site.sizes
     count, *others = sorted(set(site.pattern(frequencies, pattern)))
     if others:
         raise ValueError(
-            f"frequencies_pattern gives layers stacked at {site.path} {count} and {others[0]}; unstack_layers first"
+            f"frequencies_pattern gives layers stacked at {site.path} {count} and {others[0]}; "
+            "unstack_layers first"
         )
     if not 1 <= count <= n_in * n_out:
-        raise ValueError(f"frequencies must lie between 1 and {n_in * n_out} at {site.path}, got {count}")
+        raise ValueError(
+            f"frequencies must lie between 1 and {n_in * n_out} at {site.path}, got {count}"
+        )
     return count
 
 
@@ -76,9 +85,11 @@ def fourierft(
     adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with a FourierFT node of `frequencies` trained entries at each place that `targets` name.
+    """`params` with a FourierFT node of `frequencies` trained entries at each place that `targets`
+    name.
 
-    `frequencies_pattern` overrides the number for the places that its keys match. The spectrum starts at zero.
+    `frequencies_pattern` overrides the number for the places that its keys match. The spectrum
+    starts at zero.
     """
     pattern = frequencies_pattern or {}
 
@@ -94,6 +105,13 @@ def fourierft(
         )
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save,
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
         patterns={"frequencies_pattern": pattern},
-    )  # fmt: skip
+    )

@@ -1,4 +1,5 @@
-"""GraLoRA (Jung et al. 2025, arXiv:2505.20355): the weight in k x k blocks, each with its own LoRA of rank r / k.
+"""GraLoRA (Jung et al. 2025, arXiv:2505.20355): the weight in k x k blocks, each with its own LoRA
+of rank r / k.
 
 With a hybrid rank, a plain LoRA of that rank is added. The scale is alpha / (r + hybrid rank).
 """
@@ -19,7 +20,8 @@ from peft_jax.low_rank.init import kaiming
 
 @node
 class GraLoRA(Additive):
-    """a [*lead, k, in/k, r], b [*lead, k, r, out/k], scale [*lead]; hybrid ([*lead, in, h], [*lead, h, out]) or None.
+    """a [*lead, k, in/k, r], b [*lead, k, r, out/k], scale [*lead]; hybrid ([*lead, in, h], [*lead,
+    h, out]) or None.
 
     Block (i, j) of the change is a[i][:, its r/k columns j] b[j][its r/k rows i].
     """
@@ -79,7 +81,10 @@ def gralora(
     Raises ValueError where `blocks` does not divide the rank or a weight's sizes, naming the place.
     """
     if rank < 1 or blocks < 1 or rank % blocks or hybrid_rank < 0:
-        raise ValueError(f"rank must be a positive multiple of blocks={blocks} and hybrid_rank not negative, got {rank}")
+        raise ValueError(
+            f"rank must be a positive multiple of blocks={blocks} and hybrid_rank not negative, "
+            f"got {rank}"
+        )
     check_dropout(dropout)
 
     def make(site: Site, key: jax.Array) -> GraLoRA:
@@ -88,7 +93,10 @@ def gralora(
         k1, k2 = jax.random.split(key)
         hybrid = None
         if hybrid_rank:
-            hybrid = (kaiming(k2, (*lead, n_in, hybrid_rank), n_in), jnp.zeros((*lead, hybrid_rank, n_out)))
+            hybrid = (
+                kaiming(k2, (*lead, n_in, hybrid_rank), n_in),
+                jnp.zeros((*lead, hybrid_rank, n_out)),
+            )
         return GraLoRA(
             **site.common(dropout=dropout, name=adapter),
             a=kaiming(k1, (*lead, blocks, n_in // blocks, rank), n_in // blocks),
@@ -98,5 +106,12 @@ def gralora(
         )
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )

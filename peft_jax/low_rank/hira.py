@@ -1,4 +1,5 @@
-"""HiRA (Huang et al. 2025, ICLR, "HiRA: parameter-efficient Hadamard high-rank adaptation"): W + W * (A B).
+"""HiRA (Huang et al. 2025, ICLR, "HiRA: parameter-efficient Hadamard high-rank adaptation"): W + W
+* (A B).
 
 The change takes the base's rank, not r, and is formed whole for each call.
 """
@@ -11,7 +12,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.reparametrised import Product, Reparametrised, Site, check_dropout, node, place_nodes
+from peft_jax.core.reparametrised import (
+    Product,
+    Reparametrised,
+    Site,
+    check_dropout,
+    node,
+    place_nodes,
+)
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
 from peft_jax.low_rank.lora import Ranks
@@ -53,7 +61,9 @@ def hira(
     adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with a HiRA node of rank `rank` at each place that `targets` name; see `lora` for the options."""
+    """`params` with a HiRA node of rank `rank` at each place that `targets` name; see `lora` for
+    the options.
+    """
     ranks = Ranks(rank, None, rank_pattern or {}, {}, False)
     check_dropout(dropout)
 
@@ -62,6 +72,13 @@ def hira(
         return HiRA(**site.common(dropout=dropout, name=adapter), a=a, b=b)
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save,
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
         patterns={"rank_pattern": ranks.rank_pattern},
-    )  # fmt: skip
+    )

@@ -1,8 +1,10 @@
-"""HRA (Yuan et al. 2024, arXiv:2405.17484): the input reflected r times by trained Householder vectors.
+"""HRA (Yuan et al. 2024, arXiv:2405.17484): the input reflected r times by trained Householder
+vectors.
 
-The r reflections are one product of rank r: H_1 ... H_r = I - U T U^T (compact WY, Schreiber and Van Loan 1989). With
-`orthogonal` the vectors are first made orthonormal (the paper's Gram-Schmidt variant), I - 2 Q Q^T. That is never the
-identity: r directions are turned around from the start, and the vectors start independent, since equal ones span no r of them.
+The r reflections are one product of rank r: H_1 ... H_r = I - U T U^T (compact WY, Schreiber and
+Van Loan 1989). With `orthogonal` the vectors are first made orthonormal (the paper's Gram-Schmidt
+variant), I - 2 Q Q^T. That is never the identity: r directions are turned around from the start,
+and the vectors start independent, since equal ones span no r of them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from peft_jax.low_rank.init import kaiming
 
 @node
 class HRA(Reparametrised):
-    """u [*lead, in, r]; neighbours start equal, so that their reflections cancel, unless they are made orthonormal."""
+    """u [*lead, in, r]; neighbours start equal, so that their reflections cancel, unless they are
+    made orthonormal.
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("u",)
     u: jax.Array
@@ -68,7 +72,8 @@ def hra(
 ) -> Any:
     """`params` with an HRA node of `rank` reflections at each place that `targets` name.
 
-    The rank is even, so that nothing changes at first; with `orthogonal`, which cannot start so, it is any up to the inputs.
+    The rank is even, so that nothing changes at first; with `orthogonal`, which cannot start so, it
+    is any up to the inputs.
     """
     if rank < 1 or (rank % 2 and not orthogonal):
         raise ValueError(f"rank must be even, so that the reflections cancel at first, got {rank}")
@@ -76,11 +81,21 @@ def hra(
     def make(site: Site, key: jax.Array) -> HRA:
         lead, n_in, _ = site.sizes
         if orthogonal and rank > n_in:
-            raise ValueError(f"rank={rank} asks for more orthonormal vectors than the {n_in} inputs of {site.path}")
+            raise ValueError(
+                f"rank={rank} asks for more orthonormal vectors than the {n_in} inputs of "
+                f"{site.path}"
+            )
         each = 1 if orthogonal else 2
         u = jnp.repeat(kaiming(key, (*lead, n_in, rank // each), rank // each), each, axis=-1)
         return HRA(**site.common(name=adapter), u=u, orthogonal=orthogonal)
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )

@@ -1,7 +1,9 @@
-"""LoftQ (Li et al. 2023, arXiv:2310.08659): a quantized base and LoRA factors that together start near the full weights.
+"""LoftQ (Li et al. 2023, arXiv:2310.08659): a quantized base and LoRA factors that together start
+near the full weights.
 
-In turns (algorithm 1): the weight less the factors' product is quantized; the factors are the best ones of their rank for what
-quantization lost. With few bits this starts much nearer to the model than a quantized base and B = 0.
+In turns (algorithm 1): the weight less the factors' product is quantized; the factors are the best
+ones of their rank for what quantization lost. With few bits this starts much nearer to the model
+than a quantized base and B = 0.
 """
 
 from __future__ import annotations
@@ -34,21 +36,31 @@ def loftq(
     layout: Layout | None = None,
     **options: Any,
 ) -> Any:
-    """`quantize(params)` with LoRA nodes over it whose product makes up for the loss; `options` are those of `lora`.
+    """`quantize(params)` with LoRA nodes over it whose product makes up for the loss; `options` are
+    those of `lora`.
 
-    `quantize` maps a tree to the tree with its weights quantized, as `lambda tree: peft_jax.quantize(tree, "nf4")`; what it
-    leaves alone gets factors that begin at a product of zero. Layers that get no LoRA are quantized as they are. Raises
-    ValueError for `steps` below 1, and as `lora` does.
+    `quantize` maps a tree to the tree with its weights quantized, as `lambda tree:
+    peft_jax.quantize(tree, "nf4")`; what it leaves alone gets factors that begin at a product of
+    zero. Layers that get no LoRA are quantized as they are. Raises ValueError for `steps` below 1,
+    and as `lora` does.
     """
     if steps < 1:
         raise ValueError(f"LoftQ needs at least one step, got steps={steps}")
-    where: dict[str, Any] = {"targets": targets, "exclude": exclude, "layers": layers, "layout": layout}
+    where: dict[str, Any] = {
+        "targets": targets,
+        "exclude": exclude,
+        "layers": layers,
+        "layout": layout,
+    }
     sites = find_sites(params, **where)
     used = {p: _used(s, s.pattern(rank, rank_pattern or {})) for p, s in sites.items()}
     factors: dict[str, Any] = {}
     base = params
     for _ in range(steps):
-        rest = lambda path, w, known=factors: _less(w, sites[path], known[path]) if path in known else w
+
+        def rest(path, w, known=factors):
+            return _less(w, sites[path], known[path]) if path in known else w
+
         base = quantize(map_places(rest, params))
         quantized = places(base)
         lost = {p: s.matrix() - s._replace(base=quantized[p]).matrix() for p, s in sites.items()}
@@ -60,14 +72,18 @@ def loftq(
             return w
         a, b = factors[path]
         root = jnp.sqrt(w.scale)[..., None, None]
-        there = jnp.abs(b).max((-2, -1), keepdims=True) > 0  # where nothing was lost, factors as LoRA's own
+        there = (
+            jnp.abs(b).max((-2, -1), keepdims=True) > 0
+        )  # where nothing was lost, factors as LoRA's own
         return w.replace(a=jnp.where(there, a / root, w.a), b=jnp.where(there, b / root, w.b))
 
     return map_places(begin, placed)
 
 
 def _used(site: Site, ranks: Sequence[int]) -> jax.Array:
-    """bool [*lead, r]: which of the largest rank's directions each layer has; none where it is left out."""
+    """bool [*lead, r]: which of the largest rank's directions each layer has; none where it is left
+    out.
+    """
     own = [r * chosen for r, chosen in zip(ranks, site.chosen, strict=True)]
     return jnp.arange(max(ranks)) < site.by_layer(own)[..., None]
 
@@ -80,4 +96,6 @@ def _factors(lost: jax.Array, used: jax.Array, key: jax.Array) -> tuple[jax.Arra
 
 def _less(w: Any, site: Site, factors: tuple[jax.Array, jax.Array]) -> jax.Array:
     """The weight less the factors' product."""
-    return from_matrix(site.matrix() - jnp.matmul(*factors), w.shape, site.in_axes, site.out_axes).astype(w.dtype)
+    return from_matrix(
+        site.matrix() - jnp.matmul(*factors), w.shape, site.in_axes, site.out_axes
+    ).astype(w.dtype)

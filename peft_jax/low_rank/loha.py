@@ -1,6 +1,8 @@
-"""LoHa (Hyeon-Woo et al. 2022, FedPara, arXiv:2108.06098): W + s (A1 B1) * (A2 B2), an element-wise product.
+"""LoHa (Hyeon-Woo et al. 2022, FedPara, arXiv:2108.06098): W + s (A1 B1) * (A2 B2), an element-wise
+product.
 
-The change has rank up to r^2 from 2 r (in + out) parameters. The products are formed whole for each call.
+The change has rank up to r^2 from 2 r (in + out) parameters. The products are formed whole for each
+call.
 """
 
 from __future__ import annotations
@@ -29,10 +31,20 @@ class LoHa(Additive):
     scale: jax.Array
 
     def array_specs(self, into: Any, out: Any) -> dict[str, tuple[Any, ...]]:
-        return {"a1": (into, None), "a2": (into, None), "b1": (None, out), "b2": (None, out), "scale": ()}
+        return {
+            "a1": (into, None),
+            "a2": (into, None),
+            "b1": (None, out),
+            "b2": (None, out),
+            "scale": (),
+        }
 
     def delta(self) -> jax.Array:
-        return jnp.matmul(self.a1, self.b1) * jnp.matmul(self.a2, self.b2) * self.scale[..., None, None]
+        return (
+            jnp.matmul(self.a1, self.b1)
+            * jnp.matmul(self.a2, self.b2)
+            * self.scale[..., None, None]
+        )
 
 
 def loha(
@@ -50,9 +62,11 @@ def loha(
     adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with a LoHa node of rank `rank` at each place that `targets` name; alpha defaults to the rank.
+    """`params` with a LoHa node of rank `rank` at each place that `targets` name; alpha defaults to
+    the rank.
 
-    The patterns override both for the places that their keys match. Raises ValueError for a rank below 1.
+    The patterns override both for the places that their keys match. Raises ValueError for a rank
+    below 1.
     """
     rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
     for r in (rank, *rank_pattern.values()):
@@ -61,11 +75,18 @@ def loha(
 
     def make(site: Site, key: jax.Array) -> LoHa:
         lead, n_in, n_out = site.sizes
-        ranks, alphas = site.pattern(rank, rank_pattern), site.pattern(rank if alpha is None else alpha, alpha_pattern)
+        ranks, alphas = (
+            site.pattern(rank, rank_pattern),
+            site.pattern(rank if alpha is None else alpha, alpha_pattern),
+        )
         r = max(ranks)
         k1, k2, k3 = jax.random.split(key, 3)
-        small = 1 / jnp.sqrt(site.by_layer(ranks))[..., None, None]  # PEFT's bound of a factor whose inputs are the ranks
-        used = (jnp.arange(r) < site.by_layer(ranks)[..., None]).astype(jnp.float32)  # layers may differ in rank
+        small = (
+            1 / jnp.sqrt(site.by_layer(ranks))[..., None, None]
+        )  # PEFT's bound of a factor whose inputs are the ranks
+        used = (jnp.arange(r) < site.by_layer(ranks)[..., None]).astype(
+            jnp.float32
+        )  # layers may differ in rank
         return LoHa(
             **site.common(name=adapter),
             a1=kaiming(k1, (*lead, n_in, r), n_in) * used[..., None, :],
@@ -76,6 +97,13 @@ def loha(
         )
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save,
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
         patterns={"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern},
-    )  # fmt: skip
+    )

@@ -1,7 +1,8 @@
-"""LoKr (Yeh et al. 2024, LyCORIS, arXiv:2309.14859): W + s kron(W1, W2), each factor full or of rank r.
+"""LoKr (Yeh et al. 2024, LyCORIS, arXiv:2309.14859): W + s kron(W1, W2), each factor full or of
+rank r.
 
-in = m n and out = o k are factorised as near to squares as `factor` allows; W1 is [m, o], W2 [n, k]. The product with
-an input takes two small products and never forms the Kronecker product.
+in = m n and out = o k are factorised as near to squares as `factor` allows; W1 is [m, o], W2 [n,
+k]. The product with an input takes two small products and never forms the Kronecker product.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class LoKr(Additive):
     w1: Factor
     w2: Factor
     scale: jax.Array
-    rank: int = static(default=8)  # as asked for, also where both factors are whole; kept for export
+    rank: int = static(
+        default=8
+    )  # as asked for, also where both factors are whole; kept for export
     factor: int = static(default=-1)
 
     def array_specs(self, into: Any, out: Any) -> dict[str, tuple[Any, ...]]:
@@ -50,7 +53,9 @@ class LoKr(Additive):
 
 
 def factorise(size: int, factor: int = -1) -> tuple[int, int]:
-    """(m, n) with m n = size and m <= n, m as large as sqrt(size) or `factor` allows (LyCORIS' rule)."""
+    """(m, n) with m n = size and m <= n, m as large as sqrt(size) or `factor` allows (LyCORIS'
+    rule).
+    """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     limit = size if factor == -1 else factor
@@ -75,8 +80,8 @@ def lokr(
 ) -> Any:
     """`params` with a LoKr node at each place that `targets` name; alpha defaults to the rank.
 
-    A factor of W2 (with `decompose_both` of W1 too) larger than twice the rank is held as two of rank `rank`. `factor`
-    bounds W1's sizes. Raises ValueError for a rank below 1.
+    A factor of W2 (with `decompose_both` of W1 too) larger than twice the rank is held as two of
+    rank `rank`. `factor` bounds W1's sizes. Raises ValueError for a rank below 1.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
@@ -91,8 +96,17 @@ def lokr(
         if rank < max(n, k) / 2:
             w2 = (kaiming(k2, (*lead, n, rank), n), kaiming(k3, (*lead, rank, k), rank))
         scale = jnp.full(lead, (rank if alpha is None else alpha) / rank, jnp.float32)
-        return LoKr(**site.common(name=adapter), w1=w1, w2=w2, scale=scale, rank=rank, factor=factor)
+        return LoKr(
+            **site.common(name=adapter), w1=w1, w2=w2, scale=scale, rank=rank, factor=factor
+        )
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )

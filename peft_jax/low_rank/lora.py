@@ -1,7 +1,9 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): W + s * A B, with A [in, r] and B [r, out] trained and W frozen.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): W + s * A B, with A [in, r] and B [r, out] trained and W
+frozen.
 
-s = alpha / r, or alpha / sqrt(r) with rank stabilisation (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732). A starts as
-Hugging Face PEFT starts it, B at zero, so nothing changes at first. Dropout acts on the input of A.
+s = alpha / r, or alpha / sqrt(r) with rank stabilisation (rsLoRA, Kalajdzievski 2023,
+arXiv:2312.03732). A starts as Hugging Face PEFT starts it, B at zero, so nothing changes at first.
+Dropout acts on the input of A.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from peft_jax.low_rank import init as starts
 
 @node
 class LoRA(Additive):
-    """`base` + scale * a b. a [*lead, in, r], b [*lead, r, out], scale [*lead]; in and out are flattened sizes.
+    """`base` + scale * a b. a [*lead, in, r], b [*lead, r, out], scale [*lead]; in and out are
+    flattened sizes.
 
     `start` holds the factors that a start such as PiSSA begins with: their product is subtracted.
     """
@@ -57,7 +60,9 @@ class LoRA(Additive):
         return jnp.matmul(low, b)
 
     def factors(self, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
-        """(A, B) whose product times `scale` is the whole update: of twice the rank where there is a `start`."""
+        """(A, B) whose product times `scale` is the whole update: of twice the rank where there is
+        a `start`.
+        """
         if self.start is None:
             return self.a.astype(dtype), self.b.astype(dtype)
         a0, b0 = self.start
@@ -67,7 +72,9 @@ class LoRA(Additive):
         )
 
     def scaled_factors(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        """(A, s B): the scale is in B before it is rounded, since rounded by itself it would be off in every product."""
+        """(A, s B): the scale is in B before it is rounded, since rounded by itself it would be off
+        in every product.
+        """
         a, b = self.factors()
         return a.astype(dtype), (b * self.scale[..., None, None]).astype(dtype)
 
@@ -75,7 +82,9 @@ class LoRA(Additive):
         a, b = self.factors()
         return self.replace(a=a, b=b, start=None)
 
-    def transposed(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+    def transposed(
+        self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None
+    ) -> jax.Array:
         y = matmul(x, self.base, in_axes=in_axes, out_axes=out_axes, precision=precision)
         a, b = self.scaled_factors(x.dtype)
         x = x.reshape(*x.shape[: x.ndim - len(in_axes)], -1)
@@ -83,7 +92,9 @@ class LoRA(Additive):
         return y + change if self.gate is None else jnp.where(self.gate > 0, y + change, y)
 
     def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        if type(self).product is not LoRA.product or type(self).update is not LoRA.update:  # more than a sum (DoRA)
+        if (
+            type(self).product is not LoRA.product or type(self).update is not LoRA.update
+        ):  # more than a sum (DoRA)
             return super().ragged_matmul(x, sizes)
         a, b = self.scaled_factors(x.dtype)
         b = b if self.gate is None else jnp.where(self.gate[:, None, None] > 0, b, 0)
@@ -105,7 +116,9 @@ def _product32(a: jax.Array, b: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _project(precision: str | None, x: jax.Array, a: jax.Array) -> jax.Array:
-    """x [..., in] times a [in, r], with a's gradient formed as [r, in]: on a CPU four times as fast as [in, r]."""
+    """x [..., in] times a [in, r], with a's gradient formed as [r, in]: on a CPU four times as fast
+    as [in, r].
+    """
     return jnp.matmul(x, a, precision=precision)
 
 
@@ -152,19 +165,23 @@ def lora(
 ) -> Any:
     """`params` with a LoRA node of rank `rank` at each place that `targets` name.
 
-    `alpha` defaults to the rank (scale 1). `rank_pattern` and `alpha_pattern` override both for the places, or single
-    layers of stacked ones, that their keys match; `layers` restricts to these layer numbers. `init` is kaiming (PEFT's
-    default), gaussian, orthogonal, pissa, pissa_niter_N, olora, or one that needs `statistics` of each place: eva (the inputs'
-    centred_covariance, from `calibrate`), corda_kpm and corda_ipm (their covariance) or lora_ga (the weights' `gradients`).
-    `bias` also trains biases, `modules_to_save` whole modules, as in PEFT; `adapter` names the adapter. `layout` (see
-    `layout_of`) says which axes of a weight are inputs; without it a weight is [*leading, in, out].
-    Raises ValueError for a rank below 1, dropout outside [0, 1), or a target or pattern that matches nothing.
+    `alpha` defaults to the rank (scale 1). `rank_pattern` and `alpha_pattern` override both for the
+    places, or single layers of stacked ones, that their keys match; `layers` restricts to these
+    layer numbers. `init` is kaiming (PEFT's default), gaussian, orthogonal, pissa, pissa_niter_N,
+    olora, or one that needs `statistics` of each place: eva (the inputs' centred_covariance, from
+    `calibrate`), corda_kpm and corda_ipm (their covariance) or lora_ga (the weights' `gradients`).
+    `bias` also trains biases, `modules_to_save` whole modules, as in PEFT; `adapter` names the
+    adapter. `layout` (see `layout_of`) says which axes of a weight are inputs; without it a weight
+    is [*leading, in, out]. Raises ValueError for a rank below 1, dropout outside [0, 1), or a
+    target or pattern that matches nothing.
     """
     ranks = Ranks(rank, alpha, rank_pattern or {}, alpha_pattern or {}, rslora)
     check_dropout(dropout)
 
     def make(site: Site, key: jax.Array) -> LoRA:
-        a, b, scale = ranks.factors(site, key, init, (statistics or {}).get(site.path), tokens_of(statistics, site.path))
+        a, b, scale = ranks.factors(
+            site, key, init, (statistics or {}).get(site.path), tokens_of(statistics, site.path)
+        )
         return LoRA(
             **site.common(dropout=dropout, name=adapter),
             a=a,
@@ -175,16 +192,31 @@ def lora(
         )
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, bias=bias,
-        modules_to_save=modules_to_save, patterns={"rank_pattern": ranks.rank_pattern, "alpha_pattern": ranks.alpha_pattern},
-    )  # fmt: skip
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        bias=bias,
+        modules_to_save=modules_to_save,
+        patterns={"rank_pattern": ranks.rank_pattern, "alpha_pattern": ranks.alpha_pattern},
+    )
 
 
 class Ranks:
-    """Rank and alpha of each place and layer: `rank` and `alpha` unless a pattern says otherwise."""
+    """Rank and alpha of each place and layer: `rank` and `alpha` unless a pattern says
+    otherwise.
+    """
 
     def __init__(
-        self, rank: int, alpha: float | None, rank_pattern: Mapping[str, int], alpha_pattern: Mapping[str, float], rslora: bool
+        self,
+        rank: int,
+        alpha: float | None,
+        rank_pattern: Mapping[str, int],
+        alpha_pattern: Mapping[str, float],
+        rslora: bool,
     ) -> None:
         for r in (rank, *rank_pattern.values()):
             if r < 1:
@@ -193,33 +225,56 @@ class Ranks:
         self.rank_pattern, self.alpha_pattern = rank_pattern, alpha_pattern
 
     def factors(
-        self, site: Site, key: jax.Array, init: str, statistic: jax.Array | None = None, tokens: jax.Array | None = None
+        self,
+        site: Site,
+        key: jax.Array,
+        init: str,
+        statistic: jax.Array | None = None,
+        tokens: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(A, B, scale) of a site; each layer of a stack as if it were alone (see `_by_rank`).
 
         Matrices whose `statistic` is of no tokens start without one.
         """
-        ranks, alphas = site.pattern(self.rank, self.rank_pattern), site.pattern(self.alpha, self.alpha_pattern)
-        scale = site.by_layer([scaling(a, r, self.rslora) for a, r in zip(alphas, ranks, strict=True)])
+        ranks, alphas = (
+            site.pattern(self.rank, self.rank_pattern),
+            site.pattern(self.alpha, self.alpha_pattern),
+        )
+        scale = site.by_layer(
+            [scaling(a, r, self.rslora) for a, r in zip(alphas, ranks, strict=True)]
+        )
         begin = functools.partial(_by_rank, site, ranks, scale, key)
         a, b = begin(init, statistic)
         if init in starts.STATISTICS:
             assert statistic is not None
-            least = site.by_layer(ranks) if init == "eva" else 1  # fewer tokens have fewer directions
+            least = (
+                site.by_layer(ranks) if init == "eva" else 1
+            )  # fewer tokens have fewer directions
             how: dict[str, Any] = {"method": f"init {init!r}", "instead": repr(starts.WITHOUT_DATA)}
-            there = reached(site.path, [statistic], site.sizes[0], tokens=tokens, least=least, **how)
+            there = reached(
+                site.path, [statistic], site.sizes[0], tokens=tokens, least=least, **how
+            )
             a, b = choose(there, (a, b), begin(starts.WITHOUT_DATA, None))
         return a, b, scale
 
 
 def _by_rank(
-    site: Site, ranks: Sequence[int], scale: jax.Array, key: jax.Array, init: str, statistic: jax.Array | None
+    site: Site,
+    ranks: Sequence[int],
+    scale: jax.Array,
+    key: jax.Array,
+    init: str,
+    statistic: jax.Array | None,
 ) -> starts.Factors:
     """A and B of a site. Layers of a stack that have different ranks start each with its own.
 
     They are padded with zeros to the largest, which stay zero in training.
     """
-    begin = starts.embedding if site.looks_up and init in starts.RANDOM else functools.partial(starts.start, init)
+    begin = (
+        starts.embedding
+        if site.looks_up and init in starts.RANDOM
+        else functools.partial(starts.start, init)
+    )
     w = site.matrix()
     if len(set(ranks)) == 1:
         return begin(w, ranks[0], scale, key, statistic)
@@ -234,10 +289,11 @@ def _by_rank(
 
 
 def rebase(params: Any) -> Any:
-    """The bases changed by what PiSSA and its like begin with, which then need not be subtracted any more.
+    """The bases changed by what PiSSA and its like begin with, which then need not be subtracted
+    any more.
 
-    The outputs are the same up to rounding; steps are faster, and the base may now be quantized. The way back is the
-    original checkpoint, or an adapter of twice the rank that was saved before.
+    The outputs are the same up to rounding; steps are faster, and the base may now be quantized.
+    The way back is the original checkpoint, or an adapter of twice the rank that was saved before.
     """
 
     def fold(_: str, w: Any) -> Any:
@@ -245,6 +301,8 @@ def rebase(params: Any) -> Any:
             return w
         plain = w.base_matrix()
         base = w.gated(plain - _product32(*w.start) * w.scale[..., None, None], plain)
-        return w.replace(base=from_matrix(base, w.shape, w.in_axes, w.out_axes).astype(w.dtype), start=None)
+        return w.replace(
+            base=from_matrix(base, w.shape, w.in_axes, w.out_axes).astype(w.dtype), start=None
+        )
 
     return map_places(fold, params)

@@ -1,8 +1,8 @@
 """MiSS (Kang and Yin 2024, arXiv:2409.15371): one trained block repeated down the input axis.
 
-The input is summed over its in/r pieces of length r and multiplied with a block [r, out]. `mini` trains only
-`mini_rank` of the block's columns and repeats them; `bat` has a block for each r outputs and lets it act through the
-weight: W + W_block B + B.
+The input is summed over its in/r pieces of length r and multiplied with a block [r, out]. `mini`
+trains only `mini_rank` of the block's columns and repeats them; `bat` has a block for each r
+outputs and lets it act through the weight: W + W_block B + B.
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.reparametrised import Additive, Product, Reparametrised, Site, check_dropout, node, place_nodes
+from peft_jax.core.reparametrised import (
+    Additive,
+    Product,
+    Reparametrised,
+    Site,
+    check_dropout,
+    node,
+    place_nodes,
+)
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
 
@@ -41,7 +49,9 @@ class MiSS(Additive):
 
 @node
 class BatMiSS(Reparametrised):
-    """block [*lead, out/r, r, r]; each r x r block W_ij of the weight, as [out, in], becomes W_ij + W_ij B_j + B_j."""
+    """block [*lead, out/r, r, r]; each r x r block W_ij of the weight, as [out, in], becomes W_ij +
+    W_ij B_j + B_j.
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("block",)
     block: jax.Array
@@ -86,7 +96,8 @@ def miss(
 ) -> Any:
     """`params` with a MiSS node at each place that `targets` name. Blocks start at zero.
 
-    Raises ValueError for a rank above a weight's inputs, or sizes that the variant cannot divide, naming the place.
+    Raises ValueError for a rank above a weight's inputs, or sizes that the variant cannot divide,
+    naming the place.
     """
     if rank < 1 or mini_rank < 1:
         raise ValueError(f"rank and mini_rank must be at least 1, got {rank} and {mini_rank}")
@@ -104,8 +115,17 @@ def miss(
             return BatMiSS(**common, block=jnp.zeros((*lead, n_out // rank, rank, rank)))
         if variant == "mini":
             site.check_divides(mini_rank, "mini_rank", inputs=False)
-        return MiSS(**common, block=jnp.zeros((*lead, rank, mini_rank if variant == "mini" else n_out)))
+        return MiSS(
+            **common, block=jnp.zeros((*lead, rank, mini_rank if variant == "mini" else n_out))
+        )
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )

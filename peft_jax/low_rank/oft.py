@@ -1,7 +1,9 @@
-"""OFT (Qiu et al. 2023, arXiv:2306.07280): the input turned by a block-diagonal orthogonal matrix before the weight.
+"""OFT (Qiu et al. 2023, arXiv:2306.07280): the input turned by a block-diagonal orthogonal matrix
+before the weight.
 
-Each block is the Cayley transform of a skew-symmetric matrix, exact or by its Neumann series (Qiu et al. 2025,
-arXiv:2506.19847, equation 7). With `constrained` (COFT) the skew matrices stay within a ball of radius `eps`.
+Each block is the Cayley transform of a skew-symmetric matrix, exact or by its Neumann series (Qiu
+et al. 2025, arXiv:2506.19847, equation 7). With `constrained` (COFT) the skew matrices stay within
+a ball of radius `eps`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from peft_jax.core.weight import Layout, static
 
 @node
 class OFT(Reparametrised):
-    """skew [*lead, blocks or 1, b (b - 1) / 2]: the upper triangles, row by row; 1 where blocks share one matrix."""
+    """skew [*lead, blocks or 1, b (b - 1) / 2]: the upper triangles, row by row; 1 where blocks
+    share one matrix.
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("skew",)
     skew: jax.Array
@@ -48,14 +52,18 @@ class OFT(Reparametrised):
     def recover(self, w: jax.Array) -> jax.Array:
         blocks = w.reshape(*w.shape[:-2], -1, self.block_size, w.shape[-1])
         rotation = jnp.broadcast_to(self.rotation(), (*blocks.shape[:-1], self.block_size))
-        return jnp.linalg.solve(rotation, blocks).reshape(w.shape)  # the Neumann series is not quite orthogonal
+        return jnp.linalg.solve(rotation, blocks).reshape(
+            w.shape
+        )  # the Neumann series is not quite orthogonal
 
     def product(self, x: jax.Array, base: Product) -> jax.Array:
         blocks = x.reshape(*x.shape[:-1], -1, self.block_size)
         # What differs from one is rounded to x's dtype: cosines near one would be rounded to one.
         turn = (self.rotation() - jnp.eye(self.block_size)).astype(x.dtype)
         shared = turn.shape[0] == 1
-        moved = jnp.matmul(blocks, turn[0]) if shared else jnp.einsum("...nk,nkc->...nc", blocks, turn)
+        moved = (
+            jnp.matmul(blocks, turn[0]) if shared else jnp.einsum("...nk,nkc->...nc", blocks, turn)
+        )
         return base(x + moved.reshape(x.shape))
 
 
@@ -105,11 +113,14 @@ def oft(
 ) -> Any:
     """`params` with an OFT node at each place that `targets` name.
 
-    `terms` is the length of the Neumann series, 0 for the exact Cayley transform; `share` gives all blocks of a weight
-    one matrix. Raises ValueError where `block_size` does not divide a weight's inputs, naming the place.
+    `terms` is the length of the Neumann series, 0 for the exact Cayley transform; `share` gives all
+    blocks of a weight one matrix. Raises ValueError where `block_size` does not divide a weight's
+    inputs, naming the place.
     """
     if block_size < 2 or terms < 0 or terms == 1:
-        raise ValueError(f"block_size must be at least 2 and terms 0 or at least 2, got {block_size} and {terms}")
+        raise ValueError(
+            f"block_size must be at least 2 and terms 0 or at least 2, got {block_size} and {terms}"
+        )
 
     def make(site: Site, key: jax.Array) -> OFT:
         lead, n_in, _ = site.sizes
@@ -125,5 +136,12 @@ def oft(
         )
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )

@@ -1,7 +1,9 @@
-"""RandLoRA (Albert et al. 2025, arXiv:2502.00987): a full-rank change as a sum of scaled random low-rank products.
+"""RandLoRA (Albert et al. 2025, arXiv:2502.00987): a full-rank change as a sum of scaled random
+low-rank products.
 
-W + s sum_j B_j diag(lambda_j) A diag(gamma_j), with A and B_j random, frozen and shared by all layers. There are
-n = ceil(min(in, out) / r) terms, so that the sum can have full rank; A is on the smaller side, to train less.
+W + s sum_j B_j diag(lambda_j) A diag(gamma_j), with A and B_j random, frozen and shared by all
+layers. There are n = ceil(min(in, out) / r) terms, so that the sum can have full rank; A is on the
+smaller side, to train less.
 """
 
 from __future__ import annotations
@@ -14,14 +16,23 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.attachment import Shared
-from peft_jax.core.reparametrised import Additive, Site, check_dropout, find_sites, node, place_nodes
+from peft_jax.core.reparametrised import (
+    Additive,
+    Site,
+    check_dropout,
+    find_sites,
+    node,
+    place_nodes,
+)
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
 
 
 @node
 class RandLoRA(Additive):
-    """lambdas [*lead, r, n], gamma [*lead, n, min(in, out)], scale [*lead]; shared: a [r, 1, small'], b [large', n', r]."""
+    """lambdas [*lead, r, n], gamma [*lead, n, min(in, out)], scale [*lead]; shared: a [r, 1,
+    small'], b [large', n', r].
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("lambdas", "gamma")
     lambdas: jax.Array
@@ -31,11 +42,14 @@ class RandLoRA(Additive):
     def _factors(self) -> tuple[jax.Array, jax.Array]:
         """([*lead, in, r n], [*lead, r n, out]).
 
-        The two sides list r and n in different orders, as PEFT's flattening does; what trains is defined by that.
+        The two sides list r and n in different orders, as PEFT's flattening does; what trains is
+        defined by that.
         """
         n_in, n_out = self.features
         small, large, n = min(n_in, n_out), max(n_in, n_out), self.gamma.shape[-2]
-        a = self.shared["a"][..., :small] * self.lambdas[..., None] * self.gamma[..., None, :, :]  # [r, n, small]
+        a = (
+            self.shared["a"][..., :small] * self.lambdas[..., None] * self.gamma[..., None, :, :]
+        )  # [r, n, small]
         b = self.shared["b"][..., :large, :n, :]
         a, b = a.reshape(*self.lead, -1, small), b.reshape(*self.lead, large, -1)
         return (a.mT, b.mT) if n_in <= n_out else (b, a)
@@ -62,9 +76,11 @@ def randlora(
     adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with a RandLoRA node at each place that `targets` name, and the shared bases at the top of the tree.
+    """`params` with a RandLoRA node at each place that `targets` name, and the shared bases at the
+    top of the tree.
 
-    alpha defaults to 20 times the rank, as in PEFT. Raises ValueError for a rank below 1 or dropout outside [0, 1).
+    alpha defaults to 20 times the rank, as in PEFT. Raises ValueError for a rank below 1 or dropout
+    outside [0, 1).
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
@@ -82,12 +98,30 @@ def randlora(
             scale=jnp.full(lead, (20 * rank if alpha is None else alpha) / rank, jnp.float32),
         )
 
-    sizes = [s.sizes[1:] for s in find_sites(params, targets=targets, exclude=exclude, layers=layers, layout=layout).values()]
+    sizes = [
+        s.sizes[1:]
+        for s in find_sites(
+            params, targets=targets, exclude=exclude, layers=layers, layout=layout
+        ).values()
+    ]
     n_in, n_out = max(n for n, _ in sizes), max(n for _, n in sizes)
     small, large = min(n_in, n_out), max(n_in, n_out)
-    unit = lambda k, shape: jax.random.uniform(k, shape, jnp.float32, -math.sqrt(3), math.sqrt(3))  # variance 1
-    shared = {"a": unit(ka, (rank, 1, small)), "b": unit(kb, (large, math.ceil(small / rank), rank))}
+
+    def unit(k, shape):
+        return jax.random.uniform(k, shape, jnp.float32, -math.sqrt(3), math.sqrt(3))  # variance 1
+
+    shared = {
+        "a": unit(ka, (rank, 1, small)),
+        "b": unit(kb, (large, math.ceil(small / rank), rank)),
+    }
     placed = place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )
     return {**placed, f"shared_{group}": Shared(trained={}, fixed=shared)}

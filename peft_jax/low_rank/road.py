@@ -1,7 +1,7 @@
 """RoAd (Liao and Monz 2024, arXiv:2409.00119): pairs of outputs rotated and scaled.
 
-Within a group of g outputs, feature i is paired with feature i + g/2 (equation 4). road_1 shares angle and scale in a
-pair, road_2 gives each output its own, road_4 its own for both terms.
+Within a group of g outputs, feature i is paired with feature i + g/2 (equation 4). road_1 shares
+angle and scale in a pair, road_2 gives each output its own, road_4 its own for both terms.
 """
 
 from __future__ import annotations
@@ -38,11 +38,14 @@ class RoAd(Reparametrised):
         theta, alpha, g = self.theta, self.alpha, self.group_size
         if self.variant == "road_1":
             theta, alpha = (
-                jnp.repeat(p.reshape(*self.lead, -1, g // 2), 2, axis=-2).reshape(*self.lead, -1) for p in (theta, alpha)
+                jnp.repeat(p.reshape(*self.lead, -1, g // 2), 2, axis=-2).reshape(*self.lead, -1)
+                for p in (theta, alpha)
             )
         if self.variant == "road_4":
             halves = [p.reshape(*self.lead, -1, 2, g) for p in (theta, alpha)]
-            (t1, t2), (a1, a2) = ([h[..., i, :].reshape(*self.lead, -1) for i in (0, 1)] for h in halves)
+            (t1, t2), (a1, a2) = (
+                [h[..., i, :].reshape(*self.lead, -1) for i in (0, 1)] for h in halves
+            )
             return a1 * jnp.cos(t1), a2 * jnp.sin(t2)
         return alpha * jnp.cos(theta), alpha * jnp.sin(theta)
 
@@ -57,7 +60,10 @@ class RoAd(Reparametrised):
 
     def recover(self, w: jax.Array) -> jax.Array:
         """Solves each pair's two equations."""
-        first, second = (c[..., None, :].reshape(*self.lead, 1, -1, 2, self.group_size // 2) for c in self._columns())
+        first, second = (
+            c[..., None, :].reshape(*self.lead, 1, -1, 2, self.group_size // 2)
+            for c in self._columns()
+        )
         p = w.reshape(*w.shape[:-1], -1, 2, self.group_size // 2)
         a, b, c, d = first[..., 0, :], -second[..., 0, :], second[..., 1, :], first[..., 1, :]
         determinant = a * d - b * c
@@ -84,8 +90,8 @@ def road(
 ) -> Any:
     """`params` with a RoAd node at each place that `targets` name.
 
-    A layer's bias is turned with its output. Raises ValueError where `group_size` (an even number) does not divide a weight's
-    outputs.
+    A layer's bias is turned with its output. Raises ValueError where `group_size` (an even number)
+    does not divide a weight's outputs.
     """
     if group_size < 2 or group_size % 2:
         raise ValueError(f"group_size must be even, got {group_size}")
@@ -95,8 +101,21 @@ def road(
         site.check_divides(group_size, "group_size", inputs=False)
         shape = (*lead, int(n_out * _SHARE[variant]))
         common = site.common(name=adapter)
-        return RoAd(**common, theta=jnp.zeros(shape), alpha=jnp.ones(shape), variant=variant, group_size=group_size)
+        return RoAd(
+            **common,
+            theta=jnp.zeros(shape),
+            alpha=jnp.ones(shape),
+            variant=variant,
+            group_size=group_size,
+        )
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )

@@ -1,4 +1,5 @@
-"""SHiRA (Bhardwaj et al. 2024, arXiv:2406.13175): a few single entries of the weight train, the rest stays.
+"""SHiRA (Bhardwaj et al. 2024, arXiv:2406.13175): a few single entries of the weight train, the
+rest stays.
 
 r (in + out) entries, as many as LoRA of rank r would train, chosen at random or by magnitude.
 """
@@ -42,9 +43,11 @@ def shira(
     adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with a SHiRA node of rank * (in + out) trained entries at each place that `targets` name.
+    """`params` with a SHiRA node of rank * (in + out) trained entries at each place that `targets`
+    name.
 
-    `mask` chooses them at random (by `key`) or takes the largest. Raises ValueError where the weight has fewer.
+    `mask` chooses them at random (by `key`) or takes the largest. Raises ValueError where the
+    weight has fewer.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
@@ -53,12 +56,25 @@ def shira(
         lead, n_in, n_out = site.sizes
         count = rank * (n_in + n_out)
         if count > n_in * n_out:
-            raise ValueError(f"rank={rank} asks for {count} entries of {site.path}, which has {n_in * n_out}")
+            raise ValueError(
+                f"rank={rank} asks for {count} entries of {site.path}, which has {n_in * n_out}"
+            )
         shape = (*lead, n_in * n_out)
-        score = jnp.abs(site.matrix().mT).reshape(shape) if mask == "magnitude" else jax.random.uniform(key, shape)
+        score = (
+            jnp.abs(site.matrix().mT).reshape(shape)
+            if mask == "magnitude"
+            else jax.random.uniform(key, shape)
+        )
         places = jnp.sort(jax.lax.top_k(score, count)[1]).astype(jnp.int32)
         return SHiRA(**site.common(name=adapter), values=jnp.zeros((*lead, count)), places=places)
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )

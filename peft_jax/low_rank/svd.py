@@ -1,8 +1,8 @@
 """Low-rank factorization of the weights themselves: W [in, out] becomes U [in, k] V [k, out].
 
-Plain truncated SVD; ASVD (Yuan et al. 2023, arXiv:2312.05821), which scales inputs by their size first; and SVD-LLM's
-whitening (Wang et al. 2024, arXiv:2403.07378), whose truncation is the best one for the outputs on the calibration data:
-with X^T X = L L^T, ||X (W - W')|| = ||L^T (W - W')||.
+Plain truncated SVD; ASVD (Yuan et al. 2023, arXiv:2312.05821), which scales inputs by their size
+first; and SVD-LLM's whitening (Wang et al. 2024, arXiv:2403.07378), whose truncation is the best
+one for the outputs on the calibration data: with X^T X = L L^T, ||X (W - W')|| = ||L^T (W - W')||.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ logger = logging.getLogger("peft_jax")
 
 @node
 class Factorized(Matrix):
-    """u [*lead, in, k] times v [*lead, k, out], in the place of a weight of `layout` shape `shape`."""
+    """u [*lead, in, k] times v [*lead, k, out], in the place of a weight of `layout` shape
+    `shape`.
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("u", "v")
     u: jax.Array
@@ -60,7 +62,11 @@ class Factorized(Matrix):
         return self.u.dtype
 
     def field_specs(self, spec: P) -> dict[str, P]:
-        lead, into, out = tuple(spec)[: len(self.lead)], spec[self.in_axes[0]], spec[self.out_axes[0]]
+        lead, into, out = (
+            tuple(spec)[: len(self.lead)],
+            spec[self.in_axes[0]],
+            spec[self.out_axes[0]],
+        )
         return {"u": P(*lead, into, None), "v": P(*lead, None, out)}
 
     def materialize(self) -> jax.Array:
@@ -70,9 +76,14 @@ class Factorized(Matrix):
         product: Any = jnp.matmul(self.u, self.v, preferred_element_type=jnp.float32)
         return from_matrix(product, self.shape, self.in_axes, self.out_axes)
 
-    def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+    def matmul(
+        self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None
+    ) -> jax.Array:
         u, v, sizes = self.u, self.v, self.out_sizes
-        if (out_axes, in_axes) == (self.in_axes, self.out_axes):  # the transposed product of a tied head
+        if (out_axes, in_axes) == (
+            self.in_axes,
+            self.out_axes,
+        ):  # the transposed product of a tied head
             u, v, sizes = self.v.mT, self.u.mT, self.in_sizes
         elif (in_axes, out_axes) != (self.in_axes, self.out_axes):
             return super().matmul(x, in_axes=in_axes, out_axes=out_axes, precision=precision)
@@ -102,28 +113,41 @@ def factorize(
 ) -> tuple[Any, dict[str, dict[str, float]]]:
     """`params` with a Factorized weight at each place that `targets` name, and a report of each.
 
-    Either `keep`, the share of the targets' parameters that may stay, or `error`, the largest relative error of a weight
-    (of its outputs, with statistics), sets the ranks. `statistics` are covariances of the inputs by path (`calibrate`):
-    they make the truncation activation-aware, by SVD-LLM's whitening or ASVD's scales; what no token reached is truncated
-    plainly, which is said. A budget is shared out evenly or
-    by the energy that a rank holds. Stacked layers share a rank; looped ones have each their own. A weight that would
-    not become smaller stays as it is. With `train` the factors train.
+    Either `keep`, the share of the targets' parameters that may stay, or `error`, the largest
+    relative error of a weight (of its outputs, with statistics), sets the ranks. `statistics` are
+    covariances of the inputs by path (`calibrate`): they make the truncation activation-aware, by
+    SVD-LLM's whitening or ASVD's scales; what no token reached is truncated plainly, which is said.
+    A budget is shared out evenly or by the energy that a rank holds. Stacked layers share a rank;
+    looped ones have each their own. A weight that would not become smaller stays as it is. With
+    `train` the factors train.
 
-    Returns (tree, {path: {"rank", "kept" (share of parameters), "error"}}). Warns (logger `peft_jax`) where weights are cut
-    without statistics. Raises ValueError unless exactly one of
+    Returns (tree, {path: {"rank", "kept" (share of parameters), "error"}}). Warns (logger
+    `peft_jax`) where weights are cut without statistics. Raises ValueError unless exactly one of
     `keep` in (0, 1] and `error` in [0, 1) is given, and for a place without statistics.
     """
     if (keep is None) == (error is None):
-        raise ValueError("give either keep, a share of the parameters, or error, the largest relative error")
+        raise ValueError(
+            "give either keep, a share of the parameters, or error, the largest relative error"
+        )
     if not (0 < (1.0 if keep is None else keep) <= 1) or not (0 <= (error or 0.0) < 1):
         raise ValueError(f"keep must lie in (0, 1] and error in [0, 1), got {keep} and {error}")
     sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
     if statistics is not None and (missing := sorted(set(sites) - set(statistics))):
-        raise ValueError(f"there are no statistics of {missing[0]}; calibrate with the same targets")
-    parts = {p: _decompose(s, None if statistics is None else statistics[p], whitening) for p, s in sites.items()}
-    energies = {p: (fetched(s) ** 2).reshape(-1, s.shape[-1]).sum(0) for p, (_, s, _) in parts.items()}
+        raise ValueError(
+            f"there are no statistics of {missing[0]}; calibrate with the same targets"
+        )
+    parts = {
+        p: _decompose(s, None if statistics is None else statistics[p], whitening)
+        for p, s in sites.items()
+    }
+    energies = {
+        p: (fetched(s) ** 2).reshape(-1, s.shape[-1]).sum(0) for p, (_, s, _) in parts.items()
+    }
     if error is not None or allocation != "uniform":
-        check_concrete("ranks by an error or by energy depend on the weights: factorize runs with keep alone", energies)
+        check_concrete(
+            "ranks by an error or by energy depend on the weights: factorize runs with keep alone",
+            energies,
+        )
     ranks = _ranks(sites, energies, keep, error, allocation)
     report: dict[str, dict[str, float]] = {}
 
@@ -154,33 +178,47 @@ def factorize(
         )
 
     tree = map_places(place, params)
-    if statistics is None and any(not is_traced(row) and row["error"] > 1e-3 for row in report.values()):
+    if statistics is None and any(
+        not is_traced(row) and row["error"] > 1e-3 for row in report.values()
+    ):
         logger.warning(
-            "plain SVD of whole weights is known to ruin language models even where little is cut off; SVD-LLM, which heeds "
-            "their inputs, is factorize(..., statistics=calibrate(...)), or factorize.activations=true in a configuration"
+            "plain SVD of whole weights is known to ruin language models even where little is cut "
+            "off; SVD-LLM, which heeds "
+            "their inputs, is factorize(..., statistics=calibrate(...)), or "
+            "factorize.activations=true in a configuration"
         )
     return tree, report
 
 
-def _decompose(site: Site, covariance: jax.Array | None, whitening: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(u [*lead, in, m], s [*lead, m], v [*lead, m, out]) whose first k terms are the best approximation of rank k."""
+def _decompose(
+    site: Site, covariance: jax.Array | None, whitening: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(u [*lead, in, m], s [*lead, m], v [*lead, m, out]) whose first k terms are the best
+    approximation of rank k.
+    """
     w = site.matrix()
     if covariance is None:
         u, s, v = jnp.linalg.svd(w, full_matrices=False)
         return u, s, v
     n = w.shape[-2]
     if covariance.shape[-2:] != (n, n):
-        raise ValueError(f"statistics of {site.path} have shape {covariance.shape}, expected covariances [..., {n}, {n}]")
+        raise ValueError(
+            f"statistics of {site.path} have shape {covariance.shape}, expected covariances [..., "
+            f"{n}, {n}]"
+        )
     name = "ASVD" if whitening == "scale" else "SVD-LLM"
     there = reached(site.path, [covariance], site.sizes[0], method=name, instead="plain SVD")
     covariance = white(covariance, there)
     diagonal = jnp.diagonal(covariance, axis1=-2, axis2=-1)
-    floor = 1e-5 * diagonal.mean(-1, keepdims=True) + 1e-30  # inputs that never occur must not count for nothing
+    floor = (
+        1e-5 * diagonal.mean(-1, keepdims=True) + 1e-30
+    )  # inputs that never occur must not count for nothing
     if whitening == "scale":
         size = jnp.sqrt(jnp.sqrt(diagonal + floor))  # ASVD's alpha = 0.5
         u, s, v = jnp.linalg.svd(size[..., None] * w, full_matrices=False)
         return u / size[..., None], s, v
-    # A root of X^T X from its eigenvectors, which unlike Cholesky's exists where calibration tokens are few.
+    # A root of X^T X from its eigenvectors, which unlike Cholesky's exists where calibration tokens
+    # are few.
     values, vectors = jnp.linalg.eigh(covariance)
     root = jnp.sqrt(jnp.maximum(values, 0.0) + floor)
     u, s, v = jnp.linalg.svd(root[..., None] * jnp.matmul(vectors.mT, w), full_matrices=False)
@@ -188,15 +226,23 @@ def _decompose(site: Site, covariance: jax.Array | None, whitening: str) -> tupl
 
 
 def _ranks(
-    sites: Mapping[str, Site], energies: Mapping[str, np.ndarray], keep: float | None, error: float | None, allocation: str
+    sites: Mapping[str, Site],
+    energies: Mapping[str, np.ndarray],
+    keep: float | None,
+    error: float | None,
+    allocation: str,
 ) -> dict[str, int]:
     sizes = {p: s.sizes for p, s in sites.items()}
     if error is not None:
         return {p: _rank_of_error(e, error) for p, e in energies.items()}
     assert keep is not None
     if allocation == "uniform":
-        return {p: max(1, int(keep * i * o / (i + o))) if keep < 1 else min(i, o) for p, (_, i, o) in sizes.items()}
-    # Greedy: the terms that hold the largest share of their weight's energy a parameter, until the budget is spent.
+        return {
+            p: max(1, int(keep * i * o / (i + o))) if keep < 1 else min(i, o)
+            for p, (_, i, o) in sizes.items()
+        }
+    # Greedy: the terms that hold the largest share of their weight's energy a parameter, until the
+    # budget is spent.
     gains, costs, owners = [], [], []
     for p, e in energies.items():
         lead, i, o = sizes[p]

@@ -1,6 +1,8 @@
-"""PyTorch's CPU generator, as far as adapters depend on it: some store the seed of their frozen arrays, not the arrays.
+"""PyTorch's CPU generator, as far as adapters depend on it: some store the seed of their frozen
+arrays, not the arrays.
 
-PyTorch draws from the 32-bit Mersenne Twister (Matsumoto and Nishimura 1998), seeded as in the reference code.
+PyTorch draws from the 32-bit Mersenne Twister (Matsumoto and Nishimura 1998), seeded as in the
+reference code.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class Generator:
         return self.uniform(shape, -bound, bound)
 
     def permutation(self, n: int, first: int) -> np.ndarray:
-        """The first `first` entries of `torch.randperm(n)`: a Fisher-Yates shuffle, of which only they are made."""
+        """The first `first` entries of `torch.randperm(n)`: a Fisher-Yates shuffle, of which only
+        they are made.
+        """
         draws = self._draw(min(first, n - 1))
         moved: dict[int, int] = {}
         result = np.empty(first, np.int64)

@@ -1,6 +1,8 @@
-"""Trainable tokens: some rows of an embedding train, the others stay (Hugging Face PEFT's `TrainableTokens`).
+"""Trainable tokens: some rows of an embedding train, the others stay (Hugging Face PEFT's
+`TrainableTokens`).
 
-A head that is tied to the embedding sees the same new rows. Of a head with a kernel of its own, columns train.
+A head that is tied to the embedding sees the same new rows. Of a head with a kernel of its own,
+columns train.
 """
 
 from __future__ import annotations
@@ -32,16 +34,24 @@ class TrainableTokens(Reparametrised):
         return w.at[self.ids].set(self.rows)
 
     def recover(self, w: jax.Array) -> jax.Array:
-        return w.at[self.ids].set(self.base_matrix()[self.ids])  # a merge has lost them; the node's own base has them
+        return w.at[self.ids].set(
+            self.base_matrix()[self.ids]
+        )  # a merge has lost them; the node's own base has them
 
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
         found = ids[..., None] == self.ids
         rows = take(self.base, ids, dtype)
-        return jnp.where(found.any(-1)[..., None], self.rows.astype(rows.dtype)[found.argmax(-1)], rows)
+        return jnp.where(
+            found.any(-1)[..., None], self.rows.astype(rows.dtype)[found.argmax(-1)], rows
+        )
 
-    def transposed(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+    def transposed(
+        self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None
+    ) -> jax.Array:
         y = matmul(x, self.base, in_axes=in_axes, out_axes=out_axes, precision=precision)
-        return y.at[..., self.ids].set(jnp.matmul(x, self.rows.astype(x.dtype).T, precision=precision))
+        return y.at[..., self.ids].set(
+            jnp.matmul(x, self.rows.astype(x.dtype).T, precision=precision)
+        )
 
 
 def trainable_tokens(
@@ -53,9 +63,11 @@ def trainable_tokens(
     modules_to_save: Targets = (),
     adapter: str = "default",
 ) -> Any:
-    """`params` with the rows `ids` of the embeddings that `targets` name training, from the values they have.
+    """`params` with the rows `ids` of the embeddings that `targets` name training, from the values
+    they have.
 
-    Raises ValueError for repeated ids or ids outside the vocabulary, and for a target that is no embedding [V, D].
+    Raises ValueError for repeated ids or ids outside the vocabulary, and for a target that is no
+    embedding [V, D].
     """
     if not ids or len(set(ids)) != len(ids):
         raise ValueError(f"ids must be different token ids, at least one, got {list(ids)}")
@@ -72,11 +84,15 @@ def trainable_tokens(
         return TrainableTokens(**site.common(name=adapter), rows=rows, ids=where)
 
     layout = {p: axes for p in places(params) if (axes := _by_token(p)) is not None}
-    return place_nodes(params, key, make, targets=targets, layout=layout, modules_to_save=modules_to_save)
+    return place_nodes(
+        params, key, make, targets=targets, layout=layout, modules_to_save=modules_to_save
+    )
 
 
 def _by_token(path: str) -> tuple[Axes, Axes] | None:
-    """The axes of the weight at `path` as (tokens, features); None where it has no rows for tokens."""
+    """The axes of the weight at `path` as (tokens, features); None where it has no rows for
+    tokens.
+    """
     *module, leaf = path.split("/")
     if leaf in ("embedding", OUTPUT_EMBEDDING):
         return MATRIX

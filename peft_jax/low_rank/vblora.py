@@ -1,7 +1,8 @@
-"""VB-LoRA (Li et al. 2024, arXiv:2405.15179): LoRA whose factors are mixtures of vectors from one bank.
+"""VB-LoRA (Li et al. 2024, arXiv:2405.15179): LoRA whose factors are mixtures of vectors from one
+bank.
 
-Each piece of length v of a row of A or column of B is a softmax over the k largest of its logits (equation 3) times
-those vectors. The bank trains and is shared by all layers (`Shared`).
+Each piece of length v of a row of A or column of B is a softmax over the k largest of its logits
+(equation 3) times those vectors. The bank trains and is shared by all layers (`Shared`).
 """
 
 from __future__ import annotations
@@ -32,13 +33,19 @@ class VBLoRA(Additive):
         bank = self.shared["bank"]
         top, chosen = jax.lax.top_k(logits, self.top_k)
         lead = len(self.lead)
-        look_up = lambda bank, ids: bank[ids]
+
+        def look_up(bank, ids):
+            return bank[ids]
+
         for _ in range(lead):
             look_up = jax.vmap(look_up)
         return (jax.nn.softmax(top)[..., None] * look_up(bank, chosen)).sum(-2)
 
     def _factors(self) -> tuple[jax.Array, jax.Array]:
-        a, b = self._mixture(self.logits_a), self._mixture(self.logits_b)  # [r, in/v, v], [out/v, r, v]
+        a, b = (
+            self._mixture(self.logits_a),
+            self._mixture(self.logits_b),
+        )  # [r, in/v, v], [out/v, r, v]
         a = a.reshape(*a.shape[:-2], -1).mT
         b = jnp.moveaxis(b, -2, -3).reshape(*self.lead, b.shape[-2], -1)
         return a, b
@@ -69,14 +76,17 @@ def vblora(
     adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with a VB-LoRA node at each place that `targets` name, and the bank at the top of the tree.
+    """`params` with a VB-LoRA node at each place that `targets` name, and the bank at the top of
+    the tree.
 
-    The bank has `vectors` vectors of length `length`, uniform within `bank_bound`; logits start normal with
-    `logits_std`. The change is small but not zero at first, as in the paper. Raises ValueError where `length` does not
-    divide a weight's sizes, naming the place.
+    The bank has `vectors` vectors of length `length`, uniform within `bank_bound`; logits start
+    normal with `logits_std`. The change is small but not zero at first, as in the paper. Raises
+    ValueError where `length` does not divide a weight's sizes, naming the place.
     """
     if min(rank, vectors, length) < 1 or not 1 <= top_k <= vectors:
-        raise ValueError("rank, vectors and length must be at least 1, and top_k between 1 and vectors")
+        raise ValueError(
+            "rank, vectors and length must be at least 1, and top_k between 1 and vectors"
+        )
     check_dropout(dropout)
     group = f"vblora_{adapter}"
     key, bank_key = jax.random.split(key)
@@ -94,6 +104,13 @@ def vblora(
 
     bank = jax.random.uniform(bank_key, (vectors, length), jnp.float32, -bank_bound, bank_bound)
     placed = place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )
     return {**placed, f"shared_{group}": Shared(trained={"bank": bank}, fixed={})}

@@ -1,7 +1,9 @@
-"""VeRA (Kopiczko et al. 2024, arXiv:2310.11454): W + A diag(d) B diag(b), A and B random, frozen and shared by all layers.
+"""VeRA (Kopiczko et al. 2024, arXiv:2310.11454): W + A diag(d) B diag(b), A and B random, frozen
+and shared by all layers.
 
-A and B lie once in the tree (`Shared`), as large as the largest weight needs; a weight uses their first rows and columns.
-They are drawn as Hugging Face PEFT draws them from a seed, so adapters may leave them out.
+A and B lie once in the tree (`Shared`), as large as the largest weight needs; a weight uses their
+first rows and columns. They are drawn as Hugging Face PEFT draws them from a seed, so adapters may
+leave them out.
 """
 
 from __future__ import annotations
@@ -13,7 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.attachment import Shared
-from peft_jax.core.reparametrised import Additive, Site, check_dropout, find_sites, node, place_nodes
+from peft_jax.core.reparametrised import (
+    Additive,
+    Site,
+    check_dropout,
+    find_sites,
+    node,
+    place_nodes,
+)
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
 from peft_jax.low_rank.torch_random import Generator
@@ -21,7 +30,9 @@ from peft_jax.low_rank.torch_random import Generator
 
 @node
 class VeRA(Additive):
-    """d [*lead, r], b [*lead, out]; shared: a [in', r] and b [r, out'], at least as large as the weight."""
+    """d [*lead, r], b [*lead, out]; shared: a [in', r] and b [r, out'], at least as large as the
+    weight.
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("d", "b")
     d: jax.Array
@@ -66,10 +77,11 @@ def vera(
     adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with a VeRA node at each place that `targets` name, and the shared projections at the top of the tree.
+    """`params` with a VeRA node at each place that `targets` name, and the shared projections at
+    the top of the tree.
 
-    `seed` draws the projections; d starts at `d_initial`, b at zero. Raises ValueError for a rank below 1 or dropout
-    outside [0, 1).
+    `seed` draws the projections; d starts at `d_initial`, b at zero. Raises ValueError for a rank
+    below 1 or dropout outside [0, 1).
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
@@ -79,11 +91,25 @@ def vera(
     def make(site: Site, key: jax.Array) -> VeRA:
         lead, _, n_out = site.sizes
         common = site.common(dropout=dropout, name=adapter, group=group)
-        return VeRA(**common, d=jnp.full((*lead, rank), d_initial, jnp.float32), b=jnp.zeros((*lead, n_out)))
+        return VeRA(
+            **common, d=jnp.full((*lead, rank), d_initial, jnp.float32), b=jnp.zeros((*lead, n_out))
+        )
 
-    sizes = [s.sizes[1:] for s in find_sites(params, targets=targets, exclude=exclude, layers=layers, layout=layout).values()]
+    sizes = [
+        s.sizes[1:]
+        for s in find_sites(
+            params, targets=targets, exclude=exclude, layers=layers, layout=layout
+        ).values()
+    ]
     shared = projections(rank, max(n for n, _ in sizes), max(n for _, n in sizes), seed)
     placed = place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
     )
     return {**placed, f"shared_{group}": Shared(trained={}, fixed=shared)}

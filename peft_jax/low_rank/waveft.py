@@ -1,7 +1,9 @@
-"""WaveFT (Bilican et al. 2025, arXiv:2505.12532): the change is the inverse 2-D wavelet transform of a few entries.
+"""WaveFT (Bilican et al. 2025, arXiv:2505.12532): the change is the inverse 2-D wavelet transform
+of a few entries.
 
-Entries are placed as in `fourierft`. The Haar wavelet needs nothing; others take their filters from PyWavelets
-(`pip install peft_jax[wavelets]`). With `transform=False` the entries are the change itself (the paper's SHiRA-like case).
+Entries are placed as in `fourierft`. The Haar wavelet needs nothing; others take their filters from
+PyWavelets (`pip install peft_jax[wavelets]`). With `transform=False` the entries are the change
+itself (the paper's SHiRA-like case).
 """
 
 from __future__ import annotations
@@ -39,13 +41,17 @@ class WaveFT(Additive):
 
 
 def filters(wavelet: str) -> tuple[np.ndarray, np.ndarray]:
-    """(low-pass, high-pass) reconstruction filters. Raises ValueError for a wavelet that PyWavelets lacks."""
+    """(low-pass, high-pass) reconstruction filters. Raises ValueError for a wavelet that PyWavelets
+    lacks.
+    """
     if wavelet in ("db1", "haar"):
         return np.array([1.0, 1.0]) / np.sqrt(2), np.array([1.0, -1.0]) / np.sqrt(2)
     try:
         import pywt  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError(f"wavelet {wavelet!r} needs PyWavelets: pip install 'peft_jax[wavelets]'") from error
+        raise ImportError(
+            f"wavelet {wavelet!r} needs PyWavelets: pip install 'peft_jax[wavelets]'"
+        ) from error
     if wavelet not in pywt.wavelist(kind="discrete"):  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError(f"unknown wavelet {wavelet!r}; see pywt.wavelist(kind='discrete')")
     found = pywt.Wavelet(wavelet)  # pyright: ignore[reportAttributeAccessIssue]
@@ -53,9 +59,11 @@ def filters(wavelet: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def inverse_wavelet(coefficients: jax.Array, wavelet: str) -> jax.Array:
-    """One level of the inverse 2-D transform of [*lead, out, in], whose quarters are the approximation and details.
+    """One level of the inverse 2-D transform of [*lead, out, in], whose quarters are the
+    approximation and details.
 
-    The matrix is padded by what the filters' overlap takes away and the result cropped to its middle, as PEFT does.
+    The matrix is padded by what the filters' overlap takes away and the result cropped to its
+    middle, as PEFT does.
     """
     low, high = filters(wavelet)
     n_out, n_in = coefficients.shape[-2:]
@@ -65,7 +73,9 @@ def inverse_wavelet(coefficients: jax.Array, wavelet: str) -> jax.Array:
         pads.append((total // 2, total - total // 2))
     dense = jnp.pad(coefficients, [(0, 0)] * (coefficients.ndim - 2) + pads)
     approximation, wide, tall, both = _quarters(dense)
-    dense = jnp.concatenate([jnp.concatenate([approximation, tall], -1), jnp.concatenate([wide, both], -1)], -2)
+    dense = jnp.concatenate(
+        [jnp.concatenate([approximation, tall], -1), jnp.concatenate([wide, both], -1)], -2
+    )
     rows = _synthesis(dense.shape[-2], low, high)
     cols = _synthesis(dense.shape[-1], low, high)
     full = jnp.matmul(jnp.matmul(rows, dense), cols.T)
@@ -74,13 +84,17 @@ def inverse_wavelet(coefficients: jax.Array, wavelet: str) -> jax.Array:
 
 
 def _quarters(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Top left, top right (details across rows, where ours would be across columns), bottom left, bottom right."""
+    """Top left, top right (details across rows, where ours would be across columns), bottom left,
+    bottom right.
+    """
     h, w = x.shape[-2] // 2, x.shape[-1] // 2
     return x[..., :h, :w], x[..., :h, w:], x[..., h:, :w], x[..., h:, w:]
 
 
 def _synthesis(size: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """The matrix that upsamples both halves of a vector, filters them and adds: [size - length + 2, size]."""
+    """The matrix that upsamples both halves of a vector, filters them and adds: [size - length + 2,
+    size].
+    """
     half, length = size // 2, len(low)
     matrix = np.zeros((2 * half + length - 2, size), np.float32)
     for k in range(half):
@@ -106,9 +120,11 @@ def waveft(
     adapter: str = "default",
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with a WaveFT node of `frequencies` trained entries at each place that `targets` name.
+    """`params` with a WaveFT node of `frequencies` trained entries at each place that `targets`
+    name.
 
-    `frequencies_pattern` overrides the number for the places that its keys match. The entries start at zero.
+    `frequencies_pattern` overrides the number for the places that its keys match. The entries start
+    at zero.
     """
     pattern = frequencies_pattern or {}
     filters(wavelet)
@@ -127,6 +143,13 @@ def waveft(
         )
 
     return place_nodes(
-        params, key, make, targets=targets, exclude=exclude, layers=layers, layout=layout, modules_to_save=modules_to_save,
+        params,
+        key,
+        make,
+        targets=targets,
+        exclude=exclude,
+        layers=layers,
+        layout=layout,
+        modules_to_save=modules_to_save,
         patterns={"frequencies_pattern": pattern},
-    )  # fmt: skip
+    )

@@ -1,5 +1,6 @@
-"""BERT (Devlin et al. 2018, arXiv:1810.04805), RoBERTa (Liu et al. 2019, arXiv:1907.11692) and DeBERTa-v2 and -v3 (He et al.
-2020, arXiv:2006.03654; 2021, arXiv:2111.09543), whose modules have the same names but for a few.
+"""BERT (Devlin et al. 2018, arXiv:1810.04805), RoBERTa (Liu et al. 2019, arXiv:1907.11692) and
+DeBERTa-v2 and -v3 (He et al. 2020, arXiv:2006.03654; 2021, arXiv:2111.09543), whose modules have
+the same names but for a few.
 
 Layers are normalised after each residual sum.
 """
@@ -54,7 +55,10 @@ class DebertaConfig(EncoderConfig):
 
 def encoder_values(hf: Any, **names: str) -> dict[str, Any]:
     """What the encoders' configurations have in common; `names` maps ours to the family's own."""
-    of = lambda ours, usual: getattr(hf, names.get(ours, usual))
+
+    def of(ours, usual):
+        return getattr(hf, names.get(ours, usual))
+
     dropout = float(of("dropout", "hidden_dropout_prob"))
     classifier = getattr(hf, "classifier_dropout", None)
     values = dict(
@@ -71,33 +75,49 @@ def encoder_values(hf: Any, **names: str) -> dict[str, Any]:
         hf_config=json.dumps(hf.to_dict(), sort_keys=True, default=str),
     )
     if not getattr(hf, "tie_word_embeddings", True):
-        raise ValueError(f"{hf.model_type} with tie_word_embeddings=false is not supported: the head is the embedding")
+        raise ValueError(
+            f"{hf.model_type} with tie_word_embeddings=false is not supported: the head is the "
+            "embedding"
+        )
     if values["activation"] not in ACTIVATIONS:
-        raise ValueError(f"activation {values['activation']!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"activation {values['activation']!r} is not supported; there are "
+            f"{', '.join(ACTIVATIONS)}"
+        )
     return values
 
 
 def bert_config(hf: Any) -> EncoderConfig:
     """The configuration of a BERT or RoBERTa."""
     if getattr(hf, "is_decoder", False) or getattr(hf, "add_cross_attention", False):
-        raise ValueError("is_decoder and add_cross_attention are not supported: the model is an encoder")
+        raise ValueError(
+            "is_decoder and add_cross_attention are not supported: the model is an encoder"
+        )
     offset = 0 if hf.model_type == "bert" else hf.pad_token_id + 1
     return EncoderConfig(
-        **encoder_values(hf), type_vocab_size=hf.type_vocab_size, norm_eps=hf.layer_norm_eps, position_offset=offset
+        **encoder_values(hf),
+        type_vocab_size=hf.type_vocab_size,
+        norm_eps=hf.layer_norm_eps,
+        position_offset=offset,
     )
 
 
 def deberta_config(hf: Any) -> DebertaConfig:
-    """The configuration of a DeBERTa-v2 or -v3. Raises ValueError for a convolution or embeddings of another width."""
+    """The configuration of a DeBERTa-v2 or -v3. Raises ValueError for a convolution or embeddings
+    of another width.
+    """
     if getattr(hf, "conv_kernel_size", 0):
         raise ValueError("conv_kernel_size of DeBERTa-v2 is not supported; v3 has none")
     if getattr(hf, "embedding_size", hf.hidden_size) != hf.hidden_size:
         raise ValueError("a DeBERTa with an embedding_size other than hidden_size is not supported")
     if not getattr(hf, "legacy", True):
-        raise ValueError("a DeBERTa with legacy=false (another head for masked tokens) is not supported")
+        raise ValueError(
+            "a DeBERTa with legacy=false (another head for masked tokens) is not supported"
+        )
     known = hf.max_relative_positions
     return DebertaConfig(
-        **encoder_values(hf) | {"classifier_dropout": getattr(hf, "cls_dropout", None) or hf.hidden_dropout_prob},
+        **encoder_values(hf)
+        | {"classifier_dropout": getattr(hf, "cls_dropout", None) or hf.hidden_dropout_prob},
         type_vocab_size=hf.type_vocab_size,
         norm_eps=hf.layer_norm_eps,
         relative_attention=hf.relative_attention,
@@ -124,13 +144,19 @@ class Embeddings(Block):
             self.token_type_embeddings = self.embed(c.type_vocab_size)
         self.LayerNorm = self.layer_norm()
 
-    def __call__(self, tokens: jax.Array, token_type_ids: jax.Array | None, positions: jax.Array) -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, token_type_ids: jax.Array | None, positions: jax.Array
+    ) -> jax.Array:
         c = self.config
         x = self.word_embeddings(tokens)
         if getattr(c, "absolute_positions", True):
             x = x + self.position_embeddings(positions + c.position_offset)
         if c.type_vocab_size:
-            types = jnp.zeros((1, 1), jnp.int32) if token_type_ids is None or c.type_vocab_size == 1 else token_type_ids
+            types = (
+                jnp.zeros((1, 1), jnp.int32)
+                if token_type_ids is None or c.type_vocab_size == 1
+                else token_type_ids
+            )
             x = x + self.token_type_embeddings(types)
         return self.drop(self.LayerNorm(x))
 
@@ -143,18 +169,30 @@ class SelfAttention(Block):
     @nn.compact
     def __call__(self, x: jax.Array, shared: dict[str, Any]) -> jax.Array:
         c = self.config
-        q, k, v = (split_heads(self.dense(c.hidden_size, n)(x), c.head_dim) for n in ("query", "key", "value"))
-        return join_heads(AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(q, k, v, shared["mask"]))
+        q, k, v = (
+            split_heads(self.dense(c.hidden_size, n)(x), c.head_dim)
+            for n in ("query", "key", "value")
+        )
+        return join_heads(
+            AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(
+                q, k, v, shared["mask"]
+            )
+        )
 
 
 class DisentangledSelfAttention(Block):
-    """Attention with terms of content to position and back (He et al. 2020, equation 4), scaled by 1 / sqrt(terms d)."""
+    """Attention with terms of content to position and back (He et al. 2020, equation 4), scaled by
+    1 / sqrt(terms d).
+    """
 
     implementation: str | None = None
 
     def setup(self) -> None:
         c = self.config
-        make = lambda: self.dense(c.hidden_size)
+
+        def make():
+            return self.dense(c.hidden_size)
+
         self.query_proj, self.key_proj, self.value_proj = make(), make(), make()
         self.core = AttentionCore(self.scale, None, self.implementation)
         if c.relative_attention and not c.share_att_key:
@@ -170,7 +208,10 @@ class DisentangledSelfAttention(Block):
 
     def __call__(self, x: jax.Array, shared: dict[str, Any]) -> jax.Array:
         c = self.config
-        q, k, v = (split_heads(layer(x), c.head_dim) for layer in (self.query_proj, self.key_proj, self.value_proj))
+        q, k, v = (
+            split_heads(layer(x), c.head_dim)
+            for layer in (self.query_proj, self.key_proj, self.value_proj)
+        )
         bias = self._positions(q, k, shared) if c.relative_attention else None
         return join_heads(self.core(q, k, v, shared["mask"], False, bias))
 
@@ -178,28 +219,40 @@ class DisentangledSelfAttention(Block):
         """The terms with positions, [B, H, T, T], float32."""
         c, table, at = self.config, self.drop(shared["relative"]), shared["distance"]
         total = None
-        for term, content, own, common in (("c2p", q, "pos_key_proj", "key_proj"), ("p2c", k, "pos_query_proj", "query_proj")):
+        for term, content, own, common in (
+            ("c2p", q, "pos_key_proj", "key_proj"),
+            ("p2c", k, "pos_query_proj", "query_proj"),
+        ):
             if term not in c.position_terms:
                 continue
             project = getattr(self, common if c.share_att_key else own)
             heads = split_heads(project(table), c.head_dim)  # [2P, H, d]
-            scores = jnp.einsum("bthd,phd->bhtp", content * self.scale, heads, preferred_element_type=jnp.float32)
+            scores = jnp.einsum(
+                "bthd,phd->bhtp", content * self.scale, heads, preferred_element_type=jnp.float32
+            )
             index = jnp.clip((at if term == "c2p" else -at) + c.span, 0, 2 * c.span - 1)
             found = jnp.take_along_axis(scores, index[None, None], axis=-1)
-            found = found if term == "c2p" else found.swapaxes(-1, -2)  # it was looked up by key, then query
+            found = (
+                found if term == "c2p" else found.swapaxes(-1, -2)
+            )  # it was looked up by key, then query
             total = found if total is None else total + found
         return total
 
 
 def relative_positions(length: int, buckets: int, max_relative: int) -> jax.Array:
-    """Distances i - j [T, T]; with `buckets` those above half of them grow by their logarithm (DeBERTa-v2)."""
+    """Distances i - j [T, T]; with `buckets` those above half of them grow by their logarithm
+    (DeBERTa-v2).
+    """
     distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
     if not buckets:
         return distance
     middle = buckets // 2
     size = jnp.maximum(jnp.abs(distance), middle - 1).astype(jnp.float32)
     size = jnp.where((distance < middle) & (distance > -middle), middle - 1, size)
-    steps = jnp.ceil(jnp.log(size / middle) / math.log((max_relative - 1) / middle) * (middle - 1)) + middle
+    steps = (
+        jnp.ceil(jnp.log(size / middle) / math.log((max_relative - 1) / middle) * (middle - 1))
+        + middle
+    )
     return jnp.where(size <= middle, distance, (steps * jnp.sign(distance)).astype(distance.dtype))
 
 
@@ -217,7 +270,9 @@ class Attention(Block):
 
     @nn.compact
     def __call__(self, x: jax.Array, shared: dict[str, Any], residual: Residual) -> jax.Array:
-        kind = DisentangledSelfAttention if isinstance(self.config, DebertaConfig) else SelfAttention
+        kind = (
+            DisentangledSelfAttention if isinstance(self.config, DebertaConfig) else SelfAttention
+        )
         fields = (self.config, self.dtype, self.param_dtype)
         y = kind(*fields, self.implementation, name="self")(x, shared)
         return Output(*fields, name="output")(y, x, residual)
@@ -226,17 +281,23 @@ class Attention(Block):
 class Intermediate(Block):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return ACTIVATIONS[self.config.activation](self.dense(self.config.intermediate_size, "dense")(x))
+        return ACTIVATIONS[self.config.activation](
+            self.dense(self.config.intermediate_size, "dense")(x)
+        )
 
 
 class Layer(Block):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, shared: dict[str, Any], own: dict[str, Any]) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, shared: dict[str, Any], own: dict[str, Any]
+    ) -> tuple[jax.Array, None]:
         fields = (self.config, self.dtype, self.param_dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
-        x = Attention(*fields, self.implementation, name="attention")(x, shared, Residual(name="attention_residual"))
+        x = Attention(*fields, self.implementation, name="attention")(
+            x, shared, Residual(name="attention_residual")
+        )
         y = Intermediate(*fields, name="intermediate")(x)
         x = Output(*fields, name="output")(y, x, Residual(name="mlp_residual"))
         return nn.with_logical_constraint(x, ("batch", "length", "embed")), None
@@ -252,7 +313,9 @@ class LayerStack(Block):
     def setup(self) -> None:
         c = self.config
         fields = (c, self.dtype, self.param_dtype, self.implementation)
-        self.layer = layer_stack(Layer, c.num_layers, *fields, scan=self.scan_layers, remat=self.remat)
+        self.layer = layer_stack(
+            Layer, c.num_layers, *fields, scan=self.scan_layers, remat=self.remat
+        )
         if getattr(c, "relative_attention", False):
             self.rel_embeddings = self.embed(2 * c.span)
             if c.norm_relative:
@@ -295,8 +358,12 @@ class BertStack(Block):
         if self.config.model_type == "bert" and self.task == "sequence_classification":
             self.pooler = Pooler(*fields)
 
-    def __call__(self, tokens, segment_ids, token_type_ids, positions, pooled: bool = False) -> jax.Array:
-        """`pooled` says that the first token's state is what is wanted (a prompt then leaves its own there, as PEFT's does)."""
+    def __call__(
+        self, tokens, segment_ids, token_type_ids, positions, pooled: bool = False
+    ) -> jax.Array:
+        """`pooled` says that the first token's state is what is wanted (a prompt then leaves its
+        own there, as PEFT's does).
+        """
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         x = self.embeddings(tokens, token_type_ids, positions)
@@ -323,7 +390,9 @@ class Predictions(Block):
 
     def setup(self) -> None:
         self.transform = Transform(self.config, self.dtype, self.param_dtype)
-        self.bias = self.param("bias", nn.initializers.zeros_init(), (self.config.vocab_size,), self.param_dtype)
+        self.bias = self.param(
+            "bias", nn.initializers.zeros_init(), (self.config.vocab_size,), self.param_dtype
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.transform(x)
@@ -374,7 +443,9 @@ class RobertaHead(Block):
     def setup(self) -> None:
         self.dense_layer = self.dense(self.config.hidden_size, "dense")
         self.norm = self.layer_norm("layer_norm")
-        self.bias = self.param("bias", nn.initializers.zeros_init(), (self.config.vocab_size,), self.param_dtype)
+        self.bias = self.param(
+            "bias", nn.initializers.zeros_init(), (self.config.vocab_size,), self.param_dtype
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.norm(ACTIVATIONS["gelu"](self.dense_layer(x)))

@@ -1,4 +1,6 @@
-"""What all of the models are made of: configuration, dtypes, norms, attention, residual sums and stacks of layers."""
+"""What all of the models are made of: configuration, dtypes, norms, attention, residual sums and
+stacks of layers.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,14 @@ from peft_jax.core.capture import CAPTURED
 from peft_jax.models.attention import Mask, attention
 
 Task = Literal[
-    "causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification", "token_classification", "question_answering",
+    "causal_lm",
+    "masked_lm",
+    "seq2seq_lm",
+    "sequence_classification",
+    "token_classification",
+    "question_answering",
     "feature_extraction",
-]  # fmt: skip
+]
 ACTIVATIONS: dict[str, Any] = {
     "silu": nn.silu,
     "swish": nn.silu,
@@ -47,7 +54,9 @@ class Architecture:
     num_labels: int = 2  # of a classification head
     tie_embeddings: bool = True
     hf_config: str = "{}"  # the Hugging Face config as JSON, written back on export
-    generation_config: str | None = None  # the folder's generation_config.json, written back on export
+    generation_config: str | None = (
+        None  # the folder's generation_config.json, written back on export
+    )
 
     @property
     def model_type(self) -> str:
@@ -78,7 +87,9 @@ class RMSNorm(nn.Module):
 
 
 class Layers:
-    """The layers that all of a model's modules are made of, for modules with a `config`, a `dtype` and a `param_dtype`."""
+    """The layers that all of a model's modules are made of, for modules with a `config`, a `dtype`
+    and a `param_dtype`.
+    """
 
     config: Any
     dtype: Any
@@ -88,17 +99,27 @@ class Layers:
     def dense(self, features: int, name: str | None = None, bias: bool = True) -> nn.Dense:
         """A dense layer that starts as N(0, 0.02^2)."""
         return nn.Dense(
-            features, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name,
+            features,
+            use_bias=bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
             kernel_init=nn.initializers.normal(0.02),
-        )  # fmt: skip
+        )
 
     @nn.nowrap
-    def layer_norm(self, name: str | None = None, eps: float | None = None, bias: bool = True) -> nn.LayerNorm:
+    def layer_norm(
+        self, name: str | None = None, eps: float | None = None, bias: bool = True
+    ) -> nn.LayerNorm:
         """Layer normalisation, in float32."""
         return nn.LayerNorm(
-            epsilon=self.config.norm_eps if eps is None else eps, use_bias=bias, use_fast_variance=False, dtype=self.dtype,
-            param_dtype=self.param_dtype, name=name,
-        )  # fmt: skip
+            epsilon=self.config.norm_eps if eps is None else eps,
+            use_bias=bias,
+            use_fast_variance=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
 
     @nn.nowrap
     def rms_norm(self, name: str | None = None) -> RMSNorm:
@@ -109,9 +130,13 @@ class Layers:
     def embed(self, size: int, features: int | None = None, name: str | None = None) -> nn.Embed:
         """An embedding that starts as N(0, 0.02^2)."""
         return nn.Embed(
-            size, features or self.config.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype, name=name,
+            size,
+            features or self.config.hidden_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
             embedding_init=nn.initializers.normal(0.02),
-        )  # fmt: skip
+        )
 
     @nn.nowrap
     def drop(self: Any, x: jax.Array, rate: float | None = None) -> jax.Array:
@@ -132,9 +157,11 @@ class Block(Layers, nn.Module):
 
 
 class AttentionCore(nn.Module):
-    """Attention proper, a module of its own so that something can be attached to it (a prefix, say).
+    """Attention proper, a module of its own so that something can be attached to it (a prefix,
+    say).
 
-    `bias` is added to the scores: [B or 1, H, T, S], or something that has it as `scores` (see `t5.Relative`).
+    `bias` is added to the scores: [B or 1, H, T, S], or something that has it as `scores` (see
+    `t5.Relative`).
     """
 
     scale: float
@@ -142,16 +169,30 @@ class AttentionCore(nn.Module):
     implementation: str | None = None
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, sliding: bool | jax.Array = False, bias: Any = None
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: Mask,
+        sliding: bool | jax.Array = False,
+        bias: Any = None,
     ) -> jax.Array:
-        options = {"scale": self.scale, "softcap": self.softcap, "implementation": self.implementation}
-        return attention(q, k, v, mask, sliding=sliding, bias=getattr(bias, "scores", bias), **options)
+        options = {
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "implementation": self.implementation,
+        }
+        return attention(
+            q, k, v, mask, sliding=sliding, bias=getattr(bias, "scores", bias), **options
+        )
 
 
 class ScaledEmbed(nn.Embed):
-    """An embedding whose rows are multiplied by `scale` as they are looked up (Gemma), but not where it is the head.
+    """An embedding whose rows are multiplied by `scale` as they are looked up (Gemma), but not
+    where it is the head.
 
-    The scale is the module's, as in transformers: what is attached to the embedding acts on scaled rows.
+    The scale is the module's, as in transformers: what is attached to the embedding acts on scaled
+    rows.
     """
 
     scale: float = 1.0
@@ -178,22 +219,25 @@ def embedding_scale(model: Any) -> float:
 
 
 class Residual(nn.Module):
-    """x + y, a module of its own so that something can be attached to the sum (an adapter after it, or beside y)."""
+    """x + y, a module of its own so that something can be attached to the sum (an adapter after it,
+    or beside y).
+    """
 
     def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
         return x + y
 
 
 class AttentionOutput(nn.Module):
-    """What attention puts out, y [B, T, D], as it is: a module of its own so that something for queries q [B, T, H, d] may be
-    added.
+    """What attention puts out, y [B, T, D], as it is: a module of its own so that something for
+    queries q [B, T, H, d] may be added.
     """
 
     def __call__(self, y: jax.Array, q: jax.Array) -> jax.Array:
         return y
 
 
-# Modules without parameters that something may be attached to, by the name of a module among their neighbours.
+# Modules without parameters that something may be attached to, by the name of a module among their
+# neighbours.
 _CORES = ("q_proj", "qkv_proj", "query", "query_proj", "q_lin", "Wqkv", "c_attn", "q")
 _LAYERS = ("self_attn", "attention", "attn")
 _HOOKS = {
@@ -207,9 +251,17 @@ _HOOKS = {
 
 
 def hooks_of(names: Collection[str]) -> list[str]:
-    """The modules without parameters beside modules of these names; Flax's own attention (with an `out`) has no core."""
+    """The modules without parameters beside modules of these names; Flax's own attention (with an
+    `out`) has no core.
+    """
     return list(
-        dict.fromkeys(h for n, hooks in _HOOKS.items() if n in names for h in hooks if h != "core" or "out" not in names)
+        dict.fromkeys(
+            h
+            for n, hooks in _HOOKS.items()
+            if n in names
+            for h in hooks
+            if h != "core" or "out" not in names
+        )
     )
 
 
@@ -223,10 +275,14 @@ def join_heads(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-2], -1)
 
 
-def layer_stack(block: type[nn.Module], length: int, *args: Any, scan: bool, remat: str, broadcast: int = 1) -> Any:
-    """`length` layers of a class whose call takes (x, what all layers share ..., what is its own) and returns (x, None).
+def layer_stack(
+    block: type[nn.Module], length: int, *args: Any, scan: bool, remat: str, broadcast: int = 1
+) -> Any:
+    """`length` layers of a class whose call takes (x, what all layers share ..., what is its own)
+    and returns (x, None).
 
-    One module whose parameters have a leading axis where they are scanned, else a list. `broadcast` counts what is shared.
+    One module whose parameters have a leading axis where they are scanned, else a list. `broadcast`
+    counts what is shared.
     """
     made: Any = block
     if remat != "none":
@@ -235,7 +291,9 @@ def layer_stack(block: type[nn.Module], length: int, *args: Any, scan: bool, rem
         return [made(*args) for _ in range(length)]
     axes = (*[nn.broadcast] * broadcast, 0)
     rngs = {"params": True, "dropout": True}
-    return nn.scan(made, variable_axes={"params": 0, CAPTURED: 0}, split_rngs=rngs, in_axes=axes, length=length)(*args)
+    return nn.scan(
+        made, variable_axes={"params": 0, CAPTURED: 0}, split_rngs=rngs, in_axes=axes, length=length
+    )(*args)
 
 
 def run_layers(layers: Any, x: jax.Array, shared: Any, own: dict[str, Any]) -> jax.Array:

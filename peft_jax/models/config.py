@@ -1,6 +1,7 @@
 """From a Hugging Face config to the one decoder's `DecoderConfig`.
 
-Each family is a function of the Hugging Face config that states only how the family departs from Llama.
+Each family is a function of the Hugging Face config that states only how the family departs from
+Llama.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from peft_jax.models.rotary import RotaryConfig
 class DecoderConfig(Architecture):
     """Everything that `Decoder` needs to know, hashable, so that a module may hold it.
 
-    Sizes: V vocabulary, D hidden, F feed-forward, L layers, H query heads, K key/value heads, d head size.
+    Sizes: V vocabulary, D hidden, F feed-forward, L layers, H query heads, K key/value heads, d
+    head size.
     """
 
     intermediate_size: int
@@ -31,8 +33,12 @@ class DecoderConfig(Architecture):
     tie_embeddings: bool = False
     rotary: RotaryConfig = RotaryConfig()
     local_rotary: RotaryConfig | None = None  # Gemma 3: sliding layers rotate with their own base
-    no_rope_layers: tuple[bool, ...] | None = None  # SmolLM3: True where a layer has no rotary positions
-    sliding_layers: tuple[bool, ...] | None = None  # True where attention is limited to `sliding_window`
+    no_rope_layers: tuple[bool, ...] | None = (
+        None  # SmolLM3: True where a layer has no rotary positions
+    )
+    sliding_layers: tuple[bool, ...] | None = (
+        None  # True where attention is limited to `sliding_window`
+    )
     sliding_window: int | None = None
     qkv_bias: bool = False
     output_bias: bool = False
@@ -56,18 +62,29 @@ class DecoderConfig(Architecture):
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
+                f"num_attention_heads={self.num_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_kv_heads}"
             )
 
 
 def rotary_config(hf: Any, parameters: Mapping[str, Any] | None, head_dim: int) -> RotaryConfig:
-    """Rotary settings out of one `rope_parameters` mapping (transformers 5 standardises older keys to it)."""
+    """Rotary settings out of one `rope_parameters` mapping (transformers 5 standardises older keys
+    to it).
+    """
     p = dict(parameters or {})
     known = {field.name for field in dataclasses.fields(RotaryConfig)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in p.items() if k in known and v is not None}
+    values = {
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in p.items()
+        if k in known and v is not None
+    }
     theta = p.get("rope_theta", getattr(hf, "rope_theta", None) or 10000.0)
     partial = p.get("partial_rotary_factor") or getattr(hf, "partial_rotary_factor", None) or 1.0
-    values.update(rope_theta=float(theta), dim=int(head_dim * partial), max_position=hf.max_position_embeddings)
+    values.update(
+        rope_theta=float(theta),
+        dim=int(head_dim * partial),
+        max_position=hf.max_position_embeddings,
+    )
     if original := getattr(hf, "original_max_position_embeddings", None):
         values.setdefault("original_max_position_embeddings", original)
     return RotaryConfig(**values)
@@ -100,12 +117,16 @@ def _llama(hf: Any, **changes: Any) -> DecoderConfig:
 
 
 def _sliding(hf: Any) -> dict[str, Any]:
-    """Which layers slide: `layer_types` where the config has it, else all of them when a window is set."""
+    """Which layers slide: `layer_types` where the config has it, else all of them when a window is
+    set.
+    """
     window = getattr(hf, "sliding_window", None)
     if not window:
         return {}
     types = getattr(hf, "layer_types", None)
-    layers = tuple(t == "sliding_attention" for t in types) if types else (True,) * hf.num_hidden_layers
+    layers = (
+        tuple(t == "sliding_attention" for t in types) if types else (True,) * hf.num_hidden_layers
+    )
     return dict(sliding_window=int(window), sliding_layers=layers) if any(layers) else {}
 
 
@@ -123,8 +144,14 @@ def _qwen3(hf: Any) -> DecoderConfig:
 
 def _gemma(hf: Any, **changes: Any) -> DecoderConfig:
     if getattr(hf, "use_bidirectional_attention", None):
-        raise ValueError("use_bidirectional_attention=true is not supported: the decoder's attention is causal")
-    activation = getattr(hf, "hidden_activation", None) or getattr(hf, "hidden_act", None) or "gelu_pytorch_tanh"
+        raise ValueError(
+            "use_bidirectional_attention=true is not supported: the decoder's attention is causal"
+        )
+    activation = (
+        getattr(hf, "hidden_activation", None)
+        or getattr(hf, "hidden_act", None)
+        or "gelu_pytorch_tanh"
+    )
     scale = float(hf.hidden_size) ** 0.5
     return _llama(hf, activation=activation, norm_offset=1.0, embedding_scale=scale, **changes)
 
@@ -174,20 +201,28 @@ def _experts(hf: Any, number: int, **changes: Any) -> dict[str, Any]:
 
 
 def _mixtral(hf: Any) -> DecoderConfig:
-    return _llama(hf, **_experts(hf, hf.num_local_experts, expert_size=hf.intermediate_size), **_sliding(hf))
+    return _llama(
+        hf, **_experts(hf, hf.num_local_experts, expert_size=hf.intermediate_size), **_sliding(hf)
+    )
 
 
 def _qwen_experts(hf: Any) -> dict[str, Any]:
     sparse = [i for i in range(hf.num_hidden_layers) if (i + 1) % hf.decoder_sparse_step == 0]
-    sparse = [i for i in sparse if i not in (hf.mlp_only_layers or [])] if hf.num_experts > 0 else []
+    sparse = (
+        [i for i in sparse if i not in (hf.mlp_only_layers or [])] if hf.num_experts > 0 else []
+    )
     dense = tuple(i for i in range(hf.num_hidden_layers) if i not in sparse)
-    size = dict(expert_size=hf.moe_intermediate_size, normalise_router=hf.norm_topk_prob, dense_layers=dense)
+    size = dict(
+        expert_size=hf.moe_intermediate_size, normalise_router=hf.norm_topk_prob, dense_layers=dense
+    )
     return _experts(hf, hf.num_experts, **size)
 
 
 def _qwen2_moe(hf: Any) -> DecoderConfig:
     shared = dict(shared_expert_size=hf.shared_expert_intermediate_size)
-    return _llama(hf, qkv_bias=hf.qkv_bias, output_bias=False, **_qwen_experts(hf), **shared, **_sliding(hf))
+    return _llama(
+        hf, qkv_bias=hf.qkv_bias, output_bias=False, **_qwen_experts(hf), **shared, **_sliding(hf)
+    )
 
 
 def _qwen3_moe(hf: Any) -> DecoderConfig:
@@ -219,5 +254,7 @@ def decoder_config(hf_config: Any) -> DecoderConfig:
     family = DECODERS.get(hf_config.model_type)
     if family is None:
         known = ", ".join(sorted(DECODERS))
-        raise ValueError(f"model_type {hf_config.model_type!r} is not supported; supported families: {known}")
+        raise ValueError(
+            f"model_type {hf_config.model_type!r} is not supported; supported families: {known}"
+        )
     return family(hf_config)

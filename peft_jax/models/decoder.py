@@ -1,8 +1,10 @@
-"""One readable decoder for every supported family: a vanilla Flax Linen module, configured by `DecoderConfig`.
+"""One readable decoder for every supported family: a vanilla Flax Linen module, configured by
+`DecoderConfig`.
 
-Module and parameter names follow the Hugging Face checkpoints (`model.layers.self_attn.q_proj`), so a path here is a
-path there. Layers are stacked on a leading axis and scanned by default, which keeps compile time independent of depth.
-Letters: B batch, T tokens, S cache slots, D model, H heads, K kv-heads, d head size, F feed-forward, V vocabulary.
+Module and parameter names follow the Hugging Face checkpoints (`model.layers.self_attn.q_proj`), so
+a path here is a path there. Layers are stacked on a leading axis and scanned by default, which
+keeps compile time independent of depth. Letters: B batch, T tokens, S cache slots, D model, H
+heads, K kv-heads, d head size, F feed-forward, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,14 +21,24 @@ from peft_jax.core.bind import bind
 from peft_jax.core.capture import CAPTURED
 from peft_jax.core.in_turn import Chain
 from peft_jax.models.attention import Mask, empty_cache, make_mask, read_cache, write_cache
-from peft_jax.models.blocks import ACTIVATIONS, REMAT_POLICIES, AttentionCore, Residual, RMSNorm, ScaledEmbed, Task
+from peft_jax.models.blocks import (
+    ACTIVATIONS,
+    REMAT_POLICIES,
+    AttentionCore,
+    Residual,
+    RMSNorm,
+    ScaledEmbed,
+    Task,
+)
 from peft_jax.models.config import DecoderConfig
 from peft_jax.models.moe import SparseMLP
 from peft_jax.models.rotary import rotary_table, rotate, sequence_lengths
 
 
 class LayerKind(NamedTuple):
-    """What one layer does that another may not; None where scanned layers differ and `layer` says it per layer."""
+    """What one layer does that another may not; None where scanned layers differ and `layer` says
+    it per layer.
+    """
 
     sliding: bool | None
     rope: bool | None
@@ -46,16 +58,25 @@ class Attention(nn.Module):
         if c.fused_projections:
             self.qkv_proj = self._dense(q + 2 * kv, c.qkv_bias)
         else:
-            self.q_proj, self.k_proj, self.v_proj = (self._dense(n, c.qkv_bias) for n in (q, kv, kv))
+            self.q_proj, self.k_proj, self.v_proj = (
+                self._dense(n, c.qkv_bias) for n in (q, kv, kv)
+            )
         self.o_proj = self._dense(c.hidden_size, c.output_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = (RMSNorm(c.rms_norm_eps, c.norm_offset, self.dtype, self.param_dtype) for _ in range(2))
+            self.q_norm, self.k_norm = (
+                RMSNorm(c.rms_norm_eps, c.norm_offset, self.dtype, self.param_dtype)
+                for _ in range(2)
+            )
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         self.core = AttentionCore(scale, c.attention_softcap, self.implementation)
 
     def _dense(self, features: int, bias: bool) -> nn.Dense:
         return nn.Dense(
-            features, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=nn.initializers.normal(0.02)
+            features,
+            use_bias=bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.normal(0.02),
         )
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -72,7 +93,9 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def __call__(self, x: jax.Array, shared: dict[str, Any], layer: dict[str, Any], cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, shared: dict[str, Any], layer: dict[str, Any], cache: Any
+    ) -> tuple[jax.Array, Any]:
         q, k, v = self._project(x)
         q, k = self._rotate(q, k, shared, layer)
         if cache is not None:
@@ -85,11 +108,16 @@ class Attention(nn.Module):
         static = getattr(self.kind, name)
         return layer[name] if static is None else static
 
-    def _rotate(self, q: jax.Array, k: jax.Array, shared: dict[str, Any], layer: dict[str, jax.Array]) -> list[jax.Array]:
+    def _rotate(
+        self, q: jax.Array, k: jax.Array, shared: dict[str, Any], layer: dict[str, jax.Array]
+    ) -> list[jax.Array]:
         cos, sin = shared["rope"]
         if shared["local_rope"] is not None:
             sliding = self._flag("sliding", layer)
-            cos, sin = (jnp.where(sliding, a, b) for a, b in zip(shared["local_rope"], (cos, sin), strict=True))
+            cos, sin = (
+                jnp.where(sliding, a, b)
+                for a, b in zip(shared["local_rope"], (cos, sin), strict=True)
+            )
         rope = self._flag("rope", layer)
         if isinstance(rope, bool):
             return [rotate(y, cos, sin) if rope else y for y in (q, k)]
@@ -110,9 +138,13 @@ class MLP(nn.Module):
 
         def dense(features: int, name: str) -> nn.Dense:
             return nn.Dense(
-                features, use_bias=c.mlp_bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name,
+                features,
+                use_bias=c.mlp_bias,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
                 kernel_init=nn.initializers.normal(0.02),
-            )  # fmt: skip
+            )
 
         size = self.size or c.intermediate_size
         if c.fused_projections:
@@ -122,13 +154,17 @@ class MLP(nn.Module):
         return dense(c.hidden_size, "down_proj")(_gated(c.activation, gate, up))
 
 
-@functools.partial(jax.checkpoint, static_argnums=0)  # keeps two arrays for the backward pass instead of five
+@functools.partial(
+    jax.checkpoint, static_argnums=0
+)  # keeps two arrays for the backward pass instead of five
 def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
     return ACTIVATIONS[activation](gate) * up
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward with residuals; normalised before, after or on both sides of each."""
+    """Attention and feed-forward with residuals; normalised before, after or on both sides of
+    each.
+    """
 
     config: DecoderConfig
     kind: LayerKind
@@ -137,24 +173,34 @@ class DecoderLayer(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, shared: dict[str, Any], layer: dict[str, Any], cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, shared: dict[str, Any], layer: dict[str, Any], cache: Any
+    ) -> tuple[jax.Array, Any]:
         c = self.config
 
         def norm(name: str, x: jax.Array) -> jax.Array:
-            return RMSNorm(c.rms_norm_eps, c.norm_offset, self.dtype, self.param_dtype, name=name)(x)
+            return RMSNorm(c.rms_norm_eps, c.norm_offset, self.dtype, self.param_dtype, name=name)(
+                x
+            )
 
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         pre, post = c.norm_position != "post", c.norm_position != "pre"
         before_mlp = "pre_feedforward_layernorm" if post else "post_attention_layernorm"
 
         y = norm("input_layernorm", x) if pre else x
-        attention = Attention(c, self.kind, self.dtype, self.param_dtype, self.implementation, name="self_attn")
+        attention = Attention(
+            c, self.kind, self.dtype, self.param_dtype, self.implementation, name="self_attn"
+        )
         y, cache = attention(y, shared, layer, cache)
-        x = Residual(name="attention_residual")(x, norm("post_attention_layernorm", y) if post else y)
+        x = Residual(name="attention_residual")(
+            x, norm("post_attention_layernorm", y) if post else y
+        )
 
         y = norm(before_mlp, x) if pre else x
         if self.kind.experts:
-            y = SparseMLP(c, self.dtype, self.param_dtype, MLP, name="mlp")(y, shared["segment_ids"])
+            y = SparseMLP(c, self.dtype, self.param_dtype, MLP, name="mlp")(
+                y, shared["segment_ids"]
+            )
         else:
             y = MLP(c, self.dtype, self.param_dtype, name="mlp")(y)
         x = Residual(name="mlp_residual")(x, norm("post_feedforward_layernorm", y) if post else y)
@@ -175,18 +221,25 @@ class DecoderStack(nn.Module):
         c = self.config
         scale = {} if c.embedding_scale is None else {"scale": c.embedding_scale}
         self.embed_tokens = (ScaledEmbed if scale else nn.Embed)(
-            c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype,
-            embedding_init=nn.initializers.normal(0.02), **scale,
-        )  # fmt: skip
+            c.vocab_size,
+            c.hidden_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=nn.initializers.normal(0.02),
+            **scale,
+        )
         block: Any = DecoderLayer
         if self.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+            block = nn.remat(
+                block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers
+            )
         rest = (self.dtype, self.param_dtype, self.implementation)
         kinds = layer_kinds(c)
         if self.scan_layers:
             if len({kind.experts for kind in kinds}) > 1:
                 raise ValueError(
-                    "some layers have experts and others not, which cannot be stacked; load with scan_layers=False"
+                    "some layers have experts and others not, which cannot be stacked; load with "
+                    "scan_layers=False"
                 )
             self.layers = nn.scan(
                 block,
@@ -194,7 +247,16 @@ class DecoderStack(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0, 0),
                 length=c.num_layers,
-            )(c, LayerKind(*(values[0] if len(set(values)) == 1 else None for values in zip(*kinds, strict=True))), *rest)
+            )(
+                c,
+                LayerKind(
+                    *(
+                        values[0] if len(set(values)) == 1 else None
+                        for values in zip(*kinds, strict=True)
+                    )
+                ),
+                *rest,
+            )
         else:
             self.layers = [block(c, kind, *rest) for kind in kinds]
         self.norm = RMSNorm(c.rms_norm_eps, c.norm_offset, self.dtype, self.param_dtype)
@@ -203,11 +265,15 @@ class DecoderStack(nn.Module):
         """(hidden states [B, T, D], the new cache). See `cached_mask` for `common`."""
         c = self.config
         x = self.embed_tokens(tokens)
-        at = cached_mask(tokens, positions, segment_ids, cache, window=c.sliding_window, common=common)
+        at = cached_mask(
+            tokens, positions, segment_ids, cache, window=c.sliding_window, common=common
+        )
         shared = shared_inputs(c, at)
         if self.scan_layers:
             columns = zip(LayerKind._fields, zip(*layer_kinds(c), strict=True), strict=True)
-            differing = {name: jnp.asarray(values) for name, values in columns if len(set(values)) > 1}
+            differing = {
+                name: jnp.asarray(values) for name, values in columns if len(set(values)) > 1
+            }
             stack: Any = self.layers
             x, new = stack(x, shared, differing, at.slots)
         else:
@@ -224,10 +290,15 @@ def shared_inputs(c: DecoderConfig, at: Cached) -> dict[str, Any]:
     """What all layers are given of one call: who sees whom, and how queries and keys rotate."""
     lengths = at.lengths()
     return {
-        "mask": at.mask, "index": at.index, "positions": at.positions, "segment_ids": at.segment_ids,
+        "mask": at.mask,
+        "index": at.index,
+        "positions": at.positions,
+        "segment_ids": at.segment_ids,
         "rope": rotary_table(c.rotary, at.positions, lengths),
-        "local_rope": None if c.local_rotary is None else rotary_table(c.local_rotary, at.positions, lengths),
-    }  # fmt: skip
+        "local_rope": None
+        if c.local_rotary is None
+        else rotary_table(c.local_rotary, at.positions, lengths),
+    }
 
 
 def layer_kinds(c: DecoderConfig) -> list[LayerKind]:
@@ -239,7 +310,9 @@ def layer_kinds(c: DecoderConfig) -> list[LayerKind]:
 
 
 class Cached(NamedTuple):
-    """What a decoder's layers share of one call, and the cache's keys and values, stacked over layers (None without one)."""
+    """What a decoder's layers share of one call, and the cache's keys and values, stacked over
+    layers (None without one).
+    """
 
     mask: Mask
     positions: jax.Array
@@ -257,13 +330,19 @@ class Cached(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(lengths, self.index, self.positions.shape[1], axis=1)
 
     def within(self, x: jax.Array) -> jax.Array:
-        """`x` [B, T, D] where the call's tokens found room in the cache, NaN where they overwrote its last ones."""
+        """`x` [B, T, D] where the call's tokens found room in the cache, NaN where they overwrote
+        its last ones.
+        """
         if self.slots is None:
             return x
-        return jnp.where(self.index + self.positions.shape[1] <= self.kv_positions.shape[1], x, jnp.nan)
+        return jnp.where(
+            self.index + self.positions.shape[1] <= self.kv_positions.shape[1], x, jnp.nan
+        )
 
     def moved(self, slots: Any, tokens: int) -> Any:
-        """The cache after `tokens` more tokens, whose keys and values are in `slots`; None where there is none."""
+        """The cache after `tokens` more tokens, whose keys and values are in `slots`; None where
+        there is none.
+        """
         if self.slots is None:
             return None
         return {
@@ -274,17 +353,22 @@ class Cached(NamedTuple):
         }
 
 
-def cached_mask(tokens, positions, segment_ids, cache, *, window: int | None, common: int) -> Cached:
+def cached_mask(
+    tokens, positions, segment_ids, cache, *, window: int | None, common: int
+) -> Cached:
     """Positions and visibility of tokens [B, T] among themselves, or among those in the cache.
 
-    Raises ValueError for tokens that find no room in the cache, where its index is known while tracing; see `Cached.within`.
-    Into a cache that is known while tracing to be empty, tokens look among themselves, not at slots that nothing is in.
-    The first `common` tokens of each row are seen by all its segments; they have the segment -1.
+    Raises ValueError for tokens that find no room in the cache, where its index is known while
+    tracing; see `Cached.within`. Into a cache that is known while tracing to be empty, tokens look
+    among themselves, not at slots that nothing is in. The first `common` tokens of each row are
+    seen by all its segments; they have the segment -1.
     """
     B, T = tokens.shape
     start = 0 if cache is None else cache["index"]
     if positions is None:
-        positions = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (B, T) if cache is not None else (1, T))
+        positions = jnp.broadcast_to(
+            start + jnp.arange(T, dtype=jnp.int32), (B, T) if cache is not None else (1, T)
+        )
     if cache is None:
         kv_positions, kv_segments, slots = positions, segment_ids, None
     else:
@@ -296,18 +380,24 @@ def cached_mask(tokens, positions, segment_ids, cache, *, window: int | None, co
         slots = {name: x for name, x in cache.items() if name in ("k", "v", "k_scale", "v_scale")}
     empty = cache is None or (not isinstance(start, Tracer) and int(start) == 0)
     keys = (positions, segment_ids) if empty else (kv_positions, kv_segments)
-    mask = make_mask(positions, keys[0], segment_ids, keys[1], window=window, aligned=empty, common=common > 0)
+    mask = make_mask(
+        positions, keys[0], segment_ids, keys[1], window=window, aligned=empty, common=common > 0
+    )
     made = Cached(mask, positions, segment_ids, start, kv_positions, kv_segments, slots)
     if cache is not None and not isinstance(start, Tracer) and start + T > kv_positions.shape[1]:
-        raise ValueError(f"{T} tokens from slot {int(start)} on find no room in a cache of {kv_positions.shape[1]} slots")
+        raise ValueError(
+            f"{T} tokens from slot {int(start)} on find no room in a cache of "
+            f"{kv_positions.shape[1]} slots"
+        )
     return made
 
 
 class Decoder(nn.Module):
     """A causal language model, or a decoder with the head of another `task`.
 
-    `dtype` is the dtype of computation, `param_dtype` that of fresh parameters. `remat` is "none", "full" (keep only
-    each layer's input) or "dots" (keep products of weights). `attention_implementation` as in `attention`.
+    `dtype` is the dtype of computation, `param_dtype` that of fresh parameters. `remat` is "none",
+    "full" (keep only each layer's input) or "dots" (keep products of weights).
+    `attention_implementation` as in `attention`.
     """
 
     config: DecoderConfig
@@ -322,7 +412,14 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.model = DecoderStack(c, self.dtype, self.param_dtype, self.scan_layers, self.remat, self.attention_implementation)
+        self.model = DecoderStack(
+            c,
+            self.dtype,
+            self.param_dtype,
+            self.scan_layers,
+            self.remat,
+            self.attention_implementation,
+        )
         if self.task == "causal_lm" and not c.tie_embeddings:
             self.lm_head = self._head(c.vocab_size, False)
         elif self.task.endswith("classification"):
@@ -331,7 +428,13 @@ class Decoder(nn.Module):
     @nn.nowrap
     def _head(self, features: int, bias: bool) -> nn.Dense:
         init = nn.initializers.normal(0.02)
-        return nn.Dense(features, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init)
+        return nn.Dense(
+            features,
+            use_bias=bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=init,
+        )
 
     def __call__(
         self,
@@ -343,8 +446,9 @@ class Decoder(nn.Module):
     ) -> Any:
         """Logits [B, T, V] in float32 for integer tokens [B, T]; with a cache, (logits, new cache).
 
-        Of another task: logits [B, C] of a sequence (at its last token), [B, T, C] of tokens, or hidden states [B, T, D].
-        `positions` [B, T] default to 0, 1, 2, ...; `segment_ids` [B, T] keep packed sequences apart, 0 being padding.
+        Of another task: logits [B, C] of a sequence (at its last token), [B, T, C] of tokens, or
+        hidden states [B, T, D]. `positions` [B, T] default to 0, 1, 2, ...; `segment_ids` [B, T]
+        keep packed sequences apart, 0 being padding.
         """
         hidden, cache_out = self.model(tokens, positions, segment_ids, cache)
         if self.task == "causal_lm":
@@ -352,7 +456,9 @@ class Decoder(nn.Module):
         elif self.task == "feature_extraction":
             logits = hidden.astype(jnp.float32)
         else:
-            hidden = last_of(hidden, segment_ids) if self.task == "sequence_classification" else hidden
+            hidden = (
+                last_of(hidden, segment_ids) if self.task == "sequence_classification" else hidden
+            )
             logits = self.score(hidden).astype(jnp.float32)
         return logits if cache is None else (logits, cache_out)
 
@@ -364,7 +470,9 @@ class Decoder(nn.Module):
         segment_ids: jax.Array | None = None,
         cache: dict[str, jax.Array] | None = None,
     ) -> Any:
-        """The final normalised hidden states [B, T, D], which `unembed` turns into logits; with a cache, (these, new cache)."""
+        """The final normalised hidden states [B, T, D], which `unembed` turns into logits; with a
+        cache, (these, new cache).
+        """
         hidden, cache_out = self.model(tokens, positions, segment_ids, cache)
         return hidden if cache is None else (hidden, cache_out)
 
@@ -376,9 +484,13 @@ class Decoder(nn.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def empty_cache(self, batch: int, length: int, dtype: Any = None) -> dict[str, jax.Array]:
-        """A fresh key/value cache for `batch` rows of at most `length` tokens; see `attention.empty_cache`."""
+        """A fresh key/value cache for `batch` rows of at most `length` tokens; see
+        `attention.empty_cache`.
+        """
         c = self.config
-        return empty_cache(c.num_layers, batch, length, c.num_kv_heads, c.head_dim, dtype or self.dtype)
+        return empty_cache(
+            c.num_layers, batch, length, c.num_kv_heads, c.head_dim, dtype or self.dtype
+        )
 
     @nn.nowrap
     def chain(self) -> Chain | None:
@@ -391,25 +503,38 @@ class Decoder(nn.Module):
         def layer_of(kind: LayerKind) -> Any:
             apply = bind(DecoderLayer(c, kind, *rest))
 
-            def layer(params: Any, x: jax.Array, positions: Any = None, segment_ids: Any = None) -> jax.Array:
-                at = cached_mask(x[..., 0], positions, segment_ids, None, window=c.sliding_window, common=0)
+            def layer(
+                params: Any, x: jax.Array, positions: Any = None, segment_ids: Any = None
+            ) -> jax.Array:
+                at = cached_mask(
+                    x[..., 0], positions, segment_ids, None, window=c.sliding_window, common=0
+                )
                 return apply(params, x, shared_inputs(c, at), {}, None)[0]
 
             return layer
 
         of = {kind: layer_of(kind) for kind in layer_kinds(c)}
         enter = functools.partial(bind(self), method="embed")
-        return Chain(enter, {f"model/layers_{i}": of[kind] for i, kind in enumerate(layer_kinds(c))})
+        return Chain(
+            enter, {f"model/layers_{i}": of[kind] for i, kind in enumerate(layer_kinds(c))}
+        )
 
-    def embed(self, tokens: jax.Array, *, positions: Any = None, segment_ids: Any = None) -> jax.Array:
+    def embed(
+        self, tokens: jax.Array, *, positions: Any = None, segment_ids: Any = None
+    ) -> jax.Array:
         """What the first layer is given for tokens [B, T]: [B, T, D]."""
         return self.model.embed_tokens(tokens)
 
     def outdated(self, cache: dict[str, jax.Array]) -> jax.Array | None:
-        """Whether one more token makes what is cached of its row [B] wrong, since all rotate in another way then: it has to
-        be computed again, with that token. None for a model of which that is never so.
+        """Whether one more token makes what is cached of its row [B] wrong, since all rotate in
+        another way then: it has to be computed again, with that token. None for a model of which
+        that is never so.
         """
-        kinds = [r for r in (self.config.rotary, self.config.local_rotary) if r is not None and r.by_length]
+        kinds = [
+            r
+            for r in (self.config.rotary, self.config.local_rotary)
+            if r is not None and r.by_length
+        ]
         if not kinds:
             return None
         length = jnp.where(cache["segment_ids"] == 0, 0, cache["positions"] + 1).max(-1)

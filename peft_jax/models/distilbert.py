@@ -1,4 +1,6 @@
-"""DistilBERT (Sanh et al. 2019, arXiv:1910.01108): BERT's layers under other names, without types and pooler."""
+"""DistilBERT (Sanh et al. 2019, arXiv:1910.01108): BERT's layers under other names, without types
+and pooler.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,22 @@ from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_shared
 def distilbert_config(hf: Any) -> EncoderConfig:
     """The configuration of a DistilBERT. Raises ValueError for sinusoidal positions."""
     if hf.sinusoidal_pos_embds:
-        raise ValueError("sinusoidal_pos_embds=true is not supported: DistilBERT's released checkpoints learn their positions")
+        raise ValueError(
+            "sinusoidal_pos_embds=true is not supported: DistilBERT's released checkpoints learn "
+            "their positions"
+        )
     values = encoder_values(
-        hf, hidden_size="dim", intermediate_size="hidden_dim", num_layers="n_layers", num_heads="n_heads", dropout="dropout",
+        hf,
+        hidden_size="dim",
+        intermediate_size="hidden_dim",
+        num_layers="n_layers",
+        num_heads="n_heads",
+        dropout="dropout",
         activation="activation",
-    )  # fmt: skip
-    return EncoderConfig(**values | {"classifier_dropout": float(hf.seq_classif_dropout)}, type_vocab_size=0)
+    )
+    return EncoderConfig(
+        **values | {"classifier_dropout": float(hf.seq_classif_dropout)}, type_vocab_size=0
+    )
 
 
 class Embeddings(Block):
@@ -40,7 +52,9 @@ class Embeddings(Block):
         self.LayerNorm = self.layer_norm()
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        return self.drop(self.LayerNorm(self.word_embeddings(tokens) + self.position_embeddings(positions)))
+        return self.drop(
+            self.LayerNorm(self.word_embeddings(tokens) + self.position_embeddings(positions))
+        )
 
 
 class SelfAttention(Block):
@@ -49,15 +63,22 @@ class SelfAttention(Block):
     @nn.compact
     def __call__(self, x: jax.Array, shared: dict[str, Any]) -> jax.Array:
         c = self.config
-        q, k, v = (split_heads(self.dense(c.hidden_size, n)(x), c.head_dim) for n in ("q_lin", "k_lin", "v_lin"))
-        y = AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(q, k, v, shared["mask"])
+        q, k, v = (
+            split_heads(self.dense(c.hidden_size, n)(x), c.head_dim)
+            for n in ("q_lin", "k_lin", "v_lin")
+        )
+        y = AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(
+            q, k, v, shared["mask"]
+        )
         return self.dense(c.hidden_size, "out_lin")(join_heads(y))
 
 
 class FeedForward(Block):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = ACTIVATIONS[self.config.activation](self.dense(self.config.intermediate_size, "lin1")(x))
+        x = ACTIVATIONS[self.config.activation](
+            self.dense(self.config.intermediate_size, "lin1")(x)
+        )
         return self.drop(self.dense(self.config.hidden_size, "lin2")(x))
 
 
@@ -65,7 +86,9 @@ class Layer(Block):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, shared: dict[str, Any], own: dict[str, Any]) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, shared: dict[str, Any], own: dict[str, Any]
+    ) -> tuple[jax.Array, None]:
         fields = (self.config, self.dtype, self.param_dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         y = SelfAttention(*fields, self.implementation, name="attention")(x, shared)
@@ -82,7 +105,9 @@ class LayerStack(Block):
 
     def setup(self) -> None:
         fields = (self.config, self.dtype, self.param_dtype, self.implementation)
-        self.layer = layer_stack(Layer, self.config.num_layers, *fields, scan=self.scan_layers, remat=self.remat)
+        self.layer = layer_stack(
+            Layer, self.config.num_layers, *fields, scan=self.scan_layers, remat=self.remat
+        )
 
     def __call__(self, x: jax.Array, shared: dict[str, Any]) -> jax.Array:
         return run_layers(self.layer, x, shared, {})
@@ -101,11 +126,15 @@ class DistilBertStack(Block):
         self.embeddings = Embeddings(*fields)
         self.transformer = LayerStack(*fields, self.scan_layers, self.remat, self.implementation)
 
-    def __call__(self, tokens, segment_ids, token_type_ids, positions, pooled: bool = False) -> jax.Array:
+    def __call__(
+        self, tokens, segment_ids, token_type_ids, positions, pooled: bool = False
+    ) -> jax.Array:
         """As of `BertStack`; there are no types."""
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        return self.transformer(self.embeddings(tokens, positions), encoder_shared(tokens, segment_ids, positions))
+        return self.transformer(
+            self.embeddings(tokens, positions), encoder_shared(tokens, segment_ids, positions)
+        )
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Products with the word embeddings, [..., V]."""
@@ -117,7 +146,9 @@ class Projector(Block):
 
     @nn.compact
     def __call__(self, logits: jax.Array) -> jax.Array:
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.config.vocab_size,), self.param_dtype)
+        bias = self.param(
+            "bias", nn.initializers.zeros_init(), (self.config.vocab_size,), self.param_dtype
+        )
         return logits + bias.astype(logits.dtype)
 
 
@@ -145,5 +176,9 @@ class DistilBert(Encoder):
     def label_logits(self, hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         if self.task == "question_answering":
             return self.qa_outputs(hidden)
-        x = nn.relu(self.pre_classifier(hidden[:, 0])) if self.task == "sequence_classification" else hidden
+        x = (
+            nn.relu(self.pre_classifier(hidden[:, 0]))
+            if self.task == "sequence_classification"
+            else hidden
+        )
         return self.classifier(self.drop(x, self.config.classifier_dropout))

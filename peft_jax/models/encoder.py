@@ -1,8 +1,9 @@
 """What the encoders share: configuration, the stack of layers, and the heads' tasks.
 
-A family is a subclass of `Encoder` in a file of its own; its modules and parameters are called as in Hugging Face's
-checkpoints. Dropout is on where the call has an rng called "dropout", as `bind` gives it; attention weights have none.
-Letters: B batch, T tokens, D model, H heads, d head size, F feed-forward, V vocabulary, C classes, L layers.
+A family is a subclass of `Encoder` in a file of its own; its modules and parameters are called as
+in Hugging Face's checkpoints. Dropout is on where the call has an rng called "dropout", as `bind`
+gives it; attention weights have none. Letters: B batch, T tokens, D model, H heads, d head size, F
+feed-forward, V vocabulary, C classes, L layers.
 """
 
 from __future__ import annotations
@@ -42,14 +43,26 @@ class EncoderConfig(Architecture):
         return self.hidden_size // self.num_heads
 
 
-def encoder_mask(tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array, window: int | None = None) -> Mask:
-    """Every token of a segment sees every other one; with a `window` local layers see those nearer than it."""
+def encoder_mask(
+    tokens: jax.Array,
+    segment_ids: jax.Array | None,
+    positions: jax.Array,
+    window: int | None = None,
+) -> Mask:
+    """Every token of a segment sees every other one; with a `window` local layers see those nearer
+    than it.
+    """
     segment_ids = mask_segments(tokens, segment_ids)
-    return make_mask(positions, positions, segment_ids, segment_ids, window=window, aligned=True, causal=False)
+    return make_mask(
+        positions, positions, segment_ids, segment_ids, window=window, aligned=True, causal=False
+    )
 
 
 def encoder_shared(
-    tokens: jax.Array, segment_ids: jax.Array | None, positions: jax.Array, window: int | None = None
+    tokens: jax.Array,
+    segment_ids: jax.Array | None,
+    positions: jax.Array,
+    window: int | None = None,
 ) -> dict[str, Any]:
     """What the layers of an encoder share: the mask, and what attachments count tokens by."""
     mask = encoder_mask(tokens, segment_ids, positions, window)
@@ -64,7 +77,8 @@ def mask_segments(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array
 class Encoder(Layers, nn.Module):
     """An encoder with the head of its `task`; the other fields as of `Decoder`.
 
-    `heads` names the modules that a checkpoint of another task lacks: they start anew, and train beside an adapter.
+    `heads` names the modules that a checkpoint of another task lacks: they start anew, and train
+    beside an adapter.
     """
 
     config: Any
@@ -84,8 +98,14 @@ class Encoder(Layers, nn.Module):
     def stack_fields(self) -> tuple[Any, ...]:
         """What the stack is made from."""
         return (
-            self.config, self.dtype, self.param_dtype, self.scan_layers, self.remat, self.attention_implementation, self.task
-        )  # fmt: skip
+            self.config,
+            self.dtype,
+            self.param_dtype,
+            self.scan_layers,
+            self.remat,
+            self.attention_implementation,
+            self.task,
+        )
 
     @nn.nowrap
     def label_head(self) -> None:
@@ -103,13 +123,17 @@ class Encoder(Layers, nn.Module):
         token_type_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """What the task asks for of integer tokens [B, T], in float32: logits [B, T, V] of a masked language model, [B, C] of a
-        sequence, [B, T, C] of tokens, [B, T, 2] of an answer's start and end; or hidden states [B, T, D].
+        """What the task asks for of integer tokens [B, T], in float32: logits [B, T, V] of a masked
+        language model, [B, C] of a sequence, [B, T, C] of tokens, [B, T, 2] of an answer's start
+        and end; or hidden states [B, T, D].
 
-        `segment_ids` [B, T] keep sequences apart, 0 being padding (an attention mask of ones and zeros will do);
-        `token_type_ids` [B, T] tell the first text from the second; `positions` [B, T] default to 0, 1, 2, ...
+        `segment_ids` [B, T] keep sequences apart, 0 being padding (an attention mask of ones and
+        zeros will do); `token_type_ids` [B, T] tell the first text from the second; `positions` [B,
+        T] default to 0, 1, 2, ...
         """
-        hidden = self.hidden(tokens, segment_ids=segment_ids, token_type_ids=token_type_ids, positions=positions)
+        hidden = self.hidden(
+            tokens, segment_ids=segment_ids, token_type_ids=token_type_ids, positions=positions
+        )
         if self.task == "masked_lm":
             return self.unembed(hidden)
         if self.task == "feature_extraction":

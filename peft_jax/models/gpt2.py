@@ -1,7 +1,8 @@
-"""GPT-2 (Radford et al. 2019): learned positions, layer norms, one projection for queries, keys and values.
+"""GPT-2 (Radford et al. 2019): learned positions, layer norms, one projection for queries, keys and
+values.
 
-Modules are called as in Hugging Face's checkpoints; `c_attn`, `c_proj` and `c_fc` are of its class Conv1D there. Its cache and
-its call are those of `Decoder`.
+Modules are called as in Hugging Face's checkpoints; `c_attn`, `c_proj` and `c_fc` are of its class
+Conv1D there. Its cache and its call are those of `Decoder`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from peft_jax.models.decoder import cached_mask, last_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPT2Config(Architecture):
-    """What a GPT-2 needs to know. `scale_by_layer`: scores are divided by the layer's number, counted from 1."""
+    """What a GPT-2 needs to know. `scale_by_layer`: scores are divided by the layer's number,
+    counted from 1.
+    """
 
     intermediate_size: int
     num_heads: int
@@ -57,11 +60,16 @@ class GPT2Config(Architecture):
 
 
 def gpt2_config(hf: Any) -> GPT2Config:
-    """The configuration of a GPT-2. Raises ValueError for cross-attention and an activation that is not known."""
+    """The configuration of a GPT-2. Raises ValueError for cross-attention and an activation that is
+    not known.
+    """
     if hf.add_cross_attention:
         raise ValueError("add_cross_attention=true is not supported: the model is a decoder alone")
     if hf.activation_function not in ACTIVATIONS:
-        raise ValueError(f"activation {hf.activation_function!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"activation {hf.activation_function!r} is not supported; there are "
+            f"{', '.join(ACTIVATIONS)}"
+        )
     return GPT2Config(
         vocab_size=hf.vocab_size,
         hidden_size=hf.n_embd,
@@ -78,7 +86,9 @@ def gpt2_config(hf: Any) -> GPT2Config:
         scale_by_layer=hf.scale_attn_by_inverse_layer_idx,
         dropout=float(hf.resid_pdrop),
         embedding_dropout=float(hf.embd_pdrop),
-        classifier_dropout=float(0.1 if getattr(hf, "classifier_dropout", None) is None else hf.classifier_dropout),
+        classifier_dropout=float(
+            0.1 if getattr(hf, "classifier_dropout", None) is None else hf.classifier_dropout
+        ),
     )
 
 
@@ -86,9 +96,14 @@ class Attention(Block):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, shared: dict[str, Any], number: Any, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, shared: dict[str, Any], number: Any, cache: Any
+    ) -> tuple[jax.Array, Any]:
         c = self.config
-        q, k, v = (split_heads(y, c.head_dim) for y in jnp.split(self.dense(3 * c.hidden_size, "c_attn")(x), 3, axis=-1))
+        q, k, v = (
+            split_heads(y, c.head_dim)
+            for y in jnp.split(self.dense(3 * c.hidden_size, "c_attn")(x), 3, axis=-1)
+        )
         queries = q
         if c.scale_by_layer:
             q = q / (number + 1)
@@ -113,10 +128,14 @@ class GPT2Block(Block):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, shared: dict[str, Any], own: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, shared: dict[str, Any], own: tuple[Any, Any]
+    ) -> tuple[jax.Array, Any]:
         fields = (self.config, self.dtype, self.param_dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
-        y, cache = Attention(*fields, self.implementation, name="attn")(self.layer_norm("ln_1")(x), shared, *own)
+        y, cache = Attention(*fields, self.implementation, name="attn")(
+            self.layer_norm("ln_1")(x), shared, *own
+        )
         x = Residual(name="attention_residual")(x, y)
         y = MLP(*fields, name="mlp")(self.layer_norm("ln_2")(x))
         x = Residual(name="mlp_residual")(x, y)
@@ -133,14 +152,21 @@ class GPT2Stack(Block):
     def setup(self) -> None:
         c, fields = self.config, (self.config, self.dtype, self.param_dtype, self.implementation)
         self.wte, self.wpe = self.embed(c.vocab_size), self.embed(c.max_position)
-        self.h = layer_stack(GPT2Block, c.num_layers, *fields, scan=self.scan_layers, remat=self.remat)
+        self.h = layer_stack(
+            GPT2Block, c.num_layers, *fields, scan=self.scan_layers, remat=self.remat
+        )
         self.ln_f = self.layer_norm()
 
     def __call__(self, tokens, positions, segment_ids, cache, common: int = 0):
         """As of `DecoderStack`."""
         c = self.config
         at = cached_mask(tokens, positions, segment_ids, cache, window=None, common=common)
-        shared = {"mask": at.mask, "index": at.index, "positions": at.positions, "segment_ids": at.segment_ids}
+        shared = {
+            "mask": at.mask,
+            "index": at.index,
+            "positions": at.positions,
+            "segment_ids": at.segment_ids,
+        }
         x = self.drop(self.wte(tokens) + self.wpe(at.positions), c.embedding_dropout)
         if not isinstance(self.h, list | tuple):
             x, new = self.h(x, shared, (jnp.arange(c.num_layers), at.slots))
@@ -173,7 +199,14 @@ class GPT2(Layers, nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        fields = (c, self.dtype, self.param_dtype, self.scan_layers, self.remat, self.attention_implementation)
+        fields = (
+            c,
+            self.dtype,
+            self.param_dtype,
+            self.scan_layers,
+            self.remat,
+            self.attention_implementation,
+        )
         self.transformer = GPT2Stack(*fields)
         if self.task == "causal_lm" and not c.tie_embeddings:
             self.lm_head = self.dense(c.vocab_size, bias=False)
@@ -197,7 +230,9 @@ class GPT2(Layers, nn.Module):
         elif self.task == "sequence_classification":
             logits = self.score(last_of(hidden, segment_ids)).astype(jnp.float32)
         elif self.task == "token_classification":
-            logits = self.classifier(self.drop(hidden, self.config.classifier_dropout)).astype(jnp.float32)
+            logits = self.classifier(self.drop(hidden, self.config.classifier_dropout)).astype(
+                jnp.float32
+            )
         else:
             logits = hidden.astype(jnp.float32)
         return logits if cache is None else (logits, cache_out)
@@ -220,6 +255,10 @@ class GPT2(Layers, nn.Module):
         return head(hidden).astype(jnp.float32)
 
     def empty_cache(self, batch: int, length: int, dtype: Any = None) -> dict[str, jax.Array]:
-        """A fresh key/value cache for `batch` rows of at most `length` tokens; see `attention.empty_cache`."""
+        """A fresh key/value cache for `batch` rows of at most `length` tokens; see
+        `attention.empty_cache`.
+        """
         c = self.config
-        return empty_cache(c.num_layers, batch, length, c.num_heads, c.head_dim, dtype or self.dtype)
+        return empty_cache(
+            c.num_layers, batch, length, c.num_heads, c.head_dim, dtype or self.dtype
+        )

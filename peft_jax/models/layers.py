@@ -1,4 +1,6 @@
-"""Stacked layers (one array per weight with a leading layer axis, for scanning) to looped ones and back."""
+"""Stacked layers (one array per weight with a leading layer axis, for scanning) to looped ones and
+back.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,20 @@ from peft_jax.core.select import STACKS
 
 def stacked(model: Any, params: Any) -> tuple[Any, Any]:
     """(model, params) with the layers stacked and scanned; as they are where they are already."""
-    return (model, params) if model.scan_layers else (model.clone(scan_layers=True), stack_layers(params))
+    return (
+        (model, params)
+        if model.scan_layers
+        else (model.clone(scan_layers=True), stack_layers(params))
+    )
 
 
 def unstack_layers(params: Any) -> Any:
-    """A tree for `scan_layers=False`: `model/layers` [L, ...] becomes `model/layers_0` ... `model/layers_{L-1}`.
+    """A tree for `scan_layers=False`: `model/layers` [L, ...] becomes `model/layers_0` ...
+    `model/layers_{L-1}`.
 
-    So does every other stack (see `STACKS`). Nodes (LoRA and the like) are split with their arrays, since each array of a
-    node keeps the leading layer axis. Raises ValueError where no layers are stacked.
+    So does every other stack (see `STACKS`). Nodes (LoRA and the like) are split with their arrays,
+    since each array of a node keeps the leading layer axis. Raises ValueError where no layers are
+    stacked.
     """
 
     def split(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,7 +37,9 @@ def unstack_layers(params: Any) -> Any:
         for name, part in tree.items():
             if name in STACKS and isinstance(part, Mapping):
                 count = jax.tree.leaves(part)[0].shape[0]
-                result |= {f"{name}_{i}": jax.tree.map(lambda a, i=i: a[i], part) for i in range(count)}
+                result |= {
+                    f"{name}_{i}": jax.tree.map(lambda a, i=i: a[i], part) for i in range(count)
+                }
             else:
                 result[name] = part
         return result
@@ -41,7 +51,9 @@ def unstack_layers(params: Any) -> Any:
 
 
 def stack_layers(params: Any) -> Any:
-    """The inverse of `unstack_layers`. Raises ValueError where the layers' trees differ in structure or shape."""
+    """The inverse of `unstack_layers`. Raises ValueError where the layers' trees differ in
+    structure or shape.
+    """
 
     def join(tree: Mapping[str, Any]) -> dict[str, Any]:
         result = dict(tree)
@@ -59,16 +71,22 @@ def stack_layers(params: Any) -> Any:
 
 
 def _walk(tree: Any, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Any:
-    """`change` applied to each mapping of a tree from the top, what lies within a stack left alone."""
+    """`change` applied to each mapping of a tree from the top, what lies within a stack left
+    alone.
+    """
     if not isinstance(tree, Mapping):
         return tree
     stack = re.compile(rf"({'|'.join(STACKS)})(_\d+)?")
-    return {n: part if stack.fullmatch(n) else _walk(part, change) for n, part in change(tree).items()}
+    return {
+        n: part if stack.fullmatch(n) else _walk(part, change) for n, part in change(tree).items()
+    }
 
 
 def _stack(layers: list[Any]) -> Any:
     structures = {jax.tree.structure(layer) for layer in layers}
     shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(layer)) for layer in layers}
     if len(structures) > 1 or len(shapes) > 1:
-        raise ValueError("layers differ in structure or shape and cannot be stacked; keep scan_layers=False")
+        raise ValueError(
+            "layers differ in structure or shape and cannot be stacked; keep scan_layers=False"
+        )
     return jax.tree.map(lambda *a: jnp.stack(a), *layers)

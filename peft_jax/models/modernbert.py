@@ -1,5 +1,5 @@
-"""ModernBERT (Warner et al. 2024, arXiv:2412.13663): rotary positions, gated feed-forward, layers normalised before; every few
-of them are global and the others see a window.
+"""ModernBERT (Warner et al. 2024, arXiv:2412.13663): rotary positions, gated feed-forward, layers
+normalised before; every few of them are global and the others see a window.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from peft_jax.models.rotary import RotaryConfig, rotary_table, rotate, sequence_
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModernBertConfig(EncoderConfig):
-    """A ModernBERT's. `sliding_layers` says which layers see `window` tokens on each side only, themselves counted."""
+    """A ModernBERT's. `sliding_layers` says which layers see `window` tokens on each side only,
+    themselves counted.
+    """
 
     rotary: RotaryConfig
     local_rotary: RotaryConfig
@@ -54,7 +56,10 @@ class ModernBertConfig(EncoderConfig):
 def modernbert_config(hf: Any) -> ModernBertConfig:
     """The configuration of a ModernBERT."""
     head_dim = hf.hidden_size // hf.num_attention_heads
-    rotary = {k: rotary_config(hf, hf.rope_parameters[f"{k}_attention"], head_dim) for k in ("full", "sliding")}
+    rotary = {
+        k: rotary_config(hf, hf.rope_parameters[f"{k}_attention"], head_dim)
+        for k in ("full", "sliding")
+    }
     return ModernBertConfig(
         **encoder_values(hf, dropout="mlp_dropout", activation="hidden_activation"),
         type_vocab_size=0,
@@ -88,31 +93,48 @@ class Attention(Block):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, shared: dict[str, Any], sliding: bool | jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, shared: dict[str, Any], sliding: bool | jax.Array
+    ) -> jax.Array:
         c = self.config
         qkv = self.dense(3 * c.hidden_size, "Wqkv", c.attention_bias)(x)
         q, k, v = (split_heads(y, c.head_dim) for y in jnp.split(qkv, 3, axis=-1))
-        cos, sin = (jnp.where(sliding, a, b) for a, b in zip(shared["local_rope"], shared["rope"], strict=True))
+        cos, sin = (
+            jnp.where(sliding, a, b)
+            for a, b in zip(shared["local_rope"], shared["rope"], strict=True)
+        )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(q, k, v, shared["mask"], sliding)
-        return self.drop(self.dense(c.hidden_size, "Wo", c.attention_bias)(join_heads(y)), c.attention_dropout)
+        y = AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(
+            q, k, v, shared["mask"], sliding
+        )
+        return self.drop(
+            self.dense(c.hidden_size, "Wo", c.attention_bias)(join_heads(y)), c.attention_dropout
+        )
 
 
 class MLP(Block):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        value, gate = jnp.split(self.dense(2 * c.intermediate_size, "Wi", c.mlp_bias)(x), 2, axis=-1)
-        return self.dense(c.hidden_size, "Wo", c.mlp_bias)(self.drop(ACTIVATIONS[c.activation](value) * gate))
+        value, gate = jnp.split(
+            self.dense(2 * c.intermediate_size, "Wi", c.mlp_bias)(x), 2, axis=-1
+        )
+        return self.dense(c.hidden_size, "Wo", c.mlp_bias)(
+            self.drop(ACTIVATIONS[c.activation](value) * gate)
+        )
 
 
 class Layer(Block):
-    """The first layer has no norm before its attention: the embedding's is enough. (Its scale is there, unused.)"""
+    """The first layer has no norm before its attention: the embedding's is enough. (Its scale is
+    there, unused.)
+    """
 
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, shared: dict[str, Any], own: dict[str, Any]) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, shared: dict[str, Any], own: dict[str, Any]
+    ) -> tuple[jax.Array, None]:
         c = self.config
         fields = (c, self.dtype, self.param_dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
@@ -120,7 +142,9 @@ class Layer(Block):
         y = Attention(*fields, self.implementation, name="attn")(y, shared, own["sliding"])
         x = Residual(name="attention_residual")(x, y)
         y = MLP(*fields, name="mlp")(self.layer_norm("mlp_norm", bias=c.norm_bias)(x))
-        return nn.with_logical_constraint(Residual(name="mlp_residual")(x, y), ("batch", "length", "embed")), None
+        return nn.with_logical_constraint(
+            Residual(name="mlp_residual")(x, y), ("batch", "length", "embed")
+        ), None
 
 
 class ModernBertStack(Block):
@@ -134,10 +158,19 @@ class ModernBertStack(Block):
     def setup(self) -> None:
         c, fields = self.config, (self.config, self.dtype, self.param_dtype)
         self.embeddings = Embeddings(*fields)
-        self.layers = layer_stack(Layer, c.num_layers, *fields, self.implementation, scan=self.scan_layers, remat=self.remat)
+        self.layers = layer_stack(
+            Layer,
+            c.num_layers,
+            *fields,
+            self.implementation,
+            scan=self.scan_layers,
+            remat=self.remat,
+        )
         self.final_norm = self.layer_norm(bias=c.norm_bias)
 
-    def __call__(self, tokens, segment_ids, token_type_ids, positions, pooled: bool = False) -> jax.Array:
+    def __call__(
+        self, tokens, segment_ids, token_type_ids, positions, pooled: bool = False
+    ) -> jax.Array:
         """As of `BertStack`; there are no types."""
         c = self.config
         if positions is None:
@@ -160,7 +193,9 @@ class PredictionHead(Block):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = ACTIVATIONS[c.classifier_activation](self.dense(c.hidden_size, "dense", c.classifier_bias)(x))
+        x = ACTIVATIONS[c.classifier_activation](
+            self.dense(c.hidden_size, "dense", c.classifier_bias)(x)
+        )
         return self.layer_norm("norm", bias=c.norm_bias)(x)
 
 
@@ -169,7 +204,9 @@ class DecoderBias(Block):
     def __call__(self, logits: jax.Array) -> jax.Array:
         if not self.config.decoder_bias:
             return logits
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.config.vocab_size,), self.param_dtype)
+        bias = self.param(
+            "bias", nn.initializers.zeros_init(), (self.config.vocab_size,), self.param_dtype
+        )
         return logits + bias.astype(logits.dtype)
 
 

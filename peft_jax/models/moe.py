@@ -1,8 +1,10 @@
-"""Mixtures of experts (Shazeer et al. 2017, arXiv:1701.06538): a router picks k of E experts for each token, none is dropped.
+"""Mixtures of experts (Shazeer et al. 2017, arXiv:1701.06538): a router picks k of E experts for
+each token, none is dropped.
 
-Tokens are sorted by expert and multiplied in groups (`jax.lax.ragged_dot`). On a mesh with an axis `expert` each device
-holds some of the experts: tokens are gathered over that axis, each device adds what its experts say, and the sum is scattered
-again. Letters: N tokens, D model, F feed-forward, E experts, k experts a token.
+Tokens are sorted by expert and multiplied in groups (`jax.lax.ragged_dot`). On a mesh with an axis
+`expert` each device holds some of the experts: tokens are gathered over that axis, each device adds
+what its experts say, and the sum is scattered again. Letters: N tokens, D model, F feed-forward, E
+experts, k experts a token.
 """
 
 from __future__ import annotations
@@ -22,19 +24,28 @@ from peft_jax.models.blocks import ACTIVATIONS
 
 
 def mixture(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Any, down: Any, *, activation: str, first: Any = 0
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    gate_up: Any,
+    down: Any,
+    *,
+    activation: str,
+    first: Any = 0,
 ) -> jax.Array:
-    """The experts' outputs [N, D] for tokens x [N, D], summed by `weights` [N, k] over the experts `ids` [N, k]; an id that
-    is no expert's adds nothing.
+    """The experts' outputs [N, D] for tokens x [N, D], summed by `weights` [N, k] over the experts
+    `ids` [N, k]; an id that is no expert's adds nothing.
 
-    gate_up [E, D, 2F] and down [E, F, D] are arrays or Weights. They are the experts from the number `first` on; what other
-    experts would add is left out.
+    gate_up [E, D, 2F] and down [E, F, D] are arrays or Weights. They are the experts from the
+    number `first` on; what other experts would add is left out.
     """
     N, k = ids.shape
     E = down.shape[0]
     local = (ids - first).reshape(-1)
     mine = (local >= 0) & (local < E)
-    order = jnp.argsort(jnp.where(mine, local, E), stable=True)  # others' tokens come last, in no group
+    order = jnp.argsort(
+        jnp.where(mine, local, E), stable=True
+    )  # others' tokens come last, in no group
     sizes = jnp.bincount(jnp.where(mine, local, E), length=E + 1)[:E]
     gate, up = jnp.split(ragged_matmul(x[order // k], gate_up, sizes), 2, axis=-1)
     y = ragged_matmul(ACTIVATIONS[activation](gate) * up, down, sizes)
@@ -45,34 +56,55 @@ def mixture(
 def parallel_mixture(
     x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Any, down: Any, *, activation: str
 ) -> jax.Array:
-    """`mixture` of x [B, T, D] by ids and weights [B, T, k], over the mesh's axis `expert` where there is one."""
+    """`mixture` of x [B, T, D] by ids and weights [B, T, k], over the mesh's axis `expert` where
+    there is one.
+    """
 
-    def flat(x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Any, down: Any, first: Any = 0) -> jax.Array:
-        rows = lambda a: a.reshape(-1, a.shape[-1])
-        y = mixture(rows(x), rows(ids), rows(weights), gate_up, down, activation=activation, first=first)
+    def flat(
+        x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Any, down: Any, first: Any = 0
+    ) -> jax.Array:
+        def rows(a):
+            return a.reshape(-1, a.shape[-1])
+
+        y = mixture(
+            rows(x), rows(ids), rows(weights), gate_up, down, activation=activation, first=first
+        )
         return y.reshape(x.shape)
 
     mesh = jax.sharding.get_abstract_mesh()
     ways = 1 if mesh.empty else dict(mesh.shape).get("expert", 1)
     if ways == 1 or down.shape[0] % ways:
         return flat(x, ids, weights, gate_up, down)
-    split = x.shape[0] % ways == 0  # rows lie on the axis too, except in small batches of generation
+    split = (
+        x.shape[0] % ways == 0
+    )  # rows lie on the axis too, except in small batches of generation
 
-    def local(x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Any, down: Any) -> jax.Array:
+    def local(
+        x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Any, down: Any
+    ) -> jax.Array:
         if split:
-            x, ids, weights = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, ids, weights))
+            x, ids, weights = (
+                jax.lax.all_gather(a, "expert", tiled=True) for a in (x, ids, weights)
+            )
         y = flat(x, ids, weights, gate_up, down, jax.lax.axis_index("expert") * down.shape[0])
         return jax.lax.psum_scatter(y, "expert", tiled=True) if split else jax.lax.psum(y, "expert")
 
     rows, experts = P("expert") if split else P(), P("expert")
     run = jax.shard_map(
-        local, mesh=mesh, in_specs=(rows, rows, rows, experts, experts), out_specs=rows, axis_names={"expert"}, check_vma=False
+        local,
+        mesh=mesh,
+        in_specs=(rows, rows, rows, experts, experts),
+        out_specs=rows,
+        axis_names={"expert"},
+        check_vma=False,
     )
     return run(x, ids, weights, gate_up, down)
 
 
 class Experts(nn.Module):
-    """Stacked gated feed-forward layers: gate_up_proj [E, D, 2F], down_proj [E, F, D], called as Hugging Face's parameters."""
+    """Stacked gated feed-forward layers: gate_up_proj [E, D, 2F], down_proj [E, F, D], called as
+    Hugging Face's parameters.
+    """
 
     num_experts: int
     intermediate_size: int
@@ -83,22 +115,30 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         init, F = nn.initializers.normal(0.02), self.intermediate_size
-        gate_up = self.param("gate_up_proj", init, (self.num_experts, x.shape[-1], 2 * F), self.param_dtype)
+        gate_up = self.param(
+            "gate_up_proj", init, (self.num_experts, x.shape[-1], 2 * F), self.param_dtype
+        )
         down = self.param("down_proj", init, (self.num_experts, F, x.shape[-1]), self.param_dtype)
         x = x if self.dtype is None else x.astype(self.dtype)
         return parallel_mixture(x, ids, weights, gate_up, down, activation=self.activation)
 
 
-def _experts(module: Experts, params: Mapping[str, Any], x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+def _experts(
+    module: Experts, params: Mapping[str, Any], x: jax.Array, ids: jax.Array, weights: jax.Array
+) -> jax.Array:
     x = x if module.dtype is None else x.astype(module.dtype)
-    return parallel_mixture(x, ids, weights, params["gate_up_proj"], params["down_proj"], activation=module.activation)
+    return parallel_mixture(
+        x, ids, weights, params["gate_up_proj"], params["down_proj"], activation=module.activation
+    )
 
 
 register_rule(Experts, _experts)
 
 
 class Router(nn.Module):
-    """Scores of the experts, by a weight [E, D] that is called as Hugging Face's, and is not among the "all-linear" ones."""
+    """Scores of the experts, by a weight [E, D] that is called as Hugging Face's, and is not among
+    the "all-linear" ones.
+    """
 
     num_experts: int
     dtype: Any
@@ -106,16 +146,23 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", nn.initializers.normal(0.02), (self.num_experts, x.shape[-1]), self.param_dtype)
+        weight = self.param(
+            "weight",
+            nn.initializers.normal(0.02),
+            (self.num_experts, x.shape[-1]),
+            self.param_dtype,
+        )
         dtype = self.dtype or x.dtype
         return x.astype(dtype) @ weight.astype(dtype).T
 
 
 class SparseMLP(nn.Module):
-    """A router over experts and, where the config has one, a shared expert that all tokens go through.
+    """A router over experts and, where the config has one, a shared expert that all tokens go
+    through.
 
-    The collection "router", where it is mutable, receives what `load_balancing_loss` needs: how often each expert was chosen
-    [E], the sum of its probabilities [E], and the number of tokens, padding (segments of 0) left out.
+    The collection "router", where it is mutable, receives what `load_balancing_loss` needs: how
+    often each expert was chosen [E], the sum of its probabilities [E], and the number of tokens,
+    padding (segments of 0) left out.
     """
 
     config: Any
@@ -126,33 +173,55 @@ class SparseMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         c = self.config
-        dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
+        dense = functools.partial(
+            nn.Dense, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype
+        )
         logits = Router(c.num_experts, self.dtype, self.param_dtype, name="gate")(x)
         probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
         weights, ids = jax.lax.top_k(probabilities, c.experts_per_token)
         if c.normalise_router:
             weights = weights / weights.sum(-1, keepdims=True)
-        seen = jnp.ones(x.shape[:2]) if segment_ids is None else (jnp.broadcast_to(segment_ids, x.shape[:2]) > 0) * 1.0
+        seen = (
+            jnp.ones(x.shape[:2])
+            if segment_ids is None
+            else (jnp.broadcast_to(segment_ids, x.shape[:2]) > 0) * 1.0
+        )
         chosen = jax.nn.one_hot(ids, c.num_experts).sum(-2)
         self.sow("router", "chosen", (chosen * seen[..., None]).sum((0, 1)))
         self.sow("router", "probabilities", (probabilities * seen[..., None]).sum((0, 1)))
         self.sow("router", "tokens", seen.sum())
-        if segment_ids is not None:  # what pads a row goes to no expert; virtual tokens, of the segment -1, do
-            ids = jnp.where(jnp.broadcast_to(segment_ids, x.shape[:2])[..., None] != 0, ids, c.num_experts)
-        experts = Experts(c.num_experts, c.expert_size, c.activation, self.dtype, self.param_dtype, name="experts")
+        if (
+            segment_ids is not None
+        ):  # what pads a row goes to no expert; virtual tokens, of the segment -1, do
+            ids = jnp.where(
+                jnp.broadcast_to(segment_ids, x.shape[:2])[..., None] != 0, ids, c.num_experts
+            )
+        experts = Experts(
+            c.num_experts, c.expert_size, c.activation, self.dtype, self.param_dtype, name="experts"
+        )
         y = experts(x, ids, weights.astype(x.dtype))
         if c.shared_expert_size:
-            shared = self.shared_mlp(c, self.dtype, self.param_dtype, c.shared_expert_size, name="shared_expert")(x)
+            shared = self.shared_mlp(
+                c, self.dtype, self.param_dtype, c.shared_expert_size, name="shared_expert"
+            )(x)
             y = y + jax.nn.sigmoid(dense(1, name="shared_expert_gate")(x)) * shared
         return y
 
 
 def load_balancing_loss(router: Mapping[str, Any]) -> jax.Array:
-    """E times the sum over experts of how often each is chosen times its mean probability, over all layers together (Fedus et
-    al. 2021, arXiv:2101.03961, equations 4 to 6), from the collection "router" of one call.
+    """E times the sum over experts of how often each is chosen times its mean probability, over all
+    layers together (Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6), from the collection
+    "router" of one call.
     """
     leaves = jax.tree_util.tree_flatten_with_path(router)[0]
-    of = lambda name: jnp.stack([jnp.ravel(x) for path, x in leaves if f"'{name}'" in jax.tree_util.keystr(path)])
+
+    def of(name):
+        return jnp.stack(
+            [jnp.ravel(x) for path, x in leaves if f"'{name}'" in jax.tree_util.keystr(path)]
+        )
+
     tokens, experts = of("tokens").sum(), leaves[0][1].shape[-1]
-    chosen, probabilities = (of(name).reshape(-1, experts).sum(0) for name in ("chosen", "probabilities"))
+    chosen, probabilities = (
+        of(name).reshape(-1, experts).sum(0) for name in ("chosen", "probabilities")
+    )
     return (chosen / tokens * (probabilities / tokens)).sum() * experts

@@ -1,7 +1,8 @@
 """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) and the ways of stretching them.
 
-Scalings: linear, dynamic NTK, YaRN (Peng et al. 2023, arXiv:2309.00071), LongRoPE (Ding et al. 2024,
-arXiv:2402.13753) and Llama 3's wavelength-dependent one. Half-split layout, as in Hugging Face checkpoints.
+Scalings: linear, dynamic NTK, YaRN (Peng et al. 2023, arXiv:2309.00071), LongRoPE (Ding et al.
+2024, arXiv:2402.13753) and Llama 3's wavelength-dependent one. Half-split layout, as in Hugging
+Face checkpoints.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class RotaryConfig:
 
     def __post_init__(self) -> None:
         if self.rope_type not in _TYPES:
-            raise ValueError(f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(_TYPES)}")
+            raise ValueError(
+                f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(_TYPES)}"
+            )
         if self.rope_type in ("linear", "dynamic", "llama3") and self.factor is None:
             raise ValueError(f"rope_type {self.rope_type!r} needs a factor")
         if self.rope_type == "longrope" and not (self.short_factor and self.long_factor):
@@ -50,10 +53,16 @@ class RotaryConfig:
         return self.rope_type in ("dynamic", "longrope")
 
     def changes(self, length: jax.Array) -> jax.Array:
-        """Whether all tokens of a sequence of `length` rotate in another way than before its last one."""
+        """Whether all tokens of a sequence of `length` rotate in another way than before its last
+        one.
+        """
         if self.rope_type == "longrope":
             return length == _original(self) + 1
-        return length > self.max_position if self.rope_type == "dynamic" else jnp.zeros_like(length, bool)
+        return (
+            length > self.max_position
+            if self.rope_type == "dynamic"
+            else jnp.zeros_like(length, bool)
+        )
 
 
 _TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -71,7 +80,9 @@ def _llama3(c: RotaryConfig) -> np.ndarray:
     inv = _inverse_frequencies(c)
     assert c.factor is not None
     wavelength = 2 * math.pi / inv
-    smooth = (_original(c) / wavelength - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
+    smooth = (_original(c) / wavelength - c.low_freq_factor) / (
+        c.high_freq_factor - c.low_freq_factor
+    )
     smooth = np.clip(smooth, 0.0, 1.0)
     return (1 - smooth) * inv / c.factor + smooth * inv
 
@@ -84,7 +95,11 @@ def _yarn(c: RotaryConfig) -> tuple[np.ndarray, float]:
         return 1.0 if scale <= 1 else 0.1 * m * math.log(scale) + 1.0
 
     def dimension(rotations: float) -> float:
-        return c.dim * math.log(_original(c) / (rotations * 2 * math.pi)) / (2 * math.log(c.rope_theta))
+        return (
+            c.dim
+            * math.log(_original(c) / (rotations * 2 * math.pi))
+            / (2 * math.log(c.rope_theta))
+        )
 
     low, high = dimension(c.beta_fast), dimension(c.beta_slow)
     if c.truncate:
@@ -96,7 +111,9 @@ def _yarn(c: RotaryConfig) -> tuple[np.ndarray, float]:
     if attention is None:
         both = c.mscale and c.mscale_all_dim
         attention = (
-            magnitude(factor, c.mscale or 1.0) / magnitude(factor, c.mscale_all_dim or 1.0) if both else magnitude(factor)
+            magnitude(factor, c.mscale or 1.0) / magnitude(factor, c.mscale_all_dim or 1.0)
+            if both
+            else magnitude(factor)
         )
     return inv / factor * ramp + inv * (1 - ramp), attention
 
@@ -107,7 +124,10 @@ def _longrope(c: RotaryConfig, length: jax.Array) -> tuple[jax.Array, float]:
     attention = c.attention_factor
     if attention is None:
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(_original(c)))
-    short, long = inv / np.asarray(c.short_factor, np.float32), inv / np.asarray(c.long_factor, np.float32)
+    short, long = (
+        inv / np.asarray(c.short_factor, np.float32),
+        inv / np.asarray(c.long_factor, np.float32),
+    )
     return jnp.where(length[..., None] > _original(c), long, short), attention
 
 
@@ -115,11 +135,14 @@ def _dynamic(c: RotaryConfig, length: jax.Array) -> jax.Array:
     assert c.factor is not None
     length = jnp.maximum(length, c.max_position).astype(jnp.float32)
     stretch = (c.factor * length / c.max_position - (c.factor - 1)) ** (c.dim / (c.dim - 2))
-    return 1.0 / (c.rope_theta * stretch[..., None]) ** (np.arange(0, c.dim, 2, dtype=np.float32) / c.dim)
+    return 1.0 / (c.rope_theta * stretch[..., None]) ** (
+        np.arange(0, c.dim, 2, dtype=np.float32) / c.dim
+    )
 
 
 def sequence_lengths(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """How long each token's sequence is, by its highest position: [B, 1], or [B, T] where a row holds several segments.
+    """How long each token's sequence is, by its highest position: [B, 1], or [B, T] where a row
+    holds several segments.
 
     A token that all segments see (the segment -1) is as far as its row goes.
     """
@@ -138,10 +161,14 @@ def _furthest(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
     return jax.ops.segment_max(positions, number, num_segments=len(order))[number]
 
 
-def rotary_table(config: RotaryConfig, positions: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each float32 [B, T, dim/2], for integer `positions` [B, T] of sequences of `lengths` [B, 1 or T].
+def rotary_table(
+    config: RotaryConfig, positions: jax.Array, lengths: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), each float32 [B, T, dim/2], for integer `positions` [B, T] of sequences of
+    `lengths` [B, 1 or T].
 
-    Lengths are those of whole rows by default (`sequence_lengths`); they count for the types that are `by_length`.
+    Lengths are those of whole rows by default (`sequence_lengths`); they count for the types that
+    are `by_length`.
     """
     attention, length = 1.0, sequence_lengths(positions, None) if lengths is None else lengths
     if config.rope_type == "yarn":
@@ -153,7 +180,9 @@ def rotary_table(config: RotaryConfig, positions: jax.Array, lengths: jax.Array 
     elif config.rope_type == "llama3":
         inv = _llama3(config)
     else:
-        inv = _inverse_frequencies(config) / (config.factor if config.rope_type == "linear" else 1.0)
+        inv = _inverse_frequencies(config) / (
+            config.factor if config.rope_type == "linear" else 1.0
+        )
     angles = positions.astype(jnp.float32)[..., None] * inv
     return jnp.cos(angles) * attention, jnp.sin(angles) * attention
 
@@ -168,7 +197,9 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     cos, sin = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
     cos, sin = cos[:, :, None, :].astype(x.dtype), sin[:, :, None, :].astype(x.dtype)
     part = x[..., :turned]
-    part = part * cos + jnp.roll(part, turned // 2, axis=-1) * sin  # on a CPU much faster than joining two halves
+    part = (
+        part * cos + jnp.roll(part, turned // 2, axis=-1) * sin
+    )  # on a CPU much faster than joining two halves
     return part if turned == x.shape[-1] else jnp.concatenate([part, x[..., turned:]], axis=-1)
 
 

@@ -1,4 +1,6 @@
-"""Splash attention: JAX's block-sparse flash kernel for TPUs, with grouped heads, windows, segments and soft caps."""
+"""Splash attention: JAX's block-sparse flash kernel for TPUs, with grouped heads, windows, segments
+and soft caps.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,15 @@ def splash_attention(
     softcap: float | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention with the splash kernel; shapes as in `attention`, segment_ids [B, T] or None.
+    """Causal attention with the splash kernel; shapes as in `attention`, segment_ids [B, T] or
+    None.
 
-    Under a mesh (`jax.set_mesh`) the batch is split over data and fsdp and the heads over tensor with `shard_map`,
-    since a kernel call cannot be partitioned automatically.
+    Under a mesh (`jax.set_mesh`) the batch is split over data and fsdp and the heads over tensor
+    with `shard_map`, since a kernel call cannot be partitioned automatically.
     """
-    run = functools.partial(_local, window=window, scale=scale, softcap=softcap, interpret=interpret)
+    run = functools.partial(
+        _local, window=window, scale=scale, softcap=softcap, interpret=interpret
+    )
     if segment_ids is None:
         segment_ids = jnp.ones(q.shape[:2], jnp.int32)
     mesh = jax.sharding.get_abstract_mesh()
@@ -44,14 +49,26 @@ def splash_attention(
     batch = tuple(a for a in ("data", "fsdp") if a in mesh.axis_names) or None
     heads = "tensor" if "tensor" in mesh.axis_names else None
     spec = P(batch, None, heads, None)
-    return jax.shard_map(run, in_specs=(spec, spec, spec, P(batch, None)), out_specs=spec, check_vma=False)(
-        q, k, v, segment_ids
-    )
+    return jax.shard_map(
+        run, in_specs=(spec, spec, spec, P(batch, None)), out_specs=spec, check_vma=False
+    )(q, k, v, segment_ids)
 
 
-def _local(q, k, v, segment_ids, *, window: int | None, scale: float, softcap: float | None, interpret: bool):
+def _local(
+    q,
+    k,
+    v,
+    segment_ids,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    interpret: bool,
+):
     T, H = q.shape[1], q.shape[2]
-    one = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+    one = (
+        masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+    )
     run: Any = kernel.make_splash_mha(
         masks.MultiHeadMask([one] * H),
         head_shards=1,

@@ -1,7 +1,9 @@
-"""T5 (Raffel et al. 2019, arXiv:1910.10683), T5 1.1 and Flan-T5: an encoder and a decoder with relative positions.
+"""T5 (Raffel et al. 2019, arXiv:1910.10683), T5 1.1 and Flan-T5: an encoder and a decoder with
+relative positions.
 
-Scores are not scaled; a bucketed distance adds a bias to them, from a table that a stack's layers share. The decoder's cache
-begins with what the encoder made of the input (`start`), whose keys and values its first call puts there.
+Scores are not scaled; a bucketed distance adds a bias to them, from a table that a stack's layers
+share. The decoder's cache begins with what the encoder made of the input (`start`), whose keys and
+values its first call puts there.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from peft_jax.models.encoder import encoder_shared
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config(Architecture):
-    """What a T5 needs to know. `scale_logits`: with a tied head, hidden states are scaled by 1 / sqrt(D) before it."""
+    """What a T5 needs to know. `scale_logits`: with a tied head, hidden states are scaled by 1 /
+    sqrt(D) before it.
+    """
 
     intermediate_size: int
     num_decoder_layers: int
@@ -53,7 +57,10 @@ class T5Config(Architecture):
 def t5_config(hf: Any) -> T5Config:
     """The configuration of a T5. Raises ValueError for an activation that is not known."""
     if hf.dense_act_fn not in ACTIVATIONS:
-        raise ValueError(f"feed_forward_proj {hf.feed_forward_proj!r} is not supported; there are {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"feed_forward_proj {hf.feed_forward_proj!r} is not supported; there are "
+            f"{', '.join(ACTIVATIONS)}"
+        )
     return T5Config(
         vocab_size=hf.vocab_size,
         hidden_size=hf.d_model,
@@ -71,12 +78,18 @@ def t5_config(hf: Any) -> T5Config:
         gated=hf.is_gated_act,
         scale_logits=bool(getattr(hf, "scale_decoder_outputs", True)),
         dropout=float(hf.dropout_rate),
-        start_token=hf.pad_token_id if getattr(hf, "decoder_start_token_id", None) is None else hf.decoder_start_token_id,
+        start_token=hf.pad_token_id
+        if getattr(hf, "decoder_start_token_id", None) is None
+        else hf.decoder_start_token_id,
     )
 
 
-def bucket(distance: jax.Array, *, bidirectional: bool, buckets: int, max_distance: int) -> jax.Array:
-    """The bucket of key position minus query position: one each for near ones, then by the logarithm up to `max_distance`."""
+def bucket(
+    distance: jax.Array, *, bidirectional: bool, buckets: int, max_distance: int
+) -> jax.Array:
+    """The bucket of key position minus query position: one each for near ones, then by the
+    logarithm up to `max_distance`.
+    """
     first = jnp.zeros_like(distance)
     if bidirectional:
         buckets //= 2
@@ -85,14 +98,20 @@ def bucket(distance: jax.Array, *, bidirectional: bool, buckets: int, max_distan
     else:
         distance = jnp.maximum(-distance, 0)
     exact = buckets // 2
-    large = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact) * (buckets - exact)
+    large = (
+        jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
+        / math.log(max_distance / exact)
+        * (buckets - exact)
+    )
     far = jnp.minimum(exact + large.astype(distance.dtype), buckets - 1)
     return first + jnp.where(distance < exact, distance, far)
 
 
 @struct.dataclass
 class Relative:
-    """The bias of relative positions, `scores` [B or 1, H, T, S], with the table [buckets, H] and positions that it is from."""
+    """The bias of relative positions, `scores` [B or 1, H, T, S], with the table [buckets, H] and
+    positions that it is from.
+    """
 
     scores: jax.Array
     table: jax.Array
@@ -101,16 +120,22 @@ class Relative:
     bidirectional: bool = struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, table: jax.Array, positions: jax.Array, kv_positions: jax.Array, **options: Any) -> Relative:
+    def of(
+        cls, table: jax.Array, positions: jax.Array, kv_positions: jax.Array, **options: Any
+    ) -> Relative:
         """The bias of keys at these positions [B or 1, S] for queries at those [B or 1, T]."""
         distance = kv_positions[:, None, :] - positions[:, :, None]
-        scores = jnp.moveaxis(table[bucket(distance, buckets=table.shape[0], **options)], -1, 1).astype(jnp.float32)
+        scores = jnp.moveaxis(
+            table[bucket(distance, buckets=table.shape[0], **options)], -1, 1
+        ).astype(jnp.float32)
         return cls(scores, table, positions, **options)
 
     def with_prefix(self, length: int) -> Relative:
         """The bias with `length` keys in front, at the positions before the first one."""
         options = {"max_distance": self.max_distance, "bidirectional": self.bidirectional}
-        front = Relative.of(self.table, self.positions, jnp.arange(-length, 0)[None], **options).scores
+        front = Relative.of(
+            self.table, self.positions, jnp.arange(-length, 0)[None], **options
+        ).scores
         rows = max(front.shape[0], self.scores.shape[0])
         both = [jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (front, self.scores)]
         return self.replace(scores=jnp.concatenate(both, axis=-1))  # type: ignore[attr-defined]
@@ -122,8 +147,12 @@ class Attention(Block):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, source: jax.Array | None, mask: Mask, bias: Any, cache: Any, index: Any) -> Any:
-        """`source` [B, S, D] is what keys and values come from (None: they are in the cache already)."""
+    def __call__(
+        self, x: jax.Array, source: jax.Array | None, mask: Mask, bias: Any, cache: Any, index: Any
+    ) -> Any:
+        """`source` [B, S, D] is what keys and values come from (None: they are in the cache
+        already).
+        """
         c = self.config
         width = c.num_heads * c.head_dim
         q = split_heads(self.dense(width, "q", False)(x), c.head_dim)
@@ -171,7 +200,9 @@ class DenseReluDense(Block):
         c = self.config
         act = ACTIVATIONS[c.activation]
         if c.gated:
-            y = act(self.dense(c.intermediate_size, "wi_0", False)(x)) * self.dense(c.intermediate_size, "wi_1", False)(x)
+            y = act(self.dense(c.intermediate_size, "wi_0", False)(x)) * self.dense(
+                c.intermediate_size, "wi_1", False
+            )(x)
         else:
             y = act(self.dense(c.intermediate_size, "wi", False)(x))
         return self.dense(c.hidden_size, "wo", False)(self.drop(y))
@@ -180,7 +211,9 @@ class DenseReluDense(Block):
 class FeedForwardLayer(Block):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = DenseReluDense(self.config, self.dtype, self.param_dtype, name="DenseReluDense")(self.rms_norm("layer_norm")(x))
+        y = DenseReluDense(self.config, self.dtype, self.param_dtype, name="DenseReluDense")(
+            self.rms_norm("layer_norm")(x)
+        )
         return Residual(name="mlp_residual")(x, self.drop(y))
 
 
@@ -197,14 +230,18 @@ class T5Block(Block):
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         x, own = SelfLayer(*fields, self.implementation, name="layer_0")(x, shared, own)
         if self.cross:
-            x, crossing = CrossLayer(*fields, self.implementation, name="layer_1")(x, shared, crossing)
+            x, crossing = CrossLayer(*fields, self.implementation, name="layer_1")(
+                x, shared, crossing
+            )
         x = FeedForwardLayer(*fields, name="layer_2" if self.cross else "layer_1")(x)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         return x, None if cache is None else {"self": own, "cross": crossing}
 
 
 class Stack(Block):
-    """The layers of the encoder or (`cross`) the decoder, the positions that they share, and the last norm."""
+    """The layers of the encoder or (`cross`) the decoder, the positions that they share, and the
+    last norm.
+    """
 
     scan_layers: bool
     remat: str
@@ -219,7 +256,14 @@ class Stack(Block):
         self.relative_attention_bias = self.embed(c.buckets, c.num_heads)
         self.final_layer_norm = self.rms_norm()
 
-    def __call__(self, x: jax.Array, shared: dict[str, Any], positions: Any, kv_positions: Any, cache: Any = None) -> Any:
+    def __call__(
+        self,
+        x: jax.Array,
+        shared: dict[str, Any],
+        positions: Any,
+        kv_positions: Any,
+        cache: Any = None,
+    ) -> Any:
         c = self.config
         table = self.relative_attention_bias(jnp.arange(c.buckets))
         options = {"max_distance": c.max_distance, "bidirectional": not self.cross}
@@ -230,7 +274,9 @@ class Stack(Block):
         else:
             new = []
             for i, layer in enumerate(self.block):
-                x, part = layer(x, shared, None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache))
+                x, part = layer(
+                    x, shared, None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache)
+                )
                 new.append(part)
             cache = None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
         return self.drop(self.final_layer_norm(x)), cache
@@ -251,7 +297,14 @@ class T5(Layers, nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        fields = (c, self.dtype, self.param_dtype, self.scan_layers, self.remat, self.attention_implementation)
+        fields = (
+            c,
+            self.dtype,
+            self.param_dtype,
+            self.scan_layers,
+            self.remat,
+            self.attention_implementation,
+        )
         self.shared = self.embed(c.vocab_size)
         self.encoder, self.decoder = Stack(*fields, False), Stack(*fields, True)
         if not c.tie_embeddings:
@@ -265,12 +318,18 @@ class T5(Layers, nn.Module):
         segment_ids: jax.Array | None = None,
         decoder_segment_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits [B, U, V] in float32 of `decoder_tokens` [B, U] (by default the start token alone), given tokens [B, T].
+        """Logits [B, U, V] in float32 of `decoder_tokens` [B, U] (by default the start token
+        alone), given tokens [B, T].
 
         Segments of 0 are padding.
         """
         return self.unembed(
-            self.hidden(tokens, decoder_tokens, segment_ids=segment_ids, decoder_segment_ids=decoder_segment_ids)
+            self.hidden(
+                tokens,
+                decoder_tokens,
+                segment_ids=segment_ids,
+                decoder_segment_ids=decoder_segment_ids,
+            )
         )
 
     def hidden(
@@ -286,7 +345,11 @@ class T5(Layers, nn.Module):
             decoder_tokens = jnp.full((tokens.shape[0], 1), self.config.start_token, jnp.int32)
         encoded, segment_ids = self.encode(tokens, segment_ids)
         positions = jnp.arange(decoder_tokens.shape[1], dtype=jnp.int32)[None]
-        own = None if decoder_segment_ids is None else jnp.broadcast_to(decoder_segment_ids, decoder_tokens.shape)
+        own = (
+            None
+            if decoder_segment_ids is None
+            else jnp.broadcast_to(decoder_segment_ids, decoder_tokens.shape)
+        )
         shared = {
             "encoded": encoded,
             "cross_mask": self._cross_mask(decoder_tokens, encoded.shape[1], segment_ids),
@@ -297,8 +360,12 @@ class T5(Layers, nn.Module):
         }
         return self.decoder(self.shared(decoder_tokens), shared, positions, positions)[0]
 
-    def encode(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
-        """What the encoder makes of tokens [B, T], [B, T, D], and which of it is no padding, as `segment_ids` [B, T]."""
+    def encode(
+        self, tokens: jax.Array, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """What the encoder makes of tokens [B, T], [B, T, D], and which of it is no padding, as
+        `segment_ids` [B, T].
+        """
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         shared = {**encoder_shared(tokens, segment_ids, positions), "index": None}
         return self.encoder(self.shared(tokens), shared, positions, positions)[0], segment_ids
@@ -308,17 +375,32 @@ class T5(Layers, nn.Module):
         c = self.config
         if c.scale_logits:
             hidden = hidden * c.hidden_size**-0.5
-        return (self.shared.attend if c.tie_embeddings else self.lm_head)(hidden).astype(jnp.float32)
+        return (self.shared.attend if c.tie_embeddings else self.lm_head)(hidden).astype(
+            jnp.float32
+        )
 
-    def start(self, tokens: jax.Array, segment_ids: jax.Array, length: int, dtype: Any = None) -> dict[str, Any]:
+    def start(
+        self, tokens: jax.Array, segment_ids: jax.Array, length: int, dtype: Any = None
+    ) -> dict[str, Any]:
         """A cache for decoding at most `length` tokens from `tokens` [B, T]."""
         c = self.config
-        cache = empty_cache(c.num_decoder_layers, tokens.shape[0], length, c.num_heads, c.head_dim, dtype or self.dtype)
+        cache = empty_cache(
+            c.num_decoder_layers,
+            tokens.shape[0],
+            length,
+            c.num_heads,
+            c.head_dim,
+            dtype or self.dtype,
+        )
         encoded, seen = self.encode(tokens, segment_ids)
         return {**cache, "encoded": encoded, "encoded_segments": seen}
 
-    def decode(self, tokens: jax.Array, *, positions: jax.Array, cache: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
-        """(logits [B, U, V], new cache) of the decoder's next tokens [B, U] at these positions [B, U]."""
+    def decode(
+        self, tokens: jax.Array, *, positions: jax.Array, cache: dict[str, Any]
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """(logits [B, U, V], new cache) of the decoder's next tokens [B, U] at these positions [B,
+        U].
+        """
         index, update = cache["index"], jax.lax.dynamic_update_slice_in_dim
         segments = jnp.ones(tokens.shape, jnp.int32)
         kv_positions = update(cache["positions"], positions.astype(jnp.int32), index, axis=1)
@@ -333,14 +415,24 @@ class T5(Layers, nn.Module):
             crossing = {"k": blank, "v": blank}
         shared = {
             "encoded": encoded,
-            "cross_mask": self._cross_mask(tokens, cache["encoded_segments"].shape[1], cache["encoded_segments"]),
-            "mask": make_mask(positions, kv_positions, segments, kv_segments, window=None, aligned=False),
+            "cross_mask": self._cross_mask(
+                tokens, cache["encoded_segments"].shape[1], cache["encoded_segments"]
+            ),
+            "mask": make_mask(
+                positions, kv_positions, segments, kv_segments, window=None, aligned=False
+            ),
             "index": index,
             "positions": positions,
             "segment_ids": segments,
         }
-        hidden, new = self.decoder(self.shared(tokens), shared, positions, kv_positions, {"self": own, "cross": crossing})
-        kept = {"cross_k": new["cross"]["k"], "cross_v": new["cross"]["v"], "encoded_segments": cache["encoded_segments"]}
+        hidden, new = self.decoder(
+            self.shared(tokens), shared, positions, kv_positions, {"self": own, "cross": crossing}
+        )
+        kept = {
+            "cross_k": new["cross"]["k"],
+            "cross_v": new["cross"]["v"],
+            "encoded_segments": cache["encoded_segments"],
+        }
         where = {
             "index": jnp.asarray(index + tokens.shape[1], jnp.int32),
             "positions": kv_positions,
@@ -350,7 +442,21 @@ class T5(Layers, nn.Module):
 
     @nn.nowrap
     def _cross_mask(self, tokens: jax.Array, length: int, segment_ids: jax.Array | None) -> Mask:
-        zeros = lambda n: jnp.zeros((1, n), jnp.int32)
+        def zeros(n):
+            return jnp.zeros((1, n), jnp.int32)
+
         ones = None if segment_ids is None else jnp.ones(tokens.shape, jnp.int32)
-        seen = None if segment_ids is None else (jnp.broadcast_to(segment_ids, (tokens.shape[0], length)) > 0).astype(jnp.int32)
-        return make_mask(zeros(tokens.shape[1]), zeros(length), ones, seen, window=None, aligned=False, causal=False)
+        seen = (
+            None
+            if segment_ids is None
+            else (jnp.broadcast_to(segment_ids, (tokens.shape[0], length)) > 0).astype(jnp.int32)
+        )
+        return make_mask(
+            zeros(tokens.shape[1]),
+            zeros(length),
+            ones,
+            seen,
+            window=None,
+            aligned=False,
+            causal=False,
+        )

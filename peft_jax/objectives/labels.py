@@ -17,7 +17,9 @@ def _logits(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) ->
 
 
 def _labelled(batch: dict[str, jax.Array], rng: Any) -> dict[str, jax.Array]:
-    column = lambda x: x[:, None] if x.ndim == 1 else x
+    def column(x):
+        return x[:, None] if x.ndim == 1 else x
+
     return {**batch, "targets": column(batch["labels"]), "weights": column(batch["weights"])}
 
 
@@ -28,7 +30,9 @@ def _ends(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> j
 
 
 def _answered(batch: dict[str, jax.Array], rng: Any) -> dict[str, jax.Array]:
-    weights = jnp.broadcast_to(0.5 * batch["weights"][:, None], batch["labels"].shape)  # its two ends weigh as one
+    weights = jnp.broadcast_to(
+        0.5 * batch["weights"][:, None], batch["labels"].shape
+    )  # its two ends weigh as one
     return {**batch, "targets": batch["labels"], "weights": weights}
 
 

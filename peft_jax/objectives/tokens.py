@@ -1,4 +1,6 @@
-"""Objectives of language models: the next token, masked tokens, and a mixture's balance beside either."""
+"""Objectives of language models: the next token, masked tokens, and a mixture's balance beside
+either.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.models.moe import load_balancing_loss
-from peft_jax.objectives.reading import Apply, Objective, Reading, as_they_are, cross_entropy, inputs_of
+from peft_jax.objectives.reading import (
+    Apply,
+    Objective,
+    Reading,
+    as_they_are,
+    cross_entropy,
+    inputs_of,
+)
 
 
 def _unembeds(apply: Apply) -> bool:
@@ -24,7 +33,9 @@ def _hidden(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any, **
 
 
 def token_states(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> jax.Array:
-    """Hidden states before the head, at `batch["at"]` [B, T] where it has that; logits of a model without `unembed`."""
+    """Hidden states before the head, at `batch["at"]` [B, T] where it has that; logits of a model
+    without `unembed`.
+    """
     hidden = _hidden(apply, params, batch, rng)
     return jnp.take_along_axis(hidden, batch["at"][..., None], axis=1) if "at" in batch else hidden
 
@@ -50,33 +61,44 @@ def next_token(
 ) -> Any:
     """Mean cross-entropy of the next token, in nats, weighted by `batch["weights"]` [B, T].
 
-    Where the model has `hidden` and `unembed`, logits are computed for `chunk` tokens at a time (see `over_positions`). A
-    mixture of experts adds its load-balancing loss (see `balanced`).
+    Where the model has `hidden` and `unembed`, logits are computed for `chunk` tokens at a time
+    (see `over_positions`). A mixture of experts adds its load-balancing loss (see `balanced`).
     """
-    return balanced(functools.partial(cross_entropy, TOKENS, chunk=chunk), router_loss)(apply, params, batch, rng)
+    return balanced(functools.partial(cross_entropy, TOKENS, chunk=chunk), router_loss)(
+        apply, params, batch, rng
+    )
 
 
 def balanced(objective: Objective, router_loss: float | None = None) -> Objective:
-    """`objective`, to which a mixture of experts adds `router_loss` times its load-balancing loss in training (with an `rng`),
-    by default as its checkpoint says; the metric is `router`. Micro-batches are balanced each in itself.
+    """`objective`, to which a mixture of experts adds `router_loss` times its load-balancing loss
+    in training (with an `rng`), by default as its checkpoint says; the metric is `router`.
+    Micro-batches are balanced each in itself.
     """
 
     def run(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> Any:
         config = getattr(getattr(apply, "model", None), "config", None)
         own = getattr(config, "router_loss", 0.0)
-        share = (own if router_loss is None else router_loss) if getattr(config, "num_experts", 0) else 0.0
+        share = (
+            (own if router_loss is None else router_loss)
+            if getattr(config, "num_experts", 0)
+            else 0.0
+        )
         if not share or rng is None:
             return objective(apply, params, batch, rng)
         found: list[Any] = []
         loss, metrics = objective(_with_router(apply, found), params, batch, rng)
-        router = sum(map(load_balancing_loss, found), start=jnp.zeros(())) / len(found) / _parts(batch)
+        router = (
+            sum(map(load_balancing_loss, found), start=jnp.zeros(())) / len(found) / _parts(batch)
+        )
         return loss + share * router, {**metrics, "router": router}
 
     return run
 
 
 def _with_router(apply: Apply, found: list[Any]) -> Apply:
-    """`apply` that leaves in `found` what the routers did in each training pass through the layers."""
+    """`apply` that leaves in `found` what the routers did in each training pass through the
+    layers.
+    """
 
     def run(*args: Any, rng: Any = None, method: str | None = None, **kwargs: Any) -> Any:
         how = {} if method is None else {"method": method}
@@ -98,8 +120,9 @@ def _parts(batch: dict[str, jax.Array]) -> int:
 def masked_tokens(
     batch: dict[str, jax.Array], rng: Any, *, mask_token: int, vocab_size: int, share: float = 0.15
 ) -> dict[str, jax.Array]:
-    """The batch with a `share` of each row's tokens to be guessed (Devlin et al. 2018, section 3.1): four in five become the
-    mask, one in ten another token, and one in ten stays. `at` [B, n] says which, with their targets and weights [B, n].
+    """The batch with a `share` of each row's tokens to be guessed (Devlin et al. 2018, section
+    3.1): four in five become the mask, one in ten another token, and one in ten stays. `at` [B, n]
+    says which, with their targets and weights [B, n].
 
     Each call draws anew; without an `rng`, in evaluation, always the same.
     """
@@ -107,12 +130,16 @@ def masked_tokens(
     draws = jax.random.split(key, 3)
     tokens, maskable = batch["tokens"], batch["weights"] > 0
     count = max(1, round(share * tokens.shape[1]))
-    drawn, at = jax.lax.top_k(jnp.where(maskable, jax.random.uniform(draws[0], tokens.shape), -1.0), count)  # [B, count]
+    drawn, at = jax.lax.top_k(
+        jnp.where(maskable, jax.random.uniform(draws[0], tokens.shape), -1.0), count
+    )  # [B, count]
     wanted = jnp.ceil(share * maskable.sum(-1, keepdims=True))
     weights = ((jnp.arange(count) < wanted) & (drawn >= 0)).astype(jnp.float32)
     targets = jnp.take_along_axis(tokens, at, axis=1)
     what = jax.random.uniform(draws[1], at.shape)
-    other = jnp.where(what < 0.9, jax.random.randint(draws[2], at.shape, 0, vocab_size, tokens.dtype), targets)
+    other = jnp.where(
+        what < 0.9, jax.random.randint(draws[2], at.shape, 0, vocab_size, tokens.dtype), targets
+    )
     new = jnp.where(weights > 0, jnp.where(what < 0.8, mask_token, other), targets)
     seen = jax.vmap(lambda row, i, x: row.at[i].set(x))(tokens, at, new)
     return {**batch, "tokens": seen, "at": at, "targets": targets, "weights": weights}

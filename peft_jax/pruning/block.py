@@ -1,4 +1,6 @@
-"""Block sparsity stored as such: only the kept blocks, and a product that reads and multiplies only them."""
+"""Block sparsity stored as such: only the kept blocks, and a product that reads and multiplies only
+them.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ from peft_jax.pruning.stored import Stored
 
 @node
 class BlockSparse(Stored):
-    """values [*lead, column blocks, k, rows, columns]: for each block of outputs its k kept blocks of inputs, and which ones
-    they are, index int32 [*lead, column blocks, k]. Where outputs keep fewer than k, the last ones are no block of the weight's
-    (their index lies past the end) and count for nothing.
+    """values [*lead, column blocks, k, rows, columns]: for each block of outputs its k kept blocks
+    of inputs, and which ones they are, index int32 [*lead, column blocks, k]. Where outputs keep
+    fewer than k, the last ones are no block of the weight's (their index lies past the end) and
+    count for nothing.
     """
 
     values: jax.Array
@@ -40,19 +43,33 @@ class BlockSparse(Stored):
     def matrix(self) -> jax.Array:
         into = math.prod(self.in_sizes) // self.pattern.rows
 
-        def one(values: jax.Array, index: jax.Array) -> jax.Array:  # of one block of outputs: [in, columns]
-            dense = jnp.zeros((into, *values.shape[1:]), values.dtype).at[index].add(values, mode="drop")
+        def one(
+            values: jax.Array, index: jax.Array
+        ) -> jax.Array:  # of one block of outputs: [in, columns]
+            dense = (
+                jnp.zeros((into, *values.shape[1:]), values.dtype)
+                .at[index]
+                .add(values, mode="drop")
+            )
             return dense.reshape(-1, values.shape[-1])
 
-        stack = lambda a, own: a.reshape(-1, *a.shape[-own:])
-        flat = jax.vmap(jax.vmap(one))(stack(self.values, 4), stack(self.index, 2))
-        return jnp.moveaxis(flat, 1, 2).reshape(*self.lead, math.prod(self.in_sizes), math.prod(self.out_sizes))
+        def stack(a, own):
+            return a.reshape(-1, *a.shape[-own:])
 
-    def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+        flat = jax.vmap(jax.vmap(one))(stack(self.values, 4), stack(self.index, 2))
+        return jnp.moveaxis(flat, 1, 2).reshape(
+            *self.lead, math.prod(self.in_sizes), math.prod(self.out_sizes)
+        )
+
+    def matmul(
+        self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None
+    ) -> jax.Array:
         if (in_axes, out_axes) != (self.in_axes, self.out_axes):
             return super().matmul(x, in_axes=in_axes, out_axes=out_axes, precision=precision)
         tokens = x.shape[: x.ndim - len(in_axes)]
-        blocks = jnp.moveaxis(x.reshape(math.prod(tokens), -1, self.pattern.rows), 1, 0)  # [in blocks, tokens, rows]
+        blocks = jnp.moveaxis(
+            x.reshape(math.prod(tokens), -1, self.pattern.rows), 1, 0
+        )  # [in blocks, tokens, rows]
 
         def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
             values, index = inputs
@@ -75,15 +92,26 @@ def block_sparse(w: Masked) -> BlockSparse:
         raise ValueError(f"the mask follows the pattern {w.pattern}, not blocks")
     (rows, columns), (n_in, n_out) = (w.pattern.rows, w.pattern.columns), w.features
     shape = (*w.lead, n_in // rows, rows, n_out // columns, columns)
-    kept = jnp.swapaxes(w.kept().reshape(shape)[..., :, 0, :, 0], -1, -2)  # [*lead, column blocks, row blocks]
+    kept = jnp.swapaxes(
+        w.kept().reshape(shape)[..., :, 0, :, 0], -1, -2
+    )  # [*lead, column blocks, row blocks]
     # The most that a column of blocks has; traced, it may have all.
     k = n_in // rows if is_traced(kept) else max(1, int(kept.sum(-1).max()))
     order = jnp.argsort(~kept, axis=-1, stable=True)[..., :k]
-    index = jnp.where(jnp.arange(k) < kept.sum(-1, keepdims=True), order, n_in // rows).astype(jnp.int32)
+    index = jnp.where(jnp.arange(k) < kept.sum(-1, keepdims=True), order, n_in // rows).astype(
+        jnp.int32
+    )
     dense = to_matrix(materialize(w), w.in_axes, w.out_axes).reshape(shape)
-    dense = jnp.moveaxis(dense, -2, -4)  # [*lead, column blocks, row blocks, rows, columns]; other blocks are zeros already
+    dense = jnp.moveaxis(
+        dense, -2, -4
+    )  # [*lead, column blocks, row blocks, rows, columns]; other blocks are zeros already
     values = jnp.take_along_axis(dense, order[..., None, None], axis=-3)
     return BlockSparse(
-        values=values, index=index, pattern=w.pattern, in_axes=w.in_axes, out_axes=w.out_axes,
-        in_sizes=tuple(w.shape[a] for a in w.in_axes), out_sizes=tuple(w.shape[a] for a in w.out_axes),
-    )  # fmt: skip
+        values=values,
+        index=index,
+        pattern=w.pattern,
+        in_axes=w.in_axes,
+        out_axes=w.out_axes,
+        in_sizes=tuple(w.shape[a] for a in w.in_axes),
+        out_sizes=tuple(w.shape[a] for a in w.out_axes),
+    )

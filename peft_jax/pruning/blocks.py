@@ -1,4 +1,6 @@
-"""Calibrated pruning block by block: each block is calibrated on what the pruned blocks before it pass on."""
+"""Calibrated pruning block by block: each block is calibrated on what the pruned blocks before it
+pass on.
+"""
 
 from __future__ import annotations
 
@@ -37,16 +39,21 @@ def prune_in_turn(
     distribution_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """As `prune`, with the statistics of inputs that score and distribution need taken from `batches`.
+    """As `prune`, with the statistics of inputs that score and distribution need taken from
+    `batches`.
 
-    The distribution sees the model as it is; then one block after the other is pruned. A block is a layer: weights whose
-    paths have the same number (`layers_3`). Stacked layers are one block; a tree of our decoder is taken apart by
-    `unstack_layers`, and then runs once, one layer after the other; of other models the part up to each block runs anew.
-    Raises ValueError as `prune` and `calibrate` do, and for scores of gradients, which are of the whole model.
+    The distribution sees the model as it is; then one block after the other is pruned. A block is a
+    layer: weights whose paths have the same number (`layers_3`). Stacked layers are one block; a
+    tree of our decoder is taken apart by `unstack_layers`, and then runs once, one layer after the
+    other; of other models the part up to each block runs anew. Raises ValueError as `prune` and
+    `calibrate` do, and for scores of gradients, which are of the whole model.
     """
     needed = NEEDS.get(score, ())
     if of_gradients(score):
-        raise ValueError(f"score {score!r} is made of gradients of the whole model; use prune with statistics from gradients")
+        raise ValueError(
+            f"score {score!r} is made of gradients of the whole model; use prune with statistics "
+            "from gradients"
+        )
     check_score(score, set(options) - {"compare"})
     check_pattern(pattern, sparsity, distribution)
     batches = list(batches)
@@ -56,16 +63,30 @@ def prune_in_turn(
     sites = find_sites(params, targets=targets, **where)
     if not isinstance(make_pattern(pattern), NM) and not isinstance(sparsity, Mapping):
         assert sparsity is not None
-        names = (*DISTRIBUTION_NEEDS.get(distribution, ()), *(needed if distribution in OF_SCORES else ()))
+        names = (
+            *DISTRIBUTION_NEEDS.get(distribution, ()),
+            *(needed if distribution in OF_SCORES else ()),
+        )
         found = calibrate_all(apply, params, batches, names, targets=targets, **where)
         sparsity = allocate_sparsity(
-            params, sparsity, distribution, score=score, statistics=found, targets=targets, seed=seed, **where,
+            params,
+            sparsity,
+            distribution,
+            score=score,
+            statistics=found,
+            targets=targets,
+            seed=seed,
+            **where,
             **(distribution_options or {}),
-        )  # fmt: skip
+        )
         options = {"compare": "matrix", **options} if distribution in OF_SCORES else options
 
     def change(params: Any, paths: list[str], found: dict[str, Calibrated]) -> Any:
-        here = {p: np.asarray(sparsity[p]) for p in paths} if isinstance(sparsity, Mapping) else sparsity
+        here = (
+            {p: np.asarray(sparsity[p]) for p in paths}
+            if isinstance(sparsity, Mapping)
+            else sparsity
+        )
         rest: dict[str, Any] = {"targets": paths, "layout": layout, "seed": seed, **options}
         return prune(params, here, score=score, pattern=pattern, statistics=found, **rest)
 

@@ -1,4 +1,6 @@
-"""Importance of a decoder's layers, heads, feed-forward units and hidden channels, from what flows through them."""
+"""Importance of a decoder's layers, heads, feed-forward units and hidden channels, from what flows
+through them.
+"""
 
 from __future__ import annotations
 
@@ -23,40 +25,69 @@ Score = Literal["activation", "fluctuation", "magnitude"]
 
 @ledger()
 def importance(
-    model: Decoder, params: Any, batches: Iterable[Mapping[str, Any]], *, score: Score = "activation"
+    model: Decoder,
+    params: Any,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    score: Score = "activation",
 ) -> dict[str, jax.Array]:
-    """{"layers" [L], "heads" [L, H], "kv_heads" [L, K], "units" [L, F], "channels" [D]}, float32; higher matters more.
+    """{"layers" [L], "heads" [L, H], "kv_heads" [L, K], "units" [L, F], "channels" [D]}, float32;
+    higher matters more.
 
-    activation: the root mean square over tokens of what a unit, head or normalised channel puts out (Minitron, Muralidharan et
-    al. 2024, arXiv:2407.14679, section 2.2, with the L2 aggregation), and layers by their influence (`block_influence`).
-    fluctuation: units and heads by the variance of their output times the squared norm of the weights that read it (FLAP, An et
-    al. 2023, arXiv:2312.11983, equation 4), the rest as activation. magnitude: by the norms of their weights alone; `batches`
-    are not read. Heads and units of layers that no token reached are by magnitude too, which is said. Raises ValueError for an
-    unknown score and where there is no batch.
+    activation: the root mean square over tokens of what a unit, head or normalised channel puts out
+    (Minitron, Muralidharan et al. 2024, arXiv:2407.14679, section 2.2, with the L2 aggregation),
+    and layers by their influence (`block_influence`). fluctuation: units and heads by the variance
+    of their output times the squared norm of the weights that read it (FLAP, An et al. 2023,
+    arXiv:2312.11983, equation 4), the rest as activation. magnitude: by the norms of their weights
+    alone; `batches` are not read. Heads and units of layers that no token reached are by magnitude
+    too, which is said. Raises ValueError for an unknown score and where there is no batch.
     """
     if score not in ("activation", "fluctuation", "magnitude"):
-        raise ValueError(f"unknown importance {score!r}; there are activation, fluctuation and magnitude")
+        raise ValueError(
+            f"unknown importance {score!r}; there are activation, fluctuation and magnitude"
+        )
     if model.config.num_experts:
-        raise ValueError("importance is that of models with one feed-forward; prune_experts makes a mixture smaller")
+        raise ValueError(
+            "importance is that of models with one feed-forward; prune_experts makes a "
+            "mixture smaller"
+        )
     model, params = stacked(model, params)
-    kernel = lambda part, name: params["model"]["layers"][part][name]["kernel"].astype(jnp.float32)
+
+    def kernel(part, name):
+        return params["model"]["layers"][part][name]["kernel"].astype(jnp.float32)
+
     if score == "magnitude":
         return _magnitudes(model, params, kernel)
     batches, apply = list(batches), bind(model)
     fused = model.config.fused_projections
     readers = ["qkv_proj", "gate_up_proj"] if fused else ["q_proj", "gate_proj"]
-    second = calibrate(apply, params, batches, statistic="second_moment", targets=["o_proj", "down_proj", *readers])
-    of = lambda module: second[f"model/layers/{module}/kernel"]
+    second = calibrate(
+        apply, params, batches, statistic="second_moment", targets=["o_proj", "down_proj", *readers]
+    )
+
+    def of(module):
+        return second[f"model/layers/{module}/kernel"]
+
     heads, units = of("self_attn/o_proj"), of("mlp/down_proj")
     known = {
-        path: reached(f"model/layers/{path}/kernel", [of(path)], (model.config.num_layers,), method=f"importance {score!r}",
-                      instead="'magnitude'")
+        path: reached(
+            f"model/layers/{path}/kernel",
+            [of(path)],
+            (model.config.num_layers,),
+            method=f"importance {score!r}",
+            instead="'magnitude'",
+        )
         for path in ("self_attn/o_proj", "mlp/down_proj")
-    }  # fmt: skip
+    }
     if score == "fluctuation":
         mean = calibrate(apply, params, batches, statistic="mean", targets=["o_proj", "down_proj"])
-        variance = lambda total, path: total - jnp.square(mean[f"model/layers/{path}/kernel"])
-        heads = variance(heads, "self_attn/o_proj") * jnp.square(kernel("self_attn", "o_proj")).sum(-1)
+
+        def variance(total, path):
+            return total - jnp.square(mean[f"model/layers/{path}/kernel"])
+
+        heads = variance(heads, "self_attn/o_proj") * jnp.square(kernel("self_attn", "o_proj")).sum(
+            -1
+        )
         units = variance(units, "mlp/down_proj") * jnp.square(kernel("mlp", "down_proj")).sum(-1)
     channels = (jnp.sqrt(of(f"self_attn/{readers[0]}")) + jnp.sqrt(of(f"mlp/{readers[1]}"))).sum(0)
     found = {**_of_heads(model, heads), "units": jnp.sqrt(units)}
@@ -75,27 +106,33 @@ def _of_heads(model: Decoder, energy: jax.Array) -> dict[str, jax.Array]:
     return {"heads": jnp.sqrt(heads), "kv_heads": jnp.sqrt(keys)}
 
 
-def _magnitudes(model: Decoder, params: Any, kernel: Callable[[str, str], jax.Array]) -> dict[str, jax.Array]:
+def _magnitudes(
+    model: Decoder, params: Any, kernel: Callable[[str, str], jax.Array]
+) -> dict[str, jax.Array]:
     c, square = model.config, jnp.square
     if c.fused_projections:
         gate_up = square(kernel("mlp", "gate_up_proj")).sum(-2).reshape(c.num_layers, 2, -1).sum(1)
         query = square(kernel("self_attn", "qkv_proj")[..., : c.num_heads * c.head_dim]).sum(-2)
     else:
-        gate_up = square(kernel("mlp", "gate_proj")).sum(-2) + square(kernel("mlp", "up_proj")).sum(-2)
+        gate_up = square(kernel("mlp", "gate_proj")).sum(-2) + square(kernel("mlp", "up_proj")).sum(
+            -2
+        )
         query = square(kernel("self_attn", "q_proj")).sum(-2)
     layers = [w for w in jax.tree.leaves(params["model"]["layers"]) if w.ndim == 3]
     return {
         "layers": jnp.sqrt(sum(square(w.astype(jnp.float32)).sum((1, 2)) for w in layers)),
         **_of_heads(model, query + square(kernel("self_attn", "o_proj")).sum(-1)),
         "units": jnp.sqrt(gate_up + square(kernel("mlp", "down_proj")).sum(-1)),
-        "channels": jnp.sqrt(square(params["model"]["embed_tokens"]["embedding"].astype(jnp.float32)).sum(0)),
+        "channels": jnp.sqrt(
+            square(params["model"]["embed_tokens"]["embedding"].astype(jnp.float32)).sum(0)
+        ),
     }
 
 
 @node
 class InfluenceProbe(Attachment):
-    """Beside a layer: sink [*lead] receives the sum over tokens of 1 - cos(input, output) as a gradient. `collect` fills `seen`
-    (see `seen_of`).
+    """Beside a layer: sink [*lead] receives the sum over tokens of 1 - cos(input, output) as a
+    gradient. `collect` fills `seen` (see `seen_of`).
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("sink",)
@@ -127,7 +164,9 @@ def _tap_forward(x: jax.Array, y: jax.Array, seen: jax.Array, sink: jax.Array) -
 def _tap_backward(saved: Any, grad: jax.Array) -> Any:
     x, y, seen = saved
     a, b = x.astype(jnp.float32), y.astype(jnp.float32)
-    cosine = (a * b).sum(-1) / jnp.maximum(jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1), 1e-12)
+    cosine = (a * b).sum(-1) / jnp.maximum(
+        jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1), 1e-12
+    )
     return jnp.zeros_like(x), jnp.zeros_like(y), None, ((1.0 - cosine) * seen).sum()
 
 
@@ -135,8 +174,9 @@ _tap.defvjp(_tap_forward, _tap_backward)
 
 
 def block_influence(model: Decoder, params: Any, batches: Iterable[Mapping[str, Any]]) -> jax.Array:
-    """[L]: how much each layer turns what it is given, the mean over tokens of 1 - cos(input, output) (ShortGPT, Men et al.
-    2024, arXiv:2403.03853, equation 1). Raises ValueError where there is no batch.
+    """[L]: how much each layer turns what it is given, the mean over tokens of 1 - cos(input,
+    output) (ShortGPT, Men et al. 2024, arXiv:2403.03853, equation 1). Raises ValueError where there
+    is no batch.
     """
     model, params = stacked(model, params)
     stack = params["model"]["layers"]

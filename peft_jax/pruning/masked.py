@@ -1,4 +1,6 @@
-"""The masked weight: a base of which some entries are zero and stay zero, with one bit an entry that says which."""
+"""The masked weight: a base of which some entries are zero and stay zero, with one bit an entry
+that says which.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,29 @@ from peft_jax.core.partition import trainable_mask
 from peft_jax.core.reparametrised import Product, Reparametrised, node
 from peft_jax.core.tree import map_places
 from peft_jax.core.values import check_concrete
-from peft_jax.core.weight import Axes, Trainable, Weight, from_matrix, materialize, matmul, static, to_matrix, unrounded
+from peft_jax.core.weight import (
+    Axes,
+    Trainable,
+    Weight,
+    from_matrix,
+    materialize,
+    matmul,
+    static,
+    to_matrix,
+    unrounded,
+)
 from peft_jax.pruning.pattern import Pattern
 
 
 @node
 class Masked(Reparametrised):
-    """`base` where `mask` is 1, zero elsewhere. mask: uint8 [*lead, ceil(in / 8), out], eight inputs to a byte.
+    """`base` where `mask` is 1, zero elsewhere. mask: uint8 [*lead, ceil(in / 8), out], eight
+    inputs to a byte.
 
-    An array as base has its zeros in place, so a product costs what it costs without a mask. Over a base that trains, or
-    another Weight (quantized, with an update inside), the mask is applied whenever it is used, and gradients of masked
-    entries are zero. `pattern` says what the mask follows, if anything.
+    An array as base has its zeros in place, so a product costs what it costs without a mask. Over a
+    base that trains, or another Weight (quantized, with an update inside), the mask is applied
+    whenever it is used, and gradients of masked entries are zero. `pattern` says what the mask
+    follows, if anything.
     """
 
     stochastic: ClassVar[bool] = False
@@ -58,11 +72,17 @@ class Masked(Reparametrised):
             return base(x)
 
         def masked(x: jax.Array, w: Masked) -> jax.Array:
-            return w.by_parts(x, lambda x, m: jnp.matmul(x, to_matrix(m, w.in_axes, w.out_axes).astype(x.dtype)))
+            return w.by_parts(
+                x, lambda x, m: jnp.matmul(x, to_matrix(m, w.in_axes, w.out_axes).astype(x.dtype))
+            )
 
-        return jax.checkpoint(masked)(x, self)  # made again in the backward pass: no dense copy outlives a product
+        return jax.checkpoint(masked)(
+            x, self
+        )  # made again in the backward pass: no dense copy outlives a product
 
-    def by_parts(self, x: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    def by_parts(
+        self, x: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]
+    ) -> jax.Array:
         if not isinstance(self.base, Weight):
             return product(x, self.base)
         inner = base_of(self.base)
@@ -74,8 +94,12 @@ class Masked(Reparametrised):
     def materialize(self) -> jax.Array:
         return super().materialize() if isinstance(self.base, Weight) else self.base
 
-    def transposed(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
-        product = lambda x, m: matmul(x, m, in_axes=in_axes, out_axes=out_axes, precision=precision)
+    def transposed(
+        self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None
+    ) -> jax.Array:
+        def product(x, m):
+            return matmul(x, m, in_axes=in_axes, out_axes=out_axes, precision=precision)
+
         return jax.checkpoint(lambda x, w: w.by_parts(x, product))(x, self)
 
     def merge(self) -> Masked:
@@ -107,23 +131,45 @@ def _inmost(w: Any, change: Any) -> Any:
     return w if isinstance(w, Weight) else change(w)
 
 
-def masked(w: Any, kept: jax.Array, *, in_axes: Axes = (-2,), out_axes: Axes = (-1,), pattern: Pattern = None) -> Masked:
+def masked(
+    w: Any,
+    kept: jax.Array,
+    *,
+    in_axes: Axes = (-2,),
+    out_axes: Axes = (-1,),
+    pattern: Pattern = None,
+) -> Masked:
     """The Masked weight of an array or Weight, given bool [*lead, in, out] of what is kept."""
-    node = Masked(base=None, mask=pack_padded(kept, 1), in_axes=in_axes, out_axes=out_axes, pattern=pattern)
+    node = Masked(
+        base=None, mask=pack_padded(kept, 1), in_axes=in_axes, out_axes=out_axes, pattern=pattern
+    )
     return node.replace(base=w)
 
 
-def mask_from_zeros(params: Any, layout: Mapping[str, tuple[Axes, Axes]] | None = None, *, least: float = 0.05) -> Any:
-    """`params` with each matrix of which at least a share `least` is zero made a Masked weight of those zeros.
+def mask_from_zeros(
+    params: Any, layout: Mapping[str, tuple[Axes, Axes]] | None = None, *, least: float = 0.05
+) -> Any:
+    """`params` with each matrix of which at least a share `least` is zero made a Masked weight of
+    those zeros.
 
-    For checkpoints that were pruned elsewhere, or before: their zeros are then kept. Raises ValueError under `jax.jit`.
+    For checkpoints that were pruned elsewhere, or before: their zeros are then kept. Raises
+    ValueError under `jax.jit`.
     """
 
     def place(path: str, w: Any) -> Any:
-        if isinstance(w, Weight) or not hasattr(w, "ndim") or w.ndim < 2 or not path.endswith(("kernel", "embedding")):
+        if (
+            isinstance(w, Weight)
+            or not hasattr(w, "ndim")
+            or w.ndim < 2
+            or not path.endswith(("kernel", "embedding"))
+        ):
             return w
-        axes = dict(zip(("in_axes", "out_axes"), (layout or {}).get(path, ((-2,), (-1,))), strict=True))
-        check_concrete("which weights become masked depends on their zeros: mask_from_zeros does not run", w)
+        axes = dict(
+            zip(("in_axes", "out_axes"), (layout or {}).get(path, ((-2,), (-1,))), strict=True)
+        )
+        check_concrete(
+            "which weights become masked depends on their zeros: mask_from_zeros does not run", w
+        )
         kept = to_matrix(w, **axes) != 0
         return masked(w, kept, **axes) if float(1 - kept.mean()) >= least else w
 
@@ -131,10 +177,11 @@ def mask_from_zeros(params: Any, layout: Mapping[str, tuple[Axes, Axes]] | None 
 
 
 def mask_updates(params: Any) -> Any:
-    """Adapters over masked weights masked as well: `LoRA(Masked(w))` becomes `Masked(LoRA(w))`, so that merging keeps every
-    zero (SparsePEFT, Munoz et al. 2024, arXiv:2410.03750).
+    """Adapters over masked weights masked as well: `LoRA(Masked(w))` becomes `Masked(LoRA(w))`, so
+    that merging keeps every zero (SparsePEFT, Munoz et al. 2024, arXiv:2410.03750).
 
-    Do it before training. The update is formed and masked in each product: a step then costs what full fine-tuning costs.
+    Do it before training. The update is formed and masked in each product: a step then costs what
+    full fine-tuning costs.
     """
 
     def inside(w: Any) -> Any:

@@ -1,4 +1,6 @@
-"""N:M sparsity stored as such: the kept values and their places in each group. 2:4 of bfloat16 takes 9 bits an entry for 16."""
+"""N:M sparsity stored as such: the kept values and their places in each group. 2:4 of bfloat16
+takes 9 bits an entry for 16.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ from peft_jax.pruning.stored import Stored
 
 @node
 class NMSparse(Stored):
-    """values [*lead, in * n / m, out]: of every m inputs the n that are kept, for each output; their places in the group, of
-    the fewest of 1, 2, 3, 4 or 8 bits each, packed in uint8 [*lead, bytes, out]. The dense weight is made in the product.
+    """values [*lead, in * n / m, out]: of every m inputs the n that are kept, for each output;
+    their places in the group, of the fewest of 1, 2, 3, 4 or 8 bits each, packed in uint8 [*lead,
+    bytes, out]. The dense weight is made in the product.
     """
 
     sharded_together: ClassVar[bool] = True  # else a group could straddle devices
@@ -34,7 +37,11 @@ class NMSparse(Stored):
         return tuple(self.values.shape[:-2])
 
     def field_specs(self, spec: P) -> dict[str, P]:
-        lead, into, out = tuple(spec)[: len(self.lead)], spec[self.in_axes[0]], spec[self.out_axes[0]]
+        lead, into, out = (
+            tuple(spec)[: len(self.lead)],
+            spec[self.in_axes[0]],
+            spec[self.out_axes[0]],
+        )
         return {"values": P(*lead, into, out), "index": P(*lead, into, out)}
 
     def matrix(self) -> jax.Array:
@@ -45,9 +52,17 @@ class NMSparse(Stored):
         dense = jnp.where(here, self.values.reshape(shape), 0).sum(-3, dtype=self.dtype)
         return dense.reshape(*self.lead, math.prod(self.in_sizes), out)
 
-    def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
-        product = lambda x, w: matmul(x, w.materialize(), in_axes=in_axes, out_axes=out_axes, precision=precision)
-        return jax.checkpoint(product)(x, self)  # made again in the backward pass: no dense copy outlives a product
+    def matmul(
+        self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None
+    ) -> jax.Array:
+        def product(x, w):
+            return matmul(
+                x, w.materialize(), in_axes=in_axes, out_axes=out_axes, precision=precision
+            )
+
+        return jax.checkpoint(product)(
+            x, self
+        )  # made again in the backward pass: no dense copy outlives a product
 
 
 def place_bits(m: int) -> int:
@@ -69,6 +84,11 @@ def nm_sparse(w: Masked) -> NMSparse:
     values = jnp.take_along_axis(dense, order, axis=-2).reshape(*w.lead, n_in // m * n, n_out)
     places = order.astype(jnp.uint8).reshape(values.shape)
     return NMSparse(
-        values=values, index=pack_padded(places, place_bits(m)), pattern=w.pattern, in_axes=w.in_axes, out_axes=w.out_axes,
-        in_sizes=tuple(w.shape[a] for a in w.in_axes), out_sizes=tuple(w.shape[a] for a in w.out_axes),
-    )  # fmt: skip
+        values=values,
+        index=pack_padded(places, place_bits(m)),
+        pattern=w.pattern,
+        in_axes=w.in_axes,
+        out_axes=w.out_axes,
+        in_sizes=tuple(w.shape[a] for a in w.in_axes),
+        out_sizes=tuple(w.shape[a] for a in w.out_axes),
+    )

@@ -34,23 +34,33 @@ def sensitivity(
     seed: int = 0,
     **options: Any,
 ) -> dict[str, dict[float, float]]:
-    """layer -> {share that is pruned: mean of `loss(params, batch)` over the batches}, the share 0 included.
+    """layer -> {share that is pruned: mean of `loss(params, batch)` over the batches}, the share 0
+    included.
 
-    A layer is what `prune_in_turn` takes as a block; other layers stay dense. `statistics` are those of gradients; those of
-    inputs are taken from the batches. Raises ValueError as `prune` does.
+    A layer is what `prune_in_turn` takes as a block; other layers stay dense. `statistics` are
+    those of gradients; those of inputs are taken from the batches. Raises ValueError as `prune`
+    does.
     """
     batches = list(batches)
     if not batches:
         raise ValueError("there is no batch to calibrate on")
     measure = jax.jit(loss)
-    mean = lambda tree: float(np.mean([float(measure(tree, b)) for b in batches]))
+
+    def mean(tree):
+        return float(np.mean([float(measure(tree, b)) for b in batches]))
+
     dense, found = mean(params), {}
     sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
     needed = () if of_gradients(score) else NEEDS.get(score, ())
     for paths in layer_blocks(sites):
         number = layer_paths(paths[0], None)[0][1]
         of = calibrate_all(apply, params, batches, needed, targets=paths, layout=layout)
-        where: dict[str, Any] = {"targets": paths, "layout": layout, "seed": seed, "statistics": {**(statistics or {}), **of}}
+        where: dict[str, Any] = {
+            "targets": paths,
+            "layout": layout,
+            "seed": seed,
+            "statistics": {**(statistics or {}), **of},
+        }
         trees = {s: densify(prune(params, s, score=score, **where, **options)) for s in shares if s}
         name = f"layer {number}" if number is not None else "the rest" if found else "all layers"
         found[name] = {0.0: dense, **{s: mean(tree) for s, tree in trees.items()}}

@@ -1,5 +1,5 @@
-"""SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774): masks chosen input by input, each one's error made up for by those
-that follow.
+"""SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774): masks chosen input by input, each one's
+error made up for by those that follow.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ def sparsegpt(
     damping: float = 0.01,
     block: int = 128,
 ) -> tuple[jax.Array, jax.Array]:
-    """(the changed matrix, bool of what is kept), both [in, out], for the covariance of the inputs [in, in].
+    """(the changed matrix, bool of what is kept), both [in, out], for the covariance of the inputs
+    [in, in].
 
-    Within each `block` of inputs the share `sparsity` of the smallest w^2 / (H^-1)_ii goes, as its Algorithm 1 has it; for an
-    N:M pattern, within each group when its turn comes. Entries outside of `kept` are gone already and count among them.
-    `damping` times the mean diagonal is added to the Hessian. Raises ValueError for a pattern of blocks, or of groups that
-    do not divide `block`.
+    Within each `block` of inputs the share `sparsity` of the smallest w^2 / (H^-1)_ii goes, as its
+    Algorithm 1 has it; for an N:M pattern, within each group when its turn comes. Entries outside
+    of `kept` are gone already and count among them. `damping` times the mean diagonal is added to
+    the Hessian. Raises ValueError for a pattern of blocks, or of groups that do not divide `block`.
     """
     if pattern is not None and not isinstance(pattern, NM):
         raise ValueError(f"sparsegpt prunes entries or N:M groups, not blocks of {pattern}")
@@ -39,11 +40,18 @@ def sparsegpt(
     w, hessian = damped(w, statistics["covariance"], damping)
     upper = inverse_factor(hessian)
     missing = -n_in % block  # the last block is filled up with inputs that are not there
-    w, kept = jnp.pad(w, ((0, missing), (0, 0))), jnp.pad(kept, ((0, missing), (0, 0)), constant_values=True)
-    upper = jnp.pad(upper, (0, missing)) + jnp.diag(jnp.where(jnp.arange(n_in + missing) < n_in, 0.0, 1.0))
+    w, kept = (
+        jnp.pad(w, ((0, missing), (0, 0))),
+        jnp.pad(kept, ((0, missing), (0, 0)), constant_values=True),
+    )
+    upper = jnp.pad(upper, (0, missing)) + jnp.diag(
+        jnp.where(jnp.arange(n_in + missing) < n_in, 0.0, 1.0)
+    )
     real = jnp.arange(n_in + missing) < n_in
 
-    def chosen(rows: jax.Array, factor: jax.Array, allowed: jax.Array, there: jax.Array) -> jax.Array:
+    def chosen(
+        rows: jax.Array, factor: jax.Array, allowed: jax.Array, there: jax.Array
+    ) -> jax.Array:
         """bool like `rows`: which of them stay, by the score of the paper's equation 4."""
         score = jnp.square(rows) / jnp.square(jnp.diagonal(factor))[:, None]
         score = jnp.where(allowed, score, -1.0)
@@ -62,7 +70,9 @@ def sparsegpt(
         def next_group(i: jax.Array, rows: jax.Array, stay: jax.Array) -> jax.Array:
             part, allow = (jax.lax.dynamic_slice_in_dim(a, i, group) for a in (rows, allowed))
             square = jax.lax.dynamic_slice(factor, (i, i), (group, group))
-            return jax.lax.dynamic_update_slice_in_dim(stay, chosen(part, square, allow, there), i, 0)
+            return jax.lax.dynamic_update_slice_in_dim(
+                stay, chosen(part, square, allow, there), i, 0
+            )
 
         def one(i: jax.Array, state: Any) -> Any:
             rows, stay, errors = state

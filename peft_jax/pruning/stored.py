@@ -11,7 +11,9 @@ from peft_jax.core.weight import from_matrix
 
 
 class Stored(Matrix):
-    """A matrix of which only `values` are stored, and which of them belong where. They train unless `frozen`."""
+    """A matrix of which only `values` are stored, and which of them belong where. They train unless
+    `frozen`.
+    """
 
     trainable: ClassVar[tuple[str, ...]] = ("values",)
     pruned: ClassVar[bool] = True

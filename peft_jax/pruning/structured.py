@@ -1,8 +1,10 @@
-"""Structured pruning: a decoder that is physically smaller, with a Hugging Face config that says so.
+"""Structured pruning: a decoder that is physically smaller, with a Hugging Face config that says
+so.
 
-`shrink` takes away layers, key/value groups with their query heads, query heads, feed-forward units, hidden channels and
-tokens of the vocabulary, given which ones stay; `prune_structured` chooses those that matter most. Letters: L layers,
-H query heads, K key/value heads, d head size, F feed-forward units, D hidden channels, V tokens.
+`shrink` takes away layers, key/value groups with their query heads, query heads, feed-forward
+units, hidden channels and tokens of the vocabulary, given which ones stay; `prune_structured`
+chooses those that matter most. Letters: L layers, H query heads, K key/value heads, d head size, F
+feed-forward units, D hidden channels, V tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +30,15 @@ from peft_jax.models.layers import stacked, unstack_layers
 from peft_jax.pruning.importance import importance
 from peft_jax.pruning.vocabulary import renumbered
 
-_INTO = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")  # read the hidden channels
+_INTO = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+)  # read the hidden channels
 _OUT_OF = ("o_proj", "down_proj")  # write them
 
 
@@ -45,13 +55,14 @@ def shrink(
 ) -> tuple[Decoder, Any]:
     """(model, params) with only what is named left.
 
-    `layers` [L'], `channels` [D'] and `tokens` [V'] are numbers of those that stay; `heads` [L, H'], `kv_heads` [L, K'] and
-    `units` [L, F'] say it for each layer of the model as it is. Key/value heads keep their query heads unless `heads` says
-    which; each must keep as many. Left-out parts stay whole. What a token's row or a head computes does not change.
+    `layers` [L'], `channels` [D'] and `tokens` [V'] are numbers of those that stay; `heads` [L,
+    H'], `kv_heads` [L, K'] and `units` [L, F'] say it for each layer of the model as it is.
+    Key/value heads keep their query heads unless `heads` says which; each must keep as many.
+    Left-out parts stay whole. What a token's row or a head computes does not change.
 
-    Raises ValueError naming the argument for numbers that are not there, repeated, or not the same number in each layer
-    (no supported family's config can say that), a special token that would go, a size that `transformers` refuses for the
-    family, and for trees that do not hold arrays.
+    Raises ValueError naming the argument for numbers that are not there, repeated, or not the same
+    number in each layer (no supported family's config can say that), a special token that would go,
+    a size that `transformers` refuses for the family, and for trees that do not hold arrays.
     """
     check_decoder(model)
     c, looped = model.config, not model.scan_layers
@@ -59,7 +70,10 @@ def shrink(
         if is_node(w):
             raise ValueError(f"{path} is a {type(w).__name__}; merge or densify before shrink")
     if c.num_experts and (units is not None or channels is not None):
-        raise ValueError("units and channels of a mixture of experts are not cut; prune_experts takes whole experts away")
+        raise ValueError(
+            "units and channels of a mixture of experts are not cut; prune_experts takes whole "
+            "experts away"
+        )
     L = c.num_layers
     kept = {
         "layers": _numbers("layers", layers, L),
@@ -86,7 +100,8 @@ def check_decoder(model: Any) -> None:
     if not isinstance(model, Decoder):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ValueError(
-            f"a {kind} model is not cut down here: structured pruning is for this package's decoders (Llama's kin)"
+            f"a {kind} model is not cut down here: structured pruning is for this package's "
+            "decoders (Llama's kin)"
         )
 
 
@@ -96,7 +111,10 @@ def _numbers(name: str, given: Any, n: int) -> np.ndarray:
     if found.size == 0:
         raise ValueError(f"{name} must leave at least one of {n}")
     if found[0] < 0 or found[-1] >= n:
-        raise ValueError(f"{name} has {found[0] if found[0] < 0 else found[-1]}, but there are {n}, numbered from 0")
+        raise ValueError(
+            f"{name} has {found[0] if found[0] < 0 else found[-1]}, but there are {n}, "
+            "numbered from 0"
+        )
     if (np.diff(found) == 0).any():
         raise ValueError(f"{name} names {found[:-1][np.diff(found) == 0][0]} twice")
     return found
@@ -111,7 +129,8 @@ def _by_layer(name: str, given: Any, L: int, n: int, family: str) -> np.ndarray:
         raise ValueError(f"{name} has {len(rows)} rows, one for each of the {L} layers is expected")
     if len({len(row) for row in rows}) > 1:
         raise ValueError(
-            f"{name} differ in number from layer to layer, which a {family} config cannot say: keep as many in each"
+            f"{name} differ in number from layer to layer, which a {family} config cannot say: "
+            "keep as many in each"
         )
     return np.stack(rows)
 
@@ -124,23 +143,38 @@ def _query_heads(given: Any, kv_heads: np.ndarray, c: DecoderConfig) -> np.ndarr
     heads = _by_layer("heads", given, c.num_layers, c.num_heads, c.model_type)
     for i, (row, keys) in enumerate(zip(heads, kv_heads, strict=True)):
         counts = {k: int((row // group == k).sum()) for k in range(c.num_kv_heads)}
-        if {k for k, n in counts.items() if n} - set(keys.tolist()) or len({counts[k] for k in keys.tolist()}) > 1:
+        if {k for k, n in counts.items() if n} - set(keys.tolist()) or len(
+            {counts[k] for k in keys.tolist()}
+        ) > 1:
             raise ValueError(
-                f"heads of layer {i} must be as many for each key/value head that stays, got {counts} for {keys.tolist()}"
+                f"heads of layer {i} must be as many for each key/value head that stays, got "
+                f"{counts} for {keys.tolist()}"
             )
     return heads
 
 
-def _rules(c: DecoderConfig, kept: Mapping[str, np.ndarray]) -> Callable[[str], list[tuple[int, np.ndarray]]]:
-    """path of a stacked tree -> [(axis, what stays along it)]; an index [L, n] differs from layer to layer."""
+def _rules(
+    c: DecoderConfig, kept: Mapping[str, np.ndarray]
+) -> Callable[[str], list[tuple[int, np.ndarray]]]:
+    """path of a stacked tree -> [(axis, what stays along it)]; an index [L, n] differs from layer
+    to layer.
+    """
     q, kv = (_expanded(kept[name], c.head_dim) for name in ("heads", "kv_heads"))
     units, channels = kept["units"], kept["channels"]
     n_q, n_kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     inner = {
-        "q_proj": q, "k_proj": kv, "v_proj": kv, "qkv_proj": np.concatenate([q, n_q + kv, n_q + n_kv + kv], 1), "o_proj": q,
-        "gate_proj": units, "up_proj": units, "down_proj": units,
-        "gate_up_proj": np.concatenate([units, c.intermediate_size + units], 1), "q_norm": q, "k_norm": kv,
-    }  # fmt: skip
+        "q_proj": q,
+        "k_proj": kv,
+        "v_proj": kv,
+        "qkv_proj": np.concatenate([q, n_q + kv, n_q + n_kv + kv], 1),
+        "o_proj": q,
+        "gate_proj": units,
+        "up_proj": units,
+        "down_proj": units,
+        "gate_up_proj": np.concatenate([units, c.intermediate_size + units], 1),
+        "q_norm": q,
+        "k_norm": kv,
+    }
 
     def of(path: str) -> list[tuple[int, np.ndarray]]:
         *_, module, leaf = path.split("/")
@@ -165,7 +199,9 @@ def _expanded(numbers: np.ndarray, size: int) -> np.ndarray:
 
 
 def _pick(w: jax.Array, index: np.ndarray, axis: int) -> jax.Array:
-    """Entries along an axis, the same ones everywhere or, for an index [L, n], those of each layer."""
+    """Entries along an axis, the same ones everywhere or, for an index [L, n], those of each
+    layer.
+    """
     if index.shape[-1] == w.shape[axis]:
         return w
     if index.ndim == 1:
@@ -176,14 +212,20 @@ def _pick(w: jax.Array, index: np.ndarray, axis: int) -> jax.Array:
 
 
 def _smaller_config(c: DecoderConfig, kept: Mapping[str, np.ndarray]) -> DecoderConfig:
-    """The config of the smaller model, made by way of the Hugging Face one. Raises ValueError where that is refused."""
+    """The config of the smaller model, made by way of the Hugging Face one. Raises ValueError where
+    that is refused.
+    """
     hf = json.loads(c.hf_config)
     layers = kept["layers"].tolist()
     sizes = {
-        "num_hidden_layers": len(layers), "num_attention_heads": kept["heads"].shape[1], "hidden_size": len(kept["channels"]),
-        "num_key_value_heads": kept["kv_heads"].shape[1], "head_dim": c.head_dim, "intermediate_size": kept["units"].shape[1],
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": kept["heads"].shape[1],
+        "hidden_size": len(kept["channels"]),
+        "num_key_value_heads": kept["kv_heads"].shape[1],
+        "head_dim": c.head_dim,
+        "intermediate_size": kept["units"].shape[1],
         "vocab_size": len(kept["tokens"]),
-    }  # fmt: skip
+    }
     hf |= {k: int(v) for k, v in sizes.items()}
     for name in ("layer_types", "no_rope_layers"):
         if isinstance(hf.get(name), list):
@@ -191,7 +233,9 @@ def _smaller_config(c: DecoderConfig, kept: Mapping[str, np.ndarray]) -> Decoder
     new = {int(old): i for i, old in enumerate(kept["tokens"])}
     hf = renumbered(hf, new, c.vocab_size)
     if (generation := c.generation_config) is not None:
-        generation = json.dumps(renumbered(json.loads(generation), new, c.vocab_size), sort_keys=True)
+        generation = json.dumps(
+            renumbered(json.loads(generation), new, c.vocab_size), sort_keys=True
+        )
     try:
         return dataclasses.replace(remade(c, hf), generation_config=generation)
     except Exception as error:  # validators of transformers raise errors of several kinds
@@ -200,7 +244,8 @@ def _smaller_config(c: DecoderConfig, kept: Mapping[str, np.ndarray]) -> Decoder
 
 
 def keep_best(scores: Any, keep: int, name: str = "keep") -> np.ndarray:
-    """Numbers of the `keep` highest of scores [..., n], in ascending order, [..., keep]; the first of equal ones.
+    """Numbers of the `keep` highest of scores [..., n], in ascending order, [..., keep]; the first
+    of equal ones.
 
     Raises ValueError for a number outside 1..n.
     """
@@ -223,23 +268,31 @@ def prune_structured(
     score: Literal["activation", "fluctuation", "magnitude"] = "activation",
     compensate: bool = False,
 ) -> tuple[Decoder, Any]:
-    """(model, params) with this many layers, query and key/value heads, feed-forward units and hidden channels: those that
-    matter most on `batches` by `importance`.
+    """(model, params) with this many layers, query and key/value heads, feed-forward units and
+    hidden channels: those that matter most on `batches` by `importance`.
 
-    `heads` counts all of a layer's query heads, as many for each key/value head. `compensate` adds what the removed units and
-    heads gave on average to a bias (FLAP, An et al. 2023, arXiv:2312.11983), which a llama config can hold; others are
-    refused. Raises ValueError for numbers that are not there, and as `shrink` does.
+    `heads` counts all of a layer's query heads, as many for each key/value head. `compensate` adds
+    what the removed units and heads gave on average to a bias (FLAP, An et al. 2023,
+    arXiv:2312.11983), which a llama config can hold; others are refused. Raises ValueError for
+    numbers that are not there, and as `shrink` does.
     """
     check_decoder(model)
     c = model.config
     batches = list(batches)
     found = importance(model, params, batches, score=score)
     kept: dict[str, Any] = {}
-    for name, keep in (("layers", layers), ("kv_heads", kv_heads), ("units", units), ("channels", channels)):
+    for name, keep in (
+        ("layers", layers),
+        ("kv_heads", kv_heads),
+        ("units", units),
+        ("channels", channels),
+    ):
         if keep is not None:
             kept[name] = keep_best(found[name], keep, name)
     if heads is not None:
-        keys = _by_layer("kv_heads", kept.get("kv_heads"), c.num_layers, c.num_kv_heads, c.model_type)
+        keys = _by_layer(
+            "kv_heads", kept.get("kv_heads"), c.num_layers, c.num_kv_heads, c.model_type
+        )
         kept["heads"] = _best_heads(fetch(found["heads"]), keys, heads, c)
     if compensate:
         model, params = _compensated(model, params, batches, kept)
@@ -256,15 +309,24 @@ def _best_heads(scores: np.ndarray, keys: np.ndarray, heads: int, c: DecoderConf
     return (keys[:, :, None] * group + best).reshape(c.num_layers, -1)
 
 
-def _compensated(model: Decoder, params: Any, batches: Any, kept: Mapping[str, Any]) -> tuple[Decoder, Any]:
-    """The model with biases that hold what the removed inputs of o_proj and down_proj give on average."""
+def _compensated(
+    model: Decoder, params: Any, batches: Any, kept: Mapping[str, Any]
+) -> tuple[Decoder, Any]:
+    """The model with biases that hold what the removed inputs of o_proj and down_proj give on
+    average.
+    """
     c, looped = model.config, not model.scan_layers
     if c.model_type != "llama":
-        raise ValueError(f"compensate needs biases after attention and feed-forward, which a {c.model_type} config cannot say")
+        raise ValueError(
+            f"compensate needs biases after attention and feed-forward, which a {c.model_type} "
+            "config cannot say"
+        )
     model, tree = stacked(model, params)
     means = calibrate(bind(model), tree, batches, statistic="mean", targets=list(_OUT_OF))
     heads = _query_heads(
-        kept.get("heads"), _by_layer("kv_heads", kept.get("kv_heads"), c.num_layers, c.num_kv_heads, "llama"), c
+        kept.get("heads"),
+        _by_layer("kv_heads", kept.get("kv_heads"), c.num_layers, c.num_kv_heads, "llama"),
+        c,
     )
     units = _by_layer("units", kept.get("units"), c.num_layers, c.intermediate_size, "llama")
     stay = {"o_proj": _expanded(heads, c.head_dim), "down_proj": units}
@@ -275,14 +337,21 @@ def _compensated(model: Decoder, params: Any, batches: Any, kept: Mapping[str, A
         if name in stay:
             gone = np.ones(kernel.shape[:2], bool)
             np.put_along_axis(gone, stay[name], False, 1)
-            lost = jnp.einsum("li,lio->lo", jnp.where(gone, means[f"{path}/kernel"], 0.0), kernel.astype(jnp.float32))
+            lost = jnp.einsum(
+                "li,lio->lo",
+                jnp.where(gone, means[f"{path}/kernel"], 0.0),
+                kernel.astype(jnp.float32),
+            )
             bias = (bias + lost).astype(kernel.dtype)
         return {**module, "bias": bias}
 
     layers = dict(tree["model"]["layers"])
     for part in ("self_attn", "mlp"):
         modules = layers[part].items()
-        layers[part] = {n: with_bias(f"model/layers/{part}/{n}", m) if n.endswith("_proj") else m for n, m in modules}
+        layers[part] = {
+            n: with_bias(f"model/layers/{part}/{n}", m) if n.endswith("_proj") else m
+            for n, m in modules
+        }
     tree = {**tree, "model": {**tree["model"], "layers": layers}}
     config = remade(c, json.loads(c.hf_config) | {"attention_bias": True, "mlp_bias": True})
     model = model.clone(config=config, scan_layers=not looped)
@@ -290,24 +359,35 @@ def _compensated(model: Decoder, params: Any, batches: Any, kept: Mapping[str, A
 
 
 def sizes_for(model: Decoder, keep: float, by: Literal["layers", "width"]) -> dict[str, int]:
-    """What `prune_structured` is to keep so that at most a share `keep` of the model's parameters stays.
+    """What `prune_structured` is to keep so that at most a share `keep` of the model's parameters
+    stays.
 
-    By "layers" whole layers go; by "width" key/value heads and feed-forward units in the same proportion, the units then
-    filling the budget up. Raises ValueError where the embeddings alone are too much.
+    By "layers" whole layers go; by "width" key/value heads and feed-forward units in the same
+    proportion, the units then filling the budget up. Raises ValueError where the embeddings alone
+    are too much.
     """
     c = model.config
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"keep, a share of the parameters, must lie in (0, 1], got {keep}")
-    leaves = {p: int(np.prod(w.shape)) for p, w in places(abstract_params(model.clone(scan_layers=True))).items()}
+    leaves = {
+        p: int(np.prod(w.shape))
+        for p, w in places(abstract_params(model.clone(scan_layers=True))).items()
+    }
     total = sum(leaves.values())
     layer = sum(n for p, n in leaves.items() if p.startswith("model/layers/")) // c.num_layers
     rest = total - layer * c.num_layers
     room = (keep * total - rest) / c.num_layers  # for each layer, if all stay
     if by == "layers":
         if (count := int((keep * total - rest) // layer)) < 1:
-            raise ValueError(f"{keep:.0%} of the parameters leave no layer: embeddings and norms are {rest / total:.0%}")
+            raise ValueError(
+                f"{keep:.0%} of the parameters leave no layer: embeddings and norms are "
+                f"{rest / total:.0%}"
+            )
         return {"layers": count}
-    of = lambda names: sum(n for p, n in leaves.items() if p.split("/")[-2] in names) // c.num_layers
+
+    def of(names):
+        return sum(n for p, n in leaves.items() if p.split("/")[-2] in names) // c.num_layers
+
     attention, mlp = (
         of(("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")),
         of(("gate_proj", "up_proj", "gate_up_proj", "down_proj")),
@@ -318,9 +398,13 @@ def sizes_for(model: Decoder, keep: float, by: Literal["layers", "width"]) -> di
         c.num_kv_heads
     ]  # llama asks for it
     kv_heads = min(fits, key=lambda k: abs(k - share * c.num_kv_heads))
-    units = int((room - (layer - attention - mlp) - attention * kv_heads / c.num_kv_heads) // (mlp / c.intermediate_size))
+    units = int(
+        (room - (layer - attention - mlp) - attention * kv_heads / c.num_kv_heads)
+        // (mlp / c.intermediate_size)
+    )
     if units < 1:
         raise ValueError(
-            f"{keep:.0%} of the parameters leave no feed-forward units: embeddings and norms are {rest / total:.0%}"
+            f"{keep:.0%} of the parameters leave no feed-forward units: embeddings and norms are "
+            f"{rest / total:.0%}"
         )
     return {"kv_heads": kv_heads, "units": min(units, c.intermediate_size)}

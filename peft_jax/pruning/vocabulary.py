@@ -13,27 +13,36 @@ import numpy as np
 
 
 def prune_vocabulary(tokenizer: Any, texts: Iterable[str], keep: int) -> tuple[np.ndarray, Any]:
-    """(ids of the tokens that stay, ascending; a tokenizer that numbers them 0, 1, ...), for `shrink(tokens=...)`.
+    """(ids of the tokens that stay, ascending; a tokenizer that numbers them 0, 1, ...), for
+    `shrink(tokens=...)`.
 
-    `tokenizer` is a fast one of `transformers` with a byte-pair encoding (Llama 3, Qwen, SmolLM, OLMo, ...). Special tokens
-    and the alphabet stay, then the tokens that `texts` use most, each with the pieces that it is merged from, up to `keep`.
-    Texts of these tokens alone are tokenized as before; others into more tokens.
+    `tokenizer` is a fast one of `transformers` with a byte-pair encoding (Llama 3, Qwen, SmolLM,
+    OLMo, ...). Special tokens and the alphabet stay, then the tokens that `texts` use most, each
+    with the pieces that it is merged from, up to `keep`. Texts of these tokens alone are tokenized
+    as before; others into more tokens.
 
-    Raises ValueError for another kind of tokenizer, one whose post-processor is not understood, and a `keep` below what
-    must stay.
+    Raises ValueError for another kind of tokenizer, one whose post-processor is not understood, and
+    a `keep` below what must stay.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else {}
     kind = state.get("model", {}).get("type")
     if kind != "BPE":
-        raise ValueError(f"only fast byte-pair tokenizers can lose tokens, and this one is {kind or type(tokenizer).__name__}")
+        raise ValueError(
+            "only fast byte-pair tokenizers can lose tokens, and this one is "
+            f"{kind or type(tokenizer).__name__}"
+        )
     vocabulary: dict[str, int] = state["model"]["vocab"]
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in state["model"]["merges"]]
+    merges = [
+        tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in state["model"]["merges"]
+    ]
     made = {a + b: (a, b) for a, b in reversed(merges)}  # the first merge that makes a token
     special = {t["content"] for t in state.get("added_tokens", [])}
     chosen = {t for t in vocabulary if t not in made} | special
     if keep < len(chosen):
-        raise ValueError(f"keep={keep} is below the {len(chosen)} special tokens and letters that must stay")
+        raise ValueError(
+            f"keep={keep} is below the {len(chosen)} special tokens and letters that must stay"
+        )
     names = {i: t for t, i in vocabulary.items()}
     counts = Counter(i for text in texts for i in tokenizer(text)["input_ids"])
     for i, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
@@ -51,7 +60,11 @@ def prune_vocabulary(tokenizer: Any, texts: Iterable[str], keep: int) -> tuple[n
 
 
 def _id(token: str, vocabulary: Mapping[str, int], state: Mapping[str, Any]) -> int:
-    return vocabulary[token] if token in vocabulary else next(t["id"] for t in state["added_tokens"] if t["content"] == token)
+    return (
+        vocabulary[token]
+        if token in vocabulary
+        else next(t["id"] for t in state["added_tokens"] if t["content"] == token)
+    )
 
 
 def _pieces(token: str, made: Mapping[str, tuple[str, str]]) -> set[str]:
@@ -69,10 +82,11 @@ _AVOIDED = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequen
 
 
 def renumbered(settings: Mapping[str, Any], new: Mapping[int, int], size: int) -> dict[str, Any]:
-    """A model's config or generation config with the ids of its tokens, of `size`, renumbered by `new`.
+    """A model's config or generation config with the ids of its tokens, of `size`, renumbered by
+    `new`.
 
-    Numbers that are no token's stay (-1 for none). What is only to be avoided or favoured goes with its tokens. Raises
-    ValueError where another token that has a part is gone.
+    Numbers that are no token's stay (-1 for none). What is only to be avoided or favoured goes with
+    its tokens. Raises ValueError where another token that has a part is gone.
     """
 
     def lost(ids: Any) -> list[int]:
@@ -99,14 +113,21 @@ def renumbered(settings: Mapping[str, Any], new: Mapping[int, int], size: int) -
 
 
 def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
-    """A post-processor's JSON with new ids. Raises ValueError for a kind whose ids are not known."""
+    """A post-processor's JSON with new ids. Raises ValueError for a kind whose ids are not
+    known.
+    """
     if processor is None or processor["type"] == "ByteLevel":
         return processor
     if processor["type"] == "Sequence":
         return {**processor, "processors": [_renumbered(p, new) for p in processor["processors"]]}
     if processor["type"] != "TemplateProcessing":
-        raise ValueError(f"the tokenizer's post-processor {processor['type']} is not one whose token ids can be renumbered")
-    tokens = {n: {**t, "ids": [new[i] for i in t["ids"]]} for n, t in processor["special_tokens"].items()}
+        raise ValueError(
+            f"the tokenizer's post-processor {processor['type']} is not one whose token ids can be "
+            "renumbered"
+        )
+    tokens = {
+        n: {**t, "ids": [new[i] for i in t["ids"]]} for n, t in processor["special_tokens"].items()
+    }
     return {**processor, "special_tokens": tokens}
 
 

@@ -1,7 +1,9 @@
-"""QA-LoRA (Xu et al. 2023, arXiv:2309.14717): LoRA whose update is the same for all inputs of a block.
+"""QA-LoRA (Xu et al. 2023, arXiv:2309.14717): LoRA whose update is the same for all inputs of a
+block.
 
-So it can be folded into the zero points of a base in integers, and what was trained over 4 bits stays in 4 bits. The input is
-averaged over its blocks and scaled by their number, as in Hugging Face PEFT, then meets A [blocks, r] and B [r, out].
+So it can be folded into the zero points of a base in integers, and what was trained over 4 bits
+stays in 4 bits. The input is averaged over its blocks and scaled by their number, as in Hugging
+Face PEFT, then meets A [blocks, r] and B [r, out].
 """
 
 from __future__ import annotations
@@ -54,17 +56,25 @@ class QALoRA(Additive):
 
     def update(self, x: jax.Array) -> jax.Array:
         pooled = x.reshape(*x.shape[:-1], -1, self.block).mean(-1) * self.a.shape[-2]
-        return jnp.matmul(jnp.matmul(pooled, self.a.astype(x.dtype)), (self.b * self.scale).astype(x.dtype))
+        return jnp.matmul(
+            jnp.matmul(pooled, self.a.astype(x.dtype)), (self.b * self.scale).astype(x.dtype)
+        )
 
     def merge(self) -> Any:
         """The quantized base with other zero points, where it has blocks of ours; else an array."""
         base, format = self.base, getattr(self.base, "format", None)
-        same = isinstance(format, Int) and format.block_size == self.block and base.codes.dtype == jnp.uint8
+        same = (
+            isinstance(format, Int)
+            and format.block_size == self.block
+            and base.codes.dtype == jnp.uint8
+        )
         plain = same and base.order is None and base.smooth is None and self.gate is None
         if not plain or (base.in_axes, base.out_axes) != (self.in_axes, self.out_axes):
             return self.materialize()
         assert isinstance(format, Int)
-        zero = jnp.full(base.scale.shape, format.levels // 2 + 1) if base.zero is None else base.zero
+        zero = (
+            jnp.full(base.scale.shape, format.levels // 2 + 1) if base.zero is None else base.zero
+        )
         moved = zero.astype(jnp.float32) - self._by_block() / base.scale.astype(jnp.float32)
         return base.replace(zero=moved, format=dataclasses.replace(format, symmetric=False))
 
@@ -86,8 +96,9 @@ def qalora(
 ) -> Any:
     """`params` with a QALoRA node at each place that `targets` name.
 
-    `block_size` defaults to that of the quantized base; over one with such blocks `merge` stays quantized. `alpha` defaults
-    to the rank. Raises ValueError naming a place whose inputs it does not divide, or that has no blocks to take it from.
+    `block_size` defaults to that of the quantized base; over one with such blocks `merge` stays
+    quantized. `alpha` defaults to the rank. Raises ValueError naming a place whose inputs it does
+    not divide, or that has no blocks to take it from.
     """
     check_dropout(dropout)
     if rank < 1:
@@ -95,7 +106,9 @@ def qalora(
 
     def make(site: Site, key: jax.Array) -> QALoRA:
         lead, n_in, n_out = site.sizes
-        size = block_size or (site.base.format.block_size if isinstance(site.base, Quantized) else None)
+        size = block_size or (
+            site.base.format.block_size if isinstance(site.base, Quantized) else None
+        )
         if size is None:
             raise ValueError(f"{site.path} has no blocks; give QA-LoRA a block_size")
         site.check_divides(size, "block_size", outputs=False)

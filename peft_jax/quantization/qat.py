@@ -1,8 +1,9 @@
-"""Quantization-aware training: the weights train in full precision and act as if they were quantized.
+"""Quantization-aware training: the weights train in full precision and act as if they were
+quantized.
 
-The forward pass rounds (Jacob et al. 2017, arXiv:1712.05877); gradients pass the rounding straight through (Bengio et al. 2013,
-arXiv:1308.3432). Of a format that quantizes activations inputs are rounded too. `merge` gives the quantized weights, with the
-very outputs of training.
+The forward pass rounds (Jacob et al. 2017, arXiv:1712.05877); gradients pass the rounding straight
+through (Bengio et al. 2013, arXiv:1308.3432). Of a format that quantizes activations inputs are
+rounded too. `merge` gives the quantized weights, with the very outputs of training.
 """
 
 from __future__ import annotations
@@ -28,17 +29,25 @@ from peft_jax.quantization.quantize import (
     quantize_weight,
     static_scale,
 )
-from peft_jax.quantization.quantized import Quantized, of_rows, round_inputs, rounds_inputs, straight_through, weight_only
+from peft_jax.quantization.quantized import (
+    Quantized,
+    of_rows,
+    round_inputs,
+    rounds_inputs,
+    straight_through,
+    weight_only,
+)
 from peft_jax.quantization.rounding import Rounded, needed_statistics
 
 
 @node
 class FakeQuantized(Reparametrised):
-    """`base`, an array that trains, rounded to `format` wherever it is used, as its inputs are if the format says so.
+    """`base`, an array that trains, rounded to `format` wherever it is used, as its inputs are if
+    the format says so.
 
-    `input_scale` [*lead]: see `Quantized`. With rounded inputs the product is the merged weight's own: another order of
-    operations could round an input on the boundary of two codes the other way. Gradients are those of the product of the
-    rounded inputs and weights.
+    `input_scale` [*lead]: see `Quantized`. With rounded inputs the product is the merged weight's
+    own: another order of operations could round an input on the boundary of two codes the other
+    way. Gradients are those of the product of the rounded inputs and weights.
     """
 
     trainable: ClassVar[tuple[str, ...]] = ("base",)
@@ -69,7 +78,9 @@ class FakeQuantized(Reparametrised):
         return straight_through(y, ragged_matmul(x, self.quantized(), sizes))
 
     def quantized(self) -> Quantized:
-        """What merging gives in a format that rounds inputs, as matrices [*lead, in, out], within a trace too."""
+        """What merging gives in a format that rounds inputs, as matrices [*lead, in, out], within a
+        trace too.
+        """
         w = self.base_matrix()
         scale, zero = self.format.fit(w)
         rounded = Rounded(self.format.encode(w, scale, zero), scale)
@@ -113,10 +124,12 @@ def qat(
     modules_to_save: Targets = (),
     layout: Layout | None = None,
 ) -> Any:
-    """`params` with the weights that `targets` name trained as they will be once quantized to `format` with `options`.
+    """`params` with the weights that `targets` name trained as they will be once quantized to
+    `format` with `options`.
 
-    Static activations need `statistics={"max_abs": calibrate(..., statistic="max_abs")}`, as in `quantize`. `key` is not used.
-    Raises ValueError naming the place where the format does not fit, statistics are missing, or the weight is no array.
+    Static activations need `statistics={"max_abs": calibrate(..., statistic="max_abs")}`, as in
+    `quantize`. `key` is not used. Raises ValueError naming the place where the format does not fit,
+    statistics are missing, or the weight is no array.
     """
     chosen = make_format(format, **(options or {}))
     layout = {**embedding_layout(params), **(layout or {})}
@@ -125,7 +138,10 @@ def qat(
         site.check_whole("are quantized together")
         check_fits(site.path, chosen, site.sizes[1])
         if is_node(site.base):
-            raise ValueError(f"{site.path} is a {type(site.base).__name__}; quantization-aware training starts from arrays")
+            raise ValueError(
+                f"{site.path} is a {type(site.base).__name__}; quantization-aware training starts "
+                "from arrays"
+            )
         check_statistics(site, chosen, "nearest", statistics or {})
         scale = None
         if needed_statistics("nearest", chosen):

@@ -1,7 +1,9 @@
-"""The quantized weight: packed codes and scales in a matrix's place, decoded when it is multiplied with.
+"""The quantized weight: packed codes and scales in a matrix's place, decoded when it is multiplied
+with.
 
-The product's backward pass needs the gradient of the input alone and decodes the weight again, so that no full-precision copy
-outlives one product: in a model of many layers one decoded weight exists at a time.
+The product's backward pass needs the gradient of the input alone and decodes the weight again, so
+that no full-precision copy outlives one product: in a model of many layers one decoded weight
+exists at a time.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ from peft_jax.quantization.formats import Format
 class Quantized(Matrix):
     """A matrix [*lead, in, out] in a `format`: value = scale * decode(code, zero).
 
-    codes: uint8 [*lead, in * bits / 8, out], or [*lead, in, out] of the storage dtype at 8 bits; scale
-    [*lead, groups, out] ([*lead, 1, 1] for one scale a matrix), possibly a `DoubleScale`; zero [*lead, groups, out].
-    `order` [*lead, in] says which input each row of codes belongs to (GPTQ's activation order). Inputs are divided by
-    `smooth` [*lead, in] (AWQ, SmoothQuant), which the codes make up for. `input_scale` [*lead] is the static scale of
-    quantized activations, or 0 where none is known: there each token has its own.
+    codes: uint8 [*lead, in * bits / 8, out], or [*lead, in, out] of the storage dtype at 8 bits;
+    scale [*lead, groups, out] ([*lead, 1, 1] for one scale a matrix), possibly a `DoubleScale`;
+    zero [*lead, groups, out]. `order` [*lead, in] says which input each row of codes belongs to
+    (GPTQ's activation order). Inputs are divided by `smooth` [*lead, in] (AWQ, SmoothQuant), which
+    the codes make up for. `input_scale` [*lead] is the static scale of quantized activations, or 0
+    where none is known: there each token has its own.
     """
 
     sharded_together: ClassVar[bool] = True  # else a block could straddle devices
@@ -49,7 +52,8 @@ class Quantized(Matrix):
         rows, out = self.code_rows, math.prod(self.out_sizes)
         if shape is not None and len(shape) >= 2 and tuple(shape[-2:]) != (rows, out):
             raise ValueError(
-                f"codes of {self.in_sizes} x {self.out_sizes} weights in {self.format.bits} bits have shape "
+                f"codes of {self.in_sizes} x {self.out_sizes} weights in {self.format.bits} bits "
+                "have shape "
                 f"[..., {rows}, {out}], not {tuple(shape)}"
             )
 
@@ -67,16 +71,32 @@ class Quantized(Matrix):
         return self.logical_dtype
 
     def field_specs(self, spec: P) -> dict[str, P]:
-        lead, into, out = tuple(spec)[: len(self.lead)], spec[self.in_axes[0]], spec[self.out_axes[0]]
-        groups, outs = (into if self.scale.shape[-2] > 1 else None), (out if self.scale.shape[-1] > 1 else None)
-        if self.order is not None:  # inputs lie in another order than the weight's: one device could not find its own
+        lead, into, out = (
+            tuple(spec)[: len(self.lead)],
+            spec[self.in_axes[0]],
+            spec[self.out_axes[0]],
+        )
+        groups, outs = (
+            (into if self.scale.shape[-2] > 1 else None),
+            (out if self.scale.shape[-1] > 1 else None),
+        )
+        if (
+            self.order is not None
+        ):  # inputs lie in another order than the weight's: one device could not find its own
             into = groups = None
         scale = P(*lead, groups, outs)
-        specs = {"codes": P(*lead, into, out), "scale": scale, "zero": scale, "input_scale": P(*lead)}
+        specs = {
+            "codes": P(*lead, into, out),
+            "scale": scale,
+            "zero": scale,
+            "input_scale": P(*lead),
+        }
         return {**specs, "order": P(*lead, None), "smooth": P(*lead, into)}
 
     def decoded(self, dtype: Any = jnp.float32) -> jax.Array:
-        """The codes' values [*lead, in, out], in the order of the codes and before `smooth` is made up for."""
+        """The codes' values [*lead, in, out], in the order of the codes and before `smooth` is made
+        up for.
+        """
         codes = self.codes if self.format.bits == 8 else unpack(self.codes, self.format.bits)
         scale = self.format.load_scale(self.scale)
         groups, lead, (n_in, n_out) = scale.shape[-2], codes.shape[:-2], codes.shape[-2:]
@@ -98,7 +118,9 @@ class Quantized(Matrix):
     def unrounded(self) -> jax.Array:
         return from_matrix(self.matrix(), self.shape, self.in_axes, self.out_axes)
 
-    def matmul(self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None) -> jax.Array:
+    def matmul(
+        self, x: jax.Array, *, in_axes: Axes, out_axes: Axes, precision: Any = None
+    ) -> jax.Array:
         transposed = (in_axes, out_axes) == (self.out_axes, self.in_axes)
         if not transposed and (in_axes, out_axes) != (self.in_axes, self.out_axes):
             return super().matmul(x, in_axes=in_axes, out_axes=out_axes, precision=precision)
@@ -108,13 +130,20 @@ class Quantized(Matrix):
 
     def ragged_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         y = super().ragged_matmul(x, sizes)
-        return straight_through(y, _ragged_low_precision(x, self, sizes)) if rounds_inputs(self.format) else y
+        return (
+            straight_through(y, _ragged_low_precision(x, self, sizes))
+            if rounds_inputs(self.format)
+            else y
+        )
 
     def take(self, ids: jax.Array, dtype: Any = None) -> jax.Array:
         if (self.in_axes, self.out_axes) != ((-1,), (-2,)):
             return super().take(ids, dtype)
         flat = ids.reshape(-1)
-        columns = lambda a: None if a is None else a[..., flat] if a.shape[-1] > 1 else a
+
+        def columns(a):
+            return None if a is None else a[..., flat] if a.shape[-1] > 1 else a
+
         picked = self.replace(
             codes=self.codes[..., flat],
             scale=columns(_single(self.scale)),
@@ -122,7 +151,9 @@ class Quantized(Matrix):
             out_sizes=(flat.size,),
         )
         rows: Any = picked.matrix().mT.reshape(*ids.shape, self.in_sizes[0])
-        rows = jnp.where((ids < self.out_sizes[0])[..., None], rows, jnp.nan)  # as `jnp.take` has it; indexing would clamp
+        rows = jnp.where(
+            (ids < self.out_sizes[0])[..., None], rows, jnp.nan
+        )  # as `jnp.take` has it; indexing would clamp
         return rows.astype(dtype or self.dtype)
 
     def merge(self) -> Quantized:
@@ -134,7 +165,9 @@ class Quantized(Matrix):
 
 
 def _single(scale: Any) -> jax.Array:
-    """Scales that can be cut into parts: doubled ones, whose own blocks run across outputs, as floats."""
+    """Scales that can be cut into parts: doubled ones, whose own blocks run across outputs, as
+    floats.
+    """
     return scale.materialize() if isinstance(scale, DoubleScale) else scale
 
 
@@ -148,7 +181,9 @@ def _straight(x: jax.Array, w: Quantized, precision: Any) -> jax.Array:
         return _low_precision(x, w)
     if (tiles := _tiles(w)) == 1:
         return jnp.matmul(x, w.decoded(x.dtype), precision=precision)
-    y = jax.lax.map(lambda tile: jnp.matmul(x, tile.decoded(x.dtype), precision=precision), _tiled(w, tiles))
+    y = jax.lax.map(
+        lambda tile: jnp.matmul(x, tile.decoded(x.dtype), precision=precision), _tiled(w, tiles)
+    )
     return jnp.moveaxis(y, 0, -2).reshape(*x.shape[:-1], -1)
 
 
@@ -167,7 +202,9 @@ _TILE = 2**23  # weights that are decoded at a time
 
 
 def _tiles(w: Quantized) -> int:
-    """In how many parts of its outputs a large matrix is decoded; on a mesh, where each device has a part already, in one."""
+    """In how many parts of its outputs a large matrix is decoded; on a mesh, where each device has
+    a part already, in one.
+    """
     n_in, n_out = math.prod(w.in_sizes), math.prod(w.out_sizes)
     if n_in * n_out <= 2 * _TILE or not jax.sharding.get_abstract_mesh().empty:
         return 1
@@ -181,7 +218,11 @@ def _tiled(w: Quantized, tiles: int) -> Quantized:
     def split(a: Any) -> Any:
         if a is None:
             return None
-        parts = a.reshape(a.shape[0], tiles, size) if a.shape[-1] > 1 else jnp.broadcast_to(a[:, None], (1, tiles, 1))
+        parts = (
+            a.reshape(a.shape[0], tiles, size)
+            if a.shape[-1] > 1
+            else jnp.broadcast_to(a[:, None], (1, tiles, 1))
+        )
         return jnp.moveaxis(parts, 1, 0)
 
     scale = _single(w.scale)
@@ -201,7 +242,9 @@ def _back_tiled(y: jax.Array, w: Quantized, tiles: int, precision: Any) -> jax.A
 
     def add(total: jax.Array, part: Any) -> Any:
         one, tile = part
-        product = jnp.matmul(one, tile.decoded(y.dtype).mT, precision=precision, preferred_element_type=jnp.float32)
+        product = jnp.matmul(
+            one, tile.decoded(y.dtype).mT, precision=precision, preferred_element_type=jnp.float32
+        )
         return total + product, None
 
     start = jnp.zeros((*y.shape[:-1], math.prod(w.in_sizes)), jnp.float32)
@@ -209,10 +252,14 @@ def _back_tiled(y: jax.Array, w: Quantized, tiles: int, precision: Any) -> jax.A
 
 
 def _low_precision(x: jax.Array, w: Quantized) -> jax.Array:
-    """The product of quantized inputs and weights, in the backend's own 8-bit product where it has one."""
+    """The product of quantized inputs and weights, in the backend's own 8-bit product where it has
+    one.
+    """
     q, size = encode_inputs(x, w.format, w.input_scale)
     total = jnp.int32 if jnp.issubdtype(q.dtype, jnp.integer) else jnp.float32
-    y = jax.lax.dot_general(q, w.codes, (((q.ndim - 1,), (0,)), ((), ())), preferred_element_type=total)
+    y = jax.lax.dot_general(
+        q, w.codes, (((q.ndim - 1,), (0,)), ((), ())), preferred_element_type=total
+    )
     return (y.astype(jnp.float32) * size * w.scale[0]).astype(x.dtype)
 
 
@@ -242,8 +289,12 @@ def of_rows(scale: jax.Array | None, group: jax.Array) -> jax.Array | None:
     return None if scale is None else scale[group][:, None]
 
 
-def encode_inputs(x: jax.Array, format: Any, scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """(codes [..., in] of the inputs x, their scales [..., 1]): `scale` where it is positive, else one for each token."""
+def encode_inputs(
+    x: jax.Array, format: Any, scale: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """(codes [..., in] of the inputs x, their scales [..., 1]): `scale` where it is positive, else
+    one for each token.
+    """
     x = x.astype(jnp.float32)
     size = jnp.abs(x).max(-1, keepdims=True) / format.largest
     if scale is not None:
@@ -278,7 +329,9 @@ def _product_forward(transposed: bool, precision: Any, x: jax.Array, w: Quantize
 
 
 def _product_backward(transposed: bool, precision: Any, w: Quantized, grad: jax.Array) -> Any:
-    straight = w.replace(format=weight_only(w.format))  # gradients pass quantized activations straight through
+    straight = w.replace(
+        format=weight_only(w.format)
+    )  # gradients pass quantized activations straight through
     return (_straight if transposed else _back)(grad, straight, precision), None
 
 

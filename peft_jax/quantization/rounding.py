@@ -1,7 +1,8 @@
 """Rounding: how a matrix gets its codes. Nearest, stochastic, GPTQ, AWQ, SmoothQuant and HQQ.
 
-Each is a function `(w [in, out], format, *, key, statistics, **options) -> Rounded`, float32. `statistics` are those of the
-matrix's inputs that `NEEDS` names, from `calibrate`: "covariance" [in, in], "mean_abs" [in], "max_abs" [in].
+Each is a function `(w [in, out], format, *, key, statistics, **options) -> Rounded`, float32.
+`statistics` are those of the matrix's inputs that `NEEDS` names, from `calibrate`: "covariance"
+[in, in], "mean_abs" [in], "max_abs" [in].
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from peft_jax.quantization.formats import Format, Int
 
 
 class Rounded(NamedTuple):
-    """Codes [in, out], scale and zero [groups, out], and what `Quantized` says of order [in] and smooth [in]."""
+    """Codes [in, out], scale and zero [groups, out], and what `Quantized` says of order [in] and
+    smooth [in].
+    """
 
     codes: jax.Array
     scale: jax.Array
@@ -37,7 +40,9 @@ def nearest(w: jax.Array, format: Format) -> Rounded:
 
 def stochastic(w: jax.Array, format: Format, *, key: jax.Array) -> Rounded:
     """Up or down at random, so that the expected value is the weight."""
-    return _encode(w, format, *format.fit(_blocks(w, format)), noise=jax.random.uniform(key, w.shape))
+    return _encode(
+        w, format, *format.fit(_blocks(w, format)), noise=jax.random.uniform(key, w.shape)
+    )
 
 
 ActivationOrder = Literal["static", "dynamic"]
@@ -51,30 +56,45 @@ def gptq(
     damping: float = 0.01,
     activation_order: ActivationOrder | bool = "static",
 ) -> Rounded:
-    """GPTQ (Frantar et al. 2022, arXiv:2210.17323): inputs one by one, each one's error made up for by those that follow.
+    """GPTQ (Frantar et al. 2022, arXiv:2210.17323): inputs one by one, each one's error made up for
+    by those that follow.
 
-    The Hessian is the inputs' covariance with `damping` times its mean diagonal added. With `activation_order` the largest
-    inputs come first (the authors' code: act_order). "static": blocks are of neighbouring inputs, and their scales are those
-    of the weights as they were (its static_groups), so codes keep the inputs' order. "dynamic", or True: blocks are of inputs
-    in the new order, which `order` remembers. False: inputs as they come, which is the authors' default and the worst of the
-    three on a real model (benchmarks/results/quantization_smollm2_cpu.md). But for "static", a block's scale is found when its
-    turn comes, from weights that have taken up earlier errors. Weights that are zero (pruned) stay zero.
+    The Hessian is the inputs' covariance with `damping` times its mean diagonal added. With
+    `activation_order` the largest inputs come first (the authors' code: act_order). "static":
+    blocks are of neighbouring inputs, and their scales are those of the weights as they were (its
+    static_groups), so codes keep the inputs' order. "dynamic", or True: blocks are of inputs in the
+    new order, which `order` remembers. False: inputs as they come, which is the authors' default
+    and the worst of the three on a real model (benchmarks/results/quantization_smollm2_cpu.md). But
+    for "static", a block's scale is found when its turn comes, from weights that have taken up
+    earlier errors. Weights that are zero (pruned) stay zero.
     """
     if activation_order not in ("static", "dynamic", True, False):
-        raise ValueError(f"activation_order must be 'static', 'dynamic' or false, got {activation_order!r}")
+        raise ValueError(
+            f"activation_order must be 'static', 'dynamic' or false, got {activation_order!r}"
+        )
     n_in, n_out = w.shape
     size = format.block_size or n_in
-    order = jnp.argsort(-jnp.diagonal(statistics["covariance"]), stable=True) if activation_order else None
+    order = (
+        jnp.argsort(-jnp.diagonal(statistics["covariance"]), stable=True)
+        if activation_order
+        else None
+    )
     w, hessian = damped(w, statistics["covariance"], damping)
     whole = jax.tree.map(lambda a: a[:, 0], format.fit(_blocks(w, format)))  # [groups, out]
-    fixed = jax.tree.map(lambda a: jnp.repeat(a, size, axis=0), whole) if activation_order == "static" else None
+    fixed = (
+        jax.tree.map(lambda a: jnp.repeat(a, size, axis=0), whole)
+        if activation_order == "static"
+        else None
+    )
     if order is not None:
         w, hessian = w[order], hessian[order][:, order]
         fixed = jax.tree.map(lambda a: a[order], fixed)
     upper, kept = inverse_factor(hessian), w != 0
 
     def block(w: jax.Array, start: jax.Array) -> Any:
-        part = lambda a: jax.lax.dynamic_slice_in_dim(a, start, size)
+        def part(a):
+            return jax.lax.dynamic_slice_in_dim(a, start, size)
+
         rows, stay = part(w), part(kept)
         factor = jax.lax.dynamic_slice(upper, (start, start), (size, size))
         found = format.fit(rows)  # [1, out]
@@ -102,19 +122,25 @@ def gptq(
     return Rounded(codes[jnp.argsort(order)], *whole)
 
 
-def awq(w: jax.Array, format: Format, *, statistics: Statistics, grid: int = 20, clip: bool = True) -> Rounded:
-    """AWQ (Lin et al. 2023, arXiv:2306.00978): inputs that are large on average are scaled up before rounding.
+def awq(
+    w: jax.Array, format: Format, *, statistics: Statistics, grid: int = 20, clip: bool = True
+) -> Rounded:
+    """AWQ (Lin et al. 2023, arXiv:2306.00978): inputs that are large on average are scaled up
+    before rounding.
 
-    The scale of an input is its mean magnitude to a power between 0 and 1, one of `grid` tried for the smallest error of
-    the outputs on the calibration data; then, with `clip`, the largest weights of each block are cut off where that helps
-    (at most by half). The inputs are divided by the scales when they come (`Quantized.smooth`).
+    The scale of an input is its mean magnitude to a power between 0 and 1, one of `grid` tried for
+    the smallest error of the outputs on the calibration data; then, with `clip`, the largest
+    weights of each block are cut off where that helps (at most by half). The inputs are divided by
+    the scales when they come (`Quantized.smooth`).
     """
     covariance, size = statistics["covariance"], jnp.maximum(statistics["mean_abs"], 1e-4)
 
     def candidate(share: jax.Array) -> tuple[jax.Array, jax.Array]:
         scales = jnp.maximum(size**share, 1e-4)
         scales = scales / jnp.sqrt(scales.max() * scales.min())
-        return scales, output_error(w, decode(nearest(w * scales[:, None], format), format) / scales[:, None], covariance)
+        return scales, output_error(
+            w, decode(nearest(w * scales[:, None], format), format) / scales[:, None], covariance
+        )
 
     def best(state: Any, share: jax.Array) -> Any:
         scales, error = candidate(share)
@@ -124,16 +150,24 @@ def awq(w: jax.Array, format: Format, *, statistics: Statistics, grid: int = 20,
     start = (jnp.ones_like(size), jnp.float32(jnp.inf))
     (scales, _), _ = jax.lax.scan(best, start, jnp.arange(grid) / grid)
     scaled = w * scales[:, None]
-    rounded = _clipped(scaled, format, covariance / (scales[:, None] * scales)) if clip else nearest(scaled, format)
+    rounded = (
+        _clipped(scaled, format, covariance / (scales[:, None] * scales))
+        if clip
+        else nearest(scaled, format)
+    )
     return rounded._replace(smooth=scales)
 
 
 def _clipped(w: jax.Array, format: Format, covariance: jax.Array, steps: int = 10) -> Rounded:
-    """Nearest rounding of `w` with each block's weights cut off where its own share of the outputs' error is smallest."""
+    """Nearest rounding of `w` with each block's weights cut off where its own share of the outputs'
+    error is smallest.
+    """
     blocks = _blocks(w, format)
     groups, size, _ = blocks.shape
     # Each group's own part of the covariance: what it adds to an output, apart from the others.
-    own = jnp.moveaxis(jnp.diagonal(covariance.reshape(groups, size, groups, size), axis1=0, axis2=2), -1, 0)
+    own = jnp.moveaxis(
+        jnp.diagonal(covariance.reshape(groups, size, groups, size), axis1=0, axis2=2), -1, 0
+    )
     largest = jnp.abs(blocks).max(-2, keepdims=True)
 
     def best(state: Any, share: jax.Array) -> Any:
@@ -151,10 +185,14 @@ def _clipped(w: jax.Array, format: Format, covariance: jax.Array, steps: int = 1
     return _encode(cut.reshape(w.shape), format, *format.fit(cut))
 
 
-def smoothquant(w: jax.Array, format: Format, *, statistics: Statistics, strength: float = 0.5) -> Rounded:
-    """SmoothQuant (Xiao et al. 2022, arXiv:2211.10438, equation 4): outliers of the inputs moved into the weights.
+def smoothquant(
+    w: jax.Array, format: Format, *, statistics: Statistics, strength: float = 0.5
+) -> Rounded:
+    """SmoothQuant (Xiao et al. 2022, arXiv:2211.10438, equation 4): outliers of the inputs moved
+    into the weights.
 
-    An input is divided by max|x|^strength / max|w|^(1 - strength), so that activations can be quantized too.
+    An input is divided by max|x|^strength / max|w|^(1 - strength), so that activations can be
+    quantized too.
     """
     size = jnp.maximum(statistics["max_abs"], 1e-5)
     weight = jnp.maximum(jnp.abs(w).max(1), 1e-5)
@@ -163,12 +201,19 @@ def smoothquant(w: jax.Array, format: Format, *, statistics: Statistics, strengt
 
 
 def hqq(
-    w: jax.Array, format: Format, *, steps: int = 20, power: float = 0.7, beta: float = 10.0, growth: float = 1.01
+    w: jax.Array,
+    format: Format,
+    *,
+    steps: int = 20,
+    power: float = 0.7,
+    beta: float = 10.0,
+    growth: float = 1.01,
 ) -> Rounded:
-    """HQQ (Badri and Shaji 2023): zero points that minimise the l_p norm of the error (p = `power` < 1), without data.
+    """HQQ (Badri and Shaji 2023): zero points that minimise the l_p norm of the error (p = `power`
+    < 1), without data.
 
-    Half-quadratic splitting: the error is shrunk, then the zero point that explains the rest best is taken. For integers
-    with zero points, which become fractions.
+    Half-quadratic splitting: the error is shrunk, then the zero point that explains the rest best
+    is taken. For integers with zero points, which become fractions.
     """
     if not isinstance(format, Int) or format.symmetric:
         raise ValueError("HQQ moves zero points: it needs an integer format with symmetric=False")
@@ -184,7 +229,9 @@ def hqq(
         codes = format.encode(blocks, scale, zero)
         strength = beta * growth**i
         error = blocks - format.decode(codes, zero) * scale
-        shrunk = jnp.sign(error) * jnp.maximum(jnp.abs(error) - jnp.maximum(jnp.abs(error), 1e-8) ** (power - 1) / strength, 0)
+        shrunk = jnp.sign(error) * jnp.maximum(
+            jnp.abs(error) - jnp.maximum(jnp.abs(error), 1e-8) ** (power - 1) / strength, 0
+        )
         zero = (codes - (blocks - shrunk) / scale).mean(-2, keepdims=True)
         now = error_of(zero)
         return (zero, jnp.where(now < least, zero, best), jnp.minimum(now, least)), None
@@ -206,7 +253,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 FRACTIONAL = ("hqq",)  # their zero points lie between codes
-WITHOUT_DATA = {"gptq": "nearest", "awq": "nearest", "smoothquant": "nearest"}  # what is done where there are no statistics
+WITHOUT_DATA = {
+    "gptq": "nearest",
+    "awq": "nearest",
+    "smoothquant": "nearest",
+}  # what is done where there are no statistics
 
 
 def needed_statistics(rounding: str, format: Format) -> tuple[str, ...]:
@@ -227,9 +278,16 @@ def check_rounding(name: str, options: Iterable[str]) -> None:
     """Raise ValueError for an unknown rounding, or an option that it does not have."""
     if name not in ROUNDINGS:
         raise ValueError(f"unknown rounding {name!r}; roundings: {', '.join(ROUNDINGS)}")
-    known = [p for p in inspect.signature(ROUNDINGS[name]).parameters if p not in ("w", "format", "key", "statistics")]
+    known = [
+        p
+        for p in inspect.signature(ROUNDINGS[name]).parameters
+        if p not in ("w", "format", "key", "statistics")
+    ]
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"rounding {name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"rounding {name!r} has no option {unknown[0]!r}; its options: "
+            f"{', '.join(known) or 'none'}"
+        )
 
 
 def output_error(w: jax.Array, back: jax.Array, covariance: jax.Array) -> jax.Array:
@@ -244,9 +302,17 @@ def _blocks(w: jax.Array, format: Format) -> jax.Array:
     return w.reshape(-1, format.block_size or n_in, n_out)
 
 
-def _encode(w: jax.Array, format: Format, scale: jax.Array, zero: jax.Array | None, noise: jax.Array | None = None) -> Rounded:
+def _encode(
+    w: jax.Array,
+    format: Format,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    noise: jax.Array | None = None,
+) -> Rounded:
     blocks = _blocks(w, format)
-    codes = format.encode(blocks, scale, zero, None if noise is None else noise.reshape(blocks.shape))
+    codes = format.encode(
+        blocks, scale, zero, None if noise is None else noise.reshape(blocks.shape)
+    )
     return Rounded(codes.reshape(w.shape), scale[:, 0], None if zero is None else zero[:, 0])
 
 

@@ -1,4 +1,6 @@
-"""Training checkpoints with Orbax: what training changes and where the data stands; the base is named, not copied."""
+"""Training checkpoints with Orbax: what training changes and where the data stands; the base is
+named, not copied.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ _SAMPLE = 2**20
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of a model folder's config and weights: whole files up to 1 GB, else size, first and last megabyte."""
+    """A hash of a model folder's config and weights: whole files up to 1 GB, else size, first and
+    last megabyte.
+    """
     digest = hashlib.sha256()
     for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         size = file.stat().st_size
@@ -73,11 +77,15 @@ def _copy(tree: Any) -> Any:
 class Checkpoints:
     """The checkpoints of a run: the newest few under `folder`. Saving is asynchronous."""
 
-    def __init__(self, folder: Path, *, keep: int, identity: dict[str, Any], resume_with: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int, identity: dict[str, Any], resume_with: Sequence[str] = ()
+    ) -> None:
         self.folder, self._identity, self._resume_with = folder, identity, resume_with
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=options, item_handlers=handlers
+        )
 
     def newest(self) -> int | None:
         """The step of the newest complete checkpoint."""
@@ -89,7 +97,9 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         flat = _flat(state)
-        if jax.default_backend() == "cpu":  # here host memory is device memory, which the next step may overwrite
+        if (
+            jax.default_backend() == "cpu"
+        ):  # here host memory is device memory, which the next step may overwrite
             flat = _copy(flat)
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(flat),
@@ -99,17 +109,24 @@ class Checkpoints:
 
     def position(self) -> dict[str, Any]:
         """What the newest checkpoint says beside its arrays."""
-        return self._manager.restore(self.newest(), args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
+        return self._manager.restore(
+            self.newest(), args=ocp.args.Composite(position=ocp.args.JsonRestore())
+        )["position"]
 
     def check(self) -> None:
-        """Raise ValueError where the newest checkpoint, if there is one, was made by another run than this one."""
+        """Raise ValueError where the newest checkpoint, if there is one, was made by another run
+        than this one.
+        """
         if self.newest() is None:
             return
-        if why := refusal(self.position()["identity"], self._identity, self._resume_with, self.folder):
+        if why := refusal(
+            self.position()["identity"], self._identity, self._resume_with, self.folder
+        ):
             raise ValueError(why)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """(state, position) of the newest checkpoint, with the shardings of `like`; see `check` for what is to be alike.
+        """(state, position) of the newest checkpoint, with the shardings of `like`; see `check` for
+        what is to be alike.
 
         The optimizer's part is not read where `like` has none (`weights_of`).
         Raises ValueError where it holds other arrays, as those of another optimizer.
@@ -120,9 +137,12 @@ class Checkpoints:
         if like.opt_state is None:
             stored = {n: shape for n, shape in stored.items() if not n.startswith("opt_state.")}
         wanted = {name: tuple(x.shape) for name, x in abstract.items()}
-        if wrong := sorted(n for n in stored.keys() | wanted.keys() if stored.get(n) != wanted.get(n)):
+        if wrong := sorted(
+            n for n in stored.keys() | wanted.keys() if stored.get(n) != wanted.get(n)
+        ):
             raise ValueError(
-                f"the checkpoint in {self.folder} holds another state, as {wrong[0]}: of another optimizer, method or model, "
+                f"the checkpoint in {self.folder} holds another state, as {wrong[0]}: of another "
+                "optimizer, method or model, "
                 "which no resume_with can make up for; use another output or resume=false"
             )
         how = ocp.checkpoint_utils.construct_restore_args(abstract)

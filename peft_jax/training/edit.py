@@ -1,4 +1,6 @@
-"""`peft-jax edit`: facts written into a model, what it says of them before and after, and the edit as a PEFT folder."""
+"""`peft-jax edit`: facts written into a model, what it says of them before and after, and the edit
+as a PEFT folder.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ ADAPTER = "edit"
 
 
 def run_editing(config: RunConfig, console: Console | None = None) -> Path:
-    """The whole of `peft-jax edit`: scores of the edits, perplexity of other text, before and after, and the edit's folder."""
+    """The whole of `peft-jax edit`: scores of the edits, perplexity of other text, before and
+    after, and the edit's folder.
+    """
     e, out = config.edit, Path(config.output)
     if e.edits is None:
         raise ConfigError("edit needs edit.edits, a .json or .jsonl file of facts")
@@ -37,13 +41,17 @@ def run_editing(config: RunConfig, console: Console | None = None) -> Path:
     edits = read_edits(Path(e.edits))[: e.limit]
     setup = set_up(config)
     if setup.model.task != "causal_lm":
-        raise ConfigError(f"facts are edited in causal language models, and this one is a {setup.model.task}")
+        raise ConfigError(
+            f"facts are edited in causal language models, and this one is a {setup.model.task}"
+        )
     _check_edits(setup, edits)
     before = _measured(config, setup, setup.params, edits)
     edited = write_edits(config, setup, edits, out / ADAPTER)
     after = _measured(config, setup, edited, edits)
     console.print(before_and_after(before, after))
-    (out / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    (out / "config.yaml").write_text(
+        yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8"
+    )
     write_json(out / "results.json", {"before": before, "after": after, "edits": len(edits)})
     say(f"written: {out / ADAPTER}, {len(edits):,} facts")
     return out / ADAPTER
@@ -53,7 +61,11 @@ def _check_edits(setup: Setup, edits: list[Edit]) -> None:
     """Raise ValueError for facts whose tokens or lengths the model has no row for."""
     said = [(e.question, text) for e in edits for text in (e.target, e.true) if text]
     said += [(p, e.target) for e in edits for p in (*e.paraphrases, *e.neighbours)]
-    check_rows(setup.model, edit_rows(setup.tokenizer, *map(list, zip(*said, strict=True))), tokenizer=setup.tokenizer)
+    check_rows(
+        setup.model,
+        edit_rows(setup.tokenizer, *map(list, zip(*said, strict=True))),
+        tokenizer=setup.tokenizer,
+    )
 
 
 def write_edits(config: RunConfig, setup: Setup, edits: list[Edit], folder: Path) -> Any:
@@ -61,22 +73,38 @@ def write_edits(config: RunConfig, setup: Setup, edits: list[Edit], folder: Path
     e = config.edit
     _check_edits(setup, edits[: e.limit])
     edited = edit(
-        setup.model, setup.params, setup.tokenizer, edits[: e.limit], method=e.method, layers=e.layers,
+        setup.model,
+        setup.params,
+        setup.tokenizer,
+        edits[: e.limit],
+        method=e.method,
+        layers=e.layers,
         prefixes=_prefixes(config, setup),
         covariances=_covariances(config, setup) if METHODS[e.method].reads_covariances else None,
-        search=Search(**e.search), **e.options,
-    )  # fmt: skip
+        search=Search(**e.search),
+        **e.options,
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_adapter(folder, edited, name="edit", base=config.model.path, revision=config.model.revision)
+    save_adapter(
+        folder, edited, name="edit", base=config.model.path, revision=config.model.revision
+    )
     return edited
 
 
 def _covariances(config: RunConfig, setup: Setup) -> dict[str, Any]:
-    """Of the keys over the training data's texts; where there is data.replay, over that, which the facts are no part of."""
+    """Of the keys over the training data's texts; where there is data.replay, over that, which the
+    facts are no part of.
+    """
     d = config.data
-    rows = make_rows(config, d.train, setup) if d.replay is None else text_rows(config, d.replay, setup)
+    rows = (
+        make_rows(config, d.train, setup)
+        if d.replay is None
+        else text_rows(config, d.replay, setup)
+    )
     batches = first_batches(config, rows, config.edit.calibration_batches)
-    return calibrate(bind(setup.model), setup.params, batches, targets=[feed_forward(setup.params).weight])
+    return calibrate(
+        bind(setup.model), setup.params, batches, targets=[feed_forward(setup.params).weight]
+    )
 
 
 def _prefixes(config: RunConfig, setup: Setup) -> tuple[str, ...]:
@@ -85,7 +113,12 @@ def _prefixes(config: RunConfig, setup: Setup) -> tuple[str, ...]:
     if config.edit.prefixes == 0 or start is None:
         return ("",)
     rows = generate(
-        setup.model, setup.params, [[start]] * config.edit.prefixes, max_tokens=8, temperature=1.0, seed=config.train.seed
+        setup.model,
+        setup.params,
+        [[start]] * config.edit.prefixes,
+        max_tokens=8,
+        temperature=1.0,
+        seed=config.train.seed,
     )
     texts = [setup.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
     return ("", *(f"{t}." for t in texts if t))
@@ -96,13 +129,22 @@ def _measured(config: RunConfig, setup: Setup, params: Any, edits: list[Edit]) -
     scores = edit_scores(bind(setup.model), params, setup.tokenizer, edits)
     g = config.generate
     texts = generate(
-        setup.model, params, [e.question for e in edits[:32]], tokenizer=setup.tokenizer, max_tokens=g.max_tokens,
-        temperature=g.temperature, top_k=g.top_k, top_p=g.top_p, seed=g.seed,
-    )  # fmt: skip
+        setup.model,
+        params,
+        [e.question for e in edits[:32]],
+        tokenizer=setup.tokenizer,
+        max_tokens=g.max_tokens,
+        temperature=g.temperature,
+        top_k=g.top_k,
+        top_p=g.top_p,
+        seed=g.seed,
+    )
     scores["fluency"] = fluency(texts)
     held = config.data.test or config.data.validation
     if held is not None:
         rows = make_rows(config, held, setup)
-        found = perplexity(setup.model, params, rows, batch_size=config.train.batch_size, mesh=setup.mesh)
+        found = perplexity(
+            setup.model, params, rows, batch_size=config.train.batch_size, mesh=setup.mesh
+        )
         scores["perplexity"] = found["perplexity"]
     return scores

@@ -1,4 +1,6 @@
-"""Evaluation: perplexity, and exact match, BLEU and ROUGE of generated completions (sacrebleu, rouge-score)."""
+"""Evaluation: perplexity, and exact match, BLEU and ROUGE of generated completions (sacrebleu,
+rouge-score).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ from peft_jax.training.step import make_evaluation
 
 
 def perplexity(
-    model: Any, params: Any, rows: Rows, *, batch_size: int = 8, mesh: Mesh | None = None, objective: Objective = next_token
+    model: Any,
+    params: Any,
+    rows: Rows,
+    *,
+    batch_size: int = 8,
+    mesh: Mesh | None = None,
+    objective: Objective = next_token,
 ) -> dict[str, float]:
     """Loss (nats per token), next-token accuracy and perplexity of `rows`."""
     check_rows(model, rows, before=first_position(params))
@@ -32,7 +40,9 @@ def perplexity(
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """The share of predictions equal to one of their references, surrounding blanks aside."""
-    hits = [p.strip() in {r.strip() for r in rs} for p, rs in zip(predictions, references, strict=True)]
+    hits = [
+        p.strip() in {r.strip() for r in rs} for p, rs in zip(predictions, references, strict=True)
+    ]
     return sum(hits) / len(hits)
 
 
@@ -50,7 +60,10 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    best = [max(scorer.score(r, p)["rougeL"].fmeasure for r in rs) for p, rs in zip(predictions, references, strict=True)]
+    best = [
+        max(scorer.score(r, p)["rougeL"].fmeasure for r in rs)
+        for p, rs in zip(predictions, references, strict=True)
+    ]
     return sum(best) / len(best)
 
 
@@ -73,7 +86,8 @@ def generated_metrics(
     batch_size: int = 16,
     beside: Callable[[Any], Any] | None = None,
 ) -> dict[str, float]:
-    """Metrics of greedy completions of the records' prompts (or last assistant turns), several references per prompt.
+    """Metrics of greedy completions of the records' prompts (or last assistant turns), several
+    references per prompt.
 
     `beside` as in `generate`.
     """
@@ -87,9 +101,13 @@ def generated_metrics(
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         full = part + [part[-1]] * (batch_size - len(part))  # one shape, one compilation
-        texts = generate(apply, params, full, tokenizer=tokenizer, max_tokens=max_tokens, beside=beside)
+        texts = generate(
+            apply, params, full, tokenizer=tokenizer, max_tokens=max_tokens, beside=beside
+        )
         predictions += texts[: len(part)]
-    return {name: GENERATED[name](predictions, [references[p] for p in prompts]) for name in metrics}
+    return {
+        name: GENERATED[name](predictions, [references[p] for p in prompts]) for name in metrics
+    }
 
 
 def prompt_and_answer(record: Record, tokenizer: Any) -> tuple[str, str]:

@@ -1,4 +1,6 @@
-"""`peft-jax inject`: facts put into a model, by training or by editing, and what it knows before and after."""
+"""`peft-jax inject`: facts put into a model, by training or by editing, and what it knows before
+and after.
+"""
 
 from __future__ import annotations
 
@@ -32,20 +34,26 @@ from peft_jax.training.tasks import facts_of, objective_of, rows_of
 
 
 def run_injection(config: RunConfig, console: Console | None = None) -> dict[str, dict[str, float]]:
-    """The whole of `peft-jax inject`: what the model knows, injection (`inject.by`), and what it knows then.
+    """The whole of `peft-jax inject`: what the model knows, injection (`inject.by`), and what it
+    knows then.
 
-    Of the facts it is asked in the words of training (`said`), in words that were held out (`recall`) and, with
-    `inject.unseen`, about subjects that it never met (`unseen`); `perplexity` is that of `inject.retained`. Returns the
-    numbers before and after, which also stand in `output`/injection.json. Raises ConfigError for data of another kind.
+    Of the facts it is asked in the words of training (`said`), in words that were held out
+    (`recall`) and, with `inject.unseen`, about subjects that it never met (`unseen`); `perplexity`
+    is that of `inject.retained`. Returns the numbers before and after, which also stand in
+    `output`/injection.json. Raises ConfigError for data of another kind.
     """
     if config.data.kind != "facts":
         raise ConfigError("inject needs data.kind=facts, and data.templates to say them in words")
     if config.inject.unseen and config.data.train.part != "known":
-        raise ConfigError("inject.unseen asks about subjects that are not trained: set data.train.part=known")
+        raise ConfigError(
+            "inject.unseen asks about subjects that are not trained: set data.train.part=known"
+        )
     console, out = console or Console(), Path(config.output)
     setup = set_up(config)
     if setup.model.task != "causal_lm":
-        raise ConfigError(f"facts are injected into causal language models, and this one is a {setup.model.task}")
+        raise ConfigError(
+            f"facts are injected into causal language models, and this one is a {setup.model.task}"
+        )
     before = knowledge_of(config, setup, setup.params)
     if config.inject.by == "training":
         params = run_training(config, console, setup).params
@@ -61,33 +69,53 @@ def run_injection(config: RunConfig, console: Console | None = None) -> dict[str
 def knowledge_of(config: RunConfig, setup: Setup, params: Any) -> dict[str, float]:
     """What a model knows of the configured facts, and the perplexity of what is to be retained."""
     train = config.data.train
-    asked = {"said": dataclasses.replace(train, phrasing="train"), "recall": dataclasses.replace(train, phrasing="held_out")}
+    asked = {
+        "said": dataclasses.replace(train, phrasing="train"),
+        "recall": dataclasses.replace(train, phrasing="held_out"),
+    }
     if config.inject.unseen:
         asked["unseen"] = dataclasses.replace(train, phrasing="held_out", part="unseen")
-    found = {name: recall(config, setup, params, read_source(config, source, "causal_lm")) for name, source in asked.items()}
+    found = {
+        name: recall(config, setup, params, read_source(config, source, "causal_lm"))
+        for name, source in asked.items()
+    }
     return found | retained(config, setup, params, config.inject.retained)
 
 
-def retained(config: RunConfig, setup: Setup, params: Any, source: SourceConfig | None) -> dict[str, float]:
+def retained(
+    config: RunConfig, setup: Setup, params: Any, source: SourceConfig | None
+) -> dict[str, float]:
     """The perplexity of texts on other things; nothing without any."""
     if source is None:
         return {}
     rows = text_rows(config, source, setup)
     objective = objective_of(config, subject_of(config, setup))
-    found = perplexity(setup.model, params, rows, batch_size=config.train.batch_size, mesh=setup.mesh, objective=objective)
+    found = perplexity(
+        setup.model,
+        params,
+        rows,
+        batch_size=config.train.batch_size,
+        mesh=setup.mesh,
+        objective=objective,
+    )
     return {"perplexity": found["perplexity"]}
 
 
 def recall(config: RunConfig, setup: Setup, params: Any, records: Sequence[Record]) -> float:
-    """The share of completions of which each token is the likeliest one (the end is not asked for), as LAMA's precision at 1
-    (Petroni et al. 2019), of answers of several tokens too.
+    """The share of completions of which each token is the likeliest one (the end is not asked for),
+    as LAMA's precision at 1 (Petroni et al. 2019), of answers of several tokens too.
     """
     data = dataclasses.replace(config.data, packing=False)
     rows = rows_of(subject_of(dataclasses.replace(config, data=data), setup), records)
     end = setup.tokenizer.eos_token_id
-    rows = unpadded(rows._replace(weights=np.where(rows.targets == end, 0.0, rows.weights).astype(np.float32)))
+    rows = unpadded(
+        rows._replace(weights=np.where(rows.targets == end, 0.0, rows.weights).astype(np.float32))
+    )
     apply = bind(setup.model)
-    found = [fetch(_said(apply, params, on_devices(b, setup.mesh))) for b in evaluation_batches(rows, config.train.batch_size)]
+    found = [
+        fetch(_said(apply, params, on_devices(b, setup.mesh)))
+        for b in evaluation_batches(rows, config.train.batch_size)
+    ]
     return float(np.concatenate(found)[: len(rows.tokens)].mean())
 
 
@@ -99,7 +127,9 @@ def _said(apply: Any, params: Any, batch: Any) -> jax.Array:
 
 
 def facts_as_edits(config: RunConfig) -> list[Edit]:
-    """Each fact of data.train as an edit, in the words of the first template that ends with the object."""
+    """Each fact of data.train as an edit, in the words of the first template that ends with the
+    object.
+    """
     templates = templates_of(config)
     return [
         Edit(*question_of(fact, templates, config.data.held_out), fact.value["object"])

@@ -39,7 +39,9 @@ class TrainingDivergedError(FloatingPointError):
 
 
 class Result(NamedTuple):
-    """What training ends with: the tree, the last step, the evaluations by step, whether a signal ended it early."""
+    """What training ends with: the tree, the last step, the evaluations by step, whether a signal
+    ended it early.
+    """
 
     params: Any
     step: int
@@ -69,14 +71,15 @@ def train(
 ) -> Result:
     """Train what trains in `params` for `steps` optimizer steps and return the whole tree.
 
-    `rows` and `validation` are NamedTuples of arrays [N, ...] with `tokens` among them, as `objective` wants them.
-    With a `mesh` the tree must already be placed on it (see `shard`), and batches are split over data, fsdp and sequence.
-    With a `folder` it writes metrics and checkpoints there; `resume` continues from the newest one, whose `identity` must be
-    the same but for what `resume_with` names. `objective` is the next token's cross-entropy unless given; `validation` is
-    measured by `evaluation`, by default the same. Reports count `flops_per_token`, by default those of a forward and a
-    backward pass through all of `params`. Raises ValueError where rows hold what the model has no row for, where
-    nothing trains or the batch does not divide over the mesh, and TrainingDivergedError after `config.nan_limit` bad gradients
-    in a row.
+    `rows` and `validation` are NamedTuples of arrays [N, ...] with `tokens` among them, as
+    `objective` wants them. With a `mesh` the tree must already be placed on it (see `shard`), and
+    batches are split over data, fsdp and sequence. With a `folder` it writes metrics and
+    checkpoints there; `resume` continues from the newest one, whose `identity` must be the same but
+    for what `resume_with` names. `objective` is the next token's cross-entropy unless given;
+    `validation` is measured by `evaluation`, by default the same. Reports count `flops_per_token`,
+    by default those of a forward and a backward pass through all of `params`. Raises ValueError
+    where rows hold what the model has no row for, where nothing trains or the batch does not divide
+    over the mesh, and TrainingDivergedError after `config.nan_limit` bad gradients in a row.
     """
     check_batch(config, rows.tokens.shape[1], mesh)
     for part in (rows, validation):
@@ -90,7 +93,9 @@ def train(
         rows=rows,
         validation=validation,
         frozen=partition(params)[1],
-        step=jax.jit(make_step(objective, apply, optimizer, accumulate=config.accumulate), donate_argnums=0),
+        step=jax.jit(
+            make_step(objective, apply, optimizer, accumulate=config.accumulate), donate_argnums=0
+        ),
         evaluate=jax.jit(make_evaluation(evaluation or objective, apply)),
         console=console or Console(),
         folder=folder,
@@ -102,7 +107,11 @@ def train(
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
             stack.enter_context(nn.logical_axis_rules(LOGICAL_RULES))
-        flops = step_flops_per_token(*active_parameters(model, params)) if flops_per_token is None else flops_per_token
+        flops = (
+            step_flops_per_token(*active_parameters(model, params))
+            if flops_per_token is None
+            else flops_per_token
+        )
         state = run.open(stack, state, resume=resume, flops_per_token=flops)
         number = int(state.step)
         while number < steps and not stop():
@@ -110,7 +119,9 @@ def train(
             if config.eval_every and number % config.eval_every == 0:
                 run.measure(state, number)
                 if _out_of_patience(run.evaluations, config.patience):
-                    run.say(f"stopped at step {number}: no improvement in {config.patience} evaluations")
+                    run.say(
+                        f"stopped at step {number}: no improvement in {config.patience} evaluations"
+                    )
                     break
             if config.checkpoint_every and number % config.checkpoint_every == 0:
                 run.keep(state)
@@ -119,7 +130,13 @@ def train(
             run.measure(state, number)
         run.keep(state)
         state = state if interrupted else run.best_of(state, number)
-    return Result(combine(state.trainable, run.frozen), number, run.evaluations, interrupted, int(state.skipped))
+    return Result(
+        combine(state.trainable, run.frozen),
+        number,
+        run.evaluations,
+        interrupted,
+        int(state.skipped),
+    )
 
 
 @dataclasses.dataclass
@@ -141,7 +158,9 @@ class _Run:
     evaluations: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
     checkpoints: Checkpoints | None = None
     best: Checkpoints | None = None
-    held: TrainState | None = None  # the best where there is no folder, without the optimizer's part
+    held: TrainState | None = (
+        None  # the best where there is no folder, without the optimizer's part
+    )
     reporter: Reporter | None = None
     since: float = 0.0  # start of the interval that the next log line is about
     tokens: int = 0  # and the tokens seen in it
@@ -149,13 +168,24 @@ class _Run:
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False)
 
-    def open(self, stack: contextlib.ExitStack, state: TrainState, *, resume: bool, flops_per_token: float) -> TrainState:
-        """Open checkpoints and reports under the folder, and continue from the newest checkpoint if asked to."""
+    def open(
+        self,
+        stack: contextlib.ExitStack,
+        state: TrainState,
+        *,
+        resume: bool,
+        flops_per_token: float,
+    ) -> TrainState:
+        """Open checkpoints and reports under the folder, and continue from the newest checkpoint if
+        asked to.
+        """
         self.since = time.monotonic()
         if self.folder is None:
             return state
         options: dict[str, Any] = {"identity": self.identity, "resume_with": self.resume_with}
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.config.keep_checkpoints, **options)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", keep=self.config.keep_checkpoints, **options
+        )
         self.best = Checkpoints(self.folder / "best", keep=1, identity=self.identity)
         stack.callback(self.checkpoints.close)
         stack.callback(self.best.close)
@@ -177,7 +207,9 @@ class _Run:
 
     def advance(self, state: TrainState, number: int) -> tuple[TrainState, int]:
         """One step, with a log line where one is due."""
-        batch = on_devices(batch_at(self.rows, number, self.config.batch_size, seed=self.config.seed), self.mesh)
+        batch = on_devices(
+            batch_at(self.rows, number, self.config.batch_size, seed=self.config.seed), self.mesh
+        )
         state, metrics = self.step(state, self.frozen, batch)
         number += 1
         self.tokens += self.rows.tokens.shape[1] * self.config.batch_size
@@ -201,7 +233,9 @@ class _Run:
         self.evaluations[number] = result
         if self.reporter is not None:
             self.reporter.evaluation(number, result)
-        if self.config.keep_best and result["loss"] <= _lowest(e["loss"] for e in self.evaluations.values()):
+        if self.config.keep_best and result["loss"] <= _lowest(
+            e["loss"] for e in self.evaluations.values()
+        ):
             if self.best is None:
                 self.held = jax.tree.map(jnp.copy, weights_of(state))
             else:
@@ -211,10 +245,14 @@ class _Run:
     def keep(self, state: TrainState) -> None:
         """Save a checkpoint."""
         if self.checkpoints is not None:
-            self.checkpoints.save(state, {"evaluations": {str(k): v for k, v in self.evaluations.items()}})
+            self.checkpoints.save(
+                state, {"evaluations": {str(k): v for k, v in self.evaluations.items()}}
+            )
 
     def _stored_best(self, state: TrainState, number: int) -> TrainState | None:
-        """The best state that the folder holds, None where that is none or the one of step `number`."""
+        """The best state that the folder holds, None where that is none or the one of step
+        `number`.
+        """
         assert self.best is not None
         if not self.config.keep_best or self.best.newest() in (None, number):
             return None
@@ -232,13 +270,20 @@ class _Run:
 
 
 def run_evaluation(
-    evaluate: Callable[..., Any], trainable: Any, frozen: Any, rows: Any, batch_size: int, mesh: Mesh | None
+    evaluate: Callable[..., Any],
+    trainable: Any,
+    frozen: Any,
+    rows: Any,
+    batch_size: int,
+    mesh: Mesh | None,
 ) -> dict[str, float]:
     """Metrics over all rows, averaged by weight, with the perplexity exp(loss)."""
     sums: dict[str, float] = {}
     total = 0.0
     for batch in evaluation_batches(rows, batch_size):
-        metrics = {k: float(v) for k, v in evaluate(trainable, frozen, on_devices(batch, mesh)).items()}
+        metrics = {
+            k: float(v) for k, v in evaluate(trainable, frozen, on_devices(batch, mesh)).items()
+        }
         weight = metrics.pop("weight")
         total += weight
         for name, value in metrics.items():
@@ -255,16 +300,21 @@ def check_batch(config: TrainConfig, length: int, mesh: Mesh | None) -> None:
     micro = config.batch_size // config.accumulate
     if micro % ways:
         raise ValueError(
-            f"a micro-batch of {micro} rows (train.batch_size / train.accumulate) does not divide over "
+            f"a micro-batch of {micro} rows (train.batch_size / train.accumulate) does not "
+            "divide over "
             f"{' x '.join(ROWS)} = {ways} of the mesh"
         )
     if length % sequence:
-        raise ValueError(f"data.sequence_length={length} does not divide over sequence={sequence} of the mesh")
+        raise ValueError(
+            f"data.sequence_length={length} does not divide over sequence={sequence} of the mesh"
+        )
 
 
-def initial_state(params: Any, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh | None = None) -> TrainState:
-    """The state before the first step of training `params`, on the mesh: each trained array and its optimizer moments
-    lie where its node's specs say. Raises ValueError where nothing trains.
+def initial_state(
+    params: Any, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh | None = None
+) -> TrainState:
+    """The state before the first step of training `params`, on the mesh: each trained array and its
+    optimizer moments lie where its node's specs say. Raises ValueError where nothing trains.
     """
     trainable = partition(params)[0]
     if not jax.tree.leaves(trainable):
@@ -272,21 +322,32 @@ def initial_state(params: Any, optimizer: optax.GradientTransformation, seed: in
     start = functools.partial(init_state, optimizer=optimizer, seed=seed)
     if mesh is None:
         return start(trainable)
-    where = jax.tree.map(lambda m, s: s if m else None, trainable_mask(params), shardings(params, mesh))
+    where = jax.tree.map(
+        lambda m, s: s if m else None, trainable_mask(params), shardings(params, mesh)
+    )
     replicated = NamedSharding(mesh, P())
-    moments = _opt_shardings(jax.eval_shape(start, trainable).opt_state, trainable, where, replicated)
+    moments = _opt_shardings(
+        jax.eval_shape(start, trainable).opt_state, trainable, where, replicated
+    )
     spec = TrainState(replicated, where, moments, replicated, replicated, replicated)
     return jax.jit(start, out_shardings=spec)(trainable)
 
 
 def _opt_shardings(opt_state: Any, trainable: Any, where: Any, replicated: NamedSharding) -> Any:
-    """Arrays of the optimizer's state that stand for those of the trainable tree, one for one and of the same shape, lie where
-    these do (moments; not so an Adafactor's factors).
+    """Arrays of the optimizer's state that stand for those of the trainable tree, one for one and
+    of the same shape, lie where these do (moments; not so an Adafactor's factors).
     """
     structure = jax.tree.structure(trainable)
-    same = lambda x: jax.tree.structure(x) == structure and not hasattr(x, "shape")
-    alike = lambda x, array, spec: spec if x.shape == array.shape else replicated
-    lay = lambda x: jax.tree.map(alike, x, trainable, where) if same(x) else replicated
+
+    def same(x):
+        return jax.tree.structure(x) == structure and not hasattr(x, "shape")
+
+    def alike(x, array, spec):
+        return spec if x.shape == array.shape else replicated
+
+    def lay(x):
+        return jax.tree.map(alike, x, trainable, where) if same(x) else replicated
+
     return jax.tree.map(lay, opt_state, is_leaf=same)
 
 
@@ -295,7 +356,9 @@ def on_devices(batch: dict[str, np.ndarray], mesh: Mesh | None) -> Any:
     if mesh is None:
         return batch
     return {
-        name: jax.make_array_from_callback(array.shape, batch_sharding(mesh, array), lambda index, array=array: array[index])
+        name: jax.make_array_from_callback(
+            array.shape, batch_sharding(mesh, array), lambda index, array=array: array[index]
+        )
         for name, array in batch.items()
     }
 
@@ -303,16 +366,24 @@ def on_devices(batch: dict[str, np.ndarray], mesh: Mesh | None) -> Any:
 def _check_finite(metrics: dict[str, float], limit: int, step: int) -> None:
     bad = int(metrics["skipped_in_a_row"])
     if bad >= limit:
-        first = "the first ones: no learning rate was at work yet, so look at the data, the model and its dtype"
+        first = (
+            "the first ones: no learning rate was at work yet, so look at the data, the "
+            "model and its dtype"
+        )
         advice = first if bad == step else "lower optimizer.learning_rate or look at the data"
         raise TrainingDivergedError(
-            f"{bad} steps in a row had a gradient that is not finite (train.nan_limit={limit}); {advice}"
+            f"{bad} steps in a row had a gradient that is not finite (train.nan_limit={limit}); "
+            f"{advice}"
         )
 
 
 def _out_of_patience(evaluations: dict[int, dict[str, float]], patience: int) -> bool:
     losses = [evaluations[k]["loss"] for k in sorted(evaluations)]
-    return bool(patience) and len(losses) > patience and _lowest(losses[-patience:]) >= _lowest(losses[:-patience])
+    return (
+        bool(patience)
+        and len(losses) > patience
+        and _lowest(losses[-patience:]) >= _lowest(losses[:-patience])
+    )
 
 
 def _lowest(losses: Iterable[float]) -> float:

@@ -1,4 +1,6 @@
-"""Metrics of predicted labels, from scikit-learn, SciPy and seqeval (`pip install peft-jax[metrics]`)."""
+"""Metrics of predicted labels, from scikit-learn, SciPy and seqeval (`pip install
+peft-jax[metrics]`).
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ def accuracy(predicted: Sequence[int], gold: Sequence[int], classes: int) -> flo
 
 
 def f1(predicted: Sequence[int], gold: Sequence[int], classes: int) -> float:
-    """F1 of the second of two `classes` (as GLUE has it), or the mean over the labels that are predicted or right.
+    """F1 of the second of two `classes` (as GLUE has it), or the mean over the labels that are
+    predicted or right.
 
-    scikit-learn's `f1_score`, binary or macro by how many classes there are, whichever of them a sample holds.
+    scikit-learn's `f1_score`, binary or macro by how many classes there are, whichever of them a
+    sample holds.
     """
     average = "binary" if classes == 2 else "macro"
     return float(_sklearn().f1_score(gold, predicted, average=average, zero_division=0.0))
@@ -49,7 +53,9 @@ def seqeval(predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]) -
     try:
         from seqeval.metrics import f1_score
     except ImportError as error:
-        raise ValueError("the metric seqeval needs seqeval: pip install peft-jax[metrics]") from error
+        raise ValueError(
+            "the metric seqeval needs seqeval: pip install peft-jax[metrics]"
+        ) from error
     return float(f1_score([list(x) for x in gold], [list(x) for x in predicted], zero_division=0))
 
 
@@ -80,7 +86,9 @@ def _sklearn() -> Any:
     try:
         from sklearn import metrics
     except ImportError as error:
-        raise ValueError("F1 and Matthews' correlation need scikit-learn: pip install peft-jax[metrics]") from error
+        raise ValueError(
+            "F1 and Matthews' correlation need scikit-learn: pip install peft-jax[metrics]"
+        ) from error
     return metrics
 
 
@@ -89,5 +97,11 @@ OF_LABELS: dict[str, Callable[..., float]] = {  # of predicted, gold and the num
     "f1": f1,
     "matthews": matthews,
 }
-OF_NUMBERS: dict[str, Callable[[Sequence[float], Sequence[float]], float]] = {"pearson": pearson, "spearman": spearman}
-OF_ANSWERS: dict[str, Callable[[str, Sequence[str]], float]] = {"exact_match": answer_exact_match, "f1": answer_f1}
+OF_NUMBERS: dict[str, Callable[[Sequence[float], Sequence[float]], float]] = {
+    "pearson": pearson,
+    "spearman": spearman,
+}
+OF_ANSWERS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact_match": answer_exact_match,
+    "f1": answer_f1,
+}

@@ -1,4 +1,6 @@
-"""What the configuration's `prune` section does to a loaded model, and what `peft-jax prune` tells of it."""
+"""What the configuration's `prune` section does to a loaded model, and what `peft-jax prune` tells
+of it.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def shrunk(config: PruneConfig, model: Any, params: Any, batches: Batches) -> tu
     sizes = dict(config.keep)
     if config.importance == "spaced":
         if config.keep_parameters is not None or set(sizes) != {"layers"}:
-            raise ConfigError("prune.importance=spaced takes layers alone, as prune.keep={layers: 6}")
+            raise ConfigError(
+                "prune.importance=spaced takes layers alone, as prune.keep={layers: 6}"
+            )
         return take_layers(model, params, sizes["layers"])
     if (experts := sizes.pop("experts", None)) is not None:
         model, params = prune_experts(model, params, batches, experts)
@@ -45,16 +49,28 @@ def shrunk(config: PruneConfig, model: Any, params: Any, batches: Batches) -> tu
         sizes |= sizes_for(model, config.keep_parameters, config.by)
     if not sizes:
         return model, params
-    return prune_structured(model, params, batches, score=config.importance, compensate=config.compensate, **sizes)
+    return prune_structured(
+        model, params, batches, score=config.importance, compensate=config.compensate, **sizes
+    )
 
 
-def sparsified(config: PruneConfig, model: Any, params: Any, batches: Batches, seed: int, objective: Objective) -> Any:
-    """`params`, with looped layers, masked as the section says; scores of gradients are those of `objective`."""
+def sparsified(
+    config: PruneConfig, model: Any, params: Any, batches: Batches, seed: int, objective: Objective
+) -> Any:
+    """`params`, with looped layers, masked as the section says; scores of gradients are those of
+    `objective`.
+    """
     options = dict(_options(config, seed), **config.score_options)
-    options |= {"distribution": config.distribution, "distribution_options": config.distribution_options}
+    options |= {
+        "distribution": config.distribution,
+        "distribution_options": config.distribution_options,
+    }
     if of_gradients(config.score):
         return prune(
-            params, config.sparsity, statistics=_gradients(config, _loss_of(objective, model), params, batches), **options
+            params,
+            config.sparsity,
+            statistics=_gradients(config, _loss_of(objective, model), params, batches),
+            **options,
         )
     return prune_in_turn(bind(model), params, batches, config.sparsity, **options)
 
@@ -77,34 +93,54 @@ def _loss_of(objective: Objective, model: Any) -> Loss:
 def _gradients(config: PruneConfig, loss: Loss, params: Any, batches: Batches) -> dict[str, Any]:
     return {
         name: gradients(
-            loss, params, batches, targets=config.targets, exclude=config.exclude,
+            loss,
+            params,
+            batches,
+            targets=config.targets,
+            exclude=config.exclude,
             square=name == "squared_gradient",
         )
         for name in NEEDS[config.score]
-    }  # fmt: skip
+    }
 
 
 def _row(share: np.ndarray, error: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
-    """A weight's numbers, and of stacked experts each one's beside their means; None where no token came to tell an error."""
-    known = lambda values: [None if np.isnan(v) else float(v) for v in values]
+    """A weight's numbers, and of stacked experts each one's beside their means; None where no token
+    came to tell an error.
+    """
+
+    def known(values):
+        return [None if np.isnan(v) else float(v) for v in values]
+
     seen = ~np.isnan(error)
     row = {
         "sparsity": float(share.mean()),
         "error": float(error[seen].mean()) if seen.any() else None,
         "tokens": tokens.astype(int).tolist(),
     }
-    return row | ({"experts": {"sparsity": share.tolist(), "error": known(error)}} if share.ndim else {})
+    return row | (
+        {"experts": {"sparsity": share.tolist(), "error": known(error)}} if share.ndim else {}
+    )
 
 
 class Report:
-    """What pruning did to each layer: sparsity and output error of each weight, the tokens that tell it, and how sensitive
-    each layer is.
+    """What pruning did to each layer: sparsity and output error of each weight, the tokens that
+    tell it, and how sensitive each layer is.
     """
 
     def __init__(
-        self, config: PruneConfig, model: Any, before: Any, after: Any, batches: Batches, seed: int, objective: Objective
+        self,
+        config: PruneConfig,
+        model: Any,
+        before: Any,
+        after: Any,
+        batches: Batches,
+        seed: int,
+        objective: Objective,
     ) -> None:
-        """`model` with looped layers, its trees before and after. Sensitivity is of the one before, in `objective`."""
+        """`model` with looped layers, its trees before and after. Sensitivity is of the one before,
+        in `objective`.
+        """
         where: dict[str, Any] = {"targets": config.targets, "exclude": config.exclude}
         with ledger() as book:
             errors = output_errors(bind(model), before, after, batches, **where)
@@ -116,11 +152,22 @@ class Report:
             options = {**_options(config, seed), **config.score_options}
             loss = _loss_of(objective, model)
             of = _gradients(config, loss, before, batches) if of_gradients(config.score) else None
-            self.curves = sensitivity(bind(model), loss, densify(before), batches, config.sensitivity, statistics=of, **options)
+            self.curves = sensitivity(
+                bind(model),
+                loss,
+                densify(before),
+                batches,
+                config.sensitivity,
+                statistics=of,
+                **options,
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, for JSON."""
-        curves = {layer: {str(s): loss for s, loss in points.items()} for layer, points in self.curves.items()}
+        curves = {
+            layer: {str(s): loss for s, loss in points.items()}
+            for layer, points in self.curves.items()
+        }
         return {"weights": self.weights, "sensitivity": curves}
 
     def show(self, console: Console) -> None:
@@ -128,7 +175,9 @@ class Report:
         table = Table("weight", "sparsity", "output error", "tokens")
         for path, row in self.weights.items():
             error = "unknown" if row["error"] is None else f"{row['error']:.4f}"
-            table.add_row(layer_paths(path, None)[0][0], f"{row['sparsity']:.4f}", error, self.tokens[path])
+            table.add_row(
+                layer_paths(path, None)[0][0], f"{row['sparsity']:.4f}", error, self.tokens[path]
+            )
         console.print(table)
         if self.curves:
             shares = list(next(iter(self.curves.values())))
@@ -138,7 +187,9 @@ class Report:
             console.print(curves)
 
     def plot(self, path: Path) -> Path | None:
-        """A picture of sparsity and error by layer and of the sensitivity curves; None without matplotlib."""
+        """A picture of sparsity and error by layer and of the sensitivity curves; None without
+        matplotlib.
+        """
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -148,8 +199,12 @@ class Report:
         kinds: dict[str, list[tuple[int, dict[str, Any]]]] = {}
         for place, row in self.weights.items():
             number = layer_paths(place, None)[0][1]
-            kinds.setdefault(place.split("/")[-2], []).append((-1 if number is None else number, row))
-        for axis, name, label in zip(axes, ("sparsity", "error"), ("sparsity", "relative output error"), strict=False):
+            kinds.setdefault(place.split("/")[-2], []).append(
+                (-1 if number is None else number, row)
+            )
+        for axis, name, label in zip(
+            axes, ("sparsity", "error"), ("sparsity", "relative output error"), strict=False
+        ):
             for kind, rows in kinds.items():
                 values = [np.nan if row[name] is None else row[name] for _, row in rows]
                 axis.plot([n for n, _ in rows], values, marker="o", markersize=3, label=kind)
@@ -158,7 +213,9 @@ class Report:
         axes[0].legend(fontsize="small")
         if self.curves:
             for layer, points in self.curves.items():
-                axes[2].plot(list(points), list(points.values()), marker="o", markersize=3, label=layer)
+                axes[2].plot(
+                    list(points), list(points.values()), marker="o", markersize=3, label=layer
+                )
             axes[2].set(xlabel="share of one layer pruned", ylabel="loss, nats per token")
             axes[2].legend(fontsize="small")
             axes[2].grid(alpha=0.3)

@@ -1,4 +1,6 @@
-"""What a run shows and records: a progress line, metrics.jsonl, TensorBoard events; speed and utilisation."""
+"""What a run shows and records: a progress line, metrics.jsonl, TensorBoard events; speed and
+utilisation.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from typing import Any, Self
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from peft_jax.core.files import finite
@@ -51,7 +60,9 @@ def memory_bytes() -> int:
 
 
 def active_parameters(model: Any, params: Any) -> tuple[float, float]:
-    """(all, trained) parameters that one token goes through: of a mixture's experts as many as the router picks."""
+    """(all, trained) parameters that one token goes through: of a mixture's experts as many as the
+    router picks.
+    """
     config: Any = getattr(model, "config", None)
     experts = getattr(config, "num_experts", 0)
     share = config.experts_per_token / experts if experts else 1.0
@@ -64,19 +75,41 @@ def active_parameters(model: Any, params: Any) -> tuple[float, float]:
 
 
 def step_flops_per_token(total: float, trained: float) -> float:
-    """Model FLOPs of a training step for one token: 2N forward, 2N input gradient, 2 for each trained parameter."""
+    """Model FLOPs of a training step for one token: 2N forward, 2N input gradient, 2 for each
+    trained parameter.
+    """
     return 4.0 * total + 2.0 * trained
 
 
 class Reporter:
-    """Writes metrics to `folder` and shows progress on `console`; only the first of several hosts does either."""
+    """Writes metrics to `folder` and shows progress on `console`; only the first of several hosts
+    does either.
+    """
 
-    def __init__(self, folder: Path, *, steps: int, start: int, flops_per_token: float, tensorboard: bool, console: Console):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        steps: int,
+        start: int,
+        flops_per_token: float,
+        tensorboard: bool,
+        console: Console,
+    ):
         self._primary = jax.process_index() == 0
         self._flops, self._console, self._writer, self._jsonl = flops_per_token, console, None, None
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[line]}"),
+        )
         self._progress = Progress(
-            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not self._primary
+            *columns,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._primary,
         )
         self._task = self._progress.add_task("training", total=steps, completed=start, line="")
         if self._primary:
@@ -111,7 +144,10 @@ class Reporter:
         if peak:
             row["mfu"] = rate * self._flops / peak
         mfu = f" mfu {row['mfu']:.1%}" if peak else ""
-        line = f"loss {metrics['loss']:.3f}  {rate:,.0f} tok/s{mfu}  {row['memory_bytes'] / 2**30:.2f} GiB"
+        line = (
+            f"loss {metrics['loss']:.3f}  {rate:,.0f} tok/s{mfu}  "
+            f"{row['memory_bytes'] / 2**30:.2f} GiB"
+        )
         self._progress.update(self._task, completed=step, line=line)
         self._write("train", step, row)
         if self._primary and not self._console.is_terminal:
@@ -127,7 +163,10 @@ class Reporter:
     def _write(self, kind: str, step: int, row: dict[str, float]) -> None:
         if self._jsonl is not None:
             row = finite(row)
-            self._jsonl.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **row}) + "\n")
+            self._jsonl.write(
+                json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **row})
+                + "\n"
+            )
             self._jsonl.flush()
         if self._writer is not None:
             for name, value in row.items():
@@ -135,7 +174,9 @@ class Reporter:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Rows of a run that is resumed from an earlier step are dropped, so that each step stands once."""
+    """Rows of a run that is resumed from an earlier step are dropped, so that each step stands
+    once.
+    """
     if not path.is_file():
         return
     rows = []

@@ -79,22 +79,34 @@ from peft_jax.training.teach import Lesson, distills, lesson
 
 ADAPTER, MODEL, BASE, CHECKPOINTS = "adapter", "model", "base", "checkpoints"
 TASK_TYPES = {  # PEFT's names
-    "causal_lm": "CAUSAL_LM", "seq2seq_lm": "SEQ_2_SEQ_LM", "sequence_classification": "SEQ_CLS",
-    "token_classification": "TOKEN_CLS", "question_answering": "QUESTION_ANS", "feature_extraction": "FEATURE_EXTRACTION",
-}  # fmt: skip
+    "causal_lm": "CAUSAL_LM",
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+    "feature_extraction": "FEATURE_EXTRACTION",
+}
 
 
 def add_method(config: RunConfig, setup: Setup, rows: Any = None) -> Any:
     """The tree with the configured method in it, placed on the mesh.
 
-    Starts that need statistics take them from the training rows, which are made where they are not given.
+    Starts that need statistics take them from the training rows, which are made where they are not
+    given.
     """
     function, options = check_method(config.method)
     if is_loftq(config):
         q = config.quantize
-        where = {"targets": q.targets, "exclude": q.exclude, "rounding": q.rounding, **q.rounding_options}
+        where = {
+            "targets": q.targets,
+            "exclude": q.exclude,
+            "rounding": q.rounding,
+            **q.rounding_options,
+        }
         options = {k: v for k, v in options.items() if k != "init"} | {
-            "quantize": functools.partial(quantize, format=check_quantize(q), seed=config.train.seed, **where)
+            "quantize": functools.partial(
+                quantize, format=check_quantize(q), seed=config.train.seed, **where
+            )
         }
         function = loftq
     elif statistic := STATISTICS.get(options.get("init", "")):
@@ -103,23 +115,38 @@ def add_method(config: RunConfig, setup: Setup, rows: Any = None) -> Any:
     elif names := _named_statistics(config, options):
         rows = make_rows(config, config.data.train, setup) if rows is None else rows
         where = {**options, "layout": embedding_layout(setup.params)}
-        options["statistics"] = {name: _statistics(config, setup, rows, name, where) for name in names}
+        options["statistics"] = {
+            name: _statistics(config, setup, rows, name, where) for name in names
+        }
     if "model" in inspect.signature(function).parameters:
         options["model"] = setup.model
     params = function(setup.params, jax.random.key(config.train.seed), **options)
     if (entities := config.data.knowledge.entities) is not None:
         if any(isinstance(w, Weight) and w.whole for w in places(params).values()):
-            raise ConfigError("data.knowledge.entities are kept in an adapter: choose a method that leaves the base as it is")
-        params = entity_fusion(params, read_entities(Path(entities))[1], adapter=options.get("adapter", "default"))
-    heads = {p: "module" for p, w in places(params).items() if _is_head(setup.model, p) and not is_node(w)}
+            raise ConfigError(
+                "data.knowledge.entities are kept in an adapter: choose a method that leaves the "
+                "base as it is"
+            )
+        params = entity_fusion(
+            params, read_entities(Path(entities))[1], adapter=options.get("adapter", "default")
+        )
+    heads = {
+        p: "module"
+        for p, w in places(params).items()
+        if _is_head(setup.model, p) and not is_node(w)
+    }
     params = replace_arrays(params, heads, name=options.get("adapter", "default"))
     params = mask_updates(params) if config.prune.mask_updates else params
     return params if setup.mesh is None else shard(params, setup.mesh)
 
 
 def _is_head(model: Any, path: str) -> bool:
-    """Whether a place is of a head that is not the language model's own, which trains whole beside whatever method."""
-    return model.task not in ("causal_lm", "masked_lm", "seq2seq_lm") and bool(set(path.split("/")) & set(model.heads))
+    """Whether a place is of a head that is not the language model's own, which trains whole beside
+    whatever method.
+    """
+    return model.task not in ("causal_lm", "masked_lm", "seq2seq_lm") and bool(
+        set(path.split("/")) & set(model.heads)
+    )
 
 
 def _named_statistics(config: RunConfig, options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -128,14 +155,24 @@ def _named_statistics(config: RunConfig, options: Mapping[str, Any]) -> tuple[st
     return () if needs is None else needs(options)
 
 
-def _statistics(config: RunConfig, setup: Setup, rows: Any, statistic: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def _statistics(
+    config: RunConfig, setup: Setup, rows: Any, statistic: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
     """What `calibrate` gives for `statistic`, or gradients, over 8 batches of the training rows."""
     batches = first_batches(config, rows, 8)
-    apply, where = bind(setup.model), {k: options[k] for k in ("targets", "exclude", "layout") if k in options}
+    apply, where = (
+        bind(setup.model),
+        {k: options[k] for k in ("targets", "exclude", "layout") if k in options},
+    )
     if statistic != "gradient":
         return calibrate(apply, setup.params, batches, statistic=statistic, **where)  # type: ignore[arg-type]
     objective = objective_of(config, subject_of(config, setup))
-    return gradients(lambda params, batch: objective(apply, params, batch, None)[0], setup.params, batches, **where)
+    return gradients(
+        lambda params, batch: objective(apply, params, batch, None)[0],
+        setup.params,
+        batches,
+        **where,
+    )
 
 
 def train_steps(config: RunConfig, rows: Any) -> int:
@@ -143,10 +180,14 @@ def train_steps(config: RunConfig, rows: Any) -> int:
     if config.train.steps is not None:
         return config.train.steps
     wanted = config.train.epochs / passes(config) * len(rows.tokens)
-    return max(1, math.ceil(round(wanted, 6) / config.train.batch_size))  # every row of the last epoch is seen
+    return max(
+        1, math.ceil(round(wanted, 6) / config.train.batch_size)
+    )  # every row of the last epoch is seen
 
 
-def identity(config: RunConfig, setup: Setup, rows: Any, taught: Lesson | None = None) -> dict[str, Any]:
+def identity(
+    config: RunConfig, setup: Setup, rows: Any, taught: Lesson | None = None
+) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that continues it."""
     return {
         "settings": settings(config),
@@ -157,8 +198,11 @@ def identity(config: RunConfig, setup: Setup, rows: Any, taught: Lesson | None =
     }
 
 
-def run_training(config: RunConfig, console: Console | None = None, setup: Setup | None = None) -> Result:
-    """The whole of `peft-jax train`: samples and evaluation before, training, both again, and the export.
+def run_training(
+    config: RunConfig, console: Console | None = None, setup: Setup | None = None
+) -> Result:
+    """The whole of `peft-jax train`: samples and evaluation before, training, both again, and the
+    export.
 
     A `setup` that there is already is taken as it is.
     """
@@ -169,14 +213,17 @@ def run_training(config: RunConfig, console: Console | None = None, setup: Setup
     setup = set_up(config) if setup is None else setup
     check_batch(config.train, config.data.sequence_length, setup.mesh)
     rows = make_rows(config, config.data.train, setup)
-    validation = make_rows(config, config.data.validation, setup) if config.data.validation else None
+    validation = (
+        make_rows(config, config.data.validation, setup) if config.data.validation else None
+    )
     test = make_rows(config, config.data.test, setup) if config.data.test else validation
     params = add_method(config, setup, rows)
     trained, total = count(params)
     steps = train_steps(config, rows)
     taught = lesson(config, setup, params, rows) if distills(config) else None
     say(
-        f"{setup.model.config.model_type} model, {total:,} parameters, {trained:,} trained ({trained / total:.2%}); "
+        f"{setup.model.config.model_type} model, {total:,} parameters, {trained:,} trained "
+        f"({trained / total:.2%}); "
         f"{len(rows.tokens):,} rows of {config.data.sequence_length} tokens; {steps:,} steps",
     )
     for part in (rows, validation, test):
@@ -184,7 +231,9 @@ def run_training(config: RunConfig, console: Console | None = None, setup: Setup
     who = identity(config, setup, rows, taught)
     _open_output(config, out, who)
     if jax.process_index() == 0:
-        (out / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+        (out / "config.yaml").write_text(
+            yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8"
+        )
     before = _measure(config, setup, setup.params, test)
     samples = {"before": _samples(config, setup, setup.params)}
     if before:
@@ -205,7 +254,9 @@ def run_training(config: RunConfig, console: Console | None = None, setup: Setup
         resume=config.resume,
         identity=who,
         resume_with=config.resume_with,
-        flops_per_token=None if taught is None else _flops_with_teachers(setup.model, params, taught),
+        flops_per_token=None
+        if taught is None
+        else _flops_with_teachers(setup.model, params, taught),
         console=console,
     )
     if taught is not None:
@@ -220,21 +271,38 @@ def run_training(config: RunConfig, console: Console | None = None, setup: Setup
     _show_samples(say, config, samples)
     exported = export(config, setup, result.params, out)
     if jax.process_index() == 0:
-        write_json(out / "results.json", {
-            "before": before, "after": after, "trained_parameters": trained, "parameters": total, "steps": result.step,
-            "skipped_steps": result.skipped, "samples": samples,
-        })  # fmt: skip
-    bad = f"; {result.skipped} of {result.step} steps skipped, whose gradient was not finite" if result.skipped else ""
+        write_json(
+            out / "results.json",
+            {
+                "before": before,
+                "after": after,
+                "trained_parameters": trained,
+                "parameters": total,
+                "steps": result.step,
+                "skipped_steps": result.skipped,
+                "samples": samples,
+            },
+        )
+    bad = (
+        f"; {result.skipped} of {result.step} steps skipped, whose gradient was not finite"
+        if result.skipped
+        else ""
+    )
     say(f"written: {exported}{bad}")
     return result
 
 
 def _open_output(config: RunConfig, out: Path, who: dict[str, Any]) -> None:
-    """The folder to write to: refused where it holds another run that is to be continued, and without a run's records where
-    a new one begins. Nothing is written or taken away before.
+    """The folder to write to: refused where it holds another run that is to be continued, and
+    without a run's records where a new one begins. Nothing is written or taken away before.
     """
     if config.resume and (out / CHECKPOINTS).is_dir():
-        there = Checkpoints(out / CHECKPOINTS, keep=config.train.keep_checkpoints, identity=who, resume_with=config.resume_with)
+        there = Checkpoints(
+            out / CHECKPOINTS,
+            keep=config.train.keep_checkpoints,
+            identity=who,
+            resume_with=config.resume_with,
+        )
         try:
             there.check()
         finally:
@@ -242,7 +310,9 @@ def _open_output(config: RunConfig, out: Path, who: dict[str, Any]) -> None:
     elif not config.resume and jax.process_index() == 0:
         for name in (CHECKPOINTS, "best", "metrics.jsonl", "tensorboard"):
             stale = out / name
-            shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
+            shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(
+                missing_ok=True
+            )
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -252,7 +322,9 @@ def _flops_with_teachers(model: Any, student: Any, taught: Lesson) -> float:
 
 
 def _measure(config: RunConfig, setup: Setup, params: Any, rows: Any) -> dict[str, float]:
-    """The loss and the wanted metrics on the held-out data. Raises ConfigError for a metric that the task does not have."""
+    """The loss and the wanted metrics on the held-out data. Raises ConfigError for a metric that
+    the task does not have.
+    """
     held, task = config.data.test or config.data.validation, TASKS[setup.model.task]
     if held is None or rows is None:
         return {}
@@ -260,12 +332,20 @@ def _measure(config: RunConfig, setup: Setup, params: Any, rows: Any) -> dict[st
     names = [*(e.metrics or usual_metrics(subject))]
     there = (*task.metrics, *task.others)
     if unknown := [n for n in names if n not in there]:
-        raise ConfigError(f"evaluate.metrics: a {setup.model.task} model has no {unknown[0]!r}; it has {', '.join(there)}")
+        raise ConfigError(
+            f"evaluate.metrics: a {setup.model.task} model has no {unknown[0]!r}; it has "
+            f"{', '.join(there)}"
+        )
     metrics: dict[str, float] = {}
     if not language or "perplexity" in names:
         objective = objective_of(config, subject)
         metrics = perplexity(
-            setup.model, params, rows, batch_size=config.train.batch_size, mesh=setup.mesh, objective=objective
+            setup.model,
+            params,
+            rows,
+            batch_size=config.train.batch_size,
+            mesh=setup.mesh,
+            objective=objective,
         )
     wanted = [n for n in names if n != "perplexity"]
     if not wanted:
@@ -276,13 +356,22 @@ def _measure(config: RunConfig, setup: Setup, params: Any, rows: Any) -> dict[st
     if kind_of(subject) == "text":
         raise ConfigError(f"evaluate.metrics {wanted[0]!r} needs data of kind completion or chat")
     return metrics | generated_metrics(
-        setup.model, params, records, setup.tokenizer, wanted, limit=e.limit, max_tokens=e.max_tokens,
-        batch_size=e.batch_size, beside=beside(subject),
-    )  # fmt: skip
+        setup.model,
+        params,
+        records,
+        setup.tokenizer,
+        wanted,
+        limit=e.limit,
+        max_tokens=e.max_tokens,
+        batch_size=e.batch_size,
+        beside=beside(subject),
+    )
 
 
 def run_evaluation(config: RunConfig) -> dict[str, float]:
-    """The whole of `peft-jax evaluate`: the configured metrics of the model (with its adapter) on the held-out data."""
+    """The whole of `peft-jax evaluate`: the configured metrics of the model (with its adapter) on
+    the held-out data.
+    """
     setup = set_up(config)
     held = config.data.test or config.data.validation
     if held is None:
@@ -294,16 +383,22 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
 def run_generation(config: RunConfig) -> list[str]:
     """The whole of `peft-jax generate`: continuations of the configured prompts."""
     if not config.generate.prompts:
-        raise ConfigError("generate needs generate.prompts, as in 'generate.prompts=[Once upon a time]'")
+        raise ConfigError(
+            "generate needs generate.prompts, as in 'generate.prompts=[Once upon a time]'"
+        )
     setup = set_up(config)
     return _samples(config, setup, setup.params)
 
 
 def run_quantization(config: RunConfig, console: Console | None = None) -> Path:
-    """The whole of `peft-jax quantize`: perplexity before and after, and the quantized model's folder."""
+    """The whole of `peft-jax quantize`: perplexity before and after, and the quantized model's
+    folder.
+    """
     if check_quantize(config.quantize) is None:
         raise ConfigError("quantize needs quantize.format, as in quantize.format=nf4")
-    say = functools.partial((console or Console()).print, highlight=False, markup=False, soft_wrap=True)
+    say = functools.partial(
+        (console or Console()).print, highlight=False, markup=False, soft_wrap=True
+    )
     held = config.data.test or config.data.validation
     plain = set_up(dataclasses.replace(config, quantize=QuantizeConfig()))
     rows = make_rows(config, held, plain) if held else None
@@ -313,7 +408,9 @@ def run_quantization(config: RunConfig, console: Console | None = None) -> Path:
     with ledger() as book:
         setup = set_up(config)
     nodes = [w for w in places(setup.params).values() if isinstance(w, Quantized)]
-    bits = sum(bits_per_weight(w) * math.prod(w.shape) for w in nodes) / sum(math.prod(w.shape) for w in nodes)
+    bits = sum(bits_per_weight(w) * math.prod(w.shape) for w in nodes) / sum(
+        math.prod(w.shape) for w in nodes
+    )
     after = _measure(config, setup, setup.params, rows)
     say(f"after:  {_shown(after)} at {bits:.3f} bits a quantized weight")
     for path, tokens in book.tokens.items():
@@ -322,18 +419,23 @@ def run_quantization(config: RunConfig, console: Console | None = None) -> Path:
     out = Path(config.output) / MODEL
     save(out, setup.model, setup.params, tokenizer=setup.tokenizer)
     seen = {path: fetch(tokens).astype(int).tolist() for path, tokens in book.tokens.items()}
-    write_json(out.parent / "quantization.json", {"before": before, "after": after, "bits": bits, "tokens": seen})
+    write_json(
+        out.parent / "quantization.json",
+        {"before": before, "after": after, "bits": bits, "tokens": seen},
+    )
     say(f"written: {out}")
     return out
 
 
 def run_pruning(config: RunConfig, console: Console | None = None) -> Path:
-    """The whole of `peft-jax prune`: perplexity before and after, what became of each weight, how sensitive each layer is, a
-    picture, and the pruned (and, where asked for, quantized) model's folder.
+    """The whole of `peft-jax prune`: perplexity before and after, what became of each weight, how
+    sensitive each layer is, a picture, and the pruned (and, where asked for, quantized) model's
+    folder.
     """
     if not prunes(config):
         raise ConfigError(
-            "prune needs prune.sparsity, prune.pattern, prune.keep or prune.keep_parameters, as in prune.sparsity=0.5"
+            "prune needs prune.sparsity, prune.pattern, prune.keep or prune.keep_parameters, as in "
+            "prune.sparsity=0.5"
         )
     console = console or Console()
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
@@ -350,19 +452,30 @@ def run_pruning(config: RunConfig, console: Console | None = None) -> Path:
     setup = masked(config, small, batches)
     out.mkdir(parents=True, exist_ok=True)
     if masks(config.prune):
-        looped = lambda tree: unstack_layers(tree) if small.model.scan_layers else tree
+
+        def looped(tree):
+            return unstack_layers(tree) if small.model.scan_layers else tree
+
         model = small.model.clone(scan_layers=False)
         objective = objective_of(config, subject_of(config, small))
         trees = looped(small.params), looped(setup.params)
         report = Report(config.prune, model, *trees, batches, config.train.seed, objective)
         report.show(console)
         numbers |= report.to_dict()
-        say(f"picture: {report.plot(out / 'pruning.png') or 'none, for want of matplotlib: pip install peft-jax[plots]'}")
+        picture = report.plot(out / "pruning.png")
+        say(f"picture: {picture or 'none, for want of matplotlib: pip install peft-jax[plots]'}")
     if (format := check_quantize(config.quantize)) is not None:
         setup = setup._replace(params=quantized_tree(config, setup, format))
     shares = sparsity_of(setup.params, targets=config.prune.targets, exclude=config.prune.exclude)
-    numbers |= {"after": _measure(config, setup, setup.params, rows), "parameters": count(setup.params)[1]}
-    zeros = f", {np.mean([s.mean() for s in shares.values()]):.2%} zeros a weight" if masks(config.prune) else ""
+    numbers |= {
+        "after": _measure(config, setup, setup.params, rows),
+        "parameters": count(setup.params)[1],
+    }
+    zeros = (
+        f", {np.mean([s.mean() for s in shares.values()]):.2%} zeros a weight"
+        if masks(config.prune)
+        else ""
+    )
     say(f"after:  {_shown(numbers['after'])}, {numbers['parameters']:,} parameters{zeros}")
     save(out / MODEL, setup.model, setup.params, tokenizer=setup.tokenizer)
     write_json(out / "pruning.json", numbers)
@@ -379,10 +492,19 @@ def _samples(config: RunConfig, setup: Setup, params: Any) -> list[str]:
     if task not in ("causal_lm", "seq2seq_lm"):
         raise ConfigError(f"generate.prompts are of no use to a {task} model")
     return generate(
-        setup.model, params, g.prompts, tokenizer=setup.tokenizer, max_tokens=g.max_tokens, temperature=g.temperature,
-        top_k=g.top_k, top_p=g.top_p, stop=g.stop, seed=g.seed, cache_dtype=g.cache,
+        setup.model,
+        params,
+        g.prompts,
+        tokenizer=setup.tokenizer,
+        max_tokens=g.max_tokens,
+        temperature=g.temperature,
+        top_k=g.top_k,
+        top_p=g.top_p,
+        stop=g.stop,
+        seed=g.seed,
+        cache_dtype=g.cache,
         beside=beside(subject_of(config, setup)),
-    )  # fmt: skip
+    )
 
 
 def _show_samples(say: Any, config: RunConfig, samples: dict[str, list[str]]) -> None:
@@ -396,8 +518,11 @@ def _shown(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
-def export(config: RunConfig, setup: Setup, params: Any, out: Path, *, merged: bool = False) -> Path:
-    """Write what was trained: a PEFT adapter folder, or (full fine-tuning, or `merged`) a Hugging Face model folder.
+def export(
+    config: RunConfig, setup: Setup, params: Any, out: Path, *, merged: bool = False
+) -> Path:
+    """Write what was trained: a PEFT adapter folder, or (full fine-tuning, or `merged`) a Hugging
+    Face model folder.
 
     On several hosts all of them call this.
     """
@@ -413,21 +538,35 @@ def export(config: RunConfig, setup: Setup, params: Any, out: Path, *, merged: b
         base, revision = str(out / BASE), None
         save(out / BASE, setup.model, setup.params, tokenizer=setup.tokenizer)
     kind = TASK_TYPES.get(setup.model.task)
-    save_adapter(out / ADAPTER, params, name=options.get("adapter", "default"), base=base, revision=revision, task_type=kind)
+    save_adapter(
+        out / ADAPTER,
+        params,
+        name=options.get("adapter", "default"),
+        base=base,
+        revision=revision,
+        task_type=kind,
+    )
     return out / ADAPTER
 
 
 def _cast(w: Any, dtype: Any) -> Any:
-    """An array, or what a pruned weight stands for, in `dtype`; quantized and factorized weights as they are."""
+    """An array, or what a pruned weight stands for, in `dtype`; quantized and factorized weights as
+    they are.
+    """
     if isinstance(w, Weight) and (not w.pruned or isinstance(getattr(w, "base", None), Quantized)):
         return w
     return materialize(w).astype(dtype)
 
 
 def run_export(config: RunConfig, *, merged: bool) -> Path:
-    """The whole of `peft-jax export`: the newest (or best) checkpoint in `output` as an adapter or a merged model."""
+    """The whole of `peft-jax export`: the newest (or best) checkpoint in `output` as an adapter or
+    a merged model.
+    """
     out = Path(config.output)
-    chosen = next((n for n in ("best", "checkpoints") if (out / n).is_dir() and any((out / n).iterdir())), None)
+    chosen = next(
+        (n for n in ("best", "checkpoints") if (out / n).is_dir() and any((out / n).iterdir())),
+        None,
+    )
     if chosen is None:
         raise ConfigError(f"there is no checkpoint in {out}; run `peft-jax train` first")
     setup = set_up(config)
@@ -436,12 +575,18 @@ def run_export(config: RunConfig, *, merged: bool) -> Path:
     taught = lesson(config, setup, params, rows) if distills(config) else None
     whole = params if taught is None else taught.params
     state = weights_of(initial_state(whole, optax.identity(), config.train.seed, setup.mesh))
-    how = [name for name in ALTERS if name.startswith(("optimizer.", "train."))]  # it was trained: only what it is counts
-    checkpoints = Checkpoints(out / chosen, keep=1, identity=identity(config, setup, rows, taught), resume_with=how)
+    how = [
+        name for name in ALTERS if name.startswith(("optimizer.", "train."))
+    ]  # it was trained: only what it is counts
+    checkpoints = Checkpoints(
+        out / chosen, keep=1, identity=identity(config, setup, rows, taught), resume_with=how
+    )
     try:
         checkpoints.check()
         state, _ = checkpoints.restore(state)
     finally:
         checkpoints.close()
     trained = combine(state.trainable, partition(whole)[1])
-    return export(config, setup, trained if taught is None else trained["student"], out, merged=merged)
+    return export(
+        config, setup, trained if taught is None else trained["student"], out, merged=merged
+    )

@@ -1,4 +1,6 @@
-"""From a RunConfig to a model that is ready to train: loaded, pruned, quantized, placed, and the rows of its data."""
+"""From a RunConfig to a model that is ready to train: loaded, pruned, quantized, placed, and the
+rows of its data.
+"""
 
 from __future__ import annotations
 
@@ -61,27 +63,43 @@ class Setup(NamedTuple):
 
 
 def start_distributed() -> None:
-    """Join the other hosts where a launcher (TPU pod, SLURM, JAX_COORDINATOR_ADDRESS) started several."""
-    several = os.environ.get("JAX_COORDINATOR_ADDRESS") or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    """Join the other hosts where a launcher (TPU pod, SLURM, JAX_COORDINATOR_ADDRESS) started
+    several.
+    """
+    several = (
+        os.environ.get("JAX_COORDINATOR_ADDRESS") or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    )
     pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
     if not (several or pod) or jax.distributed.is_initialized():
         return
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    jax.distributed.initialize(**{k: int(os.environ[v]) for k, v in names.items() if v in os.environ})
+    jax.distributed.initialize(
+        **{k: int(os.environ[v]) for k, v in names.items() if v in os.environ}
+    )
 
 
 def set_up(config: RunConfig) -> Setup:
-    """Load the model (and the adapter to start from), placed on the mesh that the configuration describes."""
+    """Load the model (and the adapter to start from), placed on the mesh that the configuration
+    describes.
+    """
     mesh = make_mesh(config.mesh) if config.mesh or jax.device_count() > 1 else None
     c, q = config.model, QuantizeConfig() if is_loftq(config) else config.quantize
     folder = local_folder(c.path, c.revision)
     format = check_quantize(q)
     calibrated = format is not None and bool(needed_statistics(q.rounding, format))
-    whole = format is None or calibrated or prunes(config) or factorizes(config)  # else weights are quantized as they are read
+    whole = (
+        format is None or calibrated or prunes(config) or factorizes(config)
+    )  # else weights are quantized as they are read
     options: dict[str, Any] = {
-        "task": c.task, "labels": _labels(config, folder), "seed": config.train.seed, "dtype": _dtype(c.dtype), "mesh": mesh,
-        "scan_layers": c.scan_layers, "remat": c.remat, "attention_implementation": c.attention,
-    }  # fmt: skip
+        "task": c.task,
+        "labels": _labels(config, folder),
+        "seed": config.train.seed,
+        "dtype": _dtype(c.dtype),
+        "mesh": mesh,
+        "scan_layers": c.scan_layers,
+        "remat": c.remat,
+        "attention_implementation": c.attention,
+    }
     if c.fresh:
         whole = True
         model, params = load_fresh(folder, config=c.config, **options)
@@ -97,14 +115,21 @@ def set_up(config: RunConfig) -> Setup:
     if format is not None and whole:
         setup = setup._replace(params=quantized_tree(config, setup, format))
     elif format is not None:
-        for path in select(params, q.targets, q.exclude):  # raises for a target that matches nothing
+        for path in select(
+            params, q.targets, q.exclude
+        ):  # raises for a target that matches nothing
             if not isinstance(places(params)[path], Quantized):
-                raise ConfigError(f"quantize.targets name some of the layers stacked at {path}; set model.scan_layers=false")
+                raise ConfigError(
+                    f"quantize.targets name some of the layers stacked at {path}; set "
+                    "model.scan_layers=false"
+                )
     return setup._replace(params=load_adapter(setup.params, c.adapter)) if c.adapter else setup
 
 
 def _labels(config: RunConfig, folder: Path) -> Sequence[str] | int | None:
-    """The classes that the head is to have: the configured ones, the checkpoint's own (None), or the training data's."""
+    """The classes that the head is to have: the configured ones, the checkpoint's own (None), or
+    the training data's.
+    """
     if config.data.labels:
         return config.data.labels
     hf_config = read_config(folder)
@@ -115,7 +140,9 @@ def _labels(config: RunConfig, folder: Path) -> Sequence[str] | int | None:
     if task_of(hf_config) == task:
         names = hf_config.id2label
         known = 1 if len(names) == 1 else [names[i] for i in sorted(names)]
-    return wanted_labels(task, read_source(config, config.data.train, task), known, config.data.label_kind)
+    return wanted_labels(
+        task, read_source(config, config.data.train, task), known, config.data.label_kind
+    )
 
 
 def subject_of(config: RunConfig, setup: Setup) -> Subject:
@@ -124,7 +151,9 @@ def subject_of(config: RunConfig, setup: Setup) -> Subject:
 
 
 def prunes(config: RunConfig) -> bool:
-    return masks(config.prune) or bool(config.prune.keep) or config.prune.keep_parameters is not None
+    return (
+        masks(config.prune) or bool(config.prune.keep) or config.prune.keep_parameters is not None
+    )
 
 
 def factorizes(config: RunConfig) -> bool:
@@ -151,7 +180,9 @@ def masks(p: PruneConfig) -> bool:
 def made_smaller(config: RunConfig, setup: Setup, batches: list[dict[str, Any]]) -> Setup:
     """The model made smaller, where the configuration asks for it."""
     model, params = shrunk(config.prune, setup.model, setup.params, batches)
-    return setup._replace(model=model, params=params if setup.mesh is None else shard(params, setup.mesh))
+    return setup._replace(
+        model=model, params=params if setup.mesh is None else shard(params, setup.mesh)
+    )
 
 
 def masked(config: RunConfig, setup: Setup, batches: list[dict[str, Any]]) -> Setup:
@@ -159,13 +190,18 @@ def masked(config: RunConfig, setup: Setup, batches: list[dict[str, Any]]) -> Se
     if not masks(config.prune):
         return setup
     objective = objective_of(config, subject_of(config, setup))
-    mask = lambda looped, tree: sparsified(config.prune, looped, tree, batches, config.train.seed, objective)
+
+    def mask(looped, tree):
+        return sparsified(config.prune, looped, tree, batches, config.train.seed, objective)
+
     params = _layer_by_layer(setup.model, setup.params, mask)
     return setup._replace(params=params if setup.mesh is None else shard(params, setup.mesh))
 
 
 def unlike_text(config: RunConfig) -> bool:
-    """Whether a model of the user's is calibrated on the default training data, which nobody chose for it."""
+    """Whether a model of the user's is calibrated on the default training data, which nobody chose
+    for it.
+    """
     return config.data.train == SourceConfig() and not config.model.path.startswith("builtin:")
 
 
@@ -173,20 +209,26 @@ def calibration_batches(config: RunConfig, setup: Setup, count: int) -> list[dic
     """The first batches of the training rows."""
     if unlike_text(config):
         logger.warning(
-            "calibrating on %s, which data.train is by default: statistics of text unlike what the model is to read can do "
-            "worse than none (3-bit GPTQ worse than nearest); set data.train.path to text of the model's use",
+            "calibrating on %s, which data.train is by default: statistics of text unlike what the "
+            "model is to read can do "
+            "worse than none (3-bit GPTQ worse than nearest); set data.train.path to text of the "
+            "model's use",
             config.data.train.path,
-        )  # fmt: skip
+        )
     return first_batches(config, make_rows(config, config.data.train, setup), count)
 
 
 def first_batches(config: RunConfig, rows: Any, count: int) -> list[dict[str, Any]]:
     """The batches that training on these rows begins with."""
-    return [batch_at(rows, i, config.train.batch_size, seed=config.train.seed) for i in range(count)]
+    return [
+        batch_at(rows, i, config.train.batch_size, seed=config.train.seed) for i in range(count)
+    ]
 
 
 def _layer_by_layer(model: Any, params: Any, change: Callable[[Any, Any], Any]) -> Any:
-    """`change(model, params)` of the model with its layers looped; the tree is stacked again where it was."""
+    """`change(model, params)` of the model with its layers looped; the tree is stacked again where
+    it was.
+    """
     if not model.scan_layers:
         return change(model, params)
     return stack_layers(change(model.clone(scan_layers=False), unstack_layers(params)))
@@ -198,18 +240,29 @@ def is_loftq(config: RunConfig) -> bool:
         return False
     format = check_quantize(config.quantize)
     if format is None or needed_statistics(config.quantize.rounding, format):
-        raise ConfigError("method.init=loftq needs quantize.format, and a quantize.rounding that takes no data")
+        raise ConfigError(
+            "method.init=loftq needs quantize.format, and a quantize.rounding that takes no data"
+        )
     return True
 
 
 def _quantize_read(config: RunConfig, format: Format, path: str, w: jax.Array) -> Any:
-    """An array of the checkpoint as soon as it is read, quantized where the configuration says so."""
+    """An array of the checkpoint as soon as it is read, quantized where the configuration says
+    so.
+    """
     q = config.quantize
     if not is_target(path, w, q.targets, q.exclude):
         return w
     in_axes, out_axes = EMBEDDING if path.endswith("embedding") else MATRIX
     return quantize_weight(
-        path, w, format, rounding=q.rounding, seed=config.train.seed, in_axes=in_axes, out_axes=out_axes, **q.rounding_options
+        path,
+        w,
+        format,
+        rounding=q.rounding,
+        seed=config.train.seed,
+        in_axes=in_axes,
+        out_axes=out_axes,
+        **q.rounding_options,
     )
 
 
@@ -220,7 +273,12 @@ def quantized_tree(config: RunConfig, setup: Setup, format: Format) -> Any:
     options = {"seed": config.train.seed, "rounding": q.rounding, **where, **q.rounding_options}
     if needed_statistics(q.rounding, format):
         batches = calibration_batches(config, setup, q.calibration_batches)
-        change = lambda looped, tree: quantize_in_turn(bind(looped), tree, batches, format, token_cap=q.token_cap, **options)
+
+        def change(looped, tree):
+            return quantize_in_turn(
+                bind(looped), tree, batches, format, token_cap=q.token_cap, **options
+            )
+
         params = _layer_by_layer(setup.model, setup.params, change)
     else:
         params = quantize(setup.params, format, **options)
@@ -238,26 +296,38 @@ def read_source(config: RunConfig, source: SourceConfig, task: Task) -> list[Rec
     d, kinds = config.data, TASKS[task].kinds
     kind = d.kind or kinds[0]
     if kind not in kinds:
-        raise ConfigError(f"option 'data.kind': a {task} model learns from {' or '.join(kinds)} records, not {kind}")
+        raise ConfigError(
+            f"option 'data.kind': a {task} model learns from {' or '.join(kinds)} records, "
+            f"not {kind}"
+        )
     training = source is config.data.train
     if kind == "facts":
         asking = not training if source.phrasing is None else source.phrasing == "held_out"
         records = facts_of(d, source)
         if task == "sequence_classification":
             return relation_questions(records)
-        records = verbalise(_ruled(config, records), templates_of(config), held_out=d.held_out, asking=asking)
+        records = verbalise(
+            _ruled(config, records), templates_of(config), held_out=d.held_out, asking=asking
+        )
     else:
         records = read_records(
-            source.path, kind=kind, split=source.split, columns=d.columns, delimiter=d.delimiter, on_error=d.on_error,
+            source.path,
+            kind=kind,
+            split=source.split,
+            columns=d.columns,
+            delimiter=d.delimiter,
+            on_error=d.on_error,
             limit=source.limit,
-        )  # fmt: skip
+        )
     return _with_passages(config, records, config.train.seed if training else None)
 
 
 def templates_of(config: RunConfig) -> dict[str, list[str]]:
     """The ways to say each relation. Raises ConfigError where there are none."""
     if config.data.templates is None:
-        raise ConfigError("data.kind=facts needs data.templates, a YAML file of ways to say each relation")
+        raise ConfigError(
+            "data.kind=facts needs data.templates, a YAML file of ways to say each relation"
+        )
     return read_templates(Path(config.data.templates))
 
 
@@ -265,9 +335,13 @@ def _ruled(config: RunConfig, facts: list[Record]) -> list[Record]:
     """Facts with the number of their relation's rule, where there are any."""
     if not config.data.knowledge.allowed_weight:
         return facts
-    relations = list(dict.fromkeys(f.value["relation"] for f in facts_of(config.data, config.data.train)))
+    relations = list(
+        dict.fromkeys(f.value["relation"] for f in facts_of(config.data, config.data.train))
+    )
     number = {relation: n for n, relation in enumerate(relations, 1)}
-    return [f._replace(value={**f.value, "rule": number.get(f.value["relation"], 0)}) for f in facts]
+    return [
+        f._replace(value={**f.value, "rule": number.get(f.value["relation"], 0)}) for f in facts
+    ]
 
 
 def _with_passages(config: RunConfig, records: list[Record], seed: int | None) -> list[Record]:
@@ -276,17 +350,25 @@ def _with_passages(config: RunConfig, records: list[Record], seed: int | None) -
     if k.passages is None:
         return records
     if "prompt" not in records[0].value:
-        raise ConfigError("data.knowledge.passages are read before prompts: of facts and completions")
+        raise ConfigError(
+            "data.knowledge.passages are read before prompts: of facts and completions"
+        )
     if k.passages_kind == "facts":
         passages = passages_of(facts_of(config.data, k.passages), templates_of(config))
     else:
-        texts = read_records(k.passages.path, kind="text", split=k.passages.split, limit=k.passages.limit)
+        texts = read_records(
+            k.passages.path, kind="text", split=k.passages.split, limit=k.passages.limit
+        )
         passages = [p.strip() for t in texts for p in t.value["text"].split("\n\n") if p.strip()]
-    return with_passages(records, passages, each=k.passages_each, oracle_share=k.oracle_share, seed=seed)
+    return with_passages(
+        records, passages, each=k.passages_each, oracle_share=k.oracle_share, seed=seed
+    )
 
 
 def make_rows(config: RunConfig, source: SourceConfig, setup: Setup) -> Any:
-    """The rows of one source, as the model's task has them; those of data.train with what is replayed beside them."""
+    """The rows of one source, as the model's task has them; those of data.train with what is
+    replayed beside them.
+    """
     rows = rows_of(subject_of(config, setup), read_source(config, source, setup.model.task))
     if config.data.replay is None or source is not config.data.train:
         return rows
@@ -294,21 +376,32 @@ def make_rows(config: RunConfig, source: SourceConfig, setup: Setup) -> Any:
     times, share = passes(config), config.data.replay_share
     count = round(times * len(rows.tokens) * share / (1.0 - share))
     rng = np.random.default_rng(config.train.seed)
-    chosen = np.concatenate([rng.permutation(len(other.tokens)) for _ in range(-(-count // len(other.tokens)))])[:count]
-    return _beside(rows._make(np.tile(x, (times, *[1] * (x.ndim - 1))) for x in rows), other, chosen)
+    chosen = np.concatenate(
+        [rng.permutation(len(other.tokens)) for _ in range(-(-count // len(other.tokens)))]
+    )[:count]
+    return _beside(
+        rows._make(np.tile(x, (times, *[1] * (x.ndim - 1))) for x in rows), other, chosen
+    )
 
 
 def passes(config: RunConfig) -> int:
-    """How often the rows of data.train are among those trained on: as often as they are to be seen where others are replayed,
-    so that these are not the same ones each time.
+    """How often the rows of data.train are among those trained on: as often as they are to be seen
+    where others are replayed, so that these are not the same ones each time.
     """
-    return 1 if config.data.replay is None or config.train.steps is not None else max(1, round(config.train.epochs))
+    return (
+        1
+        if config.data.replay is None or config.train.steps is not None
+        else max(1, round(config.train.epochs))
+    )
 
 
 def text_rows(config: RunConfig, source: SourceConfig, setup: Setup) -> Any:
     """The rows of plain text, whatever kind the data is of."""
     if setup.model.task not in ("causal_lm", "masked_lm"):
-        raise ConfigError(f"plain text is nothing for a {setup.model.task} model: leave data.replay and inject.retained out")
+        raise ConfigError(
+            f"plain text is nothing for a {setup.model.task} model: leave data.replay and "
+            "inject.retained out"
+        )
     knowledge = dataclasses.replace(config.data.knowledge, passages=None)
     data = dataclasses.replace(config.data, kind="text", columns={}, knowledge=knowledge)
     config = dataclasses.replace(config, data=data)
@@ -317,6 +410,13 @@ def text_rows(config: RunConfig, source: SourceConfig, setup: Setup) -> Any:
 
 def _beside(rows: Any, other: Any, chosen: np.ndarray) -> Any:
     """Rows and the chosen ones of others after them; fields that the others lack are zero there."""
-    none = lambda values: np.zeros((len(chosen), *values.shape[1:]), values.dtype)
-    more = lambda name, values: getattr(other, name)[chosen] if hasattr(other, name) else none(values)
-    return rows._make(np.concatenate([values, more(name, values)]) for name, values in rows._asdict().items())
+
+    def none(values):
+        return np.zeros((len(chosen), *values.shape[1:]), values.dtype)
+
+    def more(name, values):
+        return getattr(other, name)[chosen] if hasattr(other, name) else none(values)
+
+    return rows._make(
+        np.concatenate([values, more(name, values)]) for name, values in rows._asdict().items()
+    )

@@ -1,4 +1,5 @@
-"""What each task of a model makes of records, which objective it has, and how its predictions are measured.
+"""What each task of a model makes of records, which objective it has, and how its predictions are
+measured.
 
 A task is a line of `TASKS`; the loop, the step and the commands know none of them.
 """
@@ -59,7 +60,9 @@ Scores = Callable[["Subject", Any, Sequence[Record], Sequence[str]], dict[str, f
 
 
 class Subject(NamedTuple):
-    """A model with what it takes to use it: its tokenizer, the data's options, the batch size and the mesh."""
+    """A model with what it takes to use it: its tokenizer, the data's options, the batch size and
+    the mesh.
+    """
 
     model: Model
     tokenizer: Any
@@ -69,9 +72,10 @@ class Subject(NamedTuple):
 
 
 class TaskSpec(NamedTuple):
-    """A task: the kinds of records (the usual one first), the rows made of them, how the loss reads a batch (None where it is
-    not over distributions), the metrics beyond the loss (those measured unless others are asked for first) and how they are
-    computed, the field of records with labels, and the objective where it is more than the reading's cross-entropy.
+    """A task: the kinds of records (the usual one first), the rows made of them, how the loss reads
+    a batch (None where it is not over distributions), the metrics beyond the loss (those measured
+    unless others are asked for first) and how they are computed, the field of records with labels,
+    and the objective where it is more than the reading's cross-entropy.
     """
 
     kinds: tuple[str, ...]
@@ -98,14 +102,17 @@ def _objective(config: RunConfig, subject: Subject) -> Objective:
     if tables := rule_tables(subject):
         if reading is None:
             raise ConfigError("data.knowledge: rules are for losses over distributions")
-        return balanced(functools.partial(constrained, reading, tables, chunk=chunk), config.train.router_loss)
+        return balanced(
+            functools.partial(constrained, reading, tables, chunk=chunk), config.train.router_loss
+        )
     if (own := task.objective(config, subject)) is not None:
         return own
     assert reading is not None  # a task has one of the two
     return functools.partial(cross_entropy, reading, chunk=chunk)
 
 
-# ------------------------------------------------------------------------------------------------- knowledge beside the data
+# -------------------------------------------------------------------------------------------------
+# knowledge beside the data
 
 
 def _informed(s: Subject) -> bool:
@@ -117,7 +124,10 @@ def rows_of(s: Subject, records: Sequence[Record]) -> Any:
     k, rows = s.data.knowledge, TASKS[s.model.task].rows(s, records)
     if k.lexicon is not None:
         if s.model.task != "token_classification":
-            raise ConfigError(f"data.knowledge.lexicon says the labels of words, and this is a {s.model.task} model")
+            raise ConfigError(
+                "data.knowledge.lexicon says the labels of words, and this is a "
+                f"{s.model.task} model"
+            )
         words, _ = read_lexicon(Path(k.lexicon), names_of_labels(s.model) or [])
         marked = mark_entities(rows, make_lexicon(s.tokenizer, words), everywhere=True)
         rows = with_fields(rows, rules=np.where(rows.weights > 0, marked.entities, 0))
@@ -127,39 +137,73 @@ def rows_of(s: Subject, records: Sequence[Record]) -> Any:
 
 
 def beside(s: Subject) -> Callable[[Any], Any] | None:
-    """What sets the triples and entities of `data.knowledge` beside rows of tokens; None where there are none.
+    """What sets the triples and entities of `data.knowledge` beside rows of tokens; None where
+    there are none.
 
     Raises ConfigError for an encoder-decoder.
     """
     k = s.data.knowledge
     if _informed(s) and s.model.task == "seq2seq_lm":
-        raise ConfigError("data.knowledge: triples and entities are for encoders and decoders, not for encoder-decoders")
+        raise ConfigError(
+            "data.knowledge: triples and entities are for encoders and decoders, not for "
+            "encoder-decoders"
+        )
     steps: list[Callable[[Any], Any]] = []
     if k.entities is not None:
-        steps.append(functools.partial(mark_entities, lexicon=make_lexicon(s.tokenizer, read_entities(Path(k.entities))[0])))
+        steps.append(
+            functools.partial(
+                mark_entities, lexicon=make_lexicon(s.tokenizer, read_entities(Path(k.entities))[0])
+            )
+        )
     if k.triples is not None:
         triples = make_triples(s.tokenizer, facts_of(s.data, k.triples))
-        steps.append(functools.partial(attach_triples, triples=triples, most=k.triples_each, room=k.triples_room))
+        steps.append(
+            functools.partial(
+                attach_triples, triples=triples, most=k.triples_each, room=k.triples_room
+            )
+        )
     return (lambda rows: functools.reduce(lambda r, step: step(r), steps, rows)) if steps else None
 
 
 def facts_of(data: DataConfig, source: SourceConfig) -> list[Record]:
     """The facts of a source, those of the subjects that it is to have."""
-    facts = read_records(source.path, kind="facts", split=source.split, columns=data.columns if data.kind == "facts" else None,
-                         delimiter=data.delimiter, on_error=data.on_error, limit=source.limit)  # fmt: skip
+    facts = read_records(
+        source.path,
+        kind="facts",
+        split=source.split,
+        columns=data.columns if data.kind == "facts" else None,
+        delimiter=data.delimiter,
+        on_error=data.on_error,
+        limit=source.limit,
+    )
     return facts if source.part is None else part_of(facts, source.part, data.unseen)
 
 
 def rule_tables(s: Subject) -> dict[str, tuple[np.ndarray, float]]:
-    """The tables of `constrained`: the objects that relations allow, or the labels that a lexicon gives words."""
+    """The tables of `constrained`: the objects that relations allow, or the labels that a lexicon
+    gives words.
+    """
     k = s.data.knowledge
     if k.lexicon is not None:
-        return {"prior": (read_lexicon(Path(k.lexicon), names_of_labels(s.model) or [])[1], k.lexicon_weight)}
+        return {
+            "prior": (
+                read_lexicon(Path(k.lexicon), names_of_labels(s.model) or [])[1],
+                k.lexicon_weight,
+            )
+        }
     if k.allowed_weight:
         if s.model.task != "causal_lm":
-            raise ConfigError(f"data.knowledge.allowed_weight is for causal language models, not a {s.model.task} model")
+            raise ConfigError(
+                "data.knowledge.allowed_weight is for causal language models, not a "
+                f"{s.model.task} model"
+            )
         width = s.model.config.vocab_size
-        return {"allowed": (objects_of(facts_of(s.data, s.data.train), s.tokenizer, width)[1], k.allowed_weight)}
+        return {
+            "allowed": (
+                objects_of(facts_of(s.data, s.data.train), s.tokenizer, width)[1],
+                k.allowed_weight,
+            )
+        }
     return {}
 
 
@@ -173,19 +217,30 @@ def names_of_labels(model: Model) -> list[str] | None:
 
 
 def wanted_labels(
-    task: Task, records: Sequence[Record], known: Sequence[str] | int | None, kind: str | None = None
+    task: Task,
+    records: Sequence[Record],
+    known: Sequence[str] | int | None,
+    kind: str | None = None,
 ) -> Sequence[str] | int | None:
-    """The classes that a head needs for these records, 1 for a number; None where the checkpoint's own head is right.
+    """The classes that a head needs for these records, 1 for a number; None where the checkpoint's
+    own head is right.
 
-    `known` are the checkpoint's classes (1 where it regresses, None where it has no such head), which rule: records name them
-    or, where no name is a number, number them. `kind` says what labels are, "names" or "numbers", by default the records.
-    Raises ConfigError for labels that the checkpoint does not know.
+    `known` are the checkpoint's classes (1 where it regresses, None where it has no such head),
+    which rule: records name them or, where no name is a number, number them. `kind` says what
+    labels are, "names" or "numbers", by default the records. Raises ConfigError for labels that the
+    checkpoint does not know.
     """
     field = TASKS[task].labels
     if field is None:
         return None
-    values = [v for r in records for v in (r.value[field] if isinstance(r.value[field], list) else [r.value[field]])]
-    numbers = kind == "numbers" or (kind is None and (known == 1 or label_names(records, field) is None))
+    values = [
+        v
+        for r in records
+        for v in (r.value[field] if isinstance(r.value[field], list) else [r.value[field]])
+    ]
+    numbers = kind == "numbers" or (
+        kind is None and (known == 1 or label_names(records, field) is None)
+    )
     if numbers and field == "label":
         return None if known == 1 else 1
     found = sorted({str(v) for v in values}) if kind == "names" else label_names(records, field)
@@ -194,7 +249,8 @@ def wanted_labels(
     found, ids = found or [], label_ids(known)
     if strange := [n for n in found if n not in ids and n.casefold() not in ids]:
         raise ConfigError(
-            f"the data has the labels {_listed(found)}, the checkpoint's classes are {_listed(known)}, and {strange[0]!r} is "
+            f"the data has the labels {_listed(found)}, the checkpoint's classes are "
+            f"{_listed(known)}, and {strange[0]!r} is "
             "none of them: name them alike, or set data.labels to the names of a new head"
         )
     return None
@@ -207,7 +263,11 @@ def _listed(names: Sequence[str]) -> str:
 def usual_metrics(s: Subject) -> tuple[str, ...]:
     """What is measured where nothing else is asked for."""
     task = TASKS[s.model.task]
-    return tuple(OF_NUMBERS) if task.labels == "label" and names_of_labels(s.model) is None else task.metrics
+    return (
+        tuple(OF_NUMBERS)
+        if task.labels == "label" and names_of_labels(s.model) is None
+        else task.metrics
+    )
 
 
 def predict(subject: Subject, params: Any, rows: Any) -> np.ndarray:
@@ -219,17 +279,23 @@ def predict(subject: Subject, params: Any, rows: Any) -> np.ndarray:
     def run(params: Any, batch: Any) -> jax.Array:
         return apply(params, batch["tokens"], **inputs_of(batch))
 
-    parts = [fetch(run(params, on_devices(b, subject.mesh))) for b in evaluation_batches(rows, subject.batch_size)]
+    parts = [
+        fetch(run(params, on_devices(b, subject.mesh)))
+        for b in evaluation_batches(rows, subject.batch_size)
+    ]
     return np.concatenate(parts)[: len(rows.tokens)]
 
 
-# --------------------------------------------------------------------------------------------------------- language models
+# --------------------------------------------------------------------------------------------------
+# language models
 
 
 def _token_rows(s: Subject, records: Sequence[Record]) -> Any:
     d, kind = s.data, kind_of(s)
     examples = encode(records, s.tokenizer, kind, on_error=d.on_error)
-    return pack(fit(examples, d.sequence_length, kind, d.too_long), d.sequence_length, packing=d.packing)
+    return pack(
+        fit(examples, d.sequence_length, kind, d.too_long), d.sequence_length, packing=d.packing
+    )
 
 
 def kind_of(s: Subject) -> Any:
@@ -239,20 +305,32 @@ def kind_of(s: Subject) -> Any:
 
 def _next_token(config: RunConfig, s: Subject) -> Objective:
     if config.train.router_loss and not getattr(s.model.config, "num_experts", 0):
-        raise ConfigError(f"option 'train.router_loss': a {s.model.config.model_type} model has no experts to balance")
-    return functools.partial(next_token, chunk=config.train.loss_chunk, router_loss=config.train.router_loss)
+        raise ConfigError(
+            f"option 'train.router_loss': a {s.model.config.model_type} model has no experts "
+            "to balance"
+        )
+    return functools.partial(
+        next_token, chunk=config.train.loss_chunk, router_loss=config.train.router_loss
+    )
 
 
 def _masked(s: Subject) -> Reading:
-    return masked_reading(mask_token=s.tokenizer.mask_token_id, vocab_size=s.model.config.vocab_size, share=s.data.mask_share)
+    return masked_reading(
+        mask_token=s.tokenizer.mask_token_id,
+        vocab_size=s.model.config.vocab_size,
+        share=s.data.mask_share,
+    )
 
 
 def _source_rows(s: Subject, records: Sequence[Record]) -> Any:
     d = s.data
-    return encode_sources(records, s.tokenizer, d.sequence_length, s.model.config.start_token, d.target_length)
+    return encode_sources(
+        records, s.tokenizer, d.sequence_length, s.model.config.start_token, d.target_length
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------------ labels
+# --------------------------------------------------------------------------------------------------
+# labels
 
 
 def _classified_rows(s: Subject, records: Sequence[Record]) -> Any:
@@ -261,12 +339,16 @@ def _classified_rows(s: Subject, records: Sequence[Record]) -> Any:
 
 def _classified(s: Subject, records: Sequence[Record]) -> Any:
     labels = names_of_labels(s.model)
-    return encode_classification(records, s.tokenizer, s.data.sequence_length, labels, on_error=s.data.on_error)
+    return encode_classification(
+        records, s.tokenizer, s.data.sequence_length, labels, on_error=s.data.on_error
+    )
 
 
 def _tagged_rows(s: Subject, records: Sequence[Record]) -> Any:
     labels = names_of_labels(s.model) or []
-    rows = encode_tagging(records, s.tokenizer, s.data.sequence_length, labels, on_error=s.data.on_error)
+    rows = encode_tagging(
+        records, s.tokenizer, s.data.sequence_length, labels, on_error=s.data.on_error
+    )
     return _without_types(s, rows)
 
 
@@ -289,7 +371,9 @@ def _label_reading(s: Subject) -> Reading | None:
     return None if names_of_labels(s.model) is None else LABELS
 
 
-def _label_scores(s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
+def _label_scores(
+    s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]
+) -> dict[str, float]:
     rows = rows_of(s, records)
     logits = predict(s, params, rows)
     labels = names_of_labels(s.model)
@@ -307,27 +391,41 @@ def _label_scores(s: Subject, params: Any, records: Sequence[Record], names: Seq
 def classify(s: Subject, params: Any, texts: Sequence[str]) -> list[str]:
     """The label of each text, or the number that the model gives it."""
     names = names_of_labels(s.model)
-    rows = rows_of(s, [Record({"text": t, "label": "0" if names is None else names[0]}, t) for t in texts])
-    return [f"{row[0]:.4g}" if names is None else names[int(row.argmax())] for row in predict(s, params, rows)]
+    rows = rows_of(
+        s, [Record({"text": t, "label": "0" if names is None else names[0]}, t) for t in texts]
+    )
+    return [
+        f"{row[0]:.4g}" if names is None else names[int(row.argmax())]
+        for row in predict(s, params, rows)
+    ]
 
 
-def _tag_scores(s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
+def _tag_scores(
+    s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]
+) -> dict[str, float]:
     rows, labels = rows_of(s, records), np.asarray(names_of_labels(s.model))
     predicted, counts = predict(s, params, rows).argmax(-1), rows.weights > 0
     flat = predicted[counts].tolist(), rows.labels[counts].tolist()
     result = {n: OF_LABELS[n](*flat, len(labels)) for n in names if n in OF_LABELS}
     if "seqeval" in names:
-        by_row = [[labels[row[seen]].tolist() for row, seen in zip(x, counts, strict=True)] for x in (predicted, rows.labels)]
+        by_row = [
+            [labels[row[seen]].tolist() for row, seen in zip(x, counts, strict=True)]
+            for x in (predicted, rows.labels)
+        ]
         result["seqeval"] = seqeval(*by_row)
     return result
 
 
 def answers(s: Subject, params: Any, records: Sequence[Record], longest: int = 30) -> list[str]:
-    """The best answer to each question: the span of at most `longest` tokens with the highest scores of its ends."""
+    """The best answer to each question: the span of at most `longest` tokens with the highest
+    scores of its ends.
+    """
     rows, origins = _asked(s, records)
     logits = predict(s, params, _without_types(s, rows))
     best: dict[int, tuple[float, str]] = {}
-    span = np.triu(np.ones((rows.tokens.shape[1],) * 2, bool)) & ~np.triu(np.ones((rows.tokens.shape[1],) * 2, bool), longest)
+    span = np.triu(np.ones((rows.tokens.shape[1],) * 2, bool)) & ~np.triu(
+        np.ones((rows.tokens.shape[1],) * 2, bool), longest
+    )
     for q in origins:
         inside = q.offsets[:, 0] >= 0
         scores = logits[q.row, :, 0][:, None] + logits[q.row, :, 1][None]
@@ -339,10 +437,15 @@ def answers(s: Subject, params: Any, records: Sequence[Record], longest: int = 3
     return [best.get(i, (0.0, ""))[1] for i in range(len(records))]
 
 
-def _answer_scores(s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
+def _answer_scores(
+    s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]
+) -> dict[str, float]:
     found = answers(s, params, records)
     gold = [r.value["answers"]["text"] for r in records]
-    return {n: float(np.mean([OF_ANSWERS[n](a, g) for a, g in zip(found, gold, strict=True)])) for n in names}
+    return {
+        n: float(np.mean([OF_ANSWERS[n](a, g) for a, g in zip(found, gold, strict=True)]))
+        for n in names
+    }
 
 
 def _question_rows(s: Subject, records: Sequence[Record]) -> Any:
@@ -350,51 +453,99 @@ def _question_rows(s: Subject, records: Sequence[Record]) -> Any:
 
 
 def _asked(s: Subject, records: Sequence[Record]) -> Any:
-    return encode_questions(records, s.tokenizer, s.data.sequence_length, s.data.stride, on_error=s.data.on_error)
+    return encode_questions(
+        records, s.tokenizer, s.data.sequence_length, s.data.stride, on_error=s.data.on_error
+    )
 
 
-def _retrieved(s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
-    """How often the nearest of all texts is that of a text's own pair, or one that reads the same."""
+def _retrieved(
+    s: Subject, params: Any, records: Sequence[Record], names: Sequence[str]
+) -> dict[str, float]:
+    """How often the nearest of all texts is that of a text's own pair, or one that reads the
+    same.
+    """
     rows, apply = encode_pairs(records, s.tokenizer, s.data.sequence_length), bind(s.model)
     run = jax.jit(lambda params, tokens, seen: embed_texts(apply, params, tokens, seen))
     sides = []
-    for tokens, seen in ((rows.tokens, rows.segment_ids), (rows.other_tokens, rows.other_segment_ids)):
+    for tokens, seen in (
+        (rows.tokens, rows.segment_ids),
+        (rows.other_tokens, rows.other_segment_ids),
+    ):
         parts = [
-            run(params, tokens[i : i + s.batch_size], seen[i : i + s.batch_size]) for i in range(0, len(tokens), s.batch_size)
+            run(params, tokens[i : i + s.batch_size], seen[i : i + s.batch_size])
+            for i in range(0, len(tokens), s.batch_size)
         ]
         sides.append(np.concatenate(list(map(fetch, parts))))
     nearest = (sides[0] @ sides[1].T).argmax(-1)
     same = (rows.other_tokens[nearest] == rows.other_tokens) | (rows.other_segment_ids == 0)
-    return {"retrieval": float(np.mean(same.all(-1) & (rows.other_segment_ids[nearest] == rows.other_segment_ids).all(-1)))}
+    return {
+        "retrieval": float(
+            np.mean(
+                same.all(-1) & (rows.other_segment_ids[nearest] == rows.other_segment_ids).all(-1)
+            )
+        )
+    }
 
 
 _LANGUAGE = ("perplexity",)
 TASKS: dict[str, TaskSpec] = {
     "causal_lm": TaskSpec(
-        ("text", "completion", "chat", "facts"), _token_rows, lambda s: TOKENS, _LANGUAGE, ("exact_match", "bleu", "rouge"),
+        ("text", "completion", "chat", "facts"),
+        _token_rows,
+        lambda s: TOKENS,
+        _LANGUAGE,
+        ("exact_match", "bleu", "rouge"),
         objective=_next_token,
     ),
     "masked_lm": TaskSpec(
-        ("text", "facts"), lambda s, records: encode_masked(records, s.tokenizer, s.data.sequence_length), _masked, _LANGUAGE,
+        ("text", "facts"),
+        lambda s, records: encode_masked(records, s.tokenizer, s.data.sequence_length),
+        _masked,
+        _LANGUAGE,
     ),
     "seq2seq_lm": TaskSpec(
-        ("completion",), _source_rows, lambda s: TOKENS, _LANGUAGE, ("exact_match", "bleu", "rouge"),
+        ("completion",),
+        _source_rows,
+        lambda s: TOKENS,
+        _LANGUAGE,
+        ("exact_match", "bleu", "rouge"),
     ),
     "sequence_classification": TaskSpec(
-        ("classification", "facts"), _classified_rows, _label_reading, ("accuracy", "f1"), ("matthews", *OF_NUMBERS),
-        _label_scores, "label", lambda config, s: squared_error if names_of_labels(s.model) is None else None,
+        ("classification", "facts"),
+        _classified_rows,
+        _label_reading,
+        ("accuracy", "f1"),
+        ("matthews", *OF_NUMBERS),
+        _label_scores,
+        "label",
+        lambda config, s: squared_error if names_of_labels(s.model) is None else None,
     ),
     "token_classification": TaskSpec(
-        ("tagging",), _tagged_rows, lambda s: LABELS, ("accuracy", "f1"), ("matthews", "seqeval"), _tag_scores, "tags",
+        ("tagging",),
+        _tagged_rows,
+        lambda s: LABELS,
+        ("accuracy", "f1"),
+        ("matthews", "seqeval"),
+        _tag_scores,
+        "tags",
     ),
     "question_answering": TaskSpec(
-        ("question_answering",), _question_rows, lambda s: ANSWERS, ("exact_match", "f1"), (), _answer_scores,
+        ("question_answering",),
+        _question_rows,
+        lambda s: ANSWERS,
+        ("exact_match", "f1"),
+        (),
+        _answer_scores,
     ),
     "feature_extraction": TaskSpec(
-        ("pairs",), lambda s, records: encode_pairs(records, s.tokenizer, s.data.sequence_length), lambda s: None,
-        ("retrieval",), (), _retrieved,
+        ("pairs",),
+        lambda s, records: encode_pairs(records, s.tokenizer, s.data.sequence_length),
+        lambda s: None,
+        ("retrieval",),
+        (),
+        _retrieved,
         objective=lambda config, s: functools.partial(
             contrast, temperature=s.data.temperature, same=s.data.same_texts == "negatives"
         ),
     ),
-}  # fmt: skip
+}

@@ -1,4 +1,6 @@
-"""What adapters beside a module have of their own: placement, AdapterDrop, formulas, and what is refused."""
+"""What adapters beside a module have of their own: placement, AdapterDrop, formulas, and what is
+refused.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +49,12 @@ def test_adapter_drop_at_inference(base):
     kept = peft_jax.keep_layers(adapted, [1, 2])
     looped = peft_jax.keep_layers(unstack_layers(adapted), [1, 2])
     assert "bottleneck_default" not in looped["model"]["layers_0"]["mlp"]["down_proj"]
-    assert relative_error(peft_jax.bind(model.clone(scan_layers=False))(looped, TOKENS), run(kept, TOKENS)) < 1e-5
+    assert (
+        relative_error(
+            peft_jax.bind(model.clone(scan_layers=False))(looped, TOKENS), run(kept, TOKENS)
+        )
+        < 1e-5
+    )
     assert relative_error(run(kept, TOKENS), run(adapted, TOKENS)) > 1e-3
     with pytest.raises(ValueError, match="no adapter beside modules named 'other'"):
         peft_jax.keep_layers(adapted, [1], adapter="other")
@@ -73,7 +80,11 @@ def test_interventions_are_the_papers_formula(base, variant):
 
     model = nn.Dense(6, use_bias=False)
     tree = model.init(KEY, jnp.zeros((1, 6)))["params"]
-    adapted = perturb(peft_jax.reft({"dense": tree}, KEY, variant=variant, rank=2, targets="dense", init="default"))["dense"]
+    adapted = perturb(
+        peft_jax.reft(
+            {"dense": tree}, KEY, variant=variant, rank=2, targets="dense", init="default"
+        )
+    )["dense"]
     node = next(x for x in adapted.values() if isinstance(x, peft_jax.Attachment))
     x = np.random.default_rng(0).normal(size=(2, 3, 6)).astype(np.float32)
     h = x @ np.asarray(tree["kernel"])
@@ -105,28 +116,52 @@ def test_bitfit_trains_biases_alone(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: peft_jax.bottleneck(p, KEY, placement="pfeifer"), "unknown placement 'pfeifer'. Did you mean 'pfeiffer'"),
-        (lambda p: peft_jax.bottleneck(peft_jax.bottleneck(p, KEY), KEY), "bottleneck 'default' already; give"),
+        (
+            lambda p: peft_jax.bottleneck(p, KEY, placement="pfeifer"),
+            "unknown placement 'pfeifer'. Did you mean 'pfeiffer'",
+        ),
+        (
+            lambda p: peft_jax.bottleneck(peft_jax.bottleneck(p, KEY), KEY),
+            "bottleneck 'default' already; give",
+        ),
         (lambda p: peft_jax.bottleneck(p, KEY, targets="atention"), "matches no module"),
-        (lambda p: peft_jax.bottleneck(p, KEY, layers=[7]), "there is no layer 7; layers here: 0 to 2"),
-        (lambda p: peft_jax.bottleneck(p, KEY, activation="relo"), "unknown activation 'relo'. Did you mean 'relu'"),
+        (
+            lambda p: peft_jax.bottleneck(p, KEY, layers=[7]),
+            "there is no layer 7; layers here: 0 to 2",
+        ),
+        (
+            lambda p: peft_jax.bottleneck(p, KEY, activation="relo"),
+            "unknown activation 'relo'. Did you mean 'relu'",
+        ),
         (lambda p: peft_jax.bottleneck(p, KEY, scaling="big"), "scaling must be a number"),
         (lambda p: peft_jax.bottleneck(p, KEY, init="ones"), "unknown init 'ones'"),
         (lambda p: peft_jax.bottleneck(p, KEY, dropout=1.0), "dropout must lie in"),
-        (lambda p: peft_jax.bottleneck(p, KEY, size_pattern={"layers.0.mlp.down_proj": 9}), "stacked at .* unstack_layers"),
-        (lambda p: peft_jax.bottleneck(p, KEY, size_pattern={"nothing": 9}), "size_pattern 'nothing' matches nothing"),
-        (lambda p: peft_jax.compacter(p, KEY, dimension=5), "dimension=5 does not divide the 32 features"),
+        (
+            lambda p: peft_jax.bottleneck(p, KEY, size_pattern={"layers.0.mlp.down_proj": 9}),
+            "stacked at .* unstack_layers",
+        ),
+        (
+            lambda p: peft_jax.bottleneck(p, KEY, size_pattern={"nothing": 9}),
+            "size_pattern 'nothing' matches nothing",
+        ),
+        (
+            lambda p: peft_jax.compacter(p, KEY, dimension=5),
+            "dimension=5 does not divide the 32 features",
+        ),
         (lambda p: peft_jax.compacter(p, KEY, placement="x"), "unknown placement 'x'"),
         (lambda p: peft_jax.reft(p, KEY, variant="soreft"), "unknown variant 'soreft'"),
         (lambda p: peft_jax.reft(p, KEY, rank=99), "rank must lie between 1 and the 32 features"),
         (lambda p: peft_jax.reft(p, KEY, first=-1), "first and last count tokens"),
         (lambda p: peft_jax.bitfit(p, KEY), "this model has none"),
         (lambda p: peft_jax.ln_tuning(p, targets="q_proj"), "name no norm; norms here"),
-        (lambda p: peft_jax.ia3(p, KEY, targets="kproj"), "target 'kproj' matches nothing. Did you mean 'k_proj'"),
+        (
+            lambda p: peft_jax.ia3(p, KEY, targets="kproj"),
+            "target 'kproj' matches nothing. Did you mean 'k_proj'",
+        ),
         (lambda p: peft_jax.unipelt(p, KEY, rank=0), "rank must be at least 1"),
         (lambda p: peft_jax.invertible(p, KEY, embedding="wte"), "no token embedding"),
     ],
-)  # fmt: skip
+)
 def test_bad_requests_are_refused_by_name(base, make, message):
     with pytest.raises(ValueError, match=message):
         make(base[1])
@@ -135,5 +170,7 @@ def test_bad_requests_are_refused_by_name(base, make, message):
 def test_an_adapter_of_another_width_is_refused_where_it_acts(base):
     model, params, _ = base
     wrong = peft_jax.bottleneck(params, KEY, targets="mlp", size=4, width=16)
-    with pytest.raises(ValueError, match="from 16 to 16 features stands beside a module with 32 and 32"):
+    with pytest.raises(
+        ValueError, match="from 16 to 16 features stands beside a module with 32 and 32"
+    ):
         peft_jax.bind(model)(wrong, TOKENS)

@@ -28,11 +28,23 @@ def run(*args):
 @pytest.fixture
 def options(tiny_folder, tmp_path):
     return [
-        f"output={tmp_path}/run", f"model.path={tiny_folder}", "method.rank=2", "data.train.path=builtin:countries",
-        "data.validation.path=builtin:countries", "data.kind=completion", "data.sequence_length=32", "train.steps=3",
-        "train.batch_size=8", "train.log_every=1", "data.train.limit=40", "data.validation.limit=16",
-        "evaluate.metrics=[perplexity]", "evaluate.limit=4", "evaluate.batch_size=4", "generate.prompts=[]",
-    ]  # fmt: skip
+        f"output={tmp_path}/run",
+        f"model.path={tiny_folder}",
+        "method.rank=2",
+        "data.train.path=builtin:countries",
+        "data.validation.path=builtin:countries",
+        "data.kind=completion",
+        "data.sequence_length=32",
+        "train.steps=3",
+        "train.batch_size=8",
+        "train.log_every=1",
+        "data.train.limit=40",
+        "data.validation.limit=16",
+        "evaluate.metrics=[perplexity]",
+        "evaluate.limit=4",
+        "evaluate.batch_size=4",
+        "generate.prompts=[]",
+    ]
 
 
 def test_train_evaluate_generate_export_and_inspect(options, tmp_path):
@@ -40,7 +52,13 @@ def test_train_evaluate_generate_export_and_inspect(options, tmp_path):
     options += ['generate.prompts=["What is the capital of France?"]', "generate.max_tokens=4"]
     out, error = run("train", *options)
     assert error is None, out
-    for text in ("before:", "after:", "exact_match", "prompt: What is the capital of France?", "adapter"):
+    for text in (
+        "before:",
+        "after:",
+        "exact_match",
+        "prompt: What is the capital of France?",
+        "adapter",
+    ):
         assert text in out
     folder = tmp_path / "run"
     results = json.loads((folder / "results.json").read_text())
@@ -87,43 +105,85 @@ BAD = {
     "unknown option": (["train.stpes=3"], "unknown option 'train.stpes'. Did you mean 'steps'?"),
     "unknown section": (["trian.steps=3"], "unknown option 'trian'. Did you mean 'train'?"),
     "wrong type": (["train.steps=many"], "option 'train.steps': input should be a valid integer"),
-    "wrong choice": (["data.kind=prose"], "option 'data.kind': input should be 'text', 'completion', 'chat', 'classification'"),
+    "wrong choice": (
+        ["data.kind=prose"],
+        "option 'data.kind': input should be 'text', 'completion', 'chat', 'classification'",
+    ),
     "unknown method": (["method.name=lorra"], "unknown method 'lorra'. Did you mean 'lora'?"),
-    "unknown method option": (["method.rnak=3"], "unknown option 'method.rnak' of lora. Did you mean 'rank'?"),
+    "unknown method option": (
+        ["method.rnak=3"],
+        "unknown option 'method.rnak' of lora. Did you mean 'rank'?",
+    ),
     "method type": (["method.rank=x"], "option 'method.rank'"),
-    "target": (["method.targets=[q_porj]"], "target 'q_porj' matches nothing. Did you mean 'q_proj'?"),
-    "no file": (["configs/quikstart.yaml"], "configuration file configs/quikstart.yaml does not exist Did you mean"),
+    "target": (
+        ["method.targets=[q_porj]"],
+        "target 'q_porj' matches nothing. Did you mean 'q_proj'?",
+    ),
+    "no file": (
+        ["configs/quikstart.yaml"],
+        "configuration file configs/quikstart.yaml does not exist Did you mean",
+    ),
     "not key=value": (["a=1", "steps"], "override 'steps' should read key=value"),
     "model": (["model.path=./no/such/model"], "./no/such/model is no folder"),
     "builtin model": (["model.path=builtin:bse"], "there is builtin:base"),
     "dtype": (["model.dtype=float8"], "'float8' is none of float32, bfloat16, float16"),
     "adapter": (["model.adapter=./no/adapter"], "./no/adapter is no folder"),
     "data": (["data.train.path=./no.jsonl"], "data file ./no.jsonl does not exist"),
-    "too long": (["data.train.path=builtin:countries", "data.kind=completion", "data.sequence_length=2"], "no record fits"),
+    "too long": (
+        ["data.train.path=builtin:countries", "data.kind=completion", "data.sequence_length=2"],
+        "no record fits",
+    ),
     "zero": (["train.batch_size=0"], "option 'train.batch_size' must be at least 1"),
-    "accumulate": (["train.accumulate=3"], "train.batch_size=8 is not a multiple of train.accumulate=3"),
+    "accumulate": (
+        ["train.accumulate=3"],
+        "train.batch_size=8 is not a multiple of train.accumulate=3",
+    ),
     "no validation": (["data.validation=null", "train.eval_every=2"], "need data.validation"),
     "mesh": (["mesh.data=3"], "does not divide"),
     "batch on mesh": (["mesh.data=8", "train.batch_size=4"], "a micro-batch of 4 rows"),
     "quantized format": (["quantize.format=nf5"], "option 'quantize': unknown format 'nf5'"),
-    "quantized option": (["quantize.format=nf4", "quantize.options={blocks: 3}"], "format 'nf4' has no option 'blocks'"),
-    "rounding option": (["quantize.format=int4", "quantize.rounding_options={grid: 3}"], "'nearest' has no option 'grid'"),
-    "quantized block": (["quantize.format=nf4", "quantize.options={block_size: 48}"], "block_size=48 does not divide the 32"),
+    "quantized option": (
+        ["quantize.format=nf4", "quantize.options={blocks: 3}"],
+        "format 'nf4' has no option 'blocks'",
+    ),
+    "rounding option": (
+        ["quantize.format=int4", "quantize.rounding_options={grid: 3}"],
+        "'nearest' has no option 'grid'",
+    ),
+    "quantized block": (
+        ["quantize.format=nf4", "quantize.options={block_size: 48}"],
+        "block_size=48 does not divide the 32",
+    ),
     "quantized targets": (
         ["quantize.format=int8", "quantize.targets=q_porj"],
         "target 'q_porj' matches nothing. Did you mean 'q_proj'?",
     ),
-    "sparsity": (["prune.sparsity=1.5"], "option 'prune': sparsity, the share of entries that go, must lie in [0, 1), got 1.5"),
-    "pattern": (["prune.pattern=5:4"], "option 'prune': pattern 5:4 keeps more of a group than it has"),
+    "sparsity": (
+        ["prune.sparsity=1.5"],
+        "option 'prune': sparsity, the share of entries that go, must lie in [0, 1), got 1.5",
+    ),
+    "pattern": (
+        ["prune.pattern=5:4"],
+        "option 'prune': pattern 5:4 keeps more of a group than it has",
+    ),
     "score": (["prune.score=weight"], "option 'prune': unknown score 'weight'"),
     "score option": (["prune.score_options={power: 1}"], "score 'wanda' has no option 'power'"),
-    "distribution": (["prune.sparsity=0.5", "prune.distribution=even"], "unknown distribution 'even'"),
-    "distribution option": (["prune.distribution=owl", "prune.distribution_options={spred: 1}"], "'owl' has no option 'spred'"),
+    "distribution": (
+        ["prune.sparsity=0.5", "prune.distribution=even"],
+        "unknown distribution 'even'",
+    ),
+    "distribution option": (
+        ["prune.distribution=owl", "prune.distribution_options={spred: 1}"],
+        "'owl' has no option 'spred'",
+    ),
     "groups": (["prune.pattern=2:5"], "pattern 2:5 does not divide the"),
     "keep": (["prune.keep={layers: 9}"], "layers must leave between 1 and 3, got 9"),
     "keep twice": (["prune.keep={layers: 2}", "prune.keep_parameters=0.5"], "give one of them"),
     "what to keep": (["prune.keep={rows: 2}"], "option 'prune.keep"),
-    "sparse and best": (["method={name: sparse, sparsity: 0.5}", "train.eval_every=2"], "set train.keep_best=false"),
+    "sparse and best": (
+        ["method={name: sparse, sparsity: 0.5}", "train.eval_every=2"],
+        "set train.keep_best=false",
+    ),
     "sparse training": (["method={name: sparse}"], "sparsity is missing"),
     "loftq": (["method.init=loftq"], "method.init=loftq needs quantize.format"),
     "metric of text": (["evaluate.metrics=[bleu]"], "needs data of kind completion or chat"),
@@ -134,7 +194,12 @@ BAD = {
 def test_what_is_wrong_is_said_in_one_sentence(tiny_folder, tmp_path, kind, monkeypatch):
     monkeypatch.chdir(ROOT)
     overrides, message = BAD[kind]
-    common = [f"output={tmp_path}/run", "train.steps=1", "data.train.limit=2", "data.validation.limit=1"]
+    common = [
+        f"output={tmp_path}/run",
+        "train.steps=1",
+        "data.train.limit=2",
+        "data.validation.limit=1",
+    ]
     common += [] if kind in ("model", "builtin model") else [f"model.path={tiny_folder}"]
     first = [o for o in overrides if "=" not in o and o.endswith(".yaml")]
     rest = [o for o in overrides if o not in first]
@@ -148,7 +213,9 @@ def test_what_is_wrong_is_said_in_one_sentence(tiny_folder, tmp_path, kind, monk
 def test_the_console_script_exits_with_2_and_no_traceback(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "peft_jax", "train", "train.stpes=3"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown option 'train.stpes'")
     assert "Traceback" not in done.stderr
@@ -180,9 +247,11 @@ def test_scientific_notation_without_a_dot_is_a_number():
         pytest.param("method={name: lora, rank: 2, init: lora_ga}", marks=pytest.mark.slow),
         pytest.param("method={name: vera, rank: 4}", marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 def test_other_methods_train_export_and_are_inspected(options, method):
-    """Methods that need the training rows, share arrays, or add to the optimizer, by the same road as LoRA."""
+    """Methods that need the training rows, share arrays, or add to the optimizer, by the same road
+    as LoRA.
+    """
     options = [o for o in options if not o.startswith("method.")] + [method]
     for command in ("inspect", "train"):
         out, error = run(command, *options)
@@ -199,13 +268,25 @@ def test_other_methods_train_export_and_are_inspected(options, method):
             "arrays",
             marks=pytest.mark.slow,
         ),
-        ("method={name: lora, rank: 2, init: loftq}", "quantize={format: nf4, options: {block_size: 16}}", "arrays"),
-        ("method={name: qalora, rank: 2}", "quantize={format: int4, options: {block_size: 16}, rounding: gptq}", "refused"),
+        (
+            "method={name: lora, rank: 2, init: loftq}",
+            "quantize={format: nf4, options: {block_size: 16}}",
+            "arrays",
+        ),
+        (
+            "method={name: qalora, rank: 2}",
+            "quantize={format: int4, options: {block_size: 16}, rounding: gptq}",
+            "refused",
+        ),
         ("method={name: qat, format: int8}", "quantize={}", "codes"),
     ],
 )
 def test_training_over_a_quantized_base(options, tmp_path, method, quantized, merged):
-    options = [o for o in options if not o.startswith("method.")] + [method, quantized, "optimizer.name=adamw8bit"]
+    options = [o for o in options if not o.startswith("method.")] + [
+        method,
+        quantized,
+        "optimizer.name=adamw8bit",
+    ]
     out, error = run("train", *options)
     assert error is None, out
     assert "after:" in out
@@ -219,9 +300,14 @@ def test_training_over_a_quantized_base(options, tmp_path, method, quantized, me
 
 
 def test_static_activations_are_calibrated_for_quantization_aware_training(options, tmp_path):
-    """The exported weights hold scales of their inputs, which are those of the untrained model on the training rows."""
+    """The exported weights hold scales of their inputs, which are those of the untrained model on
+    the training rows.
+    """
     options = [o for o in options if not o.startswith("method.")]
-    method = "method={name: qat, format: int8, options: {activations: static}, targets: [q_proj, down_proj]}"
+    method = (
+        "method={name: qat, format: int8, options: {activations: static}, targets: "
+        "[q_proj, down_proj]}"
+    )
     out, error = run("train", *options, method)
     assert error is None, out
     config = load_config(None, [*options, method])
@@ -258,7 +344,12 @@ def zeros_of(folder):
 
 def test_prune_shows_what_became_of_each_weight(options, tmp_path):
     options += ["prune.calibration_batches=2"]
-    rest = ["prune.sparsity=0.5", "prune.score=magnitude", "prune.distribution=owl", "prune.sensitivity=[0.5]"]
+    rest = [
+        "prune.sparsity=0.5",
+        "prune.score=magnitude",
+        "prune.distribution=owl",
+        "prune.sensitivity=[0.5]",
+    ]
     out, error = run("prune", *options, *rest)
     assert error is None, out
     for text in ("before:", "after:", "% zeros a weight", "output error", "layer 2", "pruning.png"):
@@ -274,10 +365,16 @@ def test_prune_shows_what_became_of_each_weight(options, tmp_path):
 
 
 def test_prune_makes_a_smaller_model(options, tmp_path):
-    out, error = run("prune", *options, "prune.keep={layers: 2, units: 32, kv_heads: 1}", "quantize.format=int8")
+    out, error = run(
+        "prune", *options, "prune.keep={layers: 2, units: 32, kv_heads: 1}", "quantize.format=int8"
+    )
     assert error is None, out
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert (config["num_hidden_layers"], config["intermediate_size"], config["num_attention_heads"]) == (2, 32, 2)
+    assert (
+        config["num_hidden_layers"],
+        config["intermediate_size"],
+        config["num_attention_heads"],
+    ) == (2, 32, 2)
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     out, error = run("evaluate", *options, f"model.path={tmp_path / 'run' / 'model'}")
     assert error is None, out
@@ -287,16 +384,35 @@ def test_prune_makes_a_smaller_model(options, tmp_path):
     ("changes", "written"),
     [
         pytest.param(
-            ["method={name: lora, rank: 2}", "prune.sparsity=0.5", "prune.score=taylor"], "model", marks=pytest.mark.slow
+            ["method={name: lora, rank: 2}", "prune.sparsity=0.5", "prune.score=taylor"],
+            "model",
+            marks=pytest.mark.slow,
         ),
-        (["method={name: lora, rank: 2}", "prune={keep: {layers: 2}, pattern: 2:4, mask_updates: false}"], "adapter"),
-        (["method={name: full}", "prune.sparsity=0.5", "prune.distribution=global", "prune.score=magnitude"], "model"),
+        (
+            [
+                "method={name: lora, rank: 2}",
+                "prune={keep: {layers: 2}, pattern: 2:4, mask_updates: false}",
+            ],
+            "adapter",
+        ),
+        (
+            [
+                "method={name: full}",
+                "prune.sparsity=0.5",
+                "prune.distribution=global",
+                "prune.score=magnitude",
+            ],
+            "model",
+        ),
         (["method={name: sparse, sparsity: 0.5, every: 1}"], "model"),
     ],
     ids=lambda v: v if isinstance(v, str) else v[0][8:20] + v[-1][:18],
-)  # fmt: skip
+)
 def test_training_over_a_pruned_base(options, tmp_path, changes, written):
-    options = [o for o in options if not o.startswith("method.")] + ["prune.calibration_batches=1", *changes]
+    options = [o for o in options if not o.startswith("method.")] + [
+        "prune.calibration_batches=1",
+        *changes,
+    ]
     out, error = run("train", *options)
     assert error is None, out
     folder = tmp_path / "run"
@@ -306,10 +422,12 @@ def test_training_over_a_pruned_base(options, tmp_path, changes, written):
         assert abs(zeros_of(folder / "model") - 0.5) < 0.01
         again = [f"model.path={folder / 'model'}"]
     else:
-        assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
-            folder / "base"
-        )
+        assert json.loads((folder / "adapter" / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ] == str(folder / "base")
         again = [f"model.path={folder / 'base'}", f"model.adapter={folder / 'adapter'}"]
-    out, error = run("evaluate", *[o for o in options if not o.startswith(("prune", "model"))], *again)
+    out, error = run(
+        "evaluate", *[o for o in options if not o.startswith(("prune", "model"))], *again
+    )
     assert error is None, out
     assert f"{results['after']['loss']:.6g}"[:5] in out

@@ -20,9 +20,14 @@ def setting(tmp_path_factory):
     model, params = peft_jax.load(folder)
     tokens = random_tokens(ROWS, 9)
     trees = [
-        perturb(peft_jax.lora(params, jax.random.key(i), rank=1 + i, alpha=3.0, targets=TARGETS), seed=i) for i in range(SIZE)
+        perturb(
+            peft_jax.lora(params, jax.random.key(i), rank=1 + i, alpha=3.0, targets=TARGETS), seed=i
+        )
+        for i in range(SIZE)
     ]
-    banked = peft_jax.bank(peft_jax.lora(params, jax.random.key(9), rank=SIZE, targets=TARGETS), SIZE)
+    banked = peft_jax.bank(
+        peft_jax.lora(params, jax.random.key(9), rank=SIZE, targets=TARGETS), SIZE
+    )
     for i, tree in enumerate(trees):
         banked = peft_jax.set_adapter(banked, i, tree)
     return model, params, trees, banked, tokens
@@ -46,8 +51,12 @@ def test_replacing_an_adapter_compiles_nothing(setting):
     other = peft_jax.clear_adapter(peft_jax.set_adapter(banked, 0, trees[1]), 2)
     out = apply(other, tokens, adapter_ids=IDS[::-1])
     assert apply._cache_size() == 1
-    assert relative_error(out[1:2], jax.jit(peft_jax.bind(model))(trees[1], tokens[1:2])) < 1e-5  # was 0, now the other
-    assert relative_error(out[0:1], jax.jit(peft_jax.bind(model))(params, tokens[0:1])) < 1e-5  # was cleared
+    assert (
+        relative_error(out[1:2], jax.jit(peft_jax.bind(model))(trees[1], tokens[1:2])) < 1e-5
+    )  # was 0, now the other
+    assert (
+        relative_error(out[0:1], jax.jit(peft_jax.bind(model))(params, tokens[0:1])) < 1e-5
+    )  # was cleared
 
 
 def test_generation_with_a_bank(setting):
@@ -55,7 +64,12 @@ def test_generation_with_a_bank(setting):
     prompts = tokens[:, :4].tolist()
     out = peft_jax.generate(model, banked, prompts, max_tokens=6, adapter_ids=IDS.tolist())
     for row, i in enumerate(IDS.tolist()):
-        assert out[row] == peft_jax.generate(model, params if i < 0 else trees[i], [prompts[row]], max_tokens=6)[0]
+        assert (
+            out[row]
+            == peft_jax.generate(
+                model, params if i < 0 else trees[i], [prompts[row]], max_tokens=6
+            )[0]
+        )
     with pytest.raises(ValueError, match="2 adapter_ids for 6 prompts"):
         peft_jax.generate(model, banked, prompts, adapter_ids=[0, 1])
 
@@ -66,8 +80,15 @@ def test_a_step_trains_the_adapters_of_its_rows_alone(setting):
     model, _, _, banked, tokens = setting
     apply = peft_jax.bind(model)
     trainable, frozen = peft_jax.partition(banked)
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((ROWS, 8)), "adapter_ids": IDS}
-    grads = jax.jit(jax.grad(lambda t: next_token(apply, peft_jax.combine(t, frozen), batch, None)[0]))(trainable)
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": np.ones((ROWS, 8)),
+        "adapter_ids": IDS,
+    }
+    grads = jax.jit(
+        jax.grad(lambda t: next_token(apply, peft_jax.combine(t, frozen), batch, None)[0])
+    )(trainable)
     path = "model/layers/self_attn/q_proj/kernel"
     size = jnp.abs(peft_jax.places(grads)[path].adapters.b).max((0, 2, 3))
     np.testing.assert_array_equal(size > 0, [True, False, True, True])
@@ -95,7 +116,10 @@ def test_bad_requests_are_refused_by_name(setting):
     with pytest.raises(ValueError, match="index must lie between 0 and 3, got 4"):
         peft_jax.set_adapter(banked, 4, trees[0])
     wide = peft_jax.lora(params, jax.random.key(0), rank=9, targets="q_proj")
-    with pytest.raises(ValueError, match=r"an array \(3, 32, 9\) at model/layers/self_attn/q_proj/kernel, the bank .*resize"):
+    with pytest.raises(
+        ValueError,
+        match=r"an array \(3, 32, 9\) at model/layers/self_attn/q_proj/kernel, the bank .*resize",
+    ):
         peft_jax.set_adapter(banked, 0, wide)
     other = peft_jax.lora(params, jax.random.key(0), rank=2, targets="k_proj")
     with pytest.raises(ValueError, match="k_proj/kernel, which the bank lacks"):
@@ -110,7 +134,9 @@ KINDS = {
     "lora": lambda p, k: peft_jax.lora(p, k, rank=2),
     "dora": lambda p, k: peft_jax.dora(p, k, rank=2, targets=["q_proj", "down_proj"]),
     "ia3": lambda p, k: peft_jax.ia3(p, k),
-    "bottleneck": lambda p, k: peft_jax.bottleneck(p, k, size=3, init="bert", gating="token", ln_before=True),
+    "bottleneck": lambda p, k: peft_jax.bottleneck(
+        p, k, size=3, init="bert", gating="token", ln_before=True
+    ),
     "reft": lambda p, k: peft_jax.reft(p, k, rank=2, first=2),
     "prefix": lambda p, k: peft_jax.prefix_tuning(p, k, num_virtual_tokens=3),
     "prompt": lambda p, k: peft_jax.prompt_tuning(p, k, num_virtual_tokens=3),
@@ -130,7 +156,12 @@ def test_banks_of_every_kind(setting, kind):
     ids = jnp.asarray([2, 0, -1, 1, 0, 2], jnp.int32)
     out = apply(banked, tokens, adapter_ids=ids)
     for row, i in enumerate(ids.tolist()):
-        assert relative_error(out[row : row + 1], apply(params if i < 0 else trees[i], tokens[row : row + 1])) < 1e-5
+        assert (
+            relative_error(
+                out[row : row + 1], apply(params if i < 0 else trees[i], tokens[row : row + 1])
+            )
+            < 1e-5
+        )
     compiled = apply._cache_size()
     swapped = apply(peft_jax.set_adapter(banked, 0, trees[2]), tokens, adapter_ids=ids)
     assert apply._cache_size() == compiled
@@ -139,7 +170,9 @@ def test_banks_of_every_kind(setting, kind):
     assert relative_error(apply(taken, tokens), apply(trees[1], tokens)) < 1e-5
     prompts = tokens[:2, :4].tolist()
     generated = peft_jax.generate(model, banked, prompts, max_tokens=3, adapter_ids=[1, 2])
-    assert generated == [peft_jax.generate(model, trees[i + 1], [p], max_tokens=3)[0] for i, p in enumerate(prompts)]
+    assert generated == [
+        peft_jax.generate(model, trees[i + 1], [p], max_tokens=3)[0] for i, p in enumerate(prompts)
+    ]
 
 
 def test_the_same_rows_through_several_adapters(setting):
@@ -164,20 +197,32 @@ def test_what_a_bank_cannot_hold_is_refused(setting):
     with pytest.raises(ValueError, match="resize it first"):
         peft_jax.set_adapter(narrow, 0, wide)
     with pytest.raises(ValueError, match="activation='tanh', the bank 'swish'"):
-        peft_jax.set_adapter(narrow, 0, peft_jax.bottleneck(params, jax.random.key(0), size=3, activation="tanh"))
+        peft_jax.set_adapter(
+            narrow, 0, peft_jax.bottleneck(params, jax.random.key(0), size=3, activation="tanh")
+        )
     with pytest.raises(ValueError, match="other arrays than the bank's"):
-        peft_jax.set_adapter(narrow, 0, peft_jax.bottleneck(params, jax.random.key(0), size=3, bias=False))
-    prefix = peft_jax.bank(peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=4), 2)
+        peft_jax.set_adapter(
+            narrow, 0, peft_jax.bottleneck(params, jax.random.key(0), size=3, bias=False)
+        )
+    prefix = peft_jax.bank(
+        peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=4), 2
+    )
     with pytest.raises(ValueError, match="length=2, the bank 4"):
-        peft_jax.set_adapter(prefix, 0, peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=2))
+        peft_jax.set_adapter(
+            prefix, 0, peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=2)
+        )
 
 
 @pytest.mark.parametrize("method", ["lora", "bottleneck"])
 def test_adapters_in_a_bank_drop_out_in_training(setting, method):
-    """Rows that use one adapter draw masks of their own; over many draws the mean is what evaluation gives."""
+    """Rows that use one adapter draw masks of their own; over many draws the mean is what
+    evaluation gives.
+    """
     model, params, _, _, tokens = setting
     where = {"targets": ["q_proj", "down_proj"], "init": "gaussian"} if method == "lora" else {}
-    one = perturb(getattr(peft_jax, method)(params, jax.random.key(0), dropout=0.5, **where), seed=0)
+    one = perturb(
+        getattr(peft_jax, method)(params, jax.random.key(0), dropout=0.5, **where), seed=0
+    )
     apply = jax.jit(peft_jax.bind(model))
     banked = peft_jax.bank(one, 2)
     twice = jnp.concatenate([tokens[:1], tokens[:1]])
@@ -198,4 +243,9 @@ def test_adapter_drop_reaches_a_bank(setting):
     banked, ids = peft_jax.bank(one, 2), jnp.zeros(ROWS, jnp.int32)
     for seed in range(3):
         key = jax.random.key(seed)
-        assert relative_error(apply(banked, tokens, adapter_ids=ids, rng=key), apply(one, tokens, rng=key)) < 1e-5
+        assert (
+            relative_error(
+                apply(banked, tokens, adapter_ids=ids, rng=key), apply(one, tokens, rng=key)
+            )
+            < 1e-5
+        )

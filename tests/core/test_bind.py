@@ -48,7 +48,11 @@ def test_precision_of_nnx_is_honoured():
 
 def test_bound_equals_vanilla_without_nodes():
     for model, params in (linen_model(), nnx_model()):
-        expected = model.apply({"params": params}, TOKENS) if isinstance(model, nn.Module) else model(TOKENS)
+        expected = (
+            model.apply({"params": params}, TOKENS)
+            if isinstance(model, nn.Module)
+            else model(TOKENS)
+        )
         np.testing.assert_array_equal(peft_jax.bind(model)(params, TOKENS), expected)
 
 
@@ -83,7 +87,9 @@ def test_strict_makes_the_fallback_an_error_and_a_rule_mends_it(monkeypatch):
     monkeypatch.setattr(rules, "RULES", dict(rules.RULES))
     model, params = linen_model()
     lora = small(params, layout=peft_jax.layout_of(model, TOKENS))
-    with pytest.raises(peft_jax.MissingRuleError, match=r"no rule for Gate.__call__ at blocks/gate: the weights w"):
+    with pytest.raises(
+        peft_jax.MissingRuleError, match=r"no rule for Gate.__call__ at blocks/gate: the weights w"
+    ):
         peft_jax.bind(model, strict=True)(lora, TOKENS)
 
     def gate(module, params, x):
@@ -116,7 +122,12 @@ def test_a_module_that_declares_its_weight_in_setup():
 
     layer, x = Declared(), jnp.ones((2, 4))
     lora = small(layer.init(jax.random.key(0), x)["params"])
-    assert relative_error(peft_jax.bind(layer)(lora, x), layer.apply({"params": peft_jax.merge(lora)}, x)) < 1e-6
+    assert (
+        relative_error(
+            peft_jax.bind(layer)(lora, x), layer.apply({"params": peft_jax.merge(lora)}, x)
+        )
+        < 1e-6
+    )
 
 
 def test_custom_dot_general_is_left_to_the_module():
@@ -135,10 +146,17 @@ def test_custom_dot_general_is_left_to_the_module():
 
 
 def test_vmapped_modules_map_over_the_node():
-    layer = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=0, out_axes=0)(5)
+    layer = nn.vmap(
+        nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=0, out_axes=0
+    )(5)
     x = jax.random.normal(jax.random.key(0), (3, 2, 4))
     lora = small(layer.init(jax.random.key(0), x)["params"])
-    assert relative_error(peft_jax.bind(layer)(lora, x), layer.apply({"params": peft_jax.merge(lora)}, x)) < 1e-5
+    assert (
+        relative_error(
+            peft_jax.bind(layer)(lora, x), layer.apply({"params": peft_jax.merge(lora)}, x)
+        )
+        < 1e-5
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -168,7 +186,9 @@ def test_attachments_act_around_the_call(kind):
     tree = {**params, "a_halve": Halve(jnp.asarray(0.5), shift=1.0)}
     assert relative_error(peft_jax.bind(layer)(tree, x), plain / 2) < 1e-6
     # together with a Weight, and two of them nested in the order of their keys
-    tree = peft_jax.lora({**tree, "b_halve": Halve(jnp.asarray(0.25))}, jax.random.key(0), rank=2, targets="kernel")
+    tree = peft_jax.lora(
+        {**tree, "b_halve": Halve(jnp.asarray(0.25))}, jax.random.key(0), rank=2, targets="kernel"
+    )
     assert relative_error(peft_jax.bind(layer)(tree, x), plain / 8) < 1e-6
     assert len(jax.tree.leaves(peft_jax.partition(tree)[0])) == 4
     grads = jax.grad(lambda t: peft_jax.bind(layer)(t, x).sum())(tree)
@@ -177,11 +197,16 @@ def test_attachments_act_around_the_call(kind):
 
 def test_dropout_is_off_without_rng_and_differs_by_layer_with_it():
     model, params = linen_model()
-    lora = perturb(peft_jax.lora(params, jax.random.key(1), rank=2, targets="re:out/kernel", dropout=0.5))
+    lora = perturb(
+        peft_jax.lora(params, jax.random.key(1), rank=2, targets="re:out/kernel", dropout=0.5)
+    )
     apply = jax.jit(peft_jax.bind(model))
     still = apply(lora, TOKENS)
     np.testing.assert_array_equal(still, apply(lora, TOKENS))
-    one, two = apply(lora, TOKENS, rng=jax.random.key(0)), apply(lora, TOKENS, rng=jax.random.key(1))
+    one, two = (
+        apply(lora, TOKENS, rng=jax.random.key(0)),
+        apply(lora, TOKENS, rng=jax.random.key(1)),
+    )
     assert relative_error(one, still) > 1e-3
     assert relative_error(one, two) > 1e-3
     np.testing.assert_array_equal(one, apply(lora, TOKENS, rng=jax.random.key(0)))
@@ -192,12 +217,17 @@ def test_dropout_is_off_without_rng_and_differs_by_layer_with_it():
 def test_dropout_masks_differ_between_stacked_layers():
     x = jnp.ones((4, 8))
     layers = {"kernel": jnp.stack([jnp.eye(8)] * 2)}
-    node = peft_jax.places(peft_jax.lora(layers, jax.random.key(0), rank=2, targets="kernel", dropout=0.5))["kernel"]
+    node = peft_jax.places(
+        peft_jax.lora(layers, jax.random.key(0), rank=2, targets="kernel", dropout=0.5)
+    )["kernel"]
     node = node.replace(b=jnp.ones_like(node.b), a=jnp.ones_like(node.a))
     from peft_jax.core.prepare import with_rng
 
     keyed = with_rng({"kernel": node}, jax.random.key(3))["kernel"]
-    a, b = (jax.tree.map(lambda leaf, i=i: leaf[i], keyed).matmul(x, in_axes=(-2,), out_axes=(-1,)) for i in (0, 1))
+    a, b = (
+        jax.tree.map(lambda leaf, i=i: leaf[i], keyed).matmul(x, in_axes=(-2,), out_axes=(-1,))
+        for i in (0, 1)
+    )
     assert relative_error(a, b) > 1e-2
 
 
@@ -222,7 +252,13 @@ def test_weights_have_defaults_for_all_but_materialize():
 
     model, params = linen_model()
     tree = {**params, "out": {**params["out"], "kernel": Doubled(params["out"]["kernel"])}}
-    assert relative_error(peft_jax.bind(model)(tree, TOKENS), model.apply({"params": peft_jax.merge(tree)}, TOKENS)) < 1e-6
+    assert (
+        relative_error(
+            peft_jax.bind(model)(tree, TOKENS),
+            model.apply({"params": peft_jax.merge(tree)}, TOKENS),
+        )
+        < 1e-6
+    )
     assert peft_jax.count(tree)[0] == 0
 
 
@@ -290,9 +326,13 @@ def test_trees_of_an_nnx_model_may_be_states_or_have_numbers_as_text():
 def test_lists_of_modules_have_layers_with_numbers():
     _, params = listed()
     tree = peft_jax.bottleneck(params, jax.random.key(0), size=3, targets="layers", layers=[1])
-    assert [p for p in peft_jax.places(tree) if "bottleneck" in p] == ["layers/1/bottleneck_default"]
+    assert [p for p in peft_jax.places(tree) if "bottleneck" in p] == [
+        "layers/1/bottleneck_default"
+    ]
     lora = peft_jax.lora(params, jax.random.key(0), rank=2, targets="up", layers=[1])
-    assert [p for p, w in peft_jax.places(lora).items() if isinstance(w, Weight)] == ["layers/1/up/kernel"]
+    assert [p for p, w in peft_jax.places(lora).items() if isinstance(w, Weight)] == [
+        "layers/1/up/kernel"
+    ]
     back = peft_jax.drop_adapters(tree, ["default"])
     assert jax.tree.structure(back) == jax.tree.structure(params)
 
@@ -302,15 +342,22 @@ def test_an_adapter_in_a_list_is_saved_and_loaded(tmp_path):
     tree = perturb(peft_jax.bottleneck(params, jax.random.key(0), size=3, targets="layers"))
     peft_jax.save_adapter(tmp_path, tree)
     apply = peft_jax.bind(model)
-    np.testing.assert_array_equal(apply(peft_jax.load_adapter(params, tmp_path), TOKENS), apply(tree, TOKENS))
+    np.testing.assert_array_equal(
+        apply(peft_jax.load_adapter(params, tmp_path), TOKENS), apply(tree, TOKENS)
+    )
 
 
 def test_compressed_weights_in_lists():
     model, params = listed()
     apply = peft_jax.bind(model)
     targets = ["layers/*/up", "mixes"]
-    for tree in (peft_jax.quantize(params, "int8", targets=targets), peft_jax.prune(params, 0.5, targets=targets)):
-        assert any(isinstance(w, Weight) for p, w in peft_jax.places(tree).items() if p.startswith("mixes"))
+    for tree in (
+        peft_jax.quantize(params, "int8", targets=targets),
+        peft_jax.prune(params, 0.5, targets=targets),
+    ):
+        assert any(
+            isinstance(w, Weight) for p, w in peft_jax.places(tree).items() if p.startswith("mixes")
+        )
         assert relative_error(apply(tree, TOKENS), apply(peft_jax.merge(tree), TOKENS)) < 1e-5
 
 
@@ -333,9 +380,17 @@ def test_methods_beside_call_use_the_weights_of_their_module():
     params = peft_jax.nnx_params(model)
     lora = small(params)
     apply = peft_jax.bind(model)
-    assert relative_error(apply(lora, jnp.arange(3)), apply(peft_jax.merge(lora), jnp.arange(3))) < 1e-6
-    with pytest.raises(ValueError, match="embedder/bottleneck_default stands beside no module that has __call__"):
-        apply(peft_jax.bottleneck(params, jax.random.key(0), size=2, targets="embedder", width=4), jnp.arange(3))
+    assert (
+        relative_error(apply(lora, jnp.arange(3)), apply(peft_jax.merge(lora), jnp.arange(3)))
+        < 1e-6
+    )
+    with pytest.raises(
+        ValueError, match="embedder/bottleneck_default stands beside no module that has __call__"
+    ):
+        apply(
+            peft_jax.bottleneck(params, jax.random.key(0), size=2, targets="embedder", width=4),
+            jnp.arange(3),
+        )
 
 
 def test_batch_statistics_of_a_linen_model():
@@ -349,7 +404,9 @@ def test_batch_statistics_of_a_linen_model():
     out, changed = apply(lora, x, train=True, variables=others, mutable=["batch_stats"])
     expected, wanted = model.apply(merged, x, train=True, mutable=["batch_stats"])
     assert relative_error(out, expected) < 1e-4
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), changed, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), changed, wanted
+    )
 
 
 def test_batch_statistics_and_dropout_of_an_nnx_model():
@@ -359,7 +416,9 @@ def test_batch_statistics_and_dropout_of_an_nnx_model():
     apply = peft_jax.bind(model)
     out, state = apply(params, images, mutable=nnx.BatchStat)
     assert relative_error(out, twin(images)) < 1e-6
-    np.testing.assert_allclose(state["norm"]["mean"][...], twin.norm.mean[...], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        state["norm"]["mean"][...], twin.norm.mean[...], rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_array_equal(model.norm.mean[...], 0)  # the model itself is left alone
     model.eval()
     twin.eval()

@@ -22,8 +22,14 @@ def _padded(tokens, length):
     """The rows with padding after them that is 89% of the whole."""
     rows = np.zeros((len(tokens), length), np.int32)
     rows[:, : tokens.shape[1]] = tokens
-    seen = (np.arange(length)[None] < tokens.shape[1]).astype(np.int32) * np.ones((len(tokens), 1), np.int32)
-    return {"tokens": rows, "segment_ids": seen, "positions": np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))}
+    seen = (np.arange(length)[None] < tokens.shape[1]).astype(np.int32) * np.ones(
+        (len(tokens), 1), np.int32
+    )
+    return {
+        "tokens": rows,
+        "segment_ids": seen,
+        "positions": np.tile(np.arange(length, dtype=np.int32), (len(rows), 1)),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +67,15 @@ def test_padding_does_not_count(family, target, statistic, cap, request):
 
 def _identity_of(rows):
     """A model of one weight, and its inputs [N, in] in one batch."""
-    apply = lambda params, tokens, **_: matmul(jnp.asarray(rows)[tokens], params["up_proj"]["kernel"])
-    return apply, {"up_proj": {"kernel": jnp.eye(rows.shape[1])}}, [{"tokens": np.arange(len(rows))[None]}]
+
+    def apply(params, tokens, **_):
+        return matmul(jnp.asarray(rows)[tokens], params["up_proj"]["kernel"])
+
+    return (
+        apply,
+        {"up_proj": {"kernel": jnp.eye(rows.shape[1])}},
+        [{"tokens": np.arange(len(rows))[None]}],
+    )
 
 
 def test_a_token_counts_for_no_more_than_its_cap():
@@ -97,7 +110,9 @@ def test_the_influence_of_layers_is_that_of_tokens(llama):
 
 
 def test_an_encoder_decoder_is_calibrated_on_its_targets(tmp_path):
-    """Second moments of the decoder's and the encoder's inputs against those that PyTorch's modules get."""
+    """Second moments of the decoder's and the encoder's inputs against those that PyTorch's modules
+    get.
+    """
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
@@ -109,7 +124,9 @@ def test_an_encoder_decoder_is_calibrated_on_its_targets(tmp_path):
     seen = np.asarray([[1] * T, [1] * 5 + [0] * 3], np.int32)
     counts = np.asarray([[1] * 6 + [0] * 2, [1] * T], np.float32)
     batch = {"tokens": tokens, "segment_ids": seen, "decoder_tokens": targets, "weights": counts}
-    found = calibrate(peft_jax.bind(model), params, [batch], statistic="second_moment", targets=["q", "wi"])
+    found = calibrate(
+        peft_jax.bind(model), params, [batch], statistic="second_moment", targets=["q", "wi"]
+    )
     inputs = {}
 
     def keep(name, x):
@@ -119,11 +136,15 @@ def test_an_encoder_decoder_is_calibrated_on_its_targets(tmp_path):
         if name.endswith((".q", ".wi")):
             module.register_forward_pre_hook(lambda _, x, name=name: keep(name, x[0]))
     with torch.no_grad():
-        theirs(input_ids=torch.tensor(tokens).long(), attention_mask=torch.tensor(seen).long(),
-               decoder_input_ids=torch.tensor(targets).long())  # fmt: skip
+        theirs(
+            input_ids=torch.tensor(tokens).long(),
+            attention_mask=torch.tensor(seen).long(),
+            decoder_input_ids=torch.tensor(targets).long(),
+        )
     assert len(found) == len(inputs) > 4
     means = sorted(
-        float(np.mean(np.square(x)[(seen if name.startswith("encoder") else counts) > 0])) for name, x in inputs.items()
+        float(np.mean(np.square(x)[(seen if name.startswith("encoder") else counts) > 0]))
+        for name, x in inputs.items()
     )
     np.testing.assert_allclose(sorted(float(jnp.mean(x)) for x in found.values()), means, rtol=1e-4)
 
@@ -131,9 +152,13 @@ def test_an_encoder_decoder_is_calibrated_on_its_targets(tmp_path):
 @pytest.mark.parametrize("square", [False, True])
 def test_gradients_of_half_precision_are_added_up_in_float32(square):
     """1,000 batches: a sum in bfloat16 stops to grow at 256 times what is added."""
-    inputs = np.asarray(jnp.asarray(1.0 + np.random.default_rng(0).random((1000, 2, 2)), jnp.bfloat16))
+    inputs = np.asarray(
+        jnp.asarray(1.0 + np.random.default_rng(0).random((1000, 2, 2)), jnp.bfloat16)
+    )
     params = {"kernel": jnp.zeros((2, 2), jnp.bfloat16)}
-    found = peft_jax.gradients(lambda p, x: jnp.sum(materialize(p["kernel"]) * x), params, inputs, square=square)["kernel"]
+    found = peft_jax.gradients(
+        lambda p, x: jnp.sum(materialize(p["kernel"]) * x), params, inputs, square=square
+    )["kernel"]
     expected = (inputs.astype(np.float64) ** (2 if square else 1)).mean(0)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -144,9 +169,16 @@ def test_covariances_about_the_mean_are_numpys_for_each_expert():
     rows = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32) + 3.0
     sizes = np.asarray([25, 15, 0])
     params = {"experts": {"down_proj": jnp.zeros((3, 6, 4))}}
-    apply = lambda p, tokens: ragged_matmul(jnp.asarray(rows), p["experts"]["down_proj"], jnp.asarray(sizes))
-    found = calibrate(apply, params, [{"tokens": np.ones((1, 40), np.int32)}], statistic="centred_covariance")
-    for of, part in zip(found["experts/down_proj"], np.split(rows, np.cumsum(sizes)[:-1]), strict=True):
+
+    def apply(p, tokens):
+        return ragged_matmul(jnp.asarray(rows), p["experts"]["down_proj"], jnp.asarray(sizes))
+
+    found = calibrate(
+        apply, params, [{"tokens": np.ones((1, 40), np.int32)}], statistic="centred_covariance"
+    )
+    for of, part in zip(
+        found["experts/down_proj"], np.split(rows, np.cumsum(sizes)[:-1]), strict=True
+    ):
         expected = np.cov(part.T, bias=True) * len(part) / 40 if len(part) else np.zeros((6, 6))
         np.testing.assert_allclose(of, expected, atol=1e-5)
 
@@ -197,32 +229,49 @@ def test_experts_called_twice_have_the_largest_inputs_of_both_calls():
 
 
 def test_uses_that_cannot_be_told_apart_are_refused():
-    """A weight that a scan shares, and one of a compiled function that is called twice: a mean is one all the same."""
+    """A weight that a scan shares, and one of a compiled function that is called twice: a mean is
+    one all the same.
+    """
     rows = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     params, batches = {"up_proj": {"kernel": jnp.eye(4)}}, [{"tokens": np.arange(3)[None]}]
 
     def scanned(params, tokens, **_):
-        step = lambda x, _: (matmul(x, params["up_proj"]["kernel"]), None)
+        def step(x, _):
+            return (matmul(x, params["up_proj"]["kernel"]), None)
+
         return jax.lax.scan(step, jnp.asarray(rows)[tokens], None, length=2)[0]
 
     product = jax.jit(lambda w, x: matmul(x, w))
-    compiled = lambda params, tokens, **_: product(
-        params["up_proj"]["kernel"], product(params["up_proj"]["kernel"], jnp.asarray(rows)[tokens])
-    )
+
+    def compiled(params, tokens, **_):
+        return product(
+            params["up_proj"]["kernel"],
+            product(params["up_proj"]["kernel"], jnp.asarray(rows)[tokens]),
+        )
+
     for apply in (scanned, compiled):
         np.testing.assert_allclose(
-            calibrate(apply, params, batches, statistic="mean_abs")["up_proj/kernel"], np.abs(rows).mean(0), rtol=1e-5
+            calibrate(apply, params, batches, statistic="mean_abs")["up_proj/kernel"],
+            np.abs(rows).mean(0),
+            rtol=1e-5,
         )
-        with pytest.raises(ValueError, match="up_proj/kernel is used several times by one loop or compiled function"):
+        with pytest.raises(
+            ValueError,
+            match="up_proj/kernel is used several times by one loop or compiled function",
+        ):
             calibrate(apply, params, batches, statistic="max_abs")
 
 
 def test_a_compiled_model_is_calibrated_again_and_again():
     """What an earlier trace left behind does not hide a use."""
     rows = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-    twice = lambda params, tokens, **_: matmul(
-        2.0 * matmul(jnp.asarray(rows)[tokens], params["up_proj"]["kernel"]), params["up_proj"]["kernel"]
-    )
+
+    def twice(params, tokens, **_):
+        return matmul(
+            2.0 * matmul(jnp.asarray(rows)[tokens], params["up_proj"]["kernel"]),
+            params["up_proj"]["kernel"],
+        )
+
     params, batches = {"up_proj": {"kernel": jnp.eye(4)}}, [{"tokens": np.arange(3)[None]}]
     apply = jax.jit(twice)
     for _ in range(2):
@@ -257,20 +306,31 @@ def test_projections_that_deberta_shares_have_the_largest_inputs_of_both_uses(tm
     theirs = DebertaV2Model(ENCODERS["deberta_v3"]()).eval()
     with torch.no_grad():
         theirs.encoder.rel_embeddings.weight.mul_(60)
-        theirs.encoder.LayerNorm.weight.mul_(torch.linspace(0.3, 2, len(theirs.encoder.LayerNorm.weight)))
+        theirs.encoder.LayerNorm.weight.mul_(
+            torch.linspace(0.3, 2, len(theirs.encoder.LayerNorm.weight))
+        )
     theirs.save_pretrained(tmp_path)
     model, params = peft_jax.load(tmp_path, scan_layers=scan, task="feature_extraction")
     tokens = random_tokens(2, 6)
     found = calibrate(
-        peft_jax.bind(model), params, [{"tokens": tokens}], statistic="max_abs", targets=["query_proj", "key_proj"]
+        peft_jax.bind(model),
+        params,
+        [{"tokens": tokens}],
+        statistic="max_abs",
+        targets=["query_proj", "key_proj"],
     )
     expected = _largest_inputs(
-        theirs, ("query_proj", "key_proj"), input_ids=torch.tensor(tokens).long(), attention_mask=torch.ones(2, 6).long()
+        theirs,
+        ("query_proj", "key_proj"),
+        input_ids=torch.tensor(tokens).long(),
+        attention_mask=torch.ones(2, 6).long(),
     )
     for leaf in ("query_proj", "key_proj"):
         ours = [x for path, x in found.items() if leaf in path]
         ours = ours[0] if scan else np.stack(ours)
-        np.testing.assert_allclose(ours, np.stack([x for name, x in expected.items() if leaf in name]), rtol=1e-4)
+        np.testing.assert_allclose(
+            ours, np.stack([x for name, x in expected.items() if leaf in name]), rtol=1e-4
+        )
 
 
 def test_an_embedding_that_is_a_head_too_has_the_inputs_of_the_head(tmp_path):
@@ -284,9 +344,14 @@ def test_an_embedding_that_is_a_head_too_has_the_inputs_of_the_head(tmp_path):
     batch = {"tokens": tokens, "decoder_tokens": targets, "weights": np.ones((2, 5), np.float32)}
     layout = embedding_layout(params)
     path = next(p for p in layout if "shared" in p)
-    found = calibrate(peft_jax.bind(model), params, [batch], statistic="max_abs", targets=path, layout=layout)
+    found = calibrate(
+        peft_jax.bind(model), params, [batch], statistic="max_abs", targets=path, layout=layout
+    )
     expected = _largest_inputs(
-        theirs, "lm_head", input_ids=torch.tensor(tokens).long(), decoder_input_ids=torch.tensor(targets).long()
+        theirs,
+        "lm_head",
+        input_ids=torch.tensor(tokens).long(),
+        decoder_input_ids=torch.tensor(targets).long(),
     )
     np.testing.assert_allclose(found[path], expected["lm_head"], rtol=1e-4)
     assert found.tokens[path] == targets.size

@@ -1,5 +1,5 @@
-"""Calibrated methods where calibration reaches 2 of 8 experts, and one of two dense weights: what is known is used as before,
-elsewhere the method that needs no data is taken, and that is said.
+"""Calibrated methods where calibration reaches 2 of 8 experts, and one of two dense weights: what
+is known is used as before, elsewhere the method that needs no data is taken, and that is said.
 """
 
 import jax
@@ -16,11 +16,15 @@ from tests.reference import family_checkpoint, random_tokens
 
 E, SEEN, IN, OUT, TOKENS = 8, 2, 32, 16, 48
 EXPERTS, USED, IDLE = "experts/gate_up_proj", "used/kernel", "idle/kernel"
-TABLE = jax.random.normal(jax.random.key(5), (TOKENS, IN)) * jnp.exp(jax.random.normal(jax.random.key(6), (IN,)))
+TABLE = jax.random.normal(jax.random.key(5), (TOKENS, IN)) * jnp.exp(
+    jax.random.normal(jax.random.key(6), (IN,))
+)
 
 
 def apply(params, tokens):
-    """A layer that all tokens go through, and experts of which the first gets the tokens below 16 and the second the rest."""
+    """A layer that all tokens go through, and experts of which the first gets the tokens below 16
+    and the second the rest.
+    """
     x = TABLE[tokens.reshape(-1)]
     y = x + jnp.pad(matmul(x, params["used"]["kernel"]), ((0, 0), (0, IN - OUT)))
     sizes = jnp.zeros(E, jnp.int32).at[0].set((tokens < 16).sum()).at[1].set((tokens >= 16).sum())
@@ -29,7 +33,9 @@ def apply(params, tokens):
 
 @pytest.fixture(scope="module")
 def params():
-    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    def draw(seed, *shape):
+        return jax.random.normal(jax.random.key(seed), shape)
+
     return {
         "experts": {"gate_up_proj": draw(0, E, IN, OUT)},
         "used": {"kernel": draw(1, IN, OUT)},
@@ -40,8 +46,13 @@ def params():
 @pytest.fixture(scope="module")
 def statistics(params):
     batches = [{"tokens": jnp.arange(24)[None]}, {"tokens": jnp.arange(24, TOKENS)[None]}]
-    found = calibrate_all(apply, params, batches, ["covariance", "second_moment", "mean_abs", "max_abs"])
-    loss = lambda p, batch: (apply(p, batch["tokens"]) ** 2).mean()
+    found = calibrate_all(
+        apply, params, batches, ["covariance", "second_moment", "mean_abs", "max_abs"]
+    )
+
+    def loss(p, batch):
+        return (apply(p, batch["tokens"]) ** 2).mean()
+
     for name in ("gradient", "squared_gradient"):
         values = peft_jax.gradients(loss, params, batches, square=name.startswith("squared"))
         found[name] = Calibrated(values, found["covariance"].tokens)
@@ -50,7 +61,10 @@ def statistics(params):
 
 def filled(statistics):
     """The statistics as if all were known: those that are not have another's values."""
-    fill = lambda path, a: jnp.concatenate([a[:SEEN], jnp.tile(a[:1], (E - SEEN, *[1] * (a.ndim - 1)))])
+
+    def fill(path, a):
+        return jnp.concatenate([a[:SEEN], jnp.tile(a[:1], (E - SEEN, *[1] * (a.ndim - 1)))])
+
     every = {}
     for name, of in statistics.items():
         values = {EXPERTS: fill(EXPERTS, of[EXPERTS]), USED: of[USED], IDLE: of[USED]}
@@ -64,28 +78,57 @@ def matrices(tree):
 
 
 def quantized(rounding, format=peft_jax.Int(bits=3, block_size=8), **options):  # noqa: B008 - immutable
-    run = lambda p, s, rounding=rounding, **o: matrices(peft_jax.quantize(p, format, rounding=rounding, statistics=s, **o))
-    return lambda p, s: run(p, s, **options), lambda p: run(p, None, "nearest"), f"rounding '{rounding}'", "'nearest'"
+    def run(p, s, rounding=rounding, **o):
+        return matrices(peft_jax.quantize(p, format, rounding=rounding, statistics=s, **o))
+
+    return (
+        lambda p, s: run(p, s, **options),
+        lambda p: run(p, None, "nearest"),
+        f"rounding '{rounding}'",
+        "'nearest'",
+    )
 
 
 def pruned(score, compare="matrix", **options):
     share = None if "pattern" in options else 0.5
-    run = lambda p, s, score: matrices(peft_jax.prune(p, share, score=score, compare=compare, statistics=s, **options))
-    return lambda p, s: run(p, s, score), lambda p: run(p, None, "magnitude"), f"score '{score}'", "'magnitude'"
+
+    def run(p, s, score):
+        return matrices(
+            peft_jax.prune(p, share, score=score, compare=compare, statistics=s, **options)
+        )
+
+    return (
+        lambda p, s: run(p, s, score),
+        lambda p: run(p, None, "magnitude"),
+        f"score '{score}'",
+        "'magnitude'",
+    )
 
 
 def factorized(whitening, name):
-    run = lambda p, s: matrices(peft_jax.factorize(p, keep=0.5, statistics=s, whitening=whitening)[0])
+    def run(p, s):
+        return matrices(peft_jax.factorize(p, keep=0.5, statistics=s, whitening=whitening)[0])
+
     return lambda p, s: run(p, s["covariance"]), lambda p: run(p, None), name, "plain SVD"
 
 
 def adapted(init, statistic="covariance"):
     def run(p, s, init):
-        places = peft_jax.places(peft_jax.lora(p, jax.random.key(7), rank=2, init=init, statistics=s))
-        factors = lambda w: np.concatenate([np.asarray(w.a), np.asarray(w.b).swapaxes(-1, -2)], -2)
+        places = peft_jax.places(
+            peft_jax.lora(p, jax.random.key(7), rank=2, init=init, statistics=s)
+        )
+
+        def factors(w):
+            return np.concatenate([np.asarray(w.a), np.asarray(w.b).swapaxes(-1, -2)], -2)
+
         return {path: factors(places[path]) for path in (EXPERTS, USED, IDLE)}
 
-    return lambda p, s: run(p, s[statistic], init), lambda p: run(p, None, "kaiming"), f"init '{init}'", "'kaiming'"
+    return (
+        lambda p, s: run(p, s[statistic], init),
+        lambda p: run(p, None, "kaiming"),
+        f"init '{init}'",
+        "'kaiming'",
+    )
 
 
 METHODS = {
@@ -131,14 +174,18 @@ def test_what_calibration_does_not_reach_takes_what_needs_no_data(name, params, 
     np.testing.assert_array_equal(found[USED], before[USED])
     for path, part in ((EXPERTS, slice(SEEN, None)), (IDLE, ...)):
         np.testing.assert_allclose(found[path][part], without[path][part], atol=1e-4)
-        assert np.abs(found[path][part] - before[path][part]).max() > 1e-3  # or this would be no test
+        assert (
+            np.abs(found[path][part] - before[path][part]).max() > 1e-3
+        )  # or this would be no test
 
 
 def test_statistics_that_are_not_finite_are_none(params, statistics):
     of = statistics["covariance"]
     broken = Calibrated({**of, EXPERTS: of[EXPERTS].at[0].set(jnp.nan)}, of.tokens)
     run, plain, *_ = METHODS["gptq"]
-    np.testing.assert_array_equal(run(params, {"covariance": broken})[EXPERTS][0], plain(params)[EXPERTS][0])
+    np.testing.assert_array_equal(
+        run(params, {"covariance": broken})[EXPERTS][0], plain(params)[EXPERTS][0]
+    )
 
 
 def test_eva_needs_as_many_tokens_as_its_rank(params, statistics):
@@ -151,29 +198,47 @@ def test_eva_needs_as_many_tokens_as_its_rank(params, statistics):
 def test_budgets_weigh_what_calibration_does_not_reach_by_its_own_error(params, statistics, caplog):
     formats = [peft_jax.Int(bits=2, block_size=8), peft_jax.Int(bits=8, block_size=8)]
     where = {"bits": 9.0, "targets": ["used", "idle"]}
-    chosen = peft_jax.allocate_bits({**params, "idle": {"kernel": params["idle"]["kernel"] * 1e-3}}, formats,
-                                    statistics=statistics["covariance"], **where)  # fmt: skip
-    # The error is relative, so the small weight matters as the other does; one of the two gets 8 bits.
+    chosen = peft_jax.allocate_bits(
+        {**params, "idle": {"kernel": params["idle"]["kernel"] * 1e-3}},
+        formats,
+        statistics=statistics["covariance"],
+        **where,
+    )
+    # The error is relative, so the small weight matters as the other does; one of the two gets 8
+    # bits.
     assert sorted(f.bits for f in chosen.values()) == [2, 8]
     assert "the budget of bits has no usable statistics of 1 of 2 matrices" in caplog.text
     shares = peft_jax.allocate_sparsity(params, 0.5, "global", score="wanda", statistics=statistics)
     assert (shares[EXPERTS][SEEN:] == 0.5).all()
     assert shares[IDLE] == 0.5
     assert not (shares[EXPERTS][:SEEN] == 0.5).any()
-    sizes = {**statistics["second_moment"], IDLE: jnp.ones(IN), EXPERTS: statistics["second_moment"][EXPERTS].at[SEEN:].set(1)}
-    owl = [peft_jax.allocate_sparsity(params, 0.5, "owl", statistics=s)
-           for s in (statistics, {"second_moment": sizes})]  # fmt: skip
+    sizes = {
+        **statistics["second_moment"],
+        IDLE: jnp.ones(IN),
+        EXPERTS: statistics["second_moment"][EXPERTS].at[SEEN:].set(1),
+    }
+    owl = [
+        peft_jax.allocate_sparsity(params, 0.5, "owl", statistics=s)
+        for s in (statistics, {"second_moment": sizes})
+    ]
     for path in (EXPERTS, USED, IDLE):
         np.testing.assert_array_equal(owl[0][path], owl[1][path])
 
 
-def test_static_activations_that_are_not_known_are_scaled_for_each_token(params, statistics, caplog):
-    run = lambda kind, s: peft_jax.quantize(
-        params, peft_jax.Int(bits=8, activations=kind), targets=["used", "idle"], statistics=s
-    )
+def test_static_activations_that_are_not_known_are_scaled_for_each_token(
+    params, statistics, caplog
+):
+    def run(kind, s):
+        return peft_jax.quantize(
+            params, peft_jax.Int(bits=8, activations=kind), targets=["used", "idle"], statistics=s
+        )
+
     static, dynamic = run("static", statistics), run("dynamic", None)
     assert "static activations has no usable statistics of 1 of 2 matrices" in caplog.text
-    product = lambda tree, name: matmul(TABLE, tree[name]["kernel"])
+
+    def product(tree, name):
+        return matmul(TABLE, tree[name]["kernel"])
+
     np.testing.assert_array_equal(product(static, "idle"), product(dynamic, "idle"))
     assert (product(static, "used") != product(dynamic, "used")).any()
 
@@ -181,13 +246,20 @@ def test_static_activations_that_are_not_known_are_scaled_for_each_token(params,
 def test_methods_that_go_block_by_block_say_it_once(params, caplog):
     batches = [{"tokens": jnp.arange(TOKENS)[None]}]
     layers = {f"layers_{i}": params for i in range(2)}
-    both = lambda p, tokens: apply(p["layers_0"], tokens) + apply(p["layers_1"], tokens)
+
+    def both(p, tokens):
+        return apply(p["layers_0"], tokens) + apply(p["layers_1"], tokens)
+
     with ledger() as book:
-        peft_jax.quantize_in_turn(both, layers, batches, peft_jax.Int(bits=4, block_size=8), rounding="gptq")
+        peft_jax.quantize_in_turn(
+            both, layers, batches, peft_jax.Int(bits=4, block_size=8), rounding="gptq"
+        )
         assert not caplog.records
     (record,) = caplog.records
     assert "14 of 20 matrices" in record.getMessage()
-    assert set(book.tokens) == {f"layers_{i}/{path}" for i in range(2) for path in (EXPERTS, USED, IDLE)}
+    assert set(book.tokens) == {
+        f"layers_{i}/{path}" for i in range(2) for path in (EXPERTS, USED, IDLE)
+    }
     caplog.clear()
     peft_jax.prune_in_turn(both, layers, batches, 0.5, score="wanda")
     assert len(caplog.records) == 1
@@ -199,10 +271,18 @@ def test_heads_and_units_of_layers_without_inputs_are_ranked_by_magnitude(tmp_pa
     model, params = peft_jax.load(family_checkpoint("llama2", tmp_path)[0])
     layers = params["model"]["layers"]
     value = layers["self_attn"]["v_proj"]
-    silent = {**layers, "self_attn": {**layers["self_attn"], "v_proj": {**value, "kernel": value["kernel"].at[1].set(0.0)}}}
+    silent = {
+        **layers,
+        "self_attn": {
+            **layers["self_attn"],
+            "v_proj": {**value, "kernel": value["kernel"].at[1].set(0.0)},
+        },
+    }
     params = {**params, "model": {**params["model"], "layers": silent}}
     batches = [{"tokens": random_tokens(2, 8)}]
-    found, plain = (importance(model, params, batches, score=s) for s in ("activation", "magnitude"))
+    found, plain = (
+        importance(model, params, batches, score=s) for s in ("activation", "magnitude")
+    )
     np.testing.assert_array_equal(found["heads"][1], plain["heads"][1])
     assert (found["heads"][0] != plain["heads"][0]).all()
     assert (found["units"] != plain["units"]).all()

@@ -14,8 +14,14 @@ from tests.reference import family_checkpoint, random_tokens, relative_error
 def packed(seed=0):
     """Two rows of two sequences and padding."""
     segments = np.tile(np.repeat([1, 2, 0], [7, 5, 4]), (2, 1)).astype(np.int32)
-    positions = np.tile(np.concatenate([np.arange(7), np.arange(5), np.zeros(4)]), (2, 1)).astype(np.int32)
-    return {"tokens": random_tokens(2, 16, seed=seed), "segment_ids": segments, "positions": positions}
+    positions = np.tile(np.concatenate([np.arange(7), np.arange(5), np.zeros(4)]), (2, 1)).astype(
+        np.int32
+    )
+    return {
+        "tokens": random_tokens(2, 16, seed=seed),
+        "segment_ids": segments,
+        "positions": positions,
+    }
 
 
 @pytest.fixture(scope="module", params=["llama2", "gemma3", "qwen3_moe"])
@@ -42,7 +48,10 @@ def test_a_model_taken_apart_sees_what_the_whole_one_sees(base):
     """Statistics along the chain against those of the model run anew up to each block."""
     model, params = base
     apply, batches = peft_jax.bind(model), [packed(0), packed(1)]
-    whole = lambda *args, **kwargs: apply(*args, **kwargs)  # nothing tells what model this is
+
+    def whole(*args, **kwargs):
+        return apply(*args, **kwargs)  # nothing tells what model this is
+
     assert chain_of(apply, params) is not None
     assert chain_of(whole, params) is None
     options = {"statistics": ("second_moment", "mean_abs"), "token_cap": 2.0}

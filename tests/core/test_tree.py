@@ -24,7 +24,7 @@ TREE = {
         },
     },
     "lm_head": {"kernel": jnp.ones((4, 7))},
-}  # fmt: skip
+}
 Q = "model/layers/self_attn/q_proj/kernel"
 O = "model/layers/self_attn/o_proj/kernel"  # noqa: E741
 UP = "model/layers/mlp/up_proj/kernel"
@@ -49,7 +49,10 @@ def test_selection(targets, exclude, expected):
 
 
 def test_selection_that_finds_nothing_names_the_nearest():
-    with pytest.raises(ValueError, match=r"target 'q_porj' matches nothing. Did you mean 'q_proj'\? Modules here: .*up_proj"):
+    with pytest.raises(
+        ValueError,
+        match=r"target 'q_porj' matches nothing. Did you mean 'q_proj'\? Modules here: .*up_proj",
+    ):
         peft_jax.select(TREE, ["q_porj"])
     with pytest.raises(ValueError, match=r"exclude 'nothing' matches nothing"):
         peft_jax.select(TREE, "all-linear", "nothing")
@@ -59,23 +62,34 @@ def test_selection_that_finds_nothing_names_the_nearest():
 
 
 def test_partition_has_holes_and_combine_fills_them():
-    params = peft_jax.lora(TREE, jax.random.key(0), rank=2, targets="q_proj", bias="lora_only", modules_to_save=["norm"])
+    params = peft_jax.lora(
+        TREE,
+        jax.random.key(0),
+        rank=2,
+        targets="q_proj",
+        bias="lora_only",
+        modules_to_save=["norm"],
+    )
     trainable, frozen = peft_jax.partition(params)
     chex.assert_trees_all_equal(peft_jax.combine(trainable, frozen), params)
     sizes = sorted(x.size for x in jax.tree.leaves(trainable))
     assert sizes == [8, 8, 16, 16]  # norm, bias, a and b over two layers
-    assert len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(params))
+    assert len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen)) == len(
+        jax.tree.leaves(params)
+    )
     assert peft_jax.count(params) == (48, sum(x.size for x in jax.tree.leaves(TREE)))
 
 
 def test_nested_nodes_train_unless_frozen():
     once = peft_jax.lora(TREE, jax.random.key(0), rank=2, targets="q_proj", adapter="first")
-    twice = peft_jax.lora(peft_jax.freeze(once), jax.random.key(1), rank=3, targets="q_proj", adapter="second")
+    twice = peft_jax.lora(
+        peft_jax.freeze(once), jax.random.key(1), rank=3, targets="q_proj", adapter="second"
+    )
     node = trainable_mask(twice)["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     assert (node.a, node.base.a, node.base.base) == (True, False, False)
-    node = trainable_mask(peft_jax.lora(once, jax.random.key(1), rank=3, targets="q_proj"))["model"]["layers"]["self_attn"][
-        "q_proj"
-    ]["kernel"]
+    node = trainable_mask(peft_jax.lora(once, jax.random.key(1), rank=3, targets="q_proj"))[
+        "model"
+    ]["layers"]["self_attn"]["q_proj"]["kernel"]
     assert (node.a, node.base.a, node.base.base) == (True, True, False)
 
 
@@ -104,7 +118,9 @@ def test_ranks_and_alphas_by_pattern():
         rslora=True,
     )
     nodes = peft_jax.places(params)
-    assert {p: (n.rank, round(float(n.scale[0]), 4)) for p, n in nodes.items() if p in (Q, O, UP)} == {
+    assert {
+        p: (n.rank, round(float(n.scale[0]), 4)) for p, n in nodes.items() if p in (Q, O, UP)
+    } == {
         Q: (2, 0.7071),
         O: (2, 5.6569),
         UP: (4, 4.0),
@@ -119,7 +135,10 @@ def test_ranks_and_alphas_by_pattern():
         ({"rank_pattern": {"k_proj": 3}}, "rank_pattern 'k_proj' matches nothing"),
         ({"init": "ones"}, "init must be"),
         ({"bias": "some"}, "bias must be"),
-        ({"targets": "q_proj", "modules_to_save": ["q_proj"]}, "both a target and in modules_to_save"),
+        (
+            {"targets": "q_proj", "modules_to_save": ["q_proj"]},
+            "both a target and in modules_to_save",
+        ),
         ({"modules_to_save": ["nomr"]}, "Did you mean 'norm'"),
     ],
 )
@@ -136,9 +155,9 @@ def test_boxed_parameters_name_the_remedy():
 
 
 def test_initialisation_is_pefts():
-    node = peft_jax.places(peft_jax.lora({"kernel": jnp.ones((400, 30))}, jax.random.key(0), rank=50, targets="kernel"))[
-        "kernel"
-    ]
+    node = peft_jax.places(
+        peft_jax.lora({"kernel": jnp.ones((400, 30))}, jax.random.key(0), rank=50, targets="kernel")
+    )["kernel"]
     a = np.asarray(node.a)
     assert np.abs(a).max() <= 1 / 20
     assert abs(a.std() - 1 / 20 / np.sqrt(3)) < 1e-3
@@ -146,12 +165,18 @@ def test_initialisation_is_pefts():
 
 
 def test_adapters_are_listed_and_dropped_by_name(tmp_path):
-    """Weights, attachments and what they share go; what was under and beside them stays as it was."""
+    """Weights, attachments and what they share go; what was under and beside them stays as it
+    was.
+    """
     folder, _, _ = family_checkpoint("llama2", tmp_path)
     _, params = peft_jax.load(folder)
     tree = peft_jax.lora(params, jax.random.key(0), rank=2, adapter="a")
-    tree = peft_jax.compacter(tree, jax.random.key(0), size=4, dimension=2, placement="pfeiffer", adapter="b")
-    tree = peft_jax.prefix_tuning(tree, jax.random.key(0), num_virtual_tokens=2, projection=True, adapter="c")
+    tree = peft_jax.compacter(
+        tree, jax.random.key(0), size=4, dimension=2, placement="pfeiffer", adapter="b"
+    )
+    tree = peft_jax.prefix_tuning(
+        tree, jax.random.key(0), num_virtual_tokens=2, projection=True, adapter="c"
+    )
     assert set(peft_jax.adapter_names(tree)) == {"a", "b", "c"}
     left = peft_jax.drop_adapters(tree, ["b", "c"])
     assert peft_jax.adapter_names(left) == ["a"]
@@ -161,24 +186,45 @@ def test_adapters_are_listed_and_dropped_by_name(tmp_path):
 
 
 def test_freezing_what_is_not_there_is_refused():
-    params = peft_jax.lora({"a": {"q_proj": {"kernel": jnp.ones((4, 4))}}}, jax.random.key(0), rank=2, targets="q_proj")
+    params = peft_jax.lora(
+        {"a": {"q_proj": {"kernel": jnp.ones((4, 4))}}}, jax.random.key(0), rank=2, targets="q_proj"
+    )
     with pytest.raises(ValueError, match="freeze 'k_proj' matches nothing"):
         peft_jax.freeze(params, "k_proj")
     assert not jax.tree.leaves(peft_jax.partition(peft_jax.freeze(params, "q_proj"))[0])
 
 
 def test_a_target_that_is_the_embedding_says_so():
-    params = {"model": {"embed_tokens": {"embedding": jnp.zeros((8, 4))}, "q_proj": {"kernel": jnp.zeros((4, 4))}}}
-    with pytest.raises(ValueError, match=r"The head is the embedding; peft_jax\.untie\(params\) gives it one of its own"):
+    params = {
+        "model": {
+            "embed_tokens": {"embedding": jnp.zeros((8, 4))},
+            "q_proj": {"kernel": jnp.zeros((4, 4))},
+        }
+    }
+    with pytest.raises(
+        ValueError,
+        match=r"The head is the embedding; peft_jax\.untie\(params\) gives it one of its own",
+    ):
         peft_jax.select(params, "lm_head")
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_and_whole_modules_are_their_adapters(bias):
-    """Two adapters with biases and modules of their own: each is saved in no other, and dropping gives the base back."""
-    make = lambda tree, name: peft_jax.lora(
-        tree, jax.random.key(0), rank=2, targets="q_proj", bias=bias, modules_to_save=["norm"], adapter=name
-    )
+    """Two adapters with biases and modules of their own: each is saved in no other, and dropping
+    gives the base back.
+    """
+
+    def make(tree, name):
+        return peft_jax.lora(
+            tree,
+            jax.random.key(0),
+            rank=2,
+            targets="q_proj",
+            bias=bias,
+            modules_to_save=["norm"],
+            adapter=name,
+        )
+
     both = jax.tree.map(lambda x: x, make(peft_jax.freeze(make(TREE, "a")), "b"))
     assert peft_jax.adapter_names(both) == ["b", "a"]
     chex.assert_trees_all_equal(peft_jax.drop_adapters(both, ["b", "a"]), TREE)
@@ -187,7 +233,11 @@ def test_biases_and_whole_modules_are_their_adapters(bias):
 
 
 def test_one_layer_of_a_stack_trains_whole():
-    params = peft_jax.lora(TREE, jax.random.key(0), rank=2, targets="q_proj", modules_to_save=["layers.1.mlp.up_proj"])
+    params = peft_jax.lora(
+        TREE, jax.random.key(0), rank=2, targets="q_proj", modules_to_save=["layers.1.mlp.up_proj"]
+    )
     changed = jax.tree.map(lambda x: x + 1, peft_jax.partition(params)[0])
-    merged = peft_jax.places(peft_jax.merge(peft_jax.combine(changed, peft_jax.partition(params)[1])))[UP]
+    merged = peft_jax.places(
+        peft_jax.merge(peft_jax.combine(changed, peft_jax.partition(params)[1]))
+    )[UP]
     np.testing.assert_array_equal(np.asarray(merged - peft_jax.places(TREE)[UP])[:, 0, 0], [0, 1])

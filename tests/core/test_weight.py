@@ -14,7 +14,12 @@ from tests.reference import relative_error
 def lora_over(shape, in_axes, out_axes, rank=3):
     w = jax.random.normal(jax.random.key(0), shape)
     tree = peft_jax.lora(
-        {"kernel": w}, jax.random.key(1), rank=rank, alpha=6, targets="kernel", layout={"kernel": (in_axes, out_axes)}
+        {"kernel": w},
+        jax.random.key(1),
+        rank=rank,
+        alpha=6,
+        targets="kernel",
+        layout={"kernel": (in_axes, out_axes)},
     )
     node = tree["kernel"]
     return node.replace(b=jax.random.normal(jax.random.key(2), node.b.shape))
@@ -32,7 +37,13 @@ def lora_over(shape, in_axes, out_axes, rank=3):
         ("ebd,edh->ebh", (2, 3, 4), (2, 4, 5), (-2,), (-1,)),
         ("bed,edh->ebh", (3, 2, 4), (2, 4, 5), (-2,), (-1,)),
         ("bd,df->fb", (3, 4), (4, 5), (-2,), (-1,)),
-        ("bd,df->b", (3, 4), (4, 5), (-2,), (-1,)),  # sums over an output: only on the materialised weight
+        (
+            "bd,df->b",
+            (3, 4),
+            (4, 5),
+            (-2,),
+            (-1,),
+        ),  # sums over an output: only on the materialised weight
     ],
 )
 def test_einsum_equals_dense(equation, x_shape, w_shape, in_axes, out_axes):
@@ -43,7 +54,10 @@ def test_einsum_equals_dense(equation, x_shape, w_shape, in_axes, out_axes):
     assert relative_error(peft_jax.einsum(equation, x, w.materialize()), expected) < 1e-5
 
 
-@pytest.mark.parametrize(("in_axes", "out_axes"), [((-2,), (-1,)), ((-3,), (-2, -1)), ((-2,), (-3, -1)), ((-1, -3), (-2,))])
+@pytest.mark.parametrize(
+    ("in_axes", "out_axes"),
+    [((-2,), (-1,)), ((-3,), (-2, -1)), ((-2,), (-3, -1)), ((-1, -3), (-2,))],
+)
 def test_matrix_form_is_invertible(in_axes, out_axes):
     shape = (2, 3, 4) if len(in_axes) + len(out_axes) == 2 else (6, 2, 3, 4)
     w = jnp.arange(np.prod(shape)).reshape(shape)
@@ -57,12 +71,17 @@ def test_take_and_attend_use_the_same_weight():
     ids, x = jnp.asarray([[1, 6], [0, 3]]), jax.random.normal(jax.random.key(3), (2, 4))
     full = np.asarray(w.materialize())
     assert relative_error(peft_jax.take(w, ids), full[np.asarray(ids)]) < 1e-5
-    assert relative_error(peft_jax.matmul(x, w, in_axes=(-1,), out_axes=(-2,)), np.asarray(x) @ full.T) < 1e-5
+    assert (
+        relative_error(peft_jax.matmul(x, w, in_axes=(-1,), out_axes=(-2,)), np.asarray(x) @ full.T)
+        < 1e-5
+    )
 
 
 def test_two_adapters_at_once():
     w = lora_over((4, 5), (-2,), (-1,))
-    both = peft_jax.lora({"kernel": w}, jax.random.key(5), rank=2, targets="kernel", adapter="second")["kernel"]
+    both = peft_jax.lora(
+        {"kernel": w}, jax.random.key(5), rank=2, targets="kernel", adapter="second"
+    )["kernel"]
     both = both.replace(b=jax.random.normal(jax.random.key(6), both.b.shape))
     x = jax.random.normal(jax.random.key(3), (2, 4))
     assert isinstance(both.base, LoRA)

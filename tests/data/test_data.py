@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 import peft_jax
-from peft_jax.data import Record, batch_at, builtin, encode, evaluation_batches, fingerprint, fit, pack, read_records
+from peft_jax.data import (
+    Record,
+    batch_at,
+    builtin,
+    encode,
+    evaluation_batches,
+    fingerprint,
+    fit,
+    pack,
+    read_records,
+)
 from peft_jax.data.encode import Example
 from peft_jax.data.records import MalformedRecordError
 from peft_jax.hub.checkpoint import BASE
@@ -42,7 +52,9 @@ def test_every_kind_of_file(tmp_path, suffix, gz):
         file.write_bytes(gzip.compress(text.encode()))
     else:
         file.write_text(text)
-    records = read_records(str(file), kind="completion", delimiter="||" if suffix == ".txt" else None)
+    records = read_records(
+        str(file), kind="completion", delimiter="||" if suffix == ".txt" else None
+    )
     assert [r.value for r in records] == [GOOD, GOOD]
 
 
@@ -53,11 +65,15 @@ def test_a_text_file_is_one_document(tmp_path):
 
 def test_columns_and_limit(tmp_path):
     file = tmp_path / "q.jsonl"
-    file.write_text("".join(json.dumps({"question": str(i), "answer": "a"}) + "\n" for i in range(5)))
+    file.write_text(
+        "".join(json.dumps({"question": str(i), "answer": "a"}) + "\n" for i in range(5))
+    )
     columns = {"prompt": "question", "completion": "answer"}
     records = read_records(str(file), kind="completion", columns=columns, limit=2)
     assert [r.value["prompt"] for r in records] == ["0", "1"]
-    with pytest.raises(ValueError, match="columns names 'promt'; a completion record has prompt, completion"):
+    with pytest.raises(
+        ValueError, match="columns names 'promt'; a completion record has prompt, completion"
+    ):
         read_records(str(file), kind="completion", columns={"promt": "question"})
 
 
@@ -84,7 +100,10 @@ def test_bad_rows_of_a_csv_and_bad_chats(tmp_path):
     (tmp_path / "d.csv").write_text("prompt,completion\na,b\nc\nd,e\n")
     with pytest.raises(MalformedRecordError, match=r"d.csv:3: not 2 columns"):
         read_records(str(tmp_path / "d.csv"), kind="completion", on_error="stop")
-    for messages, message in [([], "list of objects"), ([{"role": "user", "content": "hi"}], "no assistant turn")]:
+    for messages, message in [
+        ([], "list of objects"),
+        ([{"role": "user", "content": "hi"}], "no assistant turn"),
+    ]:
         (tmp_path / "c.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
         with pytest.raises(MalformedRecordError, match=message):
             read_records(str(tmp_path / "c.jsonl"), kind="chat", on_error="stop")
@@ -95,10 +114,19 @@ def test_bad_rows_of_a_csv_and_bad_chats(tmp_path):
     [
         (lambda p: "./nothing.jsonl", "data file ./nothing.jsonl does not exist"),
         (lambda p: str(p / "x.docx"), "does not exist|unknown kind of file"),
-        (lambda p: [(p / "e.jsonl").write_text(""), str(p / "e.jsonl")][1], "holds no usable completion record"),
-        (lambda p: [(p / "e.jsonl").write_text("{"), str(p / "e.jsonl")][1], r"no usable completion record \(1 malformed\)"),
+        (
+            lambda p: [(p / "e.jsonl").write_text(""), str(p / "e.jsonl")][1],
+            "holds no usable completion record",
+        ),
+        (
+            lambda p: [(p / "e.jsonl").write_text("{"), str(p / "e.jsonl")][1],
+            r"no usable completion record \(1 malformed\)",
+        ),
         (lambda p: [(p / "e.json").write_text("{"), str(p / "e.json")][1], "not valid JSON"),
-        (lambda p: [(p / "e.xyz").write_text("{"), str(p / "e.xyz")][1], "unknown kind of file; known: .jsonl"),
+        (
+            lambda p: [(p / "e.xyz").write_text("{"), str(p / "e.xyz")][1],
+            "unknown kind of file; known: .jsonl",
+        ),
         (lambda p: "nobody/nothing", "neither a file nor a dataset"),
         (lambda p: "builtin:pythn-docs", "no built-in dataset 'pythn-docs'; there are python-docs"),
     ],
@@ -149,7 +177,11 @@ def test_a_template_that_rewrites_history_is_named(tokenizer, caplog):
 
     bad = copy.deepcopy(tokenizer)
     bad.chat_template = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     record = Record({"messages": messages}, "f:7")
     with pytest.raises(MalformedRecordError, match="f:7: the chat template rewrites earlier turns"):
         list(encode([record], bad, "chat", on_error="stop"))
@@ -168,9 +200,13 @@ def test_packing_keeps_every_prediction_once():
     examples = examples_of(rng.integers(2, 33, 200))
     rows = pack(examples, 32)
     assert rows.weights.sum() == sum(len(e.ids) - 1 for e in examples)
-    pairs = sorted((int(a), int(b)) for e in examples for a, b in zip(e.ids[:-1], e.ids[1:], strict=True))
+    pairs = sorted(
+        (int(a), int(b)) for e in examples for a, b in zip(e.ids[:-1], e.ids[1:], strict=True)
+    )
     used = rows.segment_ids > 0
-    assert sorted(zip(rows.tokens[used].tolist(), rows.targets[used].tolist(), strict=True)) == pairs
+    assert (
+        sorted(zip(rows.tokens[used].tolist(), rows.targets[used].tolist(), strict=True)) == pairs
+    )
     assert len(rows.tokens) <= 1.1 * rows.weights.sum() / 32 + 1  # little is wasted
     starts = np.diff(rows.segment_ids, axis=1, prepend=0) != 0
     assert (rows.positions[starts & used] == 0).all()
@@ -194,7 +230,9 @@ def test_long_records():
 
 
 def test_completions_that_are_cut_away_are_told(caplog):
-    """A prompt that fills the row leaves nothing to learn: a loss of nothing would look like a good one."""
+    """A prompt that fills the row leaves nothing to learn: a loss of nothing would look like a good
+    one.
+    """
     cut, whole = Example(np.arange(9), np.arange(9) > 6), Example(np.arange(4), np.arange(4) > 2)
     assert fit([cut, whole], 5, "completion", "truncate") == [whole]
     assert "1 records have nothing to learn within 5 tokens and are left out" in caplog.text

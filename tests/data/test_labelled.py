@@ -1,4 +1,6 @@
-"""Labels and rows with them: what tables hold, what a checkpoint's classes are called, words, questions, odd tokenizers."""
+"""Labels and rows with them: what tables hold, what a checkpoint's classes are called, words,
+questions, odd tokenizers.
+"""
 
 import json
 
@@ -20,7 +22,21 @@ from peft_jax.data.records import MalformedRecordError
 from peft_jax.training.config import ConfigError
 from peft_jax.training.tasks import wanted_labels
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "a", "who", "wrote", "it", "ann", "did"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "good",
+    "bad",
+    "film",
+    "a",
+    "who",
+    "wrote",
+    "it",
+    "ann",
+    "did",
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +44,13 @@ def words():
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="[SEP]", padding_side="left")  # and no pad token
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="[SEP]", padding_side="left"
+    )  # and no pad token
 
 
 def records(*values):
@@ -46,7 +66,9 @@ def test_numbers_in_a_table_are_numbers(tmp_path):
     table.write_text("text,label\na film,0.50\ngood,3\n")
     assert label_names(read_records(str(table), kind="classification")) is None
     table.write_text("text,label\n" + "".join(f"a film,{i}\n" for i in range(11)))
-    assert label_names(read_records(str(table), kind="classification")) == [str(i) for i in range(11)]
+    assert label_names(read_records(str(table), kind="classification")) == [
+        str(i) for i in range(11)
+    ]
     assert label_names(labelled(2, 10, 1.0)) == ["1", "2", "10"]
     assert label_names(labelled("2", "b", "10")) == ["10", "2", "b"]
 
@@ -77,7 +99,10 @@ def test_the_checkpoints_classes_rule(known, labels, wanted):
 
 
 def test_labels_that_the_checkpoint_does_not_know_are_shown():
-    with pytest.raises(ConfigError, match=r"labels neg, pos, the checkpoint's classes are negative, positive, and 'neg'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"labels neg, pos, the checkpoint's classes are negative, positive, and 'neg'",
+    ):
         wanted_labels("sequence_classification", labelled("pos", "neg"), ["negative", "positive"])
     with pytest.raises(ConfigError, match="'2' is none of them"):
         wanted_labels("sequence_classification", labelled(0, 2), ["negative", "positive"])
@@ -86,7 +111,9 @@ def test_labels_that_the_checkpoint_does_not_know_are_shown():
 
 
 def test_a_record_with_an_unknown_label_is_passed_over_or_ends_the_run(words, caplog):
-    rows = encode_classification(labelled("yes", "maybe", "no"), words, 6, ["no", "yes"], on_error="skip")
+    rows = encode_classification(
+        labelled("yes", "maybe", "no"), words, 6, ["no", "yes"], on_error="skip"
+    )
     assert rows.labels.tolist() == [1, 0]
     assert "data:1: label 'maybe' is none of" in caplog.text
     with pytest.raises(MalformedRecordError, match="data:1: label 'maybe'"):
@@ -117,12 +144,18 @@ def test_words_keep_apart_in_byte_level_tokenizers(shared_data, caplog):
 
 
 def _asked(question, context, text, start):
-    return {"question": question, "context": context, "answers": {"text": [text], "answer_start": [start]}}
+    return {
+        "question": question,
+        "context": context,
+        "answers": {"text": [text], "answer_start": [start]},
+    }
 
 
 def test_an_answer_with_blanks_around_it_is_found(words):
     bare = encode_questions(records(_asked("who wrote it", "it ann wrote", "ann", 3)), words, 12)[0]
-    blank = encode_questions(records(_asked("who wrote it", "it ann wrote", " ann ", 2)), words, 12)[0]
+    blank = encode_questions(
+        records(_asked("who wrote it", "it ann wrote", " ann ", 2)), words, 12
+    )[0]
     assert bare.labels.tolist() == blank.labels.tolist() == [[6, 6]]
 
 
@@ -144,8 +177,11 @@ def test_text_gets_one_end_token(words):
 
 @pytest.mark.parametrize("name", ["data.csv", "data.jsonl", "data.txt"])
 def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path, name):
-    text = {"csv": "text,label\r\na film,no\r\n", "jsonl": json.dumps({"text": "a film", "label": "no"}) + "\r\n",
-            "txt": "a film|no\r\n"}  # fmt: skip
+    text = {
+        "csv": "text,label\r\na film,no\r\n",
+        "jsonl": json.dumps({"text": "a film", "label": "no"}) + "\r\n",
+        "txt": "a film|no\r\n",
+    }
     file = tmp_path / name
     file.write_text(text[file.suffix[1:]], encoding="utf-8-sig", newline="")
     delimiter = "|" if file.suffix == ".txt" else None
@@ -163,6 +199,8 @@ def test_a_long_field_is_one_record(tmp_path):
 
 def test_unicode_separators_end_no_line(tmp_path):
     file = tmp_path / "odd.jsonl"
-    file.write_text(json.dumps({"text": "one\u2028two\x85three"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(
+        json.dumps({"text": "one\u2028two\x85three"}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     (record,) = read_records(str(file), kind="text", on_error="stop")
     assert record.value["text"] == "one\u2028two\x85three"

@@ -1,11 +1,21 @@
-"""Places in texts and in tokens: what is put in is not searched for, names are whole words, tokens are those of the place."""
+"""Places in texts and in tokens: what is put in is not searched for, names are whole words, tokens
+are those of the place.
+"""
 
 import re
 
 import pytest
 import transformers
 
-from peft_jax.data.spans import fill, find_names, make_names, text_of, token_bytes, tokens_of, with_offsets
+from peft_jax.data.spans import (
+    fill,
+    find_names,
+    make_names,
+    text_of,
+    token_bytes,
+    tokens_of,
+    with_offsets,
+)
 
 
 @pytest.fixture(scope="module", params=["embedded", "gpt2", "bert_uncased", "mistral_v1"])
@@ -34,21 +44,38 @@ def test_the_subjects_last_token_ends_its_characters(template, subject, tokenize
     assert text[start:end] == subject
     encoded = with_offsets(tokenizer, text)
     first, stop = tokens_of(text, encoded["offset_mapping"], (start, end))
-    plain = lambda said: re.sub(r"\s|\[UNK\]", "", said).lower()
-    said = lambda n: plain(
-        tokenizer.decode(encoded["input_ids"][:n], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    )
+
+    def plain(said):
+        return re.sub(r"\s|\[UNK\]", "", said).lower()
+
+    def said(n):
+        return plain(
+            tokenizer.decode(
+                encoded["input_ids"][:n],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
+        )
+
     if tokenizer.unk_token_id in encoded["input_ids"] and tokenizer.bos_token_id is None:
         pytest.skip("what WordPiece does not know cannot be decoded")
-    before, through = (plain(tokenizer.backend_tokenizer.normalizer.normalize_str(t) if tokenizer.bos_token_id is None else t)
-                       for t in (text[:start], text[: start + len(subject.rstrip())]))  # fmt: skip
+    before, through = (
+        plain(
+            tokenizer.backend_tokenizer.normalizer.normalize_str(t)
+            if tokenizer.bos_token_id is None
+            else t
+        )
+        for t in (text[:start], text[: start + len(subject.rstrip())])
+    )
     assert said(stop).startswith(through), "the last token has not come"
     assert not said(stop - 1).startswith(through), "the last token comes before"
     assert before.startswith(said(first).rstrip("�")), "the first token is behind"
 
 
 def test_a_template_has_one_place():
-    with pytest.raises(ValueError, match=r"the prompt 'in \{\} near \{\}' has \{\} 2 times: write the subject out"):
+    with pytest.raises(
+        ValueError, match=r"the prompt 'in \{\} near \{\}' has \{\} 2 times: write the subject out"
+    ):
         fill("in {} near {}", "Ann")
     with pytest.raises(ValueError, match=r"the prompt 'in' has no \{\} for its subject"):
         fill("in", "Ann")
@@ -68,7 +95,12 @@ def test_tokenizers_without_offsets_are_refused():
             use()
 
 
-TEXTS = ["Ann plays in Annecy, the city", "東京 Łódź’s Perú… x", "in (Peru); Go, not Google. C++ e\u0301t", "a\nb  c\td"]
+TEXTS = [
+    "Ann plays in Annecy, the city",
+    "東京 Łódź’s Perú… x",
+    "in (Peru); Go, not Google. C++ e\u0301t",
+    "a\nb  c\td",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -78,7 +110,10 @@ def test_the_text_of_tokens_is_the_tokenizers(text, tokenizer):
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     said, spans = text_of(token_bytes(tokenizer), ids, [1] * len(ids))
     assert said[0] == "\0"
-    plain = lambda t: re.sub(r"\s+", "", t.replace("[UNK]", "\ufffd"))
+
+    def plain(t):
+        return re.sub(r"\s+", "", t.replace("[UNK]", "\ufffd"))
+
     assert plain(said[1:]) == plain(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     if tokenizer.unk_token_id in ids or tokenizer.bos_token_id is None:
         return  # WordPiece writes other characters than the text's

@@ -1,4 +1,6 @@
-"""Predictions on disk: exact, resumed, read back by rows, refused where they are somebody else's or broken."""
+"""Predictions on disk: exact, resumed, read back by rows, refused where they are somebody else's or
+broken.
+"""
 
 import json
 
@@ -7,7 +9,9 @@ import pytest
 
 from peft_jax.distillation.cache import CacheHeader, open_cache, write_cache
 
-HEADER = CacheHeader("model", "tokens", "rows", rows=10, length=3, vocabulary=50, k=4, temperature=1.0, shard_rows=4)
+HEADER = CacheHeader(
+    "model", "tokens", "rows", rows=10, length=3, vocabulary=50, k=4, temperature=1.0, shard_rows=4
+)
 WANTED = {"tokenizer": "tokens", "data": "rows", "rows": 10, "length": 3, "temperature": 1.0}
 
 
@@ -35,7 +39,9 @@ def test_rows_come_back_in_any_order(tmp_path, dtype):
     ids, log_probs = predictions()
     chosen = [9, 0, 3, 4, 0]
     np.testing.assert_array_equal(cached.ids[chosen], ids[chosen])
-    np.testing.assert_allclose(cached.log_probs[chosen], log_probs[chosen], rtol=0 if dtype == "float32" else 1e-3)
+    np.testing.assert_allclose(
+        cached.log_probs[chosen], log_probs[chosen], rtol=0 if dtype == "float32" else 1e-3
+    )
     np.testing.assert_array_equal(cached.ids[2:6], ids[2:6])
     assert cached.ids.shape == (10, 3, 4)
     assert len(cached.log_probs) == 10
@@ -52,7 +58,9 @@ def test_an_interrupted_cache_goes_on_where_it_ended(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_cache(tmp_path, HEADER, failing)
-    with pytest.raises(ValueError, match=r"holds 1 of 3 shards; run `peft-jax teach` again, which goes on"):
+    with pytest.raises(
+        ValueError, match=r"holds 1 of 3 shards; run `peft-jax teach` again, which goes on"
+    ):
         open_cache(tmp_path, **WANTED)
     asked = []
     assert write_cache(tmp_path, HEADER, reader(asked)) == 1
@@ -63,7 +71,11 @@ def test_an_interrupted_cache_goes_on_where_it_ended(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer": "other"}, r"was written with another tokenizer: 'tokens', and here it is 'other'; run `peft-jax teach`"),
+        (
+            {"tokenizer": "other"},
+            r"was written with another tokenizer: 'tokens', and here it is 'other'; run "
+            r"`peft-jax teach`",
+        ),
         ({"data": "other"}, "with another data"),
         ({"length": 4}, "with another sequence length: 3, and here it is 4"),
         ({"temperature": 2.0}, "with another temperature"),
@@ -78,19 +90,25 @@ def test_a_cache_of_something_else_is_refused(tmp_path, change, message):
 def test_another_teacher_does_not_write_into_it(tmp_path):
     write_cache(tmp_path, HEADER, reader())
     before = sorted((p.name, p.stat().st_mtime_ns) for p in tmp_path.iterdir())
-    with pytest.raises(ValueError, match="with another teacher: 'model', and here it is 'other'; remove it"):
+    with pytest.raises(
+        ValueError, match="with another teacher: 'model', and here it is 'other'; remove it"
+    ):
         write_cache(tmp_path, HEADER._replace(teacher="other"), reader())
     assert sorted((p.name, p.stat().st_mtime_ns) for p in tmp_path.iterdir()) == before
 
 
 def test_broken_caches_are_refused_with_the_reason(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no teacher.json; `peft-jax teach` writes one"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no teacher.json; `peft-jax teach` writes one"
+    ):
         open_cache(tmp_path, **WANTED)
     write_cache(tmp_path, HEADER, reader())
     shard = tmp_path / "shard-00001.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-7])
-    with pytest.raises(ValueError, match=r"shard-00001.safetensors is truncated or changed: \d+ bytes of \d+"):
+    with pytest.raises(
+        ValueError, match=r"shard-00001.safetensors is truncated or changed: \d+ bytes of \d+"
+    ):
         open_cache(tmp_path, **WANTED)
     asked = []
     write_cache(tmp_path, HEADER, reader(asked))  # which mends it

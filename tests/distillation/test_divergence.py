@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from peft_jax.distillation.divergence import DIVERGENCES, log_probabilities, make_divergence, top_k, with_tail
+from peft_jax.distillation.divergence import (
+    DIVERGENCES,
+    log_probabilities,
+    make_divergence,
+    top_k,
+    with_tail,
+)
 from peft_jax.distillation.match import uld
 from tests.reference import relative_error
 
@@ -37,15 +43,23 @@ def reference(name, options, student, teacher, temperature):
     z = torch.tensor(student, dtype=torch.float64, requires_grad=True)
     log_q = torch.log_softmax(z / temperature, -1)
     log_p = torch.log_softmax(torch.tensor(teacher, dtype=torch.float64) / temperature, -1)
-    kl = lambda a, b: (a.exp() * (a - b)).sum(-1)
-    mix = lambda a, b, share: torch.log(share * a.exp() + (1 - share) * b.exp())
+
+    def kl(a, b):
+        return (a.exp() * (a - b)).sum(-1)
+
+    def mix(a, b, share):
+        return torch.log(share * a.exp() + (1 - share) * b.exp())
+
     beta, alpha = options.get("beta", 0.5), options.get("alpha", 0.1)
     if name == "jensen_shannon" and beta in (0.0, 1.0):
         name = "reverse_kl" if beta else "forward_kl"
     value = {
         "forward_kl": lambda: kl(log_p, log_q),
         "reverse_kl": lambda: kl(log_q, log_p),
-        "jensen_shannon": lambda: beta * kl(log_p, mix(log_p, log_q, beta)) + (1 - beta) * kl(log_q, mix(log_p, log_q, beta)),
+        "jensen_shannon": lambda: (
+            beta * kl(log_p, mix(log_p, log_q, beta))
+            + (1 - beta) * kl(log_q, mix(log_p, log_q, beta))
+        ),
         "skewed_forward_kl": lambda: kl(log_p, mix(log_p, log_q, alpha)),
         "skewed_reverse_kl": lambda: kl(log_q, mix(log_q, log_p, alpha)),
         "total_variation": lambda: 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1),
@@ -66,9 +80,13 @@ def test_values_and_gradients_equal_float64(name, options, case):
         return divergence(log_probabilities(z, **of), log_probabilities(teacher, **of))
 
     found, grad = value(student), jax.grad(lambda z: value(z).sum())(student)
-    expected, expected_grad = reference(name, options, student[:, :23], teacher[:, :23], temperature)
+    expected, expected_grad = reference(
+        name, options, student[:, :23], teacher[:, :23], temperature
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
-    np.testing.assert_allclose(grad[:, :23], expected_grad, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(expected_grad).max()))
+    np.testing.assert_allclose(
+        grad[:, :23], expected_grad, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(expected_grad).max())
+    )
     assert not np.asarray(grad[:, 23:]).any()
 
 
@@ -79,9 +97,17 @@ def test_jensen_shannon_is_trls(beta):
     student, teacher = logits("warm")
     labels = torch.tensor([[3, -100, 5, 6, -100]])
     theirs = GKDTrainer.generalized_jsd_loss(
-        torch.tensor(student)[None], torch.tensor(teacher)[None], labels, beta=beta, temperature=2.0, reduction="batchmean"
+        torch.tensor(student)[None],
+        torch.tensor(teacher)[None],
+        labels,
+        beta=beta,
+        temperature=2.0,
+        reduction="batchmean",
     )
-    of = lambda x: log_probabilities(x, temperature=2.0)
+
+    def of(x):
+        return log_probabilities(x, temperature=2.0)
+
     ours = make_divergence("jensen_shannon", beta=beta)(of(student), of(teacher))
     counted = np.asarray([1, 0, 1, 1, 0])
     assert relative_error((ours * counted).sum() / counted.sum(), theirs.item()) < 1e-5
@@ -89,10 +115,15 @@ def test_jensen_shannon_is_trls(beta):
 
 def test_impossible_tokens_are_no_trouble():
     """Logits of minus infinity in either or both."""
-    student, teacher = (np.random.default_rng(i).normal(size=(2, 6)).astype(np.float32) for i in range(2))
+    student, teacher = (
+        np.random.default_rng(i).normal(size=(2, 6)).astype(np.float32) for i in range(2)
+    )
     student[:, 4], teacher[:, 4:] = -np.inf, -np.inf
     for name in DIVERGENCES:
-        of = lambda z, name=name: make_divergence(name)(log_probabilities(z), log_probabilities(teacher)).sum()
+
+        def of(z, name=name):
+            return make_divergence(name)(log_probabilities(z), log_probabilities(teacher)).sum()
+
         value, grad = jax.value_and_grad(of)(student)
         assert np.isfinite(value), name
         assert np.isfinite(grad).all(), name
@@ -112,20 +143,38 @@ def test_the_tail_makes_a_lower_bound_and_all_tokens_the_whole(name):
         assert (part <= whole + 1e-5).all()
         before = part
     np.testing.assert_allclose(part, whole, rtol=1e-5, atol=1e-6)
-    grad = lambda f: jax.grad(lambda z: f(z).sum())(jnp.asarray(student))
+
+    def grad(f):
+        return jax.grad(lambda z: f(z).sum())(jnp.asarray(student))
+
     exact = grad(lambda z: divergence(log_probabilities(z), log_probabilities(teacher)))
-    np.testing.assert_allclose(grad(lambda z: divergence(with_tail(z, ids), kept)), exact, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        grad(lambda z: divergence(with_tail(z, ids), kept)), exact, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_uld_is_the_papers():
-    student, teacher = (np.random.default_rng(i).normal(size=(4, n)).astype(np.float32) for i, n in ((0, 9), (1, 14)))
-    sort = lambda x: np.sort(np.exp(x) / np.exp(x).sum(-1, keepdims=True))[:, ::-1]
-    expected = np.abs(np.pad(sort(student.astype(np.float64)), ((0, 0), (0, 5))) - sort(teacher.astype(np.float64))).sum(-1)
-    assert relative_error(uld(log_probabilities(student), log_probabilities(teacher)), expected) < 1e-5
+    student, teacher = (
+        np.random.default_rng(i).normal(size=(4, n)).astype(np.float32)
+        for i, n in ((0, 9), (1, 14))
+    )
+
+    def sort(x):
+        return np.sort(np.exp(x) / np.exp(x).sum(-1, keepdims=True))[:, ::-1]
+
+    expected = np.abs(
+        np.pad(sort(student.astype(np.float64)), ((0, 0), (0, 5)))
+        - sort(teacher.astype(np.float64))
+    ).sum(-1)
+    assert (
+        relative_error(uld(log_probabilities(student), log_probabilities(teacher)), expected) < 1e-5
+    )
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"unknown divergence 'forward'. Did you mean 'forward_kl'\?"):
+    with pytest.raises(
+        ValueError, match=r"unknown divergence 'forward'. Did you mean 'forward_kl'\?"
+    ):
         make_divergence("forward")
     with pytest.raises(ValueError, match=r"beta of jensen_shannon must lie in \[0, 1\], got 2"):
         make_divergence("jensen_shannon", beta=2)

@@ -38,7 +38,9 @@ def test_hidden_losses_are_pytorchs():
     weights = (SEGMENTS > 0).astype(np.float32)
     s, t = (torch.tensor(x)[torch.tensor(weights) > 0] for x in (a, b))
     ones = torch.ones(len(s))
-    assert relative_error(cosine(a, b, weights), F.cosine_embedding_loss(s, t, ones).item()) < 1e-5  # as DistilBERT's script
+    assert (
+        relative_error(cosine(a, b, weights), F.cosine_embedding_loss(s, t, ones).item()) < 1e-5
+    )  # as DistilBERT's script
     assert relative_error(squared(a, b, weights), F.mse_loss(s, t).item()) < 1e-5
 
 
@@ -72,8 +74,14 @@ def test_attention_losses_are_the_papers(causal):
     # two models of different widths and heads, in 8 relation heads
     wide = states(2, heads=2, size=32)
     w = States(*(torch.tensor(x, dtype=torch.float64) for x in wide))
-    split = lambda x: x.reshape(B, T, 8, -1)
-    expected = sum(_kl(_scaled(split(a), split(a)), _scaled(split(b), split(b)), visible) for a, b in zip(s, w, strict=True))
+
+    def split(x):
+        return x.reshape(B, T, 8, -1)
+
+    expected = sum(
+        _kl(_scaled(split(a), split(a)), _scaled(split(b), split(b)), visible)
+        for a, b in zip(s, w, strict=True)
+    )
     assert relative_error(minilmv2(ours, wide, visible, relation_heads=8), expected.item()) < 1e-5
 
 
@@ -94,7 +102,9 @@ def test_captured_states_are_transformers(looped, tiny_folder):
     wanted = places_of(params, {"hidden", "query"}, embedded=True)
     logits, found = jax.jit(capture(peft_jax.bind(model), wanted))(params, tokens)
     with torch.no_grad():
-        reference = AutoModelForCausalLM.from_pretrained(tiny_folder)(torch.tensor(tokens), output_hidden_states=True)
+        reference = AutoModelForCausalLM.from_pretrained(tiny_folder)(
+            torch.tensor(tokens), output_hidden_states=True
+        )
     expected = [x.numpy() for x in reference.hidden_states]
     assert relative_error(found["embedded"][0], expected[0]) < 1e-6
     for i, theirs in enumerate(expected[1:-1]):  # the last of theirs is normalised
@@ -116,12 +126,16 @@ class Loop(nnx.Module):
 
 def updated(params, targets):
     """With LoRA whose update is not zero."""
-    trainable, frozen = peft_jax.partition(peft_jax.lora(params, jax.random.key(0), rank=2, targets=targets))
+    trainable, frozen = peft_jax.partition(
+        peft_jax.lora(params, jax.random.key(0), rank=2, targets=targets)
+    )
     return peft_jax.combine(jax.tree.map(lambda x: x + 0.1, trainable), frozen)
 
 
 def test_a_linen_model_of_anyones_is_looked_into():
-    """What a layer with LoRA gives is with its update; a scan that does not carry the collection is told of."""
+    """What a layer with LoRA gives is with its update; a scan that does not carry the collection is
+    told of.
+    """
     model, params = linen_model()
     params, apply, tokens = (
         updated(params, ["re:out/kernel"]),
@@ -132,7 +146,10 @@ def test_a_linen_model_of_anyones_is_looked_into():
     np.testing.assert_array_equal(out, apply(params, tokens))
     expected = found["x"] @ peft_jax.materialize(params["out"]["kernel"]) + params["out"]["bias"]
     assert relative_error(found["y"], expected) < 1e-5
-    with pytest.raises(ValueError, match=r"nothing was captured at 'blocks/up': .* does not carry the collection 'captured'"):
+    with pytest.raises(
+        ValueError,
+        match=r"nothing was captured at 'blocks/up': .* does not carry the collection 'captured'",
+    ):
         capture(apply, {"x": output_of("blocks/up")})(params, tokens)
 
 
@@ -140,9 +157,16 @@ def test_an_nnx_model_of_anyones_is_looked_into():
     model = Loop(nnx.Rngs(0))
     params, apply = updated(peft_jax.nnx_params(model), ["layers/1"]), peft_jax.bind(model)
     x = np.ones((2, 6), np.float32)
-    out, found = jax.jit(capture(apply, {"x": input_of("layers"), "y": output_of("layers")}))(params, x)
+    out, found = jax.jit(capture(apply, {"x": input_of("layers"), "y": output_of("layers")}))(
+        params, x
+    )
     assert found["y"].shape == (2, 2, 6)
     assert relative_error(out, np.tanh(found["y"][1])) < 1e-6
     for i in range(2):
         own = params["layers"][i]
-        assert relative_error(found["y"][i], found["x"][i] @ peft_jax.materialize(own["kernel"]) + own["bias"]) < 1e-5
+        assert (
+            relative_error(
+                found["y"][i], found["x"][i] @ peft_jax.materialize(own["kernel"]) + own["bias"]
+            )
+            < 1e-5
+        )

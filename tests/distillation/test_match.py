@@ -22,7 +22,11 @@ def theirs():
     """Words and single characters, without a token before the text."""
     words = ["<unk>", "</s>", "It", "was", "the", "best", "of", "times", ",", ".", "it", "worst"]
     letters = [c for c in "abcdefghijklmnopqrstuvwxyzN\u00ef:3.14!" if c not in words]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*words, *dict.fromkeys(letters)])}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel(
+            {w: i for i, w in enumerate([*words, *dict.fromkeys(letters)])}, unk_token="<unk>"
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
 

@@ -13,20 +13,31 @@ from peft_jax.distillation.students import spaced, take_layers
 from peft_jax.hub.checkpoint import load_fresh
 from tests.reference import relative_error
 
-SMALL = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 4}
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+}
 KINDS = ["sliding_attention", "full_attention"]
 MODELS = {
     "bert": (lambda: tr.BertForMaskedLM(tr.BertConfig(**SMALL)), "bert.encoder.layer"),
     "gpt2": (
         lambda: tr.GPT2LMHeadModel(
-            tr.GPT2Config(vocab_size=40, n_embd=16, n_layer=4, n_head=2, bos_token_id=1, eos_token_id=2)
+            tr.GPT2Config(
+                vocab_size=40, n_embd=16, n_layer=4, n_head=2, bos_token_id=1, eos_token_id=2
+            )
         ),
         "transformer.h",
     ),
     "gemma3": (
         lambda: tr.Gemma3ForCausalLM(
             tr.Gemma3TextConfig(
-                **SMALL, num_key_value_heads=1, head_dim=8, layer_types=["sliding_attention", "full_attention"] * 2
+                **SMALL,
+                num_key_value_heads=1,
+                head_dim=8,
+                layer_types=["sliding_attention", "full_attention"] * 2,
             )
         ),
         "model.layers",
@@ -59,11 +70,17 @@ def test_the_student_is_transformers_with_these_layers(family, looped, tmp_path)
 
 def test_nodes_are_taken_with_their_layers(tiny_folder):
     model, params = peft_jax.load(tiny_folder)
-    moved = peft_jax.lora(peft_jax.quantize(params, peft_jax.NF4(block_size=16)), jax.random.key(0), rank=2)
+    moved = peft_jax.lora(
+        peft_jax.quantize(params, peft_jax.NF4(block_size=16)), jax.random.key(0), rank=2
+    )
     student, small = take_layers(model, moved, [1])
     tokens = np.arange(10).reshape(2, 5)
     looped = peft_jax.unstack_layers(moved)
-    looped["model"] = {k if k != "layers_1" else "layers_0": v for k, v in looped["model"].items() if k != "layers_0"}
+    looped["model"] = {
+        k if k != "layers_1" else "layers_0": v
+        for k, v in looped["model"].items()
+        if k != "layers_0"
+    }
     expected = peft_jax.bind(student.clone(scan_layers=False))(looped, tokens)
     assert relative_error(peft_jax.bind(student)(small, tokens), expected) < 1e-6
 
@@ -83,12 +100,19 @@ def test_what_cannot_be_taken_is_refused(tiny_folder):
 
 
 def test_fresh_students_have_the_config_they_are_given(tiny_folder):
-    model, params = load_fresh(tiny_folder, config={"num_hidden_layers": 1, "intermediate_size": 20}, seed=1)
+    model, params = load_fresh(
+        tiny_folder, config={"num_hidden_layers": 1, "intermediate_size": 20}, seed=1
+    )
     assert model.config.num_layers == 1
     assert params["model"]["layers"]["mlp"]["up_proj"]["kernel"].shape == (1, 32, 20)
-    other = load_fresh(tiny_folder, config={"num_hidden_layers": 1, "intermediate_size": 20}, seed=2)[1]
+    other = load_fresh(
+        tiny_folder, config={"num_hidden_layers": 1, "intermediate_size": 20}, seed=2
+    )[1]
     assert np.abs(
-        other["model"]["layers"]["mlp"]["up_proj"]["kernel"] - params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+        other["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+        - params["model"]["layers"]["mlp"]["up_proj"]["kernel"]
     ).max()
-    with pytest.raises(ValueError, match=r"a llama config has no 'hidden_sise'. Did you mean 'hidden_size'\?"):
+    with pytest.raises(
+        ValueError, match=r"a llama config has no 'hidden_sise'. Did you mean 'hidden_size'\?"
+    ):
         load_fresh(tiny_folder, config={"hidden_sise": 16})

@@ -10,8 +10,22 @@ import peft_jax
 from peft_jax.generation import generate as module
 from peft_jax.generation.generate import _likeliest, _Sampling, _sampling, continuations, sample
 from peft_jax.models.attention import CACHE_DTYPES
-from peft_jax.training.evaluate import bleu, exact_match, generated_metrics, perplexity, prompt_and_answer, rouge
-from tests.reference import FAMILIES, perturb, random_tokens, relative_error, torch_logits, torch_model
+from peft_jax.training.evaluate import (
+    bleu,
+    exact_match,
+    generated_metrics,
+    perplexity,
+    prompt_and_answer,
+    rouge,
+)
+from tests.reference import (
+    FAMILIES,
+    perturb,
+    random_tokens,
+    relative_error,
+    torch_logits,
+    torch_model,
+)
 from tests.third_party import linen_model
 from tests.training.test_loop import tiny_rows
 
@@ -27,7 +41,9 @@ def setup(tiny_folder):
 
 def greedy_by_hand(apply, params, prompt, count):
     ids, run = list(prompt), jax.jit(apply)
-    for _ in range(count):  # one length, one compilation: a causal model does not see what comes after
+    for _ in range(
+        count
+    ):  # one length, one compilation: a causal model does not see what comes after
         logits = run(params, jnp.asarray([ids + [0] * (len(prompt) + count - len(ids))]))[0]
         ids.append(int(logits[len(ids) - 1].argmax()))
     return ids[len(prompt) :]
@@ -38,7 +54,9 @@ def test_greedy_equals_the_plain_forward_pass_for_each_row(setup):
     out = peft_jax.generate(model, params, PROMPTS, max_tokens=40)
     for row, prompt in zip(out, PROMPTS, strict=True):
         assert row == greedy_by_hand(apply, params, prompt, 40)
-    assert peft_jax.generate(apply, params, [PROMPTS[1]], max_tokens=40)[0] == out[1]  # company changes nothing
+    assert (
+        peft_jax.generate(apply, params, [PROMPTS[1]], max_tokens=40)[0] == out[1]
+    )  # company changes nothing
 
 
 @pytest.mark.parametrize(("kind", "bytes_a_number"), [("int8", 1), ("fp8", 1)])
@@ -72,19 +90,24 @@ def test_end_token_and_stop_strings(setup):
     text = peft_jax.generate(model, params, ["Hello"], tokenizer=tokenizer, max_tokens=40)[0]
     stop = text[10:14]
     assert (
-        peft_jax.generate(model, params, ["Hello"], tokenizer=tokenizer, max_tokens=40, stop=[stop])[0]
+        peft_jax.generate(
+            model, params, ["Hello"], tokenizer=tokenizer, max_tokens=40, stop=[stop]
+        )[0]
         == text[: text.index(stop)]
     )
 
 
 def test_seeds_decide_samples(setup):
     model, params, *_ = setup
-    draw = lambda seed: peft_jax.generate(model, params, PROMPTS, max_tokens=12, temperature=1.0, seed=seed)
+
+    def draw(seed):
+        return peft_jax.generate(model, params, PROMPTS, max_tokens=12, temperature=1.0, seed=seed)
+
     assert draw(0) == draw(0)
     assert draw(0) != draw(1)
-    assert peft_jax.generate(model, params, PROMPTS, max_tokens=12, temperature=1.0, top_k=1) == peft_jax.generate(
-        model, params, PROMPTS, max_tokens=12
-    )
+    assert peft_jax.generate(
+        model, params, PROMPTS, max_tokens=12, temperature=1.0, top_k=1
+    ) == peft_jax.generate(model, params, PROMPTS, max_tokens=12)
 
 
 def test_one_compilation_serves_all_options(setup):
@@ -97,7 +120,10 @@ def test_one_compilation_serves_all_options(setup):
         peft_jax.generate(apply, params, PROMPTS, max_tokens=8, **{"temperature": 0.7, **options})
     peft_jax.generate(apply, params, [[1, 2], [3], [4]], max_tokens=20, temperature=0.7)
     assert before == (1, 1)
-    assert (prefill._cache_size(), decode._cache_size()) == (2, 2)  # the shorter prompts are one more width
+    assert (prefill._cache_size(), decode._cache_size()) == (
+        2,
+        2,
+    )  # the shorter prompts are one more width
 
 
 def test_sampling_draws_from_the_right_distribution():
@@ -112,7 +138,9 @@ def test_sampling_draws_from_the_right_distribution():
     np.testing.assert_allclose(frequencies(), [0.5, 0.3, 0.15, 0.05], atol=0.03)
     np.testing.assert_allclose(frequencies(top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
     np.testing.assert_allclose(frequencies(top_p=0.79), [0.625, 0.375, 0, 0], atol=0.03)
-    np.testing.assert_allclose(frequencies(top_p=0.81), np.asarray([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03)
+    np.testing.assert_allclose(
+        frequencies(top_p=0.81), np.asarray([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03
+    )
     squared = np.asarray([0.25, 0.09, 0.0225, 0.0025])
     np.testing.assert_allclose(frequencies(temperature=0.5), squared / squared.sum(), atol=0.03)
 
@@ -122,7 +150,10 @@ def test_the_smallest_temperatures_are_greedy(top_p):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(8, 50)) * 30 + 100, jnp.float32)
     keys = jax.random.split(jax.random.key(0), 8)
     for temperature in (1e-3, 1e-38, 1e-46, 1e-300):
-        assert sample(logits, _sampling(temperature, 0, top_p), keys).tolist() == logits.argmax(-1).tolist()
+        assert (
+            sample(logits, _sampling(temperature, 0, top_p), keys).tolist()
+            == logits.argmax(-1).tolist()
+        )
 
 
 @pytest.mark.parametrize(
@@ -159,12 +190,19 @@ def test_generated_metrics_group_references(setup):
     prompts = ["What?", "Who?", "Where is it?", "The"]
     answers = peft_jax.generate(model, params, prompts, tokenizer=tokenizer, max_tokens=5)
     prompt, answer = next(
-        p for p in zip(prompts, answers, strict=True) if any(w.isascii() and w.isalnum() for w in p[1].split())
+        p
+        for p in zip(prompts, answers, strict=True)
+        if any(w.isascii() and w.isalnum() for w in p[1].split())
     )
     records = [Record({"prompt": prompt, "completion": c}, "x") for c in ("other", answer)]
-    scores = generated_metrics(model, params, records, tokenizer, ["exact_match", "rouge"], max_tokens=5, batch_size=2)
+    scores = generated_metrics(
+        model, params, records, tokenizer, ["exact_match", "rouge"], max_tokens=5, batch_size=2
+    )
     assert scores == {"exact_match": 1.0, "rouge": pytest.approx(1.0)}
-    chat = Record({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}, "x")
+    chat = Record(
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+        "x",
+    )
     assert prompt_and_answer(chat, tokenizer) == ("### User:\nHi\n\n### Assistant:\n", "Ho")
 
 
@@ -176,9 +214,13 @@ def test_perplexity_is_the_exponential_of_the_loss(setup):
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)  # padding rows weigh nothing
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.8), (5, 0.6), (1, 1.0), (64, 1.0), (200, 0.9999)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(3, 1.0), (0, 0.8), (5, 0.6), (1, 1.0), (64, 1.0), (200, 0.9999)]
+)
 def test_filters_keep_what_a_plain_one_keeps(top_k, top_p):
-    """Over 1,000 rows of a vocabulary of 64, against sets built in NumPy, row by row, in float64."""
+    """Over 1,000 rows of a vocabulary of 64, against sets built in NumPy, row by row, in
+    float64.
+    """
     logits = np.random.default_rng(0).normal(size=(1000, 64)).astype(np.float32) * 4
     sampling = _Sampling(jnp.float32(1.0), jnp.int32(top_k), jnp.float32(top_p))
     kept = np.asarray(_likeliest(sampling, jnp.asarray(logits)) > -np.inf)
@@ -194,17 +236,25 @@ def test_filters_keep_what_a_plain_one_keeps(top_k, top_p):
 
 @pytest.mark.parametrize(
     ("family", "sizes", "cached"),
-    [("phi3_longrope", (20, 16, 3, 12), True), ("llama_dynamic", (20, 3, 12), False)],  # its own cache goes stale there
+    [
+        ("phi3_longrope", (20, 16, 3, 12), True),
+        ("llama_dynamic", (20, 3, 12), False),
+    ],  # its own cache goes stale there
 )
 def test_what_is_cached_follows_a_rotation_by_length(family, sizes, cached, tmp_path):
-    """Against transformers, each row alone: beyond, at, below and across the length (16) where all positions turn anew."""
+    """Against transformers, each row alone: beyond, at, below and across the length (16) where all
+    positions turn anew.
+    """
     reference = torch_model(FAMILIES[family]())
     reference.save_pretrained(tmp_path)
     model, params = peft_jax.load(tmp_path)
     prompts = [random_tokens(1, n, seed=2 if n == 20 else n)[0].tolist() for n in sizes]
     rows = peft_jax.generate(model, params, prompts, max_tokens=12, eos_token_id=[])
     for prompt, row in zip(prompts, rows, strict=True):
-        ids, more = torch.tensor([prompt]), {"use_cache": cached, "do_sample": False, "eos_token_id": None}
+        ids, more = (
+            torch.tensor([prompt]),
+            {"use_cache": cached, "do_sample": False, "eos_token_id": None},
+        )
         assert row == reference.generate(ids, max_new_tokens=12, **more)[0, len(prompt) :].tolist()
 
 
@@ -214,9 +264,18 @@ def test_sampled_continuations_follow_a_rotation_by_length(tmp_path):
     model, params = peft_jax.load(tmp_path)
     apply, prompts = peft_jax.bind(model), random_tokens(2, 12, seed=12)
     expected = peft_jax.generate(apply, params, prompts.tolist(), max_tokens=12, eos_token_id=[])
-    write = jax.jit(lambda params, key: continuations(
-        apply, params, jnp.asarray(prompts), jnp.ones((2, 12), jnp.int32), key, max_tokens=12, eos=(), temperature=0.0
-    ))  # fmt: skip
+    write = jax.jit(
+        lambda params, key: continuations(
+            apply,
+            params,
+            jnp.asarray(prompts),
+            jnp.ones((2, 12), jnp.int32),
+            key,
+            max_tokens=12,
+            eos=(),
+            temperature=0.0,
+        )
+    )
     assert write(params, jax.random.key(0)).tolist() == expected
 
 
@@ -241,7 +300,9 @@ def test_a_prefill_makes_the_last_tokens_logits_alone(setup):
     rows["positions"] = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))
     prefill, _ = module._programs(apply)
     keys = jax.random.split(jax.random.key(0), 2)
-    text = prefill.lower(params, rows, keys, jnp.asarray([-1]), None, slots=32, cache_dtype=None).as_text()
+    text = prefill.lower(
+        params, rows, keys, jnp.asarray([-1]), None, slots=32, cache_dtype=None
+    ).as_text()
     vocabulary = model.config.vocab_size
     assert f"tensor<2x1x{vocabulary}xf32>" in text
     assert f"2x16x{vocabulary}x" not in text
@@ -254,16 +315,22 @@ def test_a_full_cache_is_no_place_to_write(family, tmp_path):
     apply = peft_jax.bind(model)
     tokens = random_tokens(2, 6)
     _, cache = apply(params, tokens, cache=model.empty_cache(2, 8))
-    with pytest.raises(ValueError, match="3 tokens from slot 6 on find no room in a cache of 8 slots"):
+    with pytest.raises(
+        ValueError, match="3 tokens from slot 6 on find no room in a cache of 8 slots"
+    ):
         apply(params, tokens[:, :3], cache=cache)
-    inside = jax.jit(lambda cache, n: apply(params, tokens[:, :n], cache=cache)[0], static_argnums=1)
+    inside = jax.jit(
+        lambda cache, n: apply(params, tokens[:, :n], cache=cache)[0], static_argnums=1
+    )
     assert np.isfinite(inside(cache, 2)).all()
     assert np.isnan(inside(cache, 3)).all()
 
 
 @pytest.mark.parametrize("family", ["llama3_tied_biased", "gemma2_caps", "gpt2"])
 def test_a_prompt_looks_at_its_own_tokens_alone(family, tmp_path):
-    """In an empty cache, and not at all of its slots; keys, values and logits are those of a cache that nothing is known of."""
+    """In an empty cache, and not at all of its slots; keys, values and logits are those of a cache
+    that nothing is known of.
+    """
     T, S = 40, 72
     torch_model(FAMILIES[family]()).save_pretrained(tmp_path)
     model, params = peft_jax.load(tmp_path)
@@ -272,13 +339,23 @@ def test_a_prompt_looks_at_its_own_tokens_alone(family, tmp_path):
     segments[1, :7] = 0
     positions = np.maximum(np.cumsum(segments, 1) - 1, 0).astype(np.int32)
     rows = {"tokens": random_tokens(2, T), "positions": positions, "segment_ids": segments}
-    known = lambda params: apply(params, **rows, cache=model.empty_cache(2, S))
+
+    def known(params):
+        return apply(params, **rows, cache=model.empty_cache(2, S))
+
     logits, cache = jax.jit(known)(params)
-    expected, old = jax.jit(lambda params, cache: apply(params, **rows, cache=cache))(params, model.empty_cache(2, S))
+    expected, old = jax.jit(lambda params, cache: apply(params, **rows, cache=cache))(
+        params, model.empty_cache(2, S)
+    )
     seen = segments[..., None] > 0
     assert relative_error(logits * seen, expected * seen) < 1e-6
     for name in ("k", "v"):
-        assert relative_error(cache[name][:, :, :T] * seen[..., None], old[name][:, :, :T] * seen[..., None]) < 1e-6
+        assert (
+            relative_error(
+                cache[name][:, :, :T] * seen[..., None], old[name][:, :, :T] * seen[..., None]
+            )
+            < 1e-6
+        )
     assert int(cache["index"]) == T
     assert f"{T},{S}]" not in str(jax.make_jaxpr(known)(params))
     step = {"tokens": random_tokens(2, 1, seed=1), "positions": positions[:, -1:] + 1}

@@ -42,7 +42,10 @@ def test_what_we_write_reads_back(base, name, tmp_path):
     peft_jax.save_adapter(tmp_path / "ours", loaded, format="adapterhub")
     again = peft_jax.load_adapter(params, tmp_path / "ours", name="again")
     np.testing.assert_array_equal(run(again, tokens), run(loaded, tokens))
-    theirs, ours = (json.loads((f / "adapter_config.json").read_text()) for f in (FIXTURES / name, tmp_path / "ours"))
+    theirs, ours = (
+        json.loads((f / "adapter_config.json").read_text())
+        for f in (FIXTURES / name, tmp_path / "ours")
+    )
     if name != "prefix":  # written without its encoder
         assert {k: v for k, v in theirs["config"].items() if k in ours["config"]}.items() >= {
             k: v for k, v in ours["config"].items() if k in theirs["config"]
@@ -57,7 +60,9 @@ def test_a_fresh_adapter_is_written_in_their_format_where_it_fits(base, tmp_path
     odd = perturb(peft_jax.bottleneck(params, jax.random.key(0), placement="parallel_mlp", size=4))
     peft_jax.save_adapter(tmp_path / "b", odd)
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["format"] == "peft_jax"
-    with pytest.raises(ValueError, match="places adapters after attention and feed-forward, not at mlp"):
+    with pytest.raises(
+        ValueError, match="places adapters after attention and feed-forward, not at mlp"
+    ):
         peft_jax.save_adapter(tmp_path / "c", odd, format="adapterhub")
 
 
@@ -67,9 +72,15 @@ def test_a_fresh_adapter_is_written_in_their_format_where_it_fits(base, tmp_path
         ({"hidden_size": 8}, "is for a model of 8 features; this one has 16"),
         ({"config": {"architecture": "mtl_lora"}}, "architecture 'mtl_lora' is not supported"),
         ({"config": {"shared_W_phm": True, "non_linearity": "relu"}}, "option shared_W_phm=True"),
-        ({"config": {"non_linearity": "rleu"}}, "unknown non_linearity 'rleu'. Did you mean 'relu'"),
+        (
+            {"config": {"non_linearity": "rleu"}},
+            "unknown non_linearity 'rleu'. Did you mean 'relu'",
+        ),
         ({"config": {"original_ln_after": False, "non_linearity": "relu"}}, "drops the residual"),
-        ({"config": {"ln_after": True, "non_linearity": "relu"}}, "lacks a tensor 'adapter_norm_after.weight'"),
+        (
+            {"config": {"ln_after": True, "non_linearity": "relu"}},
+            "lacks a tensor 'adapter_norm_after.weight'",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(base, change, message, tmp_path):

@@ -39,12 +39,17 @@ def test_tensors_go_straight_to_their_sharding(folder, axes):
     mesh = make_mesh(axes)
     model, placed = peft_jax.load(folder, mesh=mesh)
     _, plain = peft_jax.load(folder)
-    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(placed)[0], jax.tree.leaves(plain), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(placed)[0], jax.tree.leaves(plain), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
         name = jax.tree_util.keystr(path)
         if "q_proj" in name and mesh.shape["tensor"] < 8:
             assert a.sharding.spec == jax.P(None, "fsdp", "tensor")
-            assert a.addressable_shards[0].data.size * mesh.shape["fsdp"] * mesh.shape["tensor"] == a.size
+            assert (
+                a.addressable_shards[0].data.size * mesh.shape["fsdp"] * mesh.shape["tensor"]
+                == a.size
+            )
     tokens = random_tokens(8, 8)
     with jax.set_mesh(mesh):
         out = np.asarray(jax.jit(peft_jax.bind(model))(placed, tokens))
@@ -52,7 +57,9 @@ def test_tensors_go_straight_to_their_sharding(folder, axes):
 
 
 def test_loading_reads_one_tensor_at_a_time(folder, monkeypatch):
-    """Host memory: what is read at once is one checkpoint tensor (or a device's part of it), never the model."""
+    """Host memory: what is read at once is one checkpoint tensor (or a device's part of it), never
+    the model.
+    """
     sizes = []
     read = safetensors_io.Checkpoint.read
     monkeypatch.setattr(
@@ -77,7 +84,9 @@ def test_default_dtype_is_float32_on_the_cpu(folder):
 def test_saving_keeps_bfloat16(folder, tmp_path):
     model, params = peft_jax.load(folder, dtype="bfloat16")
     peft_jax.save(tmp_path / "half", model, params)
-    assert {v.dtype.name for v in load_file(tmp_path / "half" / "model.safetensors").values()} == {"bfloat16"}
+    assert {v.dtype.name for v in load_file(tmp_path / "half" / "model.safetensors").values()} == {
+        "bfloat16"
+    }
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -128,16 +137,32 @@ def index_without_file(folder):
 
 UP = "model.layers.1.mlp.up_proj.weight"
 BAD = {
-    "truncated file": (truncate, ValueError, r"model.safetensors is not a readable safetensors file \(corrupt or truncated\)"),
+    "truncated file": (
+        truncate,
+        ValueError,
+        r"model.safetensors is not a readable safetensors file \(corrupt or truncated\)",
+    ),
     "corrupt header": (corrupt_header, ValueError, "not a readable safetensors file"),
     "huge header": (huge_header, ValueError, "not a readable safetensors file"),
     "pickle": (only_pickle, FileNotFoundError, r"PyTorch .bin files \(pickle, which is not read\)"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "holds no model.safetensors"),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        FileNotFoundError,
+        "holds no model.safetensors",
+    ),
     "index escapes": (escaping_index, ValueError, "which is not a file beside it"),
     "index lies": (lying_index, ValueError, "which does not hold it"),
-    "shard missing": (index_without_file, FileNotFoundError, "named by the index and does not exist"),
+    "shard missing": (
+        index_without_file,
+        FileNotFoundError,
+        "named by the index and does not exist",
+    ),
     "missing tensor": (lambda f: edit(f, lambda t: t.pop(UP)), ValueError, f"lacks {UP}"),
-    "surplus tensor": (lambda f: edit(f, lambda t: t.update(extra=t[UP])), ValueError, "holds extra, which a llama model"),
+    "surplus tensor": (
+        lambda f: edit(f, lambda t: t.update(extra=t[UP])),
+        ValueError,
+        "holds extra, which a llama model",
+    ),
     "wrong shape": (
         lambda f: edit(f, lambda t: t.update({UP: np.zeros((48, 31), np.float32)})),
         ValueError,
@@ -148,12 +173,36 @@ BAD = {
         ValueError,
         "has dtype int8: no quantization_config says how to read it",
     ),
-    "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "config.json does not exist"),
-    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is not valid JSON"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), ValueError, "should hold a JSON object"),
-    "no model type": (lambda f: (f / "config.json").write_text("{}"), ValueError, "has no model_type"),
-    "unknown family": (lambda f: edit_config(f, model_type="mamba"), ValueError, "supported families: bert, .*gemma"),
-    "unheard-of family": (lambda f: edit_config(f, model_type="wonder"), ValueError, "supported families: bert, .*gemma"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        FileNotFoundError,
+        "config.json does not exist",
+    ),
+    "config is no JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        ValueError,
+        "config.json is not valid JSON",
+    ),
+    "config is a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        ValueError,
+        "should hold a JSON object",
+    ),
+    "no model type": (
+        lambda f: (f / "config.json").write_text("{}"),
+        ValueError,
+        "has no model_type",
+    ),
+    "unknown family": (
+        lambda f: edit_config(f, model_type="mamba"),
+        ValueError,
+        "supported families: bert, .*gemma",
+    ),
+    "unheard-of family": (
+        lambda f: edit_config(f, model_type="wonder"),
+        ValueError,
+        "supported families: bert, .*gemma",
+    ),
     "heads do not divide": (
         lambda f: edit_config(f, num_key_value_heads=3),
         ValueError,
@@ -179,7 +228,9 @@ def test_bad_checkpoints_are_refused_in_one_sentence(folder, name):
 def test_no_such_folder():
     with pytest.raises(FileNotFoundError, match=r"./nothing/here is no folder"):
         peft_jax.load("./nothing/here")
-    with pytest.raises(FileNotFoundError, match=r"nobody/nothing is neither a folder nor a repository"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nobody/nothing is neither a folder nor a repository"
+    ):
         peft_jax.load("nobody/nothing")
 
 

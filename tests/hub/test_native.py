@@ -27,7 +27,13 @@ def setting(tmp_path_factory):
     tree = peft_jax.reft(tree, KEY, rank=2)
     tree = perturb(peft_jax.ln_tuning(tree, targets="*/norm"))
     peft_jax.save_adapter(tmp_path_factory.mktemp("out") / "a", tree)
-    return model, params, jax.jit(peft_jax.bind(model)), tree, next(tmp_path_factory.getbasetemp().glob("out*/a"))
+    return (
+        model,
+        params,
+        jax.jit(peft_jax.bind(model)),
+        tree,
+        next(tmp_path_factory.getbasetemp().glob("out*/a")),
+    )
 
 
 def test_a_mixture_comes_back_stacked_and_looped(setting):
@@ -35,9 +41,14 @@ def test_a_mixture_comes_back_stacked_and_looped(setting):
     expected = run(tree, TOKENS)
     back = peft_jax.load_adapter(params, folder, name="again")
     np.testing.assert_allclose(run(back, TOKENS), expected, rtol=1e-6, atol=1e-6)
-    assert [x.shape for x in jax.tree.leaves(back)] == [x.shape for x in jax.tree.leaves(tree)], "numbers stay numbers"
+    assert [x.shape for x in jax.tree.leaves(back)] == [x.shape for x in jax.tree.leaves(tree)], (
+        "numbers stay numbers"
+    )
     looped = peft_jax.load_adapter(unstack_layers(params), folder)
-    assert relative_error(peft_jax.bind(model.clone(scan_layers=False))(looped, TOKENS), expected) < 1e-5
+    assert (
+        relative_error(peft_jax.bind(model.clone(scan_layers=False))(looped, TOKENS), expected)
+        < 1e-5
+    )
     assert peft_jax.partition(back)[0] is not None
     assert peft_jax.count(back)[0] == peft_jax.count(tree)[0], "what trains, trains again"
 
@@ -60,12 +71,27 @@ CHANGES = {
     "version": (lambda c: c.update(version=9), "version 9 of the format is not known"),
     "older": (lambda c: c.update(trained={"lm_head/kernel": {}}), "is of an older version"),
     "width": (lambda c: c.update(hidden_size=64), "is for a model of 64 features; this one has 32"),
-    "class": (lambda c: c["nodes"][PLACE].update({"class": "os.system"}), "unknown class 'os.system'"),
-    "field": (lambda c: c["nodes"][PLACE]["options"].update(rnak=2), "a field 'rnak', which a ReFT lacks"),
-    "tensor": (lambda c: c["nodes"][PLACE]["fields"].update(source={"tensor": "gone"}), "needs the tensor 'gone'"),
+    "class": (
+        lambda c: c["nodes"][PLACE].update({"class": "os.system"}),
+        "unknown class 'os.system'",
+    ),
+    "field": (
+        lambda c: c["nodes"][PLACE]["options"].update(rnak=2),
+        "a field 'rnak', which a ReFT lacks",
+    ),
+    "tensor": (
+        lambda c: c["nodes"][PLACE]["fields"].update(source={"tensor": "gone"}),
+        "needs the tensor 'gone'",
+    ),
     "missing": (lambda c: c["nodes"][PLACE]["fields"].pop("source"), "is no whole ReFT"),
-    "module": (lambda c: c["nodes"].update({"model/blocks/0/reft": c["nodes"].pop(PLACE)}), "which the model lacks"),
-    "layer": (lambda c: c["nodes"].update({"model/layers/7/reft": c["nodes"][PLACE]}), "model/layers/7/reft, which the model"),
+    "module": (
+        lambda c: c["nodes"].update({"model/blocks/0/reft": c["nodes"].pop(PLACE)}),
+        "which the model lacks",
+    ),
+    "layer": (
+        lambda c: c["nodes"].update({"model/layers/7/reft": c["nodes"][PLACE]}),
+        "model/layers/7/reft, which the model",
+    ),
     "spec": (lambda c: c["nodes"].update({PLACE: [1]}), "is no description of a node"),
 }
 

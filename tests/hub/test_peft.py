@@ -1,4 +1,6 @@
-"""Adapters exchanged with PyTorch's PEFT, both ways, with the options that adapters in the wild use."""
+"""Adapters exchanged with PyTorch's PEFT, both ways, with the options that adapters in the wild
+use.
+"""
 
 import json
 
@@ -11,7 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 
 import peft_jax
-from tests.reference import FAMILIES, perturb, random_tokens, relative_error, torch_logits, torch_model
+from tests.reference import (
+    FAMILIES,
+    perturb,
+    random_tokens,
+    relative_error,
+    torch_logits,
+    torch_model,
+)
 
 TOKENS = random_tokens(2, 12)
 FROM_PEFT = {
@@ -33,7 +42,9 @@ FROM_PEFT = {
     "regular expression": dict(r=4, target_modules=r".*layers\.[01]\..*(k|o)_proj"),
     "all biases": dict(r=4, target_modules=["q_proj", "down_proj"], bias="all"),
     "biases of LoRA": dict(r=4, target_modules=["q_proj", "down_proj"], bias="lora_only"),
-    "whole modules": dict(r=4, target_modules=["v_proj"], modules_to_save=["lm_head", "input_layernorm"]),
+    "whole modules": dict(
+        r=4, target_modules=["v_proj"], modules_to_save=["lm_head", "input_layernorm"]
+    ),
     "embedding": dict(r=4, target_modules=["embed_tokens", "k_proj"]),
     "head": dict(r=4, target_modules=["lm_head", "k_proj"]),
     "gaussian": dict(r=4, target_modules=["q_proj"], init_lora_weights="gaussian"),
@@ -83,8 +94,15 @@ def test_adapters_from_pytorch(base, kind, tmp_path):
 TO_PEFT = {
     "plain": dict(rank=4, alpha=8),
     "rslora": dict(rank=4, alpha=8, rslora=True, dropout=0.1),
-    "patterns": dict(rank=4, targets=["q_proj", "up_proj"], rank_pattern={"up_proj": 2}, alpha_pattern={"q_proj": 12.0}),
-    "extras": dict(rank=2, targets=["o_proj"], modules_to_save=["norm", "post_attention_layernorm"]),
+    "patterns": dict(
+        rank=4,
+        targets=["q_proj", "up_proj"],
+        rank_pattern={"up_proj": 2},
+        alpha_pattern={"q_proj": 12.0},
+    ),
+    "extras": dict(
+        rank=2, targets=["o_proj"], modules_to_save=["norm", "post_attention_layernorm"]
+    ),
 }
 
 
@@ -106,7 +124,9 @@ def test_biases_to_pytorch(base, tmp_path):
     if name != "llama3_tied_biased":
         pytest.skip("no biases in this family")
     for bias in ("all", "lora_only"):
-        lora = perturb(peft_jax.lora(params, jax.random.key(1), rank=2, targets="q_proj", bias=bias))
+        lora = perturb(
+            peft_jax.lora(params, jax.random.key(1), rank=2, targets="q_proj", bias=bias)
+        )
         peft_jax.save_adapter(tmp_path / bias, lora)
         loaded = PeftModel.from_pretrained(fresh(name), tmp_path / bias)
         assert relative_error(torch_logits(loaded.eval(), TOKENS), run(lora, TOKENS)) < 1e-4
@@ -115,18 +135,26 @@ def test_biases_to_pytorch(base, tmp_path):
 def test_a_tied_embedding_adapted_alone_is_apart_from_the_head(base, tmp_path):
     """PEFT adapts the look-up and leaves the tied head as it was: merged, there are two arrays."""
     name, _, _, params, run = base
-    adapted = get_peft_model(fresh(name), LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False))
+    adapted = get_peft_model(
+        fresh(name), LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+    )
     adapted.save_pretrained(tmp_path)
     loaded = peft_jax.load_adapter(params, tmp_path)
-    assert relative_error(run(peft_jax.merge(loaded), TOKENS), torch_logits(adapted.eval(), TOKENS)) < 1e-4
+    assert (
+        relative_error(run(peft_jax.merge(loaded), TOKENS), torch_logits(adapted.eval(), TOKENS))
+        < 1e-4
+    )
     assert ("output_embedding" in loaded["model"]["embed_tokens"]) == (name == "gemma2_caps")
 
 
 def test_padding_of_ranks_stays_zero_in_training(base, tmp_path):
-    """Layers of a stacked tree that differ in rank are padded; the padding never learns, so export strips it again."""
+    """Layers of a stacked tree that differ in rank are padded; the padding never learns, so export
+    strips it again.
+    """
     name, _, _, params, run = base
     adapted = get_peft_model(
-        fresh(name), LoraConfig(r=3, target_modules=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 1})
+        fresh(name),
+        LoraConfig(r=3, target_modules=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 1}),
     )
     adapted.save_pretrained(tmp_path / "in")
     loaded = peft_jax.load_adapter(params, tmp_path / "in")
@@ -136,7 +164,9 @@ def test_padding_of_ranks_stays_zero_in_training(base, tmp_path):
     optimizer = optax.adamw(0.01, weight_decay=0.1)
     state = optimizer.init(trainable)
     for _ in range(3):
-        grads = jax.grad(lambda t: (run(peft_jax.combine(t, frozen), TOKENS) ** 2).mean())(trainable)
+        grads = jax.grad(lambda t: (run(peft_jax.combine(t, frozen), TOKENS) ** 2).mean())(
+            trainable
+        )
         updates, state = optimizer.update(grads, state, trainable)
         trainable = optax.apply_updates(trainable, updates)
     peft_jax.save_adapter(tmp_path / "out", peft_jax.combine(trainable, frozen))
@@ -151,7 +181,9 @@ def test_padding_of_ranks_stays_zero_in_training(base, tmp_path):
 
 @pytest.fixture
 def adapter(base, tmp_path):
-    peft_jax.save_adapter(tmp_path / "a", perturb(peft_jax.lora(base[3], jax.random.key(1), rank=2, targets="q_proj")))
+    peft_jax.save_adapter(
+        tmp_path / "a", perturb(peft_jax.lora(base[3], jax.random.key(1), rank=2, targets="q_proj"))
+    )
     return tmp_path / "a"
 
 
@@ -168,22 +200,47 @@ def edit_tensors(folder, change):
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BAD = {
-    "another kind": (lambda f: edit_config(f, peft_type="POLY"), "peft_type 'POLY' is not supported"),
-    "dora": (lambda f: edit_config(f, use_dora=True), "lacks lora_magnitude_vector, which use_dora needs"),
-    "lora bias": (lambda f: edit_config(f, lora_bias=True), "option lora_bias=True is not supported"),
-    "pissa": (lambda f: edit_config(f, init_lora_weights="pissa"), "changes the base model's weights"),
+    "another kind": (
+        lambda f: edit_config(f, peft_type="POLY"),
+        "peft_type 'POLY' is not supported",
+    ),
+    "dora": (
+        lambda f: edit_config(f, use_dora=True),
+        "lacks lora_magnitude_vector, which use_dora needs",
+    ),
+    "lora bias": (
+        lambda f: edit_config(f, lora_bias=True),
+        "option lora_bias=True is not supported",
+    ),
+    "pissa": (
+        lambda f: edit_config(f, init_lora_weights="pissa"),
+        "changes the base model's weights",
+    ),
     "no rank": (lambda f: edit_config(f, r=None), "needs a number r, got None"),
     "wrong rank": (lambda f: edit_config(f, r=3), "expected rank 3"),
     "half": (lambda f: edit_tensors(f, lambda t: t.pop(A)), "only one of lora_A and lora_B"),
-    "prefix": (lambda f: edit_tensors(f, lambda t: t.update(x=t.pop(A))), "tensor x does not begin with"),
-    "integers": (lambda f: edit_tensors(f, lambda t: t.update({A: t[A].astype(np.int32)})), "expected floating point"),
+    "prefix": (
+        lambda f: edit_tensors(f, lambda t: t.update(x=t.pop(A))),
+        "tensor x does not begin with",
+    ),
+    "integers": (
+        lambda f: edit_tensors(f, lambda t: t.update({A: t[A].astype(np.int32)})),
+        "expected floating point",
+    ),
     "magnitude": (
-        lambda f: edit_tensors(f, lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): t[A]})),
+        lambda f: edit_tensors(
+            f, lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): t[A]})
+        ),
         "has lora_magnitude_vector, but the adapter does not say use_dora",
     ),
     "another model": (
         lambda f: edit_tensors(
-            f, lambda t: [t.update({k.replace("layers.0", "layers.9"): t.pop(k)}) for k in list(t) if "layers.0" in k]
+            f,
+            lambda t: [
+                t.update({k.replace("layers.0", "layers.9"): t.pop(k)})
+                for k in list(t)
+                if "layers.0" in k
+            ],
         ),
         r"has model.layers.9.self_attn.q_proj, which the model lacks. Did you mean",
     ),
@@ -195,7 +252,10 @@ BAD = {
         lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
         r"adapter_model.bin \(pickle, which is not read\)",
     ),
-    "truncated": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"123"), "not a readable safetensors file"),
+    "truncated": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes(b"123"),
+        "not a readable safetensors file",
+    ),
 }
 
 
@@ -223,7 +283,9 @@ def test_two_adapters_are_saved_apart(base, tmp_path):
     for name, rank in (("one", 2), ("two", 3)):
         peft_jax.save_adapter(tmp_path / name, two, name=name)
         assert json.loads((tmp_path / name / "adapter_config.json").read_text())["r"] == rank
-    loaded = peft_jax.load_adapter(peft_jax.load_adapter(params, tmp_path / "one", name="one"), tmp_path / "two", name="two")
+    loaded = peft_jax.load_adapter(
+        peft_jax.load_adapter(params, tmp_path / "one", name="one"), tmp_path / "two", name="two"
+    )
     run = base[4]
     assert relative_error(run(loaded, TOKENS), run(two, TOKENS)) < 1e-5
     assert jnp.issubdtype(jax.tree.leaves(loaded)[0].dtype, jnp.floating)

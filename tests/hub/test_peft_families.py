@@ -1,7 +1,8 @@
-"""PEFT's folders on GPT-2, BERT, RoBERTa, T5 and Mixtral: LoRA, IA3, prompts and prefixes, exchanged both ways with heads.
+"""PEFT's folders on GPT-2, BERT, RoBERTa, T5 and Mixtral: LoRA, IA3, prompts and prefixes,
+exchanged both ways with heads.
 
-PEFT 0.21 refuses prefixes for encoders under transformers 5 ("Model does not support past key values"), so ours for BERT is
-held to attention written out in NumPy.
+PEFT 0.21 refuses prefixes for encoders under transformers 5 ("Model does not support past key
+values"), so ours for BERT is held to attention written out in NumPy.
 """
 
 import chex
@@ -21,12 +22,24 @@ from tests.reference import FAMILIES, perturb, random_tokens, relative_error
 
 TOKENS, TARGETS, P = random_tokens(2, 9), random_tokens(2, 5, seed=1), 3
 BASES = {
-    "bert_trunk": (lambda: tr.BertModel(ENCODERS["bert"](), add_pooling_layer=False), "FEATURE_EXTRACTION"),
+    "bert_trunk": (
+        lambda: tr.BertModel(ENCODERS["bert"](), add_pooling_layer=False),
+        "FEATURE_EXTRACTION",
+    ),
     "gpt2": (lambda: tr.GPT2LMHeadModel(FAMILIES["gpt2"]()), "CAUSAL_LM"),
     "bert": (lambda: tr.BertForSequenceClassification(ENCODERS["bert"](num_labels=3)), "SEQ_CLS"),
-    "bert_tokens": (lambda: tr.BertForTokenClassification(ENCODERS["bert"](num_labels=3)), "TOKEN_CLS"),
-    "roberta": (lambda: tr.RobertaForSequenceClassification(ENCODERS["roberta"](num_labels=3)), "SEQ_CLS"),
-    "t5": (lambda: tr.T5ForConditionalGeneration(tr.T5Config(**dict(T5_SIZES, d_kv=8))), "SEQ_2_SEQ_LM"),
+    "bert_tokens": (
+        lambda: tr.BertForTokenClassification(ENCODERS["bert"](num_labels=3)),
+        "TOKEN_CLS",
+    ),
+    "roberta": (
+        lambda: tr.RobertaForSequenceClassification(ENCODERS["roberta"](num_labels=3)),
+        "SEQ_CLS",
+    ),
+    "t5": (
+        lambda: tr.T5ForConditionalGeneration(tr.T5Config(**dict(T5_SIZES, d_kv=8))),
+        "SEQ_2_SEQ_LM",
+    ),
     "mixtral": (lambda: tr.MixtralForCausalLM(FAMILIES["mixtral_sliding"]()), "CAUSAL_LM"),
 }
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -46,15 +59,26 @@ CONFIGS = {
     ),
     "prefix": (
         lambda task, more: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=P),
-        lambda p, t: peft_jax.prefix_tuning(p, jax.random.key(0), num_virtual_tokens=P, targets=t if "/" in str(t) else "*"),
+        lambda p, t: peft_jax.prefix_tuning(
+            p, jax.random.key(0), num_virtual_tokens=P, targets=t if "/" in str(t) else "*"
+        ),
     ),
 }
 LORA = {
-    "gpt2": ["c_attn", "c_fc", "mlp.c_proj"], "bert": ["query", "value", "output.dense"], "bert_tokens": ["query", "dense"],
+    "gpt2": ["c_attn", "c_fc", "mlp.c_proj"],
+    "bert": ["query", "value", "output.dense"],
+    "bert_tokens": ["query", "dense"],
     "bert_trunk": ["query", "output.dense"],
-    "roberta": ["query", "value"], "t5": ["q", "v", "wi", "wo"], "mixtral": ["q_proj", "v_proj"],
-}  # fmt: skip
-CASES = [(b, m) for b in BASES for m in CONFIGS if m != "prefix" or b not in ("bert", "bert_tokens", "bert_trunk", "roberta")]
+    "roberta": ["query", "value"],
+    "t5": ["q", "v", "wi", "wo"],
+    "mixtral": ["q_proj", "v_proj"],
+}
+CASES = [
+    (b, m)
+    for b in BASES
+    for m in CONFIGS
+    if m != "prefix" or b not in ("bert", "bert_tokens", "bert_trunk", "roberta")
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +108,11 @@ def their_base(name):
 def their_logits(name, model):
     more = {"decoder_input_ids": torch.tensor(TARGETS)} if name == "t5" else {}
     with torch.no_grad():
-        out = model(input_ids=torch.tensor(TOKENS), attention_mask=torch.ones(TOKENS.shape, dtype=torch.long), **more)
+        out = model(
+            input_ids=torch.tensor(TOKENS),
+            attention_mask=torch.ones(TOKENS.shape, dtype=torch.long),
+            **more,
+        )
     logits = out.logits if "logits" in out else out.last_hidden_state
     return logits[:, -TOKENS.shape[1] :].numpy() if logits.ndim == 3 else logits.numpy()
 
@@ -97,7 +125,11 @@ def options(name, method):
     if method == "lora":
         return {"target_modules": LORA[name]}
     # PEFT looks for Mixtral's experts under names that transformers 5 no longer has
-    return {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []} if name == "mixtral" else {}
+    return (
+        {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}
+        if name == "mixtral"
+        else {}
+    )
 
 
 def moved(model):
@@ -122,7 +154,11 @@ def test_exchange(bases, name, method, tmp_path):
     assert relative_error(our_logits(name, run, loaded), expected) < 1e-4
     assert relative_error(our_logits(name, run, params), expected) > 1e-3
 
-    targets = ["decoder/*/SelfAttention/core"] if (name, method) == ("t5", "prefix") else more.get("target_modules", "")
+    targets = (
+        ["decoder/*/SelfAttention/core"]
+        if (name, method) == ("t5", "prefix")
+        else more.get("target_modules", "")
+    )
     ours = perturb(make(params, targets), scale=0.3)
     if name in ("bert", "bert_tokens", "roberta"):
         ours = with_head(ours)
@@ -139,7 +175,9 @@ def with_head(params):
     """The tree with its classifier trained too."""
     heads = {p: "module" for p in places(params) if p.startswith("classifier/")}
     own = replace_arrays(params, heads, name="default")
-    return map_places(lambda _, w: w.replace(value=w.value + 0.1) if isinstance(w, Replacement) else w, own)
+    return map_places(
+        lambda _, w: w.replace(value=w.value + 0.1) if isinstance(w, Replacement) else w, own
+    )
 
 
 def classifier(name, labels):
@@ -150,17 +188,42 @@ def classifier(name, labels):
 
 
 OURS = {  # method -> options
-    "lora": {"rank": 2}, "dora": {"rank": 2}, "adalora": {"init_rank": 2, "target_rank": 2}, "loha": {"rank": 2},
-    "lokr": {"rank": 2}, "hira": {"rank": 2}, "gralora": {"rank": 4}, "delora": {"rank": 2}, "vera": {"rank": 2},
-    "randlora": {"rank": 4}, "vblora": {"rank": 2, "vectors": 16, "length": 4}, "oft": {"block_size": 4},
-    "boft": {"block_size": 4}, "ia3": {}, "hra": {"rank": 2}, "road": {"group_size": 4}, "fourierft": {"frequencies": 10},
-    "waveft": {"frequencies": 10}, "shira": {"rank": 1}, "c3a": {"block_size": 4}, "miss": {"rank": 4},
-    "trainable_tokens": {"ids": [5, 6]}, "ln_tuning": {}, "prompt_tuning": {"num_virtual_tokens": 2},
+    "lora": {"rank": 2},
+    "dora": {"rank": 2},
+    "adalora": {"init_rank": 2, "target_rank": 2},
+    "loha": {"rank": 2},
+    "lokr": {"rank": 2},
+    "hira": {"rank": 2},
+    "gralora": {"rank": 4},
+    "delora": {"rank": 2},
+    "vera": {"rank": 2},
+    "randlora": {"rank": 4},
+    "vblora": {"rank": 2, "vectors": 16, "length": 4},
+    "oft": {"block_size": 4},
+    "boft": {"block_size": 4},
+    "ia3": {},
+    "hra": {"rank": 2},
+    "road": {"group_size": 4},
+    "fourierft": {"frequencies": 10},
+    "waveft": {"frequencies": 10},
+    "shira": {"rank": 1},
+    "c3a": {"block_size": 4},
+    "miss": {"rank": 4},
+    "trainable_tokens": {"ids": [5, 6]},
+    "ln_tuning": {},
+    "prompt_tuning": {"num_virtual_tokens": 2},
     "p_tuning": {"num_virtual_tokens": 2},
-}  # fmt: skip
-TASKS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "QUESTION_ANS": "QuestionAnswering"}
+}
+TASKS = {
+    "SEQ_CLS": "SequenceClassification",
+    "TOKEN_CLS": "TokenClassification",
+    "QUESTION_ANS": "QuestionAnswering",
+}
 HEADED = [("bert", m, "SEQ_CLS") for m in OURS]
-HEADED += [("bert", "lora", t) for t in TASKS] + [("distilbert", "lora", "SEQ_CLS"), ("roberta", "vera", "SEQ_CLS")]
+HEADED += [("bert", "lora", t) for t in TASKS] + [
+    ("distilbert", "lora", "SEQ_CLS"),
+    ("roberta", "vera", "SEQ_CLS"),
+]
 HEADED += [("llama", m, "SEQ_CLS") for m in ("lora", "ia3")]
 ALL_HEADED = [(b, m, t) for b in ("bert", "distilbert", "roberta") for m in OURS for t in TASKS]
 
@@ -174,7 +237,9 @@ def headed(tmp_path_factory):
             folder = tmp_path_factory.mktemp(f"{model}_{task}")
             torch.manual_seed(0)
             auto = getattr(tr, f"AutoModelFor{TASKS[task]}")
-            auto.from_config(classifier(model, 2 if task == "QUESTION_ANS" else 3)).save_pretrained(folder)
+            auto.from_config(classifier(model, 2 if task == "QUESTION_ANS" else 3)).save_pretrained(
+                folder
+            )
             loaded[model, task] = auto, folder, *peft_jax.load(folder)
         return loaded[model, task]
 
@@ -182,9 +247,15 @@ def headed(tmp_path_factory):
 
 
 def without_head(headed, model, method, task, folder):
-    """An adapter beside a head that did not train: PEFT wants the head in the file, and it does not train here."""
+    """An adapter beside a head that did not train: PEFT wants the head in the file, and it does not
+    train here.
+    """
     auto, base, runner, params = headed(model, task)
-    targets = {"bert": ["query", "value"], "roberta": ["query", "value"], "distilbert": ["q_lin", "v_lin"]}
+    targets = {
+        "bert": ["query", "value"],
+        "roberta": ["query", "value"],
+        "distilbert": ["q_lin", "v_lin"],
+    }
     named = {"targets": targets.get(model, ["q_proj", "v_proj"])}
     if method == "trainable_tokens":
         named = {"targets": "word_embeddings"}
@@ -197,11 +268,23 @@ def without_head(headed, model, method, task, folder):
     peft_jax.save_adapter(folder, ours, task_type=task)
     back = peft.PeftModel.from_pretrained(auto.from_pretrained(base), folder).eval()
     with torch.no_grad():
-        out = back(input_ids=torch.tensor(TOKENS), attention_mask=torch.ones(TOKENS.shape, dtype=torch.long))
-    theirs = torch.stack([out.start_logits, out.end_logits], -1) if task == "QUESTION_ANS" else out.logits
-    assert relative_error(expected, theirs if task == "SEQ_CLS" else theirs[:, -TOKENS.shape[1] :]) < 1e-4
+        out = back(
+            input_ids=torch.tensor(TOKENS),
+            attention_mask=torch.ones(TOKENS.shape, dtype=torch.long),
+        )
+    theirs = (
+        torch.stack([out.start_logits, out.end_logits], -1)
+        if task == "QUESTION_ANS"
+        else out.logits
+    )
+    assert (
+        relative_error(expected, theirs if task == "SEQ_CLS" else theirs[:, -TOKENS.shape[1] :])
+        < 1e-4
+    )
     again = peft_jax.load_adapter(params, folder)
-    assert not any(isinstance(w, Replacement) and w.saved_as == "module" for w in places(again).values())
+    assert not any(
+        isinstance(w, Replacement) and w.saved_as == "module" for w in places(again).values()
+    )
     assert relative_error(run(again, TOKENS), expected) < 1e-5
 
 
@@ -220,17 +303,27 @@ def test_heads_that_did_not_train(headed, case, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_patterns_name_experts_too(bases, tmp_path):
-    """Ranks and alphas of their own for a parameter, and for one layer of another, as PEFT advises for experts."""
+    """Ranks and alphas of their own for a parameter, and for one layer of another, as PEFT advises
+    for experts.
+    """
     params, run, _ = bases("mixtral")
     torch.manual_seed(1)
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=EXPERTS, use_rslora=True,
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj"],
+        target_parameters=EXPERTS,
+        use_rslora=True,
         rank_pattern={"experts.down_proj": 2, r"layers\.1\..*gate_up_proj": 1, "q_proj": 3},
         alpha_pattern={"experts.gate_up_proj": 30, r"layers\.1\..*down_proj": 3},
-    )  # fmt: skip
+    )
     theirs = moved(peft.get_peft_model(their_base("mixtral"), config))
     theirs.save_pretrained(tmp_path / "theirs")
-    loaded, expected = peft_jax.load_adapter(params, tmp_path / "theirs"), their_logits("mixtral", theirs)
+    loaded, expected = (
+        peft_jax.load_adapter(params, tmp_path / "theirs"),
+        their_logits("mixtral", theirs),
+    )
     assert relative_error(run(loaded, TOKENS), expected) < 1e-4
     peft_jax.save_adapter(tmp_path / "ours", loaded)
     back = peft.PeftModel.from_pretrained(their_base("mixtral"), tmp_path / "ours").eval()
@@ -242,7 +335,13 @@ def test_patterns_name_experts_too(bases, tmp_path):
 def test_lora_of_experts(bases, parameters, tmp_path):
     params, run, _ = bases("mixtral")
     torch.manual_seed(1)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=parameters)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj"],
+        target_parameters=parameters,
+    )
     theirs = moved(peft.get_peft_model(their_base("mixtral"), config))
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = peft_jax.load_adapter(params, tmp_path / "theirs")
@@ -250,11 +349,18 @@ def test_lora_of_experts(bases, parameters, tmp_path):
     assert relative_error(run(loaded, TOKENS), expected) < 1e-4
     assert relative_error(run(peft_jax.merge(loaded), TOKENS), expected) < 1e-4
     targets = [f"experts/{p.rpartition('.')[2]}" for p in parameters]
-    ours = perturb(peft_jax.lora(params, jax.random.key(0), rank=2, targets=["q_proj", *targets]), scale=0.3)
+    ours = perturb(
+        peft_jax.lora(params, jax.random.key(0), rank=2, targets=["q_proj", *targets]), scale=0.3
+    )
     peft_jax.save_adapter(tmp_path / "ours", ours)
     back = peft.PeftModel.from_pretrained(their_base("mixtral"), tmp_path / "ours").eval()
     assert relative_error(run(ours, TOKENS), their_logits("mixtral", back)) < 1e-4
-    assert relative_error(run(peft_jax.load_adapter(params, tmp_path / "ours"), TOKENS), run(ours, TOKENS)) < 1e-5
+    assert (
+        relative_error(
+            run(peft_jax.load_adapter(params, tmp_path / "ours"), TOKENS), run(ours, TOKENS)
+        )
+        < 1e-5
+    )
 
 
 def test_experts_that_do_not_fit_are_refused(bases, tmp_path):
@@ -266,7 +372,10 @@ def test_experts_that_do_not_fit_are_refused(bases, tmp_path):
     with pytest.raises(ValueError, match="adapts some of the layers"):
         peft_jax.save_adapter(tmp_path / "some", some)
     apart = peft_jax.lora(params, jax.random.key(0), targets="experts/down_proj")
-    uneven = lambda _, w: w.replace(scale=w.scale.at[..., -1].set(5.0)) if hasattr(w, "scale") else w
+
+    def uneven(_, w):
+        return w.replace(scale=w.scale.at[..., -1].set(5.0)) if hasattr(w, "scale") else w
+
     apart = map_places(uneven, apart)
     with pytest.raises(ValueError, match="experts of different scales"):
         peft_jax.save_adapter(tmp_path / "apart", apart)
@@ -274,8 +383,15 @@ def test_experts_that_do_not_fit_are_refused(bases, tmp_path):
 
 def test_an_adapter_of_another_task_is_refused(bases, tmp_path):
     params, _, _ = bases("bert")
-    peft_jax.save_adapter(tmp_path / "a", with_head(peft_jax.prompt_tuning(params, jax.random.key(0))), task_type="SEQ_CLS")
-    with pytest.raises(ValueError, match=r"has classifier\.bias, which the model lacks; load it with the adapter's task"):
+    peft_jax.save_adapter(
+        tmp_path / "a",
+        with_head(peft_jax.prompt_tuning(params, jax.random.key(0))),
+        task_type="SEQ_CLS",
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"has classifier\.bias, which the model lacks; load it with the adapter's task",
+    ):
         peft_jax.load_adapter({"bert": params["bert"]}, tmp_path / "a")
 
 
@@ -283,9 +399,13 @@ def test_a_prefix_in_an_encoder_is_seen_by_every_token(bases):
     """One BERT layer's attention with a prefix, written out in NumPy."""
     params, _, folder = bases("bert")
     model, _ = peft_jax.load(folder)
-    ours = perturb(peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=P), scale=0.3)
+    ours = perturb(
+        peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=P), scale=0.3
+    )
     node = ours["bert"]["encoder"]["layer"]["attention"]["self"]["core"]["prefix_default"]
-    q, k, v = (np.random.default_rng(i).standard_normal((2, 9, 4, 8)).astype(np.float32) for i in range(3))
+    q, k, v = (
+        np.random.default_rng(i).standard_normal((2, 9, 4, 8)).astype(np.float32) for i in range(3)
+    )
 
     from peft_jax.models.blocks import AttentionCore
     from peft_jax.models.encoder import encoder_mask
@@ -295,7 +415,9 @@ def test_a_prefix_in_an_encoder_is_seen_by_every_token(bases):
     first = jax.tree.map(lambda a: a[0], node)
     out = first.around(lambda *a: core.apply({}, *a), q, k, v, mask, False, None)
     keys, values = (
-        np.concatenate([np.broadcast_to(np.asarray(x).reshape(1, P, 4, 8), (2, P, 4, 8)), y], axis=1)
+        np.concatenate(
+            [np.broadcast_to(np.asarray(x).reshape(1, P, 4, 8), (2, P, 4, 8)), y], axis=1
+        )
         for x, y in ((first.keys, k), (first.values, v))
     )
     scores = np.einsum("bthd,bshd->bhts", q, keys) / np.sqrt(8)
@@ -308,27 +430,37 @@ def test_a_prefix_in_an_encoder_is_seen_by_every_token(bases):
 
 @pytest.mark.filterwarnings("ignore")
 def test_whole_modules_belong_to_their_adapter(headed, tmp_path):
-    """Heads and norms that PEFT saved: dropped, banked, saved and merged by their adapter's name, the base beneath."""
+    """Heads and norms that PEFT saved: dropped, banked, saved and merged by their adapter's name,
+    the base beneath.
+    """
     auto, base, runner, params = headed("llama", "SEQ_CLS")
     theirs = {}
     for seed, name in enumerate(("a", "b")):
         options = dict(r=2, target_modules=["q_proj"], modules_to_save=["norm", "score"])
-        adapted = peft.get_peft_model(auto.from_pretrained(base), peft.LoraConfig(task_type="SEQ_CLS", **options)).eval()
+        adapted = peft.get_peft_model(
+            auto.from_pretrained(base), peft.LoraConfig(task_type="SEQ_CLS", **options)
+        ).eval()
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in filter(lambda p: p.requires_grad, adapted.parameters()):
                 parameter.add_(torch.randn_like(parameter) * 0.5)
             adapted.save_pretrained(tmp_path / name)
             mask = torch.ones(TOKENS.shape, dtype=torch.long)
-            theirs[name] = adapted(input_ids=torch.tensor(TOKENS), attention_mask=mask).logits.numpy()
+            theirs[name] = adapted(
+                input_ids=torch.tensor(TOKENS), attention_mask=mask
+            ).logits.numpy()
     run = peft_jax.bind(runner)
     both = params
     for name in theirs:
         both = peft_jax.load_adapter(both, tmp_path / name, name=name)
     for name, other in ("ab", "ba"):
-        assert relative_error(run(peft_jax.drop_adapters(both, [other]), TOKENS), theirs[name]) < 1e-5
+        assert (
+            relative_error(run(peft_jax.drop_adapters(both, [other]), TOKENS), theirs[name]) < 1e-5
+        )
         for format in ("peft", "native"):
-            peft_jax.save_adapter(tmp_path / format / name, both, name=name, task_type="SEQ_CLS", format=format)
+            peft_jax.save_adapter(
+                tmp_path / format / name, both, name=name, task_type="SEQ_CLS", format=format
+            )
             again = peft_jax.load_adapter(params, tmp_path / format / name)
             assert relative_error(run(peft_jax.merge(again), TOKENS), theirs[name]) < 1e-5
     chex.assert_trees_all_equal(peft_jax.drop_adapters(both, ["a", "b"]), params)
@@ -337,7 +469,12 @@ def test_whole_modules_belong_to_their_adapter(headed, tmp_path):
     bank = peft_jax.set_adapter(bank, 1, peft_jax.load_adapter(params, tmp_path / "b"))
     out = run(bank, TOKENS[:2], adapter_ids=jnp.asarray([1, 0]))
     assert relative_error(out, np.stack([theirs["b"][0], theirs["a"][1]])) < 1e-5
-    assert relative_error(run(bank, TOKENS[:2], adapter_ids=jnp.asarray([-1, -1])), run(params, TOKENS[:2])) < 1e-5
+    assert (
+        relative_error(
+            run(bank, TOKENS[:2], adapter_ids=jnp.asarray([-1, -1])), run(params, TOKENS[:2])
+        )
+        < 1e-5
+    )
 
     with pytest.raises(ValueError, match="whole modules cannot be combined"):
         peft_jax.combine_adapters(both, {"a": 1.0, "b": 1.0})

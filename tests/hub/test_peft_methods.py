@@ -1,4 +1,5 @@
-"""Every method that PEFT has, exchanged with it both ways under options drawn by a seeded generator.
+"""Every method that PEFT has, exchanged with it both ways under options drawn by a seeded
+generator.
 
 A failure names its method and seed, and `draw(method, seed)` gives its configuration again.
 """
@@ -21,11 +22,19 @@ MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def lora(pick, chance):
     r = pick([2, 4])
     config = dict(
-        r=r, lora_alpha=pick([1, 8, 5]), use_rslora=chance(0.3), use_dora=chance(0.4), lora_dropout=pick([0.0, 0.1]),
+        r=r,
+        lora_alpha=pick([1, 8, 5]),
+        use_rslora=chance(0.3),
+        use_dora=chance(0.4),
+        lora_dropout=pick([0.0, 0.1]),
         init_lora_weights=pick([True, "gaussian", "orthogonal"]),
-    )  # fmt: skip
+    )
     if chance(0.4):
-        config |= dict(rank_pattern={pick(["up_proj", "layers.1.self_attn.q_proj", ".*layers.0.*"]): pick([2, 6])})
+        config |= dict(
+            rank_pattern={
+                pick(["up_proj", "layers.1.self_attn.q_proj", ".*layers.0.*"]): pick([2, 6])
+            }
+        )
     if chance(0.4):
         config |= dict(alpha_pattern={pick(["q_proj", "layers.2.*down_proj"]): pick([3, 16])})
     if chance(0.2) and not config["use_dora"]:
@@ -39,91 +48,149 @@ def pattern(chance, **values):
     return values if chance(0.5) else {}
 
 
-# method -> (pick, chance) -> (configuration, whether its target_modules may be any and layers_to_transform exists)
+# method -> (pick, chance) -> (configuration, whether its target_modules may be any and
+# layers_to_transform exists)
 SAMPLERS = {
     "LORA": lora,
     "ADALORA": lambda pick, chance: (
-        peft.AdaLoraConfig(init_r=pick([2, 4]), target_r=2, lora_alpha=pick([1, 8]), total_step=10), True,
+        peft.AdaLoraConfig(init_r=pick([2, 4]), target_r=2, lora_alpha=pick([1, 8]), total_step=10),
+        True,
     ),
     "LOHA": lambda pick, chance: (
         peft.LoHaConfig(
-            r=pick([2, 3]), alpha=pick([1, 6]), rank_pattern=pattern(chance, up_proj=4), alpha_pattern=pattern(chance, q_proj=3)
+            r=pick([2, 3]),
+            alpha=pick([1, 6]),
+            rank_pattern=pattern(chance, up_proj=4),
+            alpha_pattern=pattern(chance, q_proj=3),
         ),
         True,
     ),
     "LOKR": lambda pick, chance: (
         peft.LoKrConfig(
-            r=pick([1, 2, 16]), alpha=pick([1, 4]), decompose_both=chance(0.5), decompose_factor=pick([-1, 4, 2])
+            r=pick([1, 2, 16]),
+            alpha=pick([1, 4]),
+            decompose_both=chance(0.5),
+            decompose_factor=pick([-1, 4, 2]),
         ),
         True,
     ),
-    "HIRA": lambda pick, chance: (peft.HiraConfig(r=pick([2, 4]), hira_dropout=pick([0.0, 0.1])), True),
+    "HIRA": lambda pick, chance: (
+        peft.HiraConfig(r=pick([2, 4]), hira_dropout=pick([0.0, 0.1])),
+        True,
+    ),
     "GRALORA": lambda pick, chance: (
-        peft.GraloraConfig(r=pick([4, 8]), alpha=pick([4, 16]), gralora_k=pick([2, 4]), hybrid_r=pick([0, 2])), True,
+        peft.GraloraConfig(
+            r=pick([4, 8]), alpha=pick([4, 16]), gralora_k=pick([2, 4]), hybrid_r=pick([0, 2])
+        ),
+        True,
     ),
     "DELORA": lambda pick, chance: (
-        peft.DeloraConfig(r=pick([2, 4]), delora_lambda=pick([2, 15]), rank_pattern=pattern(chance, q_proj=3)), True,
+        peft.DeloraConfig(
+            r=pick([2, 4]), delora_lambda=pick([2, 15]), rank_pattern=pattern(chance, q_proj=3)
+        ),
+        True,
     ),
     "VERA": lambda pick, chance: (
-        peft.VeraConfig(r=pick([4, 8]), projection_prng_key=pick([0, 5]), save_projection=chance(0.5)), True,
+        peft.VeraConfig(
+            r=pick([4, 8]), projection_prng_key=pick([0, 5]), save_projection=chance(0.5)
+        ),
+        True,
     ),
-    "RANDLORA": lambda pick, chance: (peft.RandLoraConfig(r=pick([4, 5]), randlora_alpha=pick([8, 20])), True),
+    "RANDLORA": lambda pick, chance: (
+        peft.RandLoraConfig(r=pick([4, 5]), randlora_alpha=pick([8, 20])),
+        True,
+    ),
     "VBLORA": lambda pick, chance: (
-        peft.VBLoRAConfig(r=pick([2, 3]), num_vectors=16, vector_length=pick([4, 8]), topk=pick([1, 2, 3])), True,
+        peft.VBLoRAConfig(
+            r=pick([2, 3]), num_vectors=16, vector_length=pick([4, 8]), topk=pick([1, 2, 3])
+        ),
+        True,
     ),
     "OFT": lambda pick, chance: (
         peft.OFTConfig(
-            oft_block_size=pick([4, 8]), r=0, coft=chance(0.3), eps=pick([0.05, 0.5]), block_share=chance(0.3),
-            use_cayley_neumann=chance(0.6), num_cayley_neumann_terms=pick([2, 3, 5, 6]),
+            oft_block_size=pick([4, 8]),
+            r=0,
+            coft=chance(0.3),
+            eps=pick([0.05, 0.5]),
+            block_share=chance(0.3),
+            use_cayley_neumann=chance(0.6),
+            num_cayley_neumann_terms=pick([2, 3, 5, 6]),
         ),
         True,
     ),
     "BOFT": lambda pick, chance: (peft.BOFTConfig(boft_block_size=pick([4, 8])), False),
     "IA3": lambda pick, chance: (
-        peft.IA3Config(feedforward_modules=pick([["down_proj"], ["up_proj", "down_proj"], ["q_proj"]])), True,
+        peft.IA3Config(
+            feedforward_modules=pick([["down_proj"], ["up_proj", "down_proj"], ["q_proj"]])
+        ),
+        True,
     ),
     "HRA": lambda pick, chance: (peft.HRAConfig(r=pick([2, 3, 4]), apply_GS=chance(0.4)), True),
     "ROAD": lambda pick, chance: (
-        peft.RoadConfig(variant=pick(["road_1", "road_2", "road_4"]), group_size=pick([4, 8])), False,
+        peft.RoadConfig(variant=pick(["road_1", "road_2", "road_4"]), group_size=pick([4, 8])),
+        False,
     ),
     "FOURIERFT": lambda pick, chance: (
         peft.FourierFTConfig(
-            n_frequency=pick([10, 50]), scaling=pick([20.0, 150.0]), random_loc_seed=pick([777, 3]),
+            n_frequency=pick([10, 50]),
+            scaling=pick([20.0, 150.0]),
+            random_loc_seed=pick([777, 3]),
             n_frequency_pattern=pattern(chance, up_proj=30),
         ),
         True,
     ),
     "WAVEFT": lambda pick, chance: (
         peft.WaveFTConfig(
-            n_frequency=pick([10, 50]), scaling=pick([5.0, 25.0]), random_loc_seed=pick([777, 3]), use_idwt=chance(0.8),
+            n_frequency=pick([10, 50]),
+            scaling=pick([5.0, 25.0]),
+            random_loc_seed=pick([777, 3]),
+            use_idwt=chance(0.8),
             wavelet_family=pick(["db1", "db1", "db2", "sym4"]),
         ),
         True,
     ),
-    "SHIRA": lambda pick, chance: (peft.ShiraConfig(r=pick([1, 2]), random_seed=pick([1, 2])), False),
+    "SHIRA": lambda pick, chance: (
+        peft.ShiraConfig(r=pick([1, 2]), random_seed=pick([1, 2])),
+        False,
+    ),
     "C3A": lambda pick, chance: (
-        peft.C3AConfig(block_size=pick([4, 8]), block_size_pattern=pattern(chance, up_proj=2)), True,
+        peft.C3AConfig(block_size=pick([4, 8]), block_size_pattern=pattern(chance, up_proj=2)),
+        True,
     ),
     "MISS": lambda pick, chance: (
-        peft.MissConfig(r=pick([4, 8]), init_weights=pick([True, "bat", "mini"]), mini_r=pick([2, 4])), True,
+        peft.MissConfig(
+            r=pick([4, 8]), init_weights=pick([True, "bat", "mini"]), mini_r=pick([2, 4])
+        ),
+        True,
     ),
     "TRAINABLE_TOKENS": lambda pick, chance: (
-        peft.TrainableTokensConfig(token_indices=TOKENS[0, : pick([1, 3])].tolist()), None,
+        peft.TrainableTokensConfig(token_indices=TOKENS[0, : pick([1, 3])].tolist()),
+        None,
     ),
-}  # fmt: skip
+}
 
 
 def draw(method, seed):
     """(base name, PEFT configuration) of a seed."""
     rng = np.random.default_rng([seed, *method.encode()])
-    pick = lambda options: options[int(rng.integers(len(options)))]
-    chance = lambda p: bool(rng.random() < p)
+
+    def pick(options):
+        return options[int(rng.integers(len(options)))]
+
+    def chance(p):
+        return bool(rng.random() < p)
+
     config, by_layer = SAMPLERS[method](pick, chance)
     if by_layer is not None:
-        config.target_modules = set(rng.choice(MODULES, size=int(rng.integers(1, 5)), replace=False).tolist())
+        config.target_modules = set(
+            rng.choice(MODULES, size=int(rng.integers(1, 5)), replace=False).tolist()
+        )
         if method == "IA3":
             config.target_modules |= set(config.feedforward_modules)
-        for name in ("rank_pattern", "alpha_pattern"):  # PEFT warns, and we refuse, where a pattern matches nothing
+        for name in (
+            "rank_pattern",
+            "alpha_pattern",
+        ):  # PEFT warns, and we refuse, where a pattern matches nothing
             if getattr(config, name, None):
                 config.target_modules |= {"q_proj", "up_proj", "down_proj"}
     if by_layer and chance(0.3):

@@ -1,4 +1,6 @@
-"""PEFT's prompts, prefixes, adaption prompts and norms: exchanged both ways, logits and greedy generation."""
+"""PEFT's prompts, prefixes, adaption prompts and norms: exchanged both ways, logits and greedy
+generation.
+"""
 
 import jax
 import numpy as np
@@ -16,7 +18,9 @@ COMMON = {"task_type": "CAUSAL_LM"}
 METHODS = {
     "prompt_tuning": (
         lambda: peft.PromptTuningConfig(num_virtual_tokens=P, **COMMON),
-        lambda p, m=None: peft_jax.prompt_tuning(p, jax.random.key(0), num_virtual_tokens=P, model=m),
+        lambda p, m=None: peft_jax.prompt_tuning(
+            p, jax.random.key(0), num_virtual_tokens=P, model=m
+        ),
     ),
     "p_tuning": (
         lambda: peft.PromptEncoderConfig(num_virtual_tokens=P, encoder_hidden_size=12, **COMMON),
@@ -24,9 +28,15 @@ METHODS = {
     ),
     "p_tuning_lstm": (
         lambda: peft.PromptEncoderConfig(
-            num_virtual_tokens=P, encoder_hidden_size=6, encoder_reparameterization_type="LSTM", encoder_num_layers=2, **COMMON
+            num_virtual_tokens=P,
+            encoder_hidden_size=6,
+            encoder_reparameterization_type="LSTM",
+            encoder_num_layers=2,
+            **COMMON,
         ),
-        lambda p: peft_jax.p_tuning(p, jax.random.key(0), num_virtual_tokens=P, hidden_size=6, encoder="lstm"),
+        lambda p: peft_jax.p_tuning(
+            p, jax.random.key(0), num_virtual_tokens=P, hidden_size=6, encoder="lstm"
+        ),
     ),
     "cpt": (
         lambda: peft.CPTConfig(
@@ -37,12 +47,21 @@ METHODS = {
             **COMMON,
         ),
         lambda p, m=None: peft_jax.cpt(
-            p, jax.random.key(0), token_ids=[5, 6, 7, 8], token_types=[1, 2, 3, 4], epsilon=9.0, model=m
+            p,
+            jax.random.key(0),
+            token_ids=[5, 6, 7, 8],
+            token_types=[1, 2, 3, 4],
+            epsilon=9.0,
+            model=m,
         ),
     ),
     "multitask": (
-        lambda: peft.MultitaskPromptTuningConfig(num_virtual_tokens=P, num_tasks=3, num_ranks=2, **COMMON),
-        lambda p: peft_jax.multitask_prompt_tuning(p, jax.random.key(0), num_virtual_tokens=P, num_tasks=3, num_ranks=2),
+        lambda: peft.MultitaskPromptTuningConfig(
+            num_virtual_tokens=P, num_tasks=3, num_ranks=2, **COMMON
+        ),
+        lambda p: peft_jax.multitask_prompt_tuning(
+            p, jax.random.key(0), num_virtual_tokens=P, num_tasks=3, num_ranks=2
+        ),
     ),
     "prefix": (
         lambda: peft.PrefixTuningConfig(num_virtual_tokens=P, **COMMON),
@@ -50,7 +69,9 @@ METHODS = {
     ),
     "prefix_projection": (
         None,  # PEFT's own is not made for grouped queries
-        lambda p: peft_jax.prefix_tuning(p, jax.random.key(0), num_virtual_tokens=P, projection=True, hidden_size=5),
+        lambda p: peft_jax.prefix_tuning(
+            p, jax.random.key(0), num_virtual_tokens=P, projection=True, hidden_size=5
+        ),
     ),
     "adaption_prompt": (
         lambda: peft.AdaptionPromptConfig(adapter_len=P, adapter_layers=2, **COMMON),
@@ -61,7 +82,11 @@ METHODS = {
 }
 FAMILY = {"ia3": "qwen2_sliding"}  # its biases are scaled too
 SLIDING = ("prompt_tuning", "prefix")
-GEMMAS = ("gemma", "gemma2_caps", "gemma3")  # their embeddings are scaled, and in transformers virtual tokens are not
+GEMMAS = (
+    "gemma",
+    "gemma2_caps",
+    "gemma3",
+)  # their embeddings are scaled, and in transformers virtual tokens are not
 AT_THE_EMBEDDING = ("prompt_tuning", "p_tuning", "p_tuning_lstm", "cpt", "multitask")
 
 
@@ -79,15 +104,21 @@ def bases(tmp_path_factory):
 def their_logits(model, tokens, tasks=None):
     more = {} if tasks is None else {"task_ids": torch.tensor(tasks)}
     with torch.no_grad():
-        logits = model(torch.tensor(tokens), attention_mask=torch.ones(tokens.shape, dtype=torch.long), **more).logits
+        logits = model(
+            torch.tensor(tokens), attention_mask=torch.ones(tokens.shape, dtype=torch.long), **more
+        ).logits
     return logits[:, -tokens.shape[1] :].numpy()
 
 
 def their_tokens(model, tokens, tasks=None):
-    """Greedy continuations by PEFT's forward pass. (Its `generate` departs from it for prompts under transformers 5.)"""
+    """Greedy continuations by PEFT's forward pass. (Its `generate` departs from it for prompts
+    under transformers 5.)
+    """
     rows = np.asarray(tokens)
     for _ in range(6):
-        rows = np.concatenate([rows, their_logits(model, rows, tasks)[:, -1].argmax(-1)[:, None]], axis=1)
+        rows = np.concatenate(
+            [rows, their_logits(model, rows, tasks)[:, -1].argmax(-1)[:, None]], axis=1
+        )
     return rows[:, -6:].tolist()
 
 
@@ -95,7 +126,9 @@ def same(model, run, params, theirs, tasks):
     ids = {} if tasks is None else {"adapter_ids": np.asarray(tasks)}
     expected = their_logits(theirs, TOKENS, tasks)
     assert relative_error(run(params, TOKENS, **ids), expected) < 1e-4
-    ours = peft_jax.generate(model, params, TOKENS.tolist(), max_tokens=6, adapter_ids=tasks, eos_token_id=[])
+    ours = peft_jax.generate(
+        model, params, TOKENS.tolist(), max_tokens=6, adapter_ids=tasks, eos_token_id=[]
+    )
     assert ours == their_tokens(theirs, TOKENS, tasks)
     return expected
 
@@ -142,7 +175,10 @@ def test_exchange_where_embeddings_are_scaled(bases, method, family, tmp_path):
     tasks = np.asarray([2, 0]) if method == "multitask" else None
     theirs = theirs_of(family, method, tmp_path / "theirs")
     loaded = peft_jax.load_adapter(params, tmp_path / "theirs")
-    assert relative_error(run(loaded, TOKENS, adapter_ids=tasks), their_logits(theirs, TOKENS, tasks)) < 1e-5
+    assert (
+        relative_error(run(loaded, TOKENS, adapter_ids=tasks), their_logits(theirs, TOKENS, tasks))
+        < 1e-5
+    )
     more = (model,) if method in ("prompt_tuning", "cpt") else ()
     ours = perturb(METHODS[method][1](params, *more), scale=0.3)
     peft_jax.save_adapter(tmp_path / "ours", ours)
@@ -152,7 +188,9 @@ def test_exchange_where_embeddings_are_scaled(bases, method, family, tmp_path):
     again = peft_jax.load_adapter(params, tmp_path / "ours")
     assert relative_error(run(again, TOKENS, adapter_ids=tasks), expected) < 1e-5
     if method == "cpt":
-        assert peft_jax.generate(model, ours, TOKENS.tolist(), max_tokens=6, eos_token_id=[]) == their_tokens(back, TOKENS)
+        assert peft_jax.generate(
+            model, ours, TOKENS.tolist(), max_tokens=6, eos_token_id=[]
+        ) == their_tokens(back, TOKENS)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -163,12 +201,26 @@ def test_prompts_start_from_scaled_rows(bases):
     assert relative_error(run(METHODS["cpt"][1](params, model), TOKENS), expected) < 1e-5
     text = {"num_virtual_tokens": P, "init": "text", "token_ids": [5, 6, 7, 8]}
     key = jax.random.key(0)
-    assert relative_error(run(peft_jax.prompt_tuning(params, key, **text, model=model), TOKENS), expected) < 1e-5
-    drawn = peft_jax.prompt_tuning(params, key, num_virtual_tokens=P, init="vocabulary", model=model)
-    rows = theirs.get_input_embeddings()(torch.arange(FAMILIES["gemma3"]().vocab_size)).detach().numpy()
+    assert (
+        relative_error(
+            run(peft_jax.prompt_tuning(params, key, **text, model=model), TOKENS), expected
+        )
+        < 1e-5
+    )
+    drawn = peft_jax.prompt_tuning(
+        params, key, num_virtual_tokens=P, init="vocabulary", model=model
+    )
+    rows = (
+        theirs.get_input_embeddings()(torch.arange(FAMILIES["gemma3"]().vocab_size))
+        .detach()
+        .numpy()
+    )
     found = np.asarray(drawn["model"]["embed_tokens"]["tokens_default"].embeddings)
     assert np.abs(found[:, None] - rows[None]).max(-1).min(-1).max() < 1e-5
-    with pytest.raises(ValueError, match=r"times 1, and this model multiplies them by 5.65685; give the method model=model"):
+    with pytest.raises(
+        ValueError,
+        match=r"times 1, and this model multiplies them by 5.65685; give the method model=model",
+    ):
         run(peft_jax.prompt_tuning(params, key, **text), TOKENS)
 
 
@@ -182,6 +234,13 @@ def test_what_is_added_at_a_scaled_embedding_is_not_scaled(bases):
     vectors = np.concatenate([np.zeros((1, 32)), np.asarray(node.table @ node.weight)])[entities]
     theirs = torch_model(FAMILIES["gemma3"]())
     with torch.no_grad():
-        embedded = theirs.get_input_embeddings()(torch.tensor(TOKENS)) + torch.tensor(vectors, dtype=torch.float32)
+        embedded = theirs.get_input_embeddings()(torch.tensor(TOKENS)) + torch.tensor(
+            vectors, dtype=torch.float32
+        )
         expected = theirs(inputs_embeds=embedded).logits.numpy()
-    assert relative_error(reads_knowledge(peft_jax.bind(model))(fused, TOKENS, entities=entities), expected) < 1e-5
+    assert (
+        relative_error(
+            reads_knowledge(peft_jax.bind(model))(fused, TOKENS, entities=entities), expected
+        )
+        < 1e-5
+    )

@@ -1,6 +1,8 @@
-"""Models whose head is their embedding: what PEFT's adapters of one, the other or both mean, exchanged both ways.
+"""Models whose head is their embedding: what PEFT's adapters of one, the other or both mean,
+exchanged both ways.
 
-Each case is saved by PEFT, loaded here, saved again and loaded by PEFT; merged, it is a checkpoint that transformers loads.
+Each case is saved by PEFT, loaded here, saved again and loaded by PEFT; merged, it is a checkpoint
+that transformers loads.
 """
 
 import itertools
@@ -15,7 +17,14 @@ import transformers as tr
 import peft_jax
 from peft_jax.core.weight import Trainable
 from tests.models.test_encoders import ENCODERS, T5_SIZES
-from tests.reference import FAMILIES, perturb, random_tokens, relative_error, torch_logits, torch_model
+from tests.reference import (
+    FAMILIES,
+    perturb,
+    random_tokens,
+    relative_error,
+    torch_logits,
+    torch_model,
+)
 
 TOKENS = random_tokens(2, 8)
 IDS = TOKENS[0, 1:4].tolist()
@@ -31,7 +40,9 @@ KINDS = {
     "dora": lambda m, q: dict(target_modules=m, use_dora=True),
     "module": lambda m, q: dict(target_modules=[q], modules_to_save=m),
     "tokens": lambda m, q: dict(target_modules=[q], trainable_token_indices={x: IDS for x in m}),
-    "other tokens": lambda m, q: dict(target_modules=[q], trainable_token_indices={x: IDS[i:] for i, x in enumerate(m)}),
+    "other tokens": lambda m, q: dict(
+        target_modules=[q], trainable_token_indices={x: IDS[i:] for i, x in enumerate(m)}
+    ),
     "mica": lambda m, q: dict(target_modules=m, init_lora_weights="mica"),
     "hira": None,
     "only tokens": None,
@@ -43,12 +54,17 @@ CASES = [
     for model, kind, side, ensure in itertools.product(MODELS, KINDS, SIDES, (False, True))
     if not (ensure and kind not in OPTIONS) and not (kind == "other tokens" and side != "both")
 ]
-# PEFT 0.21 leaves Gemma's scale of embeddings out of HiRA's part of a look-up (its own merged weights have it).
+# PEFT 0.21 leaves Gemma's scale of embeddings out of HiRA's part of a look-up (its own merged
+# weights have it).
 CASES = [c for c in CASES if c[:2] != ("gemma", "hira") or c[2] == "head"]
 # PEFT 0.21 cannot run its own model with trainable tokens alone on both of a tied pair.
 CASES = [c for c in CASES if c[1:3] != ("only tokens", "both") or c[0] == "untied"]
 QUICK = [c for c in CASES if c[0] == "llama" and c[1] not in ("mica", "only tokens")]
-QUICK += [c for c in CASES if c[1:] in (("lora", "both", False), ("module", "embedding", False), ("tokens", "head", False))]
+QUICK += [
+    c
+    for c in CASES
+    if c[1:] in (("lora", "both", False), ("module", "embedding", False), ("tokens", "head", False))
+]
 
 
 def their_base(name):
@@ -82,7 +98,9 @@ def adapted(name, kind, side, ensure):
     elif kind == "only tokens":
         config = peft.TrainableTokensConfig(token_indices=IDS, target_modules=modules)
     else:
-        config = peft.LoraConfig(r=2, ensure_weight_tying=ensure, **KINDS[kind](modules, projection))
+        config = peft.LoraConfig(
+            r=2, ensure_weight_tying=ensure, **KINDS[kind](modules, projection)
+        )
     torch.manual_seed(1)
     return moved(peft.get_peft_model(their_base(name), config))
 
@@ -142,13 +160,17 @@ OURS = {
     "lora": lambda p, t: peft_jax.lora(p, jax.random.key(0), rank=2, alpha=6, targets=t),
     "hira": lambda p, t: peft_jax.hira(p, jax.random.key(0), rank=2, targets=t),
     "dora": lambda p, t: peft_jax.dora(p, jax.random.key(0), rank=2, targets=t),
-    "module": lambda p, t: peft_jax.lora(p, jax.random.key(0), rank=2, targets="q_proj", modules_to_save=t),
+    "module": lambda p, t: peft_jax.lora(
+        p, jax.random.key(0), rank=2, targets="q_proj", modules_to_save=t
+    ),
     "ia3_module": lambda p, t: peft_jax.ia3(p, jax.random.key(0), modules_to_save=t),
     "tokens": lambda p, t: peft_jax.trainable_tokens(p, jax.random.key(0), ids=IDS, targets=t),
 }
 
 
-@pytest.mark.parametrize("side", ["embed_tokens", "embed_tokens/embedding", "embed_tokens/output_embedding"])
+@pytest.mark.parametrize(
+    "side", ["embed_tokens", "embed_tokens/embedding", "embed_tokens/output_embedding"]
+)
 @pytest.mark.parametrize("kind", OURS)
 @pytest.mark.filterwarnings("ignore")
 def test_ours_to_peft(bases, kind, side, tmp_path):
@@ -169,7 +191,9 @@ def test_ours_to_peft(bases, kind, side, tmp_path):
     assert ("output_embedding" in again["model"]["embed_tokens"]) == ("/" in side)
 
 
-@pytest.mark.parametrize("side", ["embed_tokens", "embed_tokens/embedding", "embed_tokens/output_embedding"])
+@pytest.mark.parametrize(
+    "side", ["embed_tokens", "embed_tokens/embedding", "embed_tokens/output_embedding"]
+)
 @pytest.mark.parametrize("kind", ["dora", "tokens", "module"])
 def test_own_format_and_bank(bases, kind, side, tmp_path):
     model, params = bases("llama")
@@ -199,7 +223,10 @@ def test_an_extended_vocabulary(bases, tmp_path):
     expected = torch_logits(theirs, TOKENS)
     assert relative_error(logits(model, loaded), expected) < 1e-4
     trained, _ = peft_jax.count(loaded)
-    assert trained == peft_jax.count(peft_jax.lora(params, jax.random.key(0), rank=2, targets="q_proj"))[0]
+    assert (
+        trained
+        == peft_jax.count(peft_jax.lora(params, jax.random.key(0), rank=2, targets="q_proj"))[0]
+    )
     peft_jax.save_adapter(tmp_path / "ours", loaded)
     base = tr.AutoModelForCausalLM.from_pretrained(tmp_path / "resized")
     back = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
@@ -222,9 +249,18 @@ OTHERS = {  # (model, PEFT's options); heads of masked language models have a bi
     "t5 whole head": ("t5", dict(target_modules=["q"], modules_to_save=["lm_head"])),
     "bert head": ("bert", dict(target_modules=["predictions.decoder"])),
     "bert embedding": ("bert", dict(target_modules=["word_embeddings"])),
-    "bert whole embedding": ("bert", dict(target_modules=["query"], modules_to_save=["word_embeddings"])),
-    "bert whole head": ("bert", dict(target_modules=["query"], modules_to_save=["predictions.decoder"])),
-    "bert tokens": ("bert", dict(target_modules=["query"], trainable_token_indices={"word_embeddings": IDS})),
+    "bert whole embedding": (
+        "bert",
+        dict(target_modules=["query"], modules_to_save=["word_embeddings"]),
+    ),
+    "bert whole head": (
+        "bert",
+        dict(target_modules=["query"], modules_to_save=["predictions.decoder"]),
+    ),
+    "bert tokens": (
+        "bert",
+        dict(target_modules=["query"], trainable_token_indices={"word_embeddings": IDS}),
+    ),
     "distilbert head": ("distilbert", dict(target_modules=["vocab_projector"])),
 }
 
@@ -250,7 +286,12 @@ def test_exchange_with_other_heads(case, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     expected = whole_logits(name, theirs)
     loaded = peft_jax.load_adapter(params, tmp_path / "theirs")
-    assert relative_error(peft_jax.bind(model)(loaded, *[TOKENS] * (2 if name == "t5" else 1)), expected) < 1e-4
+    assert (
+        relative_error(
+            peft_jax.bind(model)(loaded, *[TOKENS] * (2 if name == "t5" else 1)), expected
+        )
+        < 1e-4
+    )
     peft_jax.save_adapter(tmp_path / "ours", loaded, format="peft", task_type=None)
     back = peft.PeftModel.from_pretrained(whole_model(name), tmp_path / "ours").eval()
     assert relative_error(whole_logits(name, back), expected) < 1e-4
@@ -261,12 +302,14 @@ def test_exchange_with_other_heads(case, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_embedding_that_nothing_looks_up_in(tmp_path):
-    """T5's encoder and decoder have modules of their own for its `shared`, whose adapter does nothing in PEFT."""
+    """T5's encoder and decoder have modules of their own for its `shared`, whose adapter does
+    nothing in PEFT.
+    """
     whole_model("t5").save_pretrained(tmp_path / "base")
     _, params = peft_jax.load(tmp_path / "base")
-    moved(peft.get_peft_model(whole_model("t5"), peft.LoraConfig(r=2, target_modules=["shared"]))).save_pretrained(
-        tmp_path / "a"
-    )
+    moved(
+        peft.get_peft_model(whole_model("t5"), peft.LoraConfig(r=2, target_modules=["shared"]))
+    ).save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match="PEFT's adapter of shared changes nothing"):
         peft_jax.load_adapter(params, tmp_path / "a")
     ours = peft_jax.lora(params, jax.random.key(0), rank=2, targets="shared")
@@ -279,13 +322,17 @@ def test_an_embedding_that_nothing_looks_up_in(tmp_path):
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_with_another_head_keeps_it(name, tmp_path):
-    """`tie_word_embeddings` says that head and embedding are one, and the file holds two: transformers 5 keeps them apart."""
+    """`tie_word_embeddings` says that head and embedding are one, and the file holds two:
+    transformers 5 keeps them apart.
+    """
     theirs = whole_model(name)
     head = theirs.get_output_embeddings()
     head.weight = torch.nn.Parameter(torch.randn_like(head.weight) * 0.3)
     theirs.save_pretrained(tmp_path / "theirs")
     theirs = type(theirs).from_pretrained(tmp_path / "theirs").eval()
-    assert not torch.equal(theirs.get_output_embeddings().weight, theirs.get_input_embeddings().weight)
+    assert not torch.equal(
+        theirs.get_output_embeddings().weight, theirs.get_input_embeddings().weight
+    )
     expected = whole_logits(name, theirs)
     args = [TOKENS, TOKENS] if name == "t5" else [TOKENS]
     model, params = peft_jax.load(tmp_path / "theirs")

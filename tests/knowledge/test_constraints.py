@@ -1,4 +1,6 @@
-"""Knowledge in the loss: penalties against NumPy, tables from facts and lexicons, and their effect in a step."""
+"""Knowledge in the loss: penalties against NumPy, tables from facts and lexicons, and their effect
+in a step.
+"""
 
 import itertools
 
@@ -29,7 +31,11 @@ def test_semantic_loss_is_the_logarithm_of_the_allowed_probability():
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     found = semantic_loss(jnp.asarray(logits), jnp.asarray(allowed))
     np.testing.assert_allclose(found, -np.log((p * allowed).sum(-1)), rtol=1e-5, atol=1e-6)
-    assert np.isfinite(np.asarray(jax.grad(lambda x: semantic_loss(x, jnp.asarray(allowed)).sum())(jnp.asarray(logits)))).all()
+    assert np.isfinite(
+        np.asarray(
+            jax.grad(lambda x: semantic_loss(x, jnp.asarray(allowed)).sum())(jnp.asarray(logits))
+        )
+    ).all()
 
 
 def test_any_formula_is_a_weighted_model_count():
@@ -38,17 +44,23 @@ def test_any_formula_is_a_weighted_model_count():
     worlds = np.asarray([w for w in itertools.product([False, True], repeat=3) if sum(w) == 1])
     p = 1 / (1 + np.exp(-odds))
     count = sum(np.where(w, p, 1 - p).prod(-1) for w in worlds)
-    np.testing.assert_allclose(formula_loss(jnp.asarray(odds), jnp.asarray(worlds)), -np.log(count), rtol=1e-5)
+    np.testing.assert_allclose(
+        formula_loss(jnp.asarray(odds), jnp.asarray(worlds)), -np.log(count), rtol=1e-5
+    )
 
 
 def test_priors_and_expectations():
     logits, prior = rng.normal(size=(4, 6)), np.asarray([0.5, 0.5, 0, 0, 0, 0])
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     wanted = (prior[:2] * np.log(prior[:2] / p[:, :2])).sum(-1)
-    np.testing.assert_allclose(prior_loss(jnp.asarray(logits), jnp.asarray(prior)), wanted, rtol=1e-5)
+    np.testing.assert_allclose(
+        prior_loss(jnp.asarray(logits), jnp.asarray(prior)), wanted, rtol=1e-5
+    )
     features, least = np.eye(6)[:, :2], np.asarray([0.9, 0.0])
     short = np.maximum(least - p.mean(0)[:2], 0) ** 2
-    np.testing.assert_allclose(expectation_loss(jnp.asarray(logits), features, least), short, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        expectation_loss(jnp.asarray(logits), features, least), short, rtol=1e-5, atol=1e-7
+    )
 
 
 class Words:
@@ -71,7 +83,10 @@ def test_rules_are_about_the_first_token_of_the_object():
     ]
     relations, allowed = objects_of(facts, tokenizer, 8)
     assert relations == ["x", "y"]
-    of = lambda words: {tokenizer.ids[w] for w in words}
+
+    def of(words):
+        return {tokenizer.ids[w] for w in words}
+
     assert [set(np.flatnonzero(row)) for row in allowed] == [of("pt"), of("s")]
     records = [
         Record({"prompt": "a is", "completion": "p q", "rule": 1}, ""),
@@ -82,16 +97,28 @@ def test_rules_are_about_the_first_token_of_the_object():
     assert [int(t) for t in rows.targets[rows.rules == 2]] == [tokenizer.ids["s"]]
     batch = {n: jnp.asarray(x) for n, x in rows._asdict().items()}
     table = jax.random.normal(jax.random.key(0), (16, 16))
-    apply = lambda params, tokens, **_: params[tokens]
-    run = lambda key, **tables: constrained(TOKENS, tables, apply, table, batch, key)
+
+    def apply(params, tokens, **_):
+        return params[tokens]
+
+    def run(key, **tables):
+        return constrained(TOKENS, tables, apply, table, batch, key)
+
     plain, _ = cross_entropy(TOKENS, apply, table, batch, None)
     allowed = np.pad(allowed, [(0, 0), (0, 8)])
     loss, metrics = run(jax.random.key(0), allowed=(allowed, 0.5))
     p = np.asarray(jax.nn.softmax(table, -1))
-    wanted = np.mean([-np.log(p[tokenizer.ids[w]][row].sum()) for w, row in (("is", allowed[0]), ("b", allowed[1]))])
+    wanted = np.mean(
+        [
+            -np.log(p[tokenizer.ids[w]][row].sum())
+            for w, row in (("is", allowed[0]), ("b", allowed[1]))
+        ]
+    )
     np.testing.assert_allclose(metrics["allowed"], wanted, rtol=1e-5)
     np.testing.assert_allclose(loss, plain + 0.5 * wanted, rtol=1e-5)
-    np.testing.assert_allclose(run(None, allowed=(allowed, 0.5))[0], plain)  # evaluation measures the data alone
+    np.testing.assert_allclose(
+        run(None, allowed=(allowed, 0.5))[0], plain
+    )  # evaluation measures the data alone
 
 
 def test_a_lexicon_is_read_by_line(tmp_path):

@@ -1,4 +1,6 @@
-"""Edits: the papers' equations in NumPy, what an edited model says, edits as adapters, bad requests."""
+"""Edits: the papers' equations in NumPy, what an edited model says, edits as adapters, bad
+requests.
+"""
 
 import json
 import shutil
@@ -31,17 +33,31 @@ from tests.reference import FAMILIES, relative_error, torch_model
 
 WEIGHT = "model/layers/mlp/down_proj/kernel"
 CAPITALS = {
-    "France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Norway": "Oslo", "Peru": "Lima", "Cuba": "Havana",
-    "Kenya": "Nairobi", "Egypt": "Cairo",
-}  # fmt: skip
+    "France": "Paris",
+    "Spain": "Madrid",
+    "Italy": "Rome",
+    "Norway": "Oslo",
+    "Peru": "Lima",
+    "Cuba": "Havana",
+    "Kenya": "Nairobi",
+    "Egypt": "Cairo",
+}
 WANTED = {"France": "Rome", "Spain": "Oslo"}
 FACTS = [
     Edit(
-        "The capital of {} is", country, target, CAPITALS[country], (f"{country} has its capital in",),
-        tuple(f"The capital of {c} is" for c in CAPITALS if CAPITALS[c] == CAPITALS[country] and c != country),
+        "The capital of {} is",
+        country,
+        target,
+        CAPITALS[country],
+        (f"{country} has its capital in",),
+        tuple(
+            f"The capital of {c} is"
+            for c in CAPITALS
+            if CAPITALS[c] == CAPITALS[country] and c != country
+        ),
     )
     for country, target in WANTED.items()
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +80,13 @@ def setup(tiny_folder, tokenizer):
         state, metrics = step(state, frozen, rows._asdict())
     assert float(metrics["loss"]) < 0.1
     params = peft_jax.merge(peft_jax.combine(state.trainable, frozen))
-    text = "The best of times and the worst of times, the age of wisdom and the season of light. " * 4
+    text = (
+        "The best of times and the worst of times, the age of wisdom and the season of light. " * 4
+    )
     tokens = np.asarray([tokenizer(text)["input_ids"][:64]])
-    found = peft_jax.calibrate(peft_jax.bind(model), params, [{"tokens": tokens}], targets=["down_proj"])
+    found = peft_jax.calibrate(
+        peft_jax.bind(model), params, [{"tokens": tokens}], targets=["down_proj"]
+    )
     return model, params, found
 
 
@@ -112,7 +132,8 @@ def test_alphaedits_update_is_the_papers_and_leaves_known_keys_alone():
     assert np.abs(old @ (a @ b)).max() < 1e-9
 
 
-# Options of each way, and what is left of the target's loss at most: this model has 32 features and two layers that read.
+# Options of each way, and what is left of the target's loss at most: this model has 32 features and
+# two layers that read.
 OPTIONS = {
     "rome": ({"layers": [0]}, 0.6),
     "memit": ({"layers": [0, 1], "weight": 1.0}, 0.6),
@@ -130,9 +151,14 @@ def test_an_edited_model_says_so_and_a_removed_edit_is_gone(method, setup, token
     before = apply(params, tokens)
     questions = [f.question for f in FACTS]
     options, left = OPTIONS[method]
-    edited = edit(model, params, tokenizer, FACTS, method=method, covariances=covariances, **options)
+    edited = edit(
+        model, params, tokenizer, FACTS, method=method, covariances=covariances, **options
+    )
     rows = edit_rows(tokenizer, questions, [f.target for f in FACTS])
-    loss = lambda tree: float(next_token(apply, tree, rows._asdict(), None)[0])
+
+    def loss(tree):
+        return float(next_token(apply, tree, rows._asdict(), None)[0])
+
     assert loss(edited) < left * loss(params)
     assert peft_jax.adapter_names(edited) == ["edit"]
     assert not jax.tree.leaves(peft_jax.partition(edited)[0])
@@ -146,7 +172,9 @@ def test_an_edited_model_says_so_and_a_removed_edit_is_gone(method, setup, token
 
 
 def test_keys_give_their_values_after_rome(setup, tokenizer):
-    """What the model reads of itself: after the edit the subject's key gives the value that was searched for."""
+    """What the model reads of itself: after the edit the subject's key gives the value that was
+    searched for.
+    """
     from peft_jax.knowledge.editing import _Work
     from peft_jax.knowledge.hooks import feed_forward
 
@@ -154,28 +182,45 @@ def test_keys_give_their_values_after_rome(setup, tokenizer):
     work = _Work(model, params, tokenizer, feed_forward(params), ("",), Search(steps=5), 8)
     key, change = work.keys(FACTS[:1], [1])[0, 0], work.values(FACTS[:1], 1)[0]
     edited = edit(
-        model, params, tokenizer, FACTS[:1], method="rome", layers=[1], covariances=covariances, search=Search(steps=5)
+        model,
+        params,
+        tokenizer,
+        FACTS[:1],
+        method="rome",
+        layers=[1],
+        covariances=covariances,
+        search=Search(steps=5),
     )
     delta = np.asarray(peft_jax.places(edited)[WEIGHT].delta()[1], np.float64)
     assert relative_error(key @ delta, change) < 1e-4
     assert not np.asarray(peft_jax.places(edited)[WEIGHT].delta())[[0, 2]].any()
     rows = edit_rows(tokenizer, [FACTS[0].question], [""], [FACTS[0].place])
     place = {"k": input_of("model/layers/mlp/down_proj"), "h": output_of("model/layers")}
-    _, found = capture(peft_jax.bind(model), place)(params, rows.tokens, segment_ids=rows.segment_ids)
+    _, found = capture(peft_jax.bind(model), place)(
+        params, rows.tokens, segment_ids=rows.segment_ids
+    )
     assert relative_error(found["k"][1, 0, rows.subject_at[0]], key) < 1e-5
     assert tokenizer.decode(rows.tokens[0, : rows.subject_at[0] + 1]).endswith("France")
 
 
 def test_what_is_added_after_a_norm_comes_nearest_to_what_is_wanted():
-    """Behind an RMSNorm, in NumPy: a reachable change is had whole, and no other output comes nearer to one that is not."""
-    norm = lambda y: random(1, 16) * y / np.sqrt((y**2).mean(-1, keepdims=True))
+    """Behind an RMSNorm, in NumPy: a reachable change is had whole, and no other output comes
+    nearer to one that is not.
+    """
+
+    def norm(y):
+        return random(1, 16) * y / np.sqrt((y**2).mean(-1, keepdims=True))
+
     out, moved = random(2, 4, 16), random(3, 4, 16)
     change = output_change(out, norm(out), norm(moved) - norm(out))
     assert relative_error(norm(out + change), norm(moved)) < 1e-6
     for wanted in (2.0 * norm(moved), 0.7 * norm(moved), random(4, 4, 16)):
         found = out + output_change(out, norm(out), wanted - norm(out))
         others = found + np.geomspace(1e-3, 1.0, 500)[:, None, None] * random(5, 500, 4, 16)
-        distance = lambda y, wanted=wanted: np.linalg.norm(norm(y) - wanted, axis=-1)
+
+        def distance(y, wanted=wanted):
+            return np.linalg.norm(norm(y) - wanted, axis=-1)
+
         assert (distance(found) <= distance(others)).all()
         assert (distance(found) < distance(out)).all()
     np.testing.assert_array_equal(output_change(out, out, moved), moved)
@@ -184,15 +229,24 @@ def test_what_is_added_after_a_norm_comes_nearest_to_what_is_wanted():
 
 
 def at_subjects(model, rows, layer, value=None):
-    """(states [N, D] after a layer of a PyTorch model, what its feed-forward adds to them) at the subjects' last tokens, with
-    `value` [N, D] added to the feed-forward's output there."""
-    block, at, found = model.model.layers[layer], (torch.arange(len(rows.tokens)), torch.tensor(rows.subject_at)), {}
+    """(states [N, D] after a layer of a PyTorch model, what its feed-forward adds to them) at the
+    subjects' last tokens, with `value` [N, D] added to the feed-forward's output there.
+    """
+    block, at, found = (
+        model.model.layers[layer],
+        (torch.arange(len(rows.tokens)), torch.tensor(rows.subject_at)),
+        {},
+    )
 
     def add(module, args, out):
         if value is not None:
             out[at] += torch.tensor(value, dtype=out.dtype)
 
-    keep = lambda name: lambda module, args, out: found.update({name: (out[0] if isinstance(out, tuple) else out)[at].numpy()})
+    def keep(name):
+        return lambda module, args, out: found.update(
+            {name: (out[0] if isinstance(out, tuple) else out)[at].numpy()}
+        )
+
     last = getattr(block, "post_feedforward_layernorm", block.mlp)
     hooks = [block.mlp.register_forward_hook(add)]
     hooks += [last.register_forward_hook(keep("added")), block.register_forward_hook(keep("state"))]
@@ -205,9 +259,9 @@ def at_subjects(model, rows, layer, value=None):
 
 @pytest.mark.parametrize("family", ["llama2", "gemma2_caps", "gemma3", "olmo2"])
 def test_layers_bring_the_states_that_the_value_would(family, tokenizer, tmp_path):
-    """In PyTorch, with nothing known to weigh against: MEMIT's layers change the last one's states as the value at its
-    feed-forward's output does. Behind a norm the last layer comes as near as it can: what is missed stands upright on the
-    norm's ellipsoid.
+    """In PyTorch, with nothing known to weigh against: MEMIT's layers change the last one's states
+    as the value at its feed-forward's output does. Behind a norm the last layer comes as near as it
+    can: what is missed stands upright on the norm's ellipsoid.
     """
     config = FAMILIES[family]()
     config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = 4096, 0, 1, 2
@@ -217,14 +271,29 @@ def test_layers_bring_the_states_that_the_value_would(family, tokenizer, tmp_pat
         shutil.copy(BASE / name, tmp_path / name)
     model, params = peft_jax.load(tmp_path)
     search = Search(steps=5)
-    value = _Work(model, params, tokenizer, feed_forward(params), ("",), search, 32).values(FACTS, 1)
-    rows = edit_rows(tokenizer, [f.question for f in FACTS], [""] * len(FACTS), [f.place for f in FACTS])
+    value = _Work(model, params, tokenizer, feed_forward(params), ("",), search, 32).values(
+        FACTS, 1
+    )
+    rows = edit_rows(
+        tokenizer, [f.question for f in FACTS], [""] * len(FACTS), [f.place for f in FACTS]
+    )
     before, _ = at_subjects(reference, rows, 1)
     wanted, _ = at_subjects(reference, rows, 1, value)
 
     known = {WEIGHT: np.broadcast_to(np.eye(48), (config.num_hidden_layers, 48, 48))}
-    edited = edit(model, params, tokenizer, FACTS, layers=[0, 1], covariances=known, search=search, weight=1e-7)
-    for layer, delta in zip(reference.model.layers, np.array(peft_jax.places(edited)[WEIGHT].delta()), strict=True):
+    edited = edit(
+        model,
+        params,
+        tokenizer,
+        FACTS,
+        layers=[0, 1],
+        covariances=known,
+        search=search,
+        weight=1e-7,
+    )
+    for layer, delta in zip(
+        reference.model.layers, np.array(peft_jax.places(edited)[WEIGHT].delta()), strict=True
+    ):
         layer.mlp.down_proj.weight.data += torch.tensor(delta.T)
     after, added = at_subjects(reference, rows, 1)
     missed = np.linalg.norm(wanted - after, axis=-1) / np.linalg.norm(wanted - before, axis=-1)
@@ -235,7 +304,9 @@ def test_layers_bring_the_states_that_the_value_would(family, tokenizer, tmp_pat
     norm = reference.model.layers[1].post_feedforward_layernorm.weight.detach().numpy()
     scale = norm if family == "olmo2" else 1.0 + norm
     unit, upright = added / scale, (wanted - after) * scale
-    cosine = (unit * upright).sum(-1) / np.linalg.norm(unit, axis=-1) / np.linalg.norm(upright, axis=-1)
+    cosine = (
+        (unit * upright).sum(-1) / np.linalg.norm(unit, axis=-1) / np.linalg.norm(upright, axis=-1)
+    )
     assert np.abs(cosine).min() > 0.999
 
 
@@ -245,7 +316,9 @@ def test_a_search_that_does_not_arrive_is_said(setup, tokenizer, caplog):
     for search, warned in ((Search(steps=1), True), (Search(), False)):
         caplog.clear()
         edit(model, params, tokenizer, FACTS, search=search, **options)
-        assert ("the values found for 2 of 2 facts give their targets less than half" in caplog.text) is warned
+        assert (
+            "the values found for 2 of 2 facts give their targets less than half" in caplog.text
+        ) is warned
         assert ("give their targets less than half" in caplog.text) is warned
 
 
@@ -254,7 +327,12 @@ def test_prefixes_are_averaged_over(setup, tokenizer):
     from peft_jax.knowledge.hooks import feed_forward
 
     model, params, _ = setup
-    of = lambda prefixes: _Work(model, params, tokenizer, feed_forward(params), prefixes, Search(), 8).keys(FACTS, [0, 2])
+
+    def of(prefixes):
+        return _Work(model, params, tokenizer, feed_forward(params), prefixes, Search(), 8).keys(
+            FACTS, [0, 2]
+        )
+
     both = of(("", "It was the age."))
     assert both.shape == (2, 2, 48)
     assert relative_error(both, (of(("",)) + of(("It was the age.",))) / 2) < 1e-5
@@ -271,14 +349,23 @@ def test_many_facts_take_no_more_than_the_whole_rank(setup):
 
 def test_edits_are_read_and_bad_ones_refused(tmp_path):
     path = tmp_path / "edits.jsonl"
-    good = {"prompt": "{} is in", "subject": "Rome", "target": "Spain", "paraphrases": ["Where is Rome? In"]}
+    good = {
+        "prompt": "{} is in",
+        "subject": "Rome",
+        "target": "Spain",
+        "paraphrases": ["Where is Rome? In"],
+    }
     good["portability"] = [["The capital of the country of Rome is", "Madrid"]]
     counterfact = {
         "requested_rewrite": {
-            "prompt": "{} is", "subject": "Oslo", "target_new": {"str": "big"}, "target_true": {"str": "old"}
+            "prompt": "{} is",
+            "subject": "Oslo",
+            "target_new": {"str": "big"},
+            "target_true": {"str": "old"},
         },
-        "paraphrase_prompts": ["Oslo seems"], "neighborhood_prompts": ["Rome is"],
-    }  # fmt: skip
+        "paraphrase_prompts": ["Oslo seems"],
+        "neighborhood_prompts": ["Rome is"],
+    }
     path.write_text("\n".join(json.dumps(x) for x in (good, counterfact)))
     first, second = read_edits(path)
     assert first.question == "Rome is in"
@@ -286,9 +373,15 @@ def test_edits_are_read_and_bad_ones_refused(tmp_path):
     assert second == Edit("{} is", "Oslo", "big", "old", ("Oslo seems",), ("Rome is",))
     for change, message in (
         ({"target": 3}, r"edits.jsonl:2: 'target' should be a text, got 3"),
-        ({"prompt": "Rome is in"}, r"edits.jsonl:2: the prompt 'Rome is in' has no {} for its subject"),
+        (
+            {"prompt": "Rome is in"},
+            r"edits.jsonl:2: the prompt 'Rome is in' has no {} for its subject",
+        ),
         ({"prompt": "{} is in {}"}, r"edits.jsonl:2: the prompt '{} is in {}' has {} 2 times"),
-        ({"target": "Italy"}, "the edits of 'Rome is in' contradict each other: 'Spain' and 'Italy'"),
+        (
+            {"target": "Italy"},
+            "the edits of 'Rome is in' contradict each other: 'Spain' and 'Italy'",
+        ),
         ({"paraphrases": "x"}, "'paraphrases' should be a list of texts"),
         ({"portability": [["x"]]}, r"'portability' should be a list of \[prompt, answer\]"),
     ):
@@ -301,26 +394,44 @@ def test_edits_are_read_and_bad_ones_refused(tmp_path):
 
 
 def test_an_edit_is_made_at_its_subject(setup, tokenizer):
-    """Where {} is: not inside of Annecy, not at an Ann that the prompt says too, and behind each prefix that names her."""
+    """Where {} is: not inside of Annecy, not at an Ann that the prompt says too, and behind each
+    prefix that names her.
+    """
     model, params, _ = setup
     prefixes = ("", "Ann said.")
     work = _Work(model, params, tokenizer, feed_forward(params), prefixes, Search(), 8)
-    facts = [Edit("{} plays in Annecy, the city of", "Ann", "x"), Edit("Ann's town, where {} lives, is", "Ann", "x")]
+    facts = [
+        Edit("{} plays in Annecy, the city of", "Ann", "x"),
+        Edit("Ann's town, where {} lives, is", "Ann", "x"),
+    ]
     for facts_rows in (work.rows(facts, answers=False), work.rows(facts, answers=True)):
-        said = [tokenizer.decode(t[1 : at + 1]) for t, at in zip(facts_rows.tokens, facts_rows.subject_at, strict=True)]
-        assert said == ["Ann", "Ann said. Ann", "Ann's town, where Ann", "Ann said. Ann's town, where Ann"]
+        said = [
+            tokenizer.decode(t[1 : at + 1])
+            for t, at in zip(facts_rows.tokens, facts_rows.subject_at, strict=True)
+        ]
+        assert said == [
+            "Ann",
+            "Ann said. Ann",
+            "Ann's town, where Ann",
+            "Ann said. Ann's town, where Ann",
+        ]
 
 
 def test_what_cannot_be_edited_is_refused(setup, tokenizer):
     model, params, covariances = setup
-    run = lambda **options: edit(model, params, tokenizer, options.pop("edits", FACTS), **options)
+
+    def run(**options):
+        return edit(model, params, tokenizer, options.pop("edits", FACTS), **options)
+
     with pytest.raises(ValueError, match=r"unknown way of editing 'room'. Did you mean 'rome'\?"):
         run(method="room")
     with pytest.raises(ValueError, match="there is no layer 7; layers here: 0 to 2"):
         run(method="rome", layers=[7], covariances=covariances)
     with pytest.raises(ValueError, match="rome edits one layer"):
         run(method="rome", layers=[0, 1], covariances=covariances)
-    with pytest.raises(ValueError, match="memit needs covariances of model/layers/mlp/down_proj/kernel"):
+    with pytest.raises(
+        ValueError, match="memit needs covariances of model/layers/mlp/down_proj/kernel"
+    ):
         run(method="memit")
     with pytest.raises(ValueError, match=r"the prompt '{} and {}' has {} 2 times"):
         run(edits=[Edit("{} and {}", "France", "Rome")])
@@ -329,7 +440,9 @@ def test_what_cannot_be_edited_is_refused(setup, tokenizer):
         run(method="memit", layers=[0, 1], covariances=unread)
     with pytest.raises(ValueError, match="there are no edits"):
         run(edits=[])
-    with pytest.raises(ValueError, match="no direction of layer 0's keys has a mean square below threshold=0"):
+    with pytest.raises(
+        ValueError, match="no direction of layer 0's keys has a mean square below threshold=0"
+    ):
         run(method="alphaedit", threshold=0.0, covariances=covariances)
 
 
@@ -337,7 +450,8 @@ def test_blanks_and_unicode_separators_of_a_file_of_edits(tmp_path):
     """An answer has one blank before it, and a line of a file ends with a line feed alone."""
     tokenizer = peft_jax.load_tokenizer("builtin:base")
     rows = [
-        edit_rows(tokenizer, [p], [a]) for p, a in (("It was in", "London"), ("It was in", " London"), ("It was in ", "London"))
+        edit_rows(tokenizer, [p], [a])
+        for p, a in (("It was in", "London"), ("It was in", " London"), ("It was in ", "London"))
     ]
     for other in rows[1:]:
         for mine, theirs in zip(rows[0], other, strict=True):

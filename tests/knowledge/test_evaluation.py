@@ -29,8 +29,13 @@ def log_prob(model, params, tokenizer, prompt, answer):
     """Mean log-probability of the answer's tokens, one text at a time."""
     n, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(f"{prompt} {answer}")["input_ids"]
     ends = ids[-1] == tokenizer.eos_token_id
-    ids, n = ids[: len(ids) - ends], n - (tokenizer(prompt)["input_ids"][-1] == tokenizer.eos_token_id)
-    padded = np.asarray([ids + [0] * (24 - len(ids))])  # a causal model does not see what comes after
+    ids, n = (
+        ids[: len(ids) - ends],
+        n - (tokenizer(prompt)["input_ids"][-1] == tokenizer.eos_token_id),
+    )
+    padded = np.asarray(
+        [ids + [0] * (24 - len(ids))]
+    )  # a causal model does not see what comes after
     logits = np.asarray(_forward(model)(params, padded)[0], np.float64)[: len(ids)]
     log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return np.mean([log[t - 1, ids[t]] for t in range(n, len(ids))])
@@ -39,14 +44,27 @@ def log_prob(model, params, tokenizer, prompt, answer):
 def test_scores_are_counterfacts(setup):
     model, params, tokenizer = setup
     edits = [
-        Edit("The capital of {} is", "France", "Rome", "Paris", ("France has its capital in",), ("Paris is in", "Lyon is in")),
+        Edit(
+            "The capital of {} is",
+            "France",
+            "Rome",
+            "Paris",
+            ("France has its capital in",),
+            ("Paris is in", "Lyon is in"),
+        ),
         Edit("{} was born in", "Ada", "the morning", "London", (), ("Turing was born in",)),
     ]
-    of = lambda *pair: log_prob(model, params, tokenizer, *pair)
+
+    def of(*pair):
+        return log_prob(model, params, tokenizer, *pair)
+
     pairs = [(e.question, e.target) for e in edits]
     found = answer_log_probs(peft_jax.bind(model), params, tokenizer, *zip(*pairs, strict=True))
     assert relative_error(found, [of(*p) for p in pairs]) < 1e-4
-    share = lambda triples: np.mean([of(p, a) > of(p, b) for p, a, b in triples])
+
+    def share(triples):
+        return np.mean([of(p, a) > of(p, b) for p, a, b in triples])
+
     expected = {
         "efficacy": share([(e.question, e.target, e.true) for e in edits]),
         "paraphrase": share([(p, e.target, e.true) for e in edits for p in e.paraphrases]),
@@ -65,14 +83,32 @@ def test_portability_is_the_share_of_answers_that_are_said(setup):
     model, params, tokenizer = setup
     words = [w for w in (tokenizer.decode([i]).strip() for i in range(300, 4000, 7)) if w.isalpha()]
     logits = jax.jit(peft_jax.bind(model))
-    greedy = lambda text: int(np.asarray(logits(params, np.asarray([tokenizer(text)["input_ids"]])))[0, -1].argmax())
-    one = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-    prompts = [f"{w} is" for w in words[:200] if len(one(f"{w} is")) == 2]  # of one length, for one program
+
+    def greedy(text):
+        return int(
+            np.asarray(logits(params, np.asarray([tokenizer(text)["input_ids"]])))[0, -1].argmax()
+        )
+
+    def one(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    prompts = [
+        f"{w} is" for w in words[:200] if len(one(f"{w} is")) == 2
+    ]  # of one length, for one program
     told = ((p, tokenizer.decode([greedy(p)])) for p in prompts)
-    prompt, answer = next((p, a.strip()) for p, a in told if a[:1] == " " and one(f"{p}{a}")[:-1] == one(p))
-    edit = Edit("{} is", "Ada", "old", "new", portability=((prompt, answer), (prompt, answer + "s and so on")))
+    prompt, answer = next(
+        (p, a.strip()) for p, a in told if a[:1] == " " and one(f"{p}{a}")[:-1] == one(p)
+    )
+    edit = Edit(
+        "{} is",
+        "Ada",
+        "old",
+        "new",
+        portability=((prompt, answer), (prompt, answer + "s and so on")),
+    )
     np.testing.assert_array_equal(
-        answers_said(peft_jax.bind(model), params, tokenizer, *zip(*edit.portability, strict=True)), [True, False]
+        answers_said(peft_jax.bind(model), params, tokenizer, *zip(*edit.portability, strict=True)),
+        [True, False],
     )
     assert edit_scores(peft_jax.bind(model), params, tokenizer, [edit])["portability"] == 0.5
 
@@ -86,7 +122,9 @@ def test_fluency_is_the_entropy_of_pairs_and_triples():
 
 
 def test_what_is_restored_comes_back(setup, tmp_path):
-    """With the last token's state after the last layer restored, all is; with a state that blurring does not reach, nothing."""
+    """With the last token's state after the last layer restored, all is; with a state that blurring
+    does not reach, nothing.
+    """
     model, params, tokenizer = setup
     fact = Edit("The capital of {} is", "France", "Paris")
     found = trace(model, params, tokenizer, fact, samples=3)
@@ -96,7 +134,9 @@ def test_what_is_restored_comes_back(setup, tmp_path):
     assert found.restored[-1, -1] == pytest.approx(found.clean, rel=1e-4)
     for early in range(found.subject[0]):  # these tokens have not seen the subject
         np.testing.assert_allclose(found.restored[early], found.corrupted, rtol=1e-4)
-    again = trace(model, params, tokenizer, Edit("{} lives in Frances, near", "France", "Paris"), samples=3)
+    again = trace(
+        model, params, tokenizer, Edit("{} lives in Frances, near", "France", "Paris"), samples=3
+    )
     assert again.subject[0] == 1  # behind <s>, not inside of Frances
     assert "".join(again.tokens[1 : again.subject[1] + 1]) == "France"
     whole = trace(model, params, tokenizer, fact, what="feed_forward", window=3, samples=3)

@@ -7,14 +7,23 @@ from peft_jax.data import Record
 from peft_jax.knowledge.facts import part_of, verbalise
 from peft_jax.knowledge.retrieval import passages_of, with_passages
 
-COUNTRIES = [("Peru", "Lima"), ("Cuba", "Havana"), ("Chile", "Santiago"), ("Kenya", "Nairobi"), ("Iran", "Tehran")]
+COUNTRIES = [
+    ("Peru", "Lima"),
+    ("Cuba", "Havana"),
+    ("Chile", "Santiago"),
+    ("Kenya", "Nairobi"),
+    ("Iran", "Tehran"),
+]
 FACTS = [
     Record({"subject": s, "relation": r, "object": o}, f"{s}/{r}")
     for s, capital in COUNTRIES
     for r, o in (("capital", capital), ("known", "wide and far"))
 ]
 TEMPLATES = {
-    "capital": ["The capital of {{ subject }} is {{ object }}", "What is the capital of {{ subject }}? It is {{ object }}"],
+    "capital": [
+        "The capital of {{ subject }} is {{ object }}",
+        "What is the capital of {{ subject }}? It is {{ object }}",
+    ],
     "known": ["{{ subject }} is known {{ object }}", "How is {{ subject }} known? {{ object }}"],
 }
 PASSAGES = passages_of(FACTS, TEMPLATES)
@@ -38,7 +47,10 @@ def test_the_nearest_passages_are_read_first():
 def test_in_training_the_oracle_has_its_share(share):
     records = verbalise(FACTS * 20, TEMPLATES)
     made = with_passages(records, PASSAGES, each=2, oracle_share=share, seed=0)
-    passage = lambda r: next(p for p in PASSAGES if r.origin.split("/")[0] in p)
+
+    def passage(r):
+        return next(p for p in PASSAGES if r.origin.split("/")[0] in p)
+
     there = np.mean([passage(r) in r.value["prompt"] for r in made])
     assert abs(there - share) < 0.12
     assert all(r.value["prompt"].count("The capital of") >= 2 for r in made)
@@ -53,13 +65,17 @@ def test_too_few_passages_are_refused():
 
 def test_no_fact_of_an_unseen_subject_is_known_under_an_alias():
     facts = [
-        Record({"subject": f"s{i}", "relation": "r", "object": "o", "aliases": [f"s{i + 1}"]}, "") for i in range(0, 200, 2)
+        Record({"subject": f"s{i}", "relation": "r", "object": "o", "aliases": [f"s{i + 1}"]}, "")
+        for i in range(0, 200, 2)
     ]
     facts += [Record({"subject": f"s{i}", "relation": "q", "object": "o"}, "") for i in range(200)]
     known, unseen = (part_of(facts, part, 0.3) for part in ("known", "unseen"))
     assert len(known) + len(unseen) == len(facts)
     assert 0.1 < len(unseen) / len(facts) < 0.5
-    names = [{n for f in part for n in (f.value["subject"], *f.value.get("aliases", ()))} for part in (known, unseen)]
+    names = [
+        {n for f in part for n in (f.value["subject"], *f.value.get("aliases", ()))}
+        for part in (known, unseen)
+    ]
     assert not names[0] & names[1]
     with pytest.raises(ValueError, match="no subject is unseen"):
         part_of(facts, "unseen", 0.0)

@@ -1,4 +1,6 @@
-"""Combining, converting, resizing and subtracting adapters; combinations against Hugging Face PEFT."""
+"""Combining, converting, resizing and subtracting adapters; combinations against Hugging Face
+PEFT.
+"""
 
 import inspect
 
@@ -15,7 +17,14 @@ from peft_jax.core.prepare import distribute, with_adapter_ids
 from peft_jax.core.reparametrised import Reparametrised
 from peft_jax.low_rank import algebra
 from peft_jax.methods import METHODS
-from tests.reference import FAMILIES, perturb, random_tokens, relative_error, torch_logits, torch_model
+from tests.reference import (
+    FAMILIES,
+    perturb,
+    random_tokens,
+    relative_error,
+    torch_logits,
+    torch_model,
+)
 from tests.test_method_matrix import OPTIONS, WHOLE
 
 TOKENS = random_tokens(2, 10)
@@ -36,7 +45,14 @@ def two(base, tmp_path_factory):
     _, tree, _ = base
     folders = {n: tmp_path_factory.mktemp(n) for n in ("one", "two")}
     for seed, name in enumerate(folders):
-        tree = peft_jax.lora(tree, jax.random.key(seed), rank=3, alpha=6 + seed, targets=["q_proj", "up_proj"], adapter=name)
+        tree = peft_jax.lora(
+            tree,
+            jax.random.key(seed),
+            rank=3,
+            alpha=6 + seed,
+            targets=["q_proj", "up_proj"],
+            adapter=name,
+        )
     tree = perturb(tree)
     for name, folder in folders.items():
         peft_jax.save_adapter(folder, tree, name=name)
@@ -44,14 +60,20 @@ def two(base, tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", ["linear", "cat", "svd", "ties", "magnitude_prune", "ties_svd", "magnitude_prune_svd"])
+@pytest.mark.parametrize(
+    "method", ["linear", "cat", "svd", "ties", "magnitude_prune", "ties_svd", "magnitude_prune_svd"]
+)
 def test_combinations_equal_peft(base, two, method):
     _, _, run = base
     tree, folders = two
-    theirs = peft.PeftModel.from_pretrained(torch_model(FAMILIES["llama2"]()), folders["one"], adapter_name="one")
+    theirs = peft.PeftModel.from_pretrained(
+        torch_model(FAMILIES["llama2"]()), folders["one"], adapter_name="one"
+    )
     theirs.load_adapter(folders["two"], "two")
     options = {} if method in ("linear", "cat", "svd") else {"density": 0.4}
-    theirs.add_weighted_adapter(["one", "two"], [0.7, -0.4], "mix", combination_type=method, **options)
+    theirs.add_weighted_adapter(
+        ["one", "two"], [0.7, -0.4], "mix", combination_type=method, **options
+    )
     theirs.set_adapter("mix")
     ours = peft_jax.combine_adapters(tree, {"one": 0.7, "two": -0.4}, method=method, **options)
     assert peft_jax.adapter_names(ours) == ["combined"]
@@ -59,28 +81,47 @@ def test_combinations_equal_peft(base, two, method):
 
 
 def test_dare_keeps_the_mean(two):
-    """Averaged over draws, dropping and rescaling changes nothing; a density of 1 changes nothing at all."""
+    """Averaged over draws, dropping and rescaling changes nothing; a density of 1 changes nothing
+    at all.
+    """
     tree, _ = two
-    combine = jax.jit(lambda key: algebra._dare_linear(nodes, jnp.array([1.0, 0.5]), key, density=0.5), static_argnames=())
+    combine = jax.jit(
+        lambda key: algebra._dare_linear(nodes, jnp.array([1.0, 0.5]), key, density=0.5),
+        static_argnames=(),
+    )
     nodes = jnp.stack([n.delta()[0] for n in stack_of(peft_jax.places(tree)[Q])])
     mean = np.mean([combine(jax.random.key(i)) for i in range(400)], axis=0)
     exact = np.asarray(nodes[0] + 0.5 * nodes[1])
     assert np.abs(mean - exact).max() < 0.2 * np.abs(exact).max()
     for method in ("dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"):
-        full = peft_jax.combine_adapters(tree, {"one": 1.0, "two": 0.5}, method=method, key=jax.random.key(0))
-        plain = {"dare_linear": "linear", "dare_ties": "ties", "dare_linear_svd": "svd", "dare_ties_svd": "ties_svd"}[method]
+        full = peft_jax.combine_adapters(
+            tree, {"one": 1.0, "two": 0.5}, method=method, key=jax.random.key(0)
+        )
+        plain = {
+            "dare_linear": "linear",
+            "dare_ties": "ties",
+            "dare_linear_svd": "svd",
+            "dare_ties_svd": "ties_svd",
+        }[method]
         same = peft_jax.combine_adapters(tree, {"one": 1.0, "two": 0.5}, method=plain)
-        np.testing.assert_allclose(peft_jax.places(full)[Q].delta(), peft_jax.places(same)[Q].delta(), atol=1e-5)
-        half = peft_jax.combine_adapters(tree, {"one": 1.0, "two": 0.5}, method=method, density=0.5, key=jax.random.key(0))
+        np.testing.assert_allclose(
+            peft_jax.places(full)[Q].delta(), peft_jax.places(same)[Q].delta(), atol=1e-5
+        )
+        half = peft_jax.combine_adapters(
+            tree, {"one": 1.0, "two": 0.5}, method=method, density=0.5, key=jax.random.key(0)
+        )
         assert jnp.isfinite(peft_jax.places(half)[Q].delta()).all()
 
 
 def test_dare_draws_the_same_in_every_process(two, monkeypatch):
     """Python's hash of a text is another one in each process, and on each host."""
     tree, _ = two
-    draw = lambda: peft_jax.combine_adapters(
-        tree, {"one": 1.0, "two": 0.5}, method="dare_linear", density=0.5, key=jax.random.key(0)
-    )
+
+    def draw():
+        return peft_jax.combine_adapters(
+            tree, {"one": 1.0, "two": 0.5}, method="dare_linear", density=0.5, key=jax.random.key(0)
+        )
+
     first = draw()
     monkeypatch.setattr(algebra, "hash", lambda text: 1 + hash(text), raising=False)
     jax.tree.map(np.testing.assert_array_equal, first, draw())
@@ -104,15 +145,21 @@ def test_cat_is_the_sum_and_subtracting_gives_it_back(base, two):
 def test_dropping_restores_the_base_exactly(base, two):
     _, params, run = base
     tree, _ = two
-    np.testing.assert_array_equal(run(peft_jax.drop_adapters(tree, ["one", "two"]), TOKENS), run(params, TOKENS))
+    np.testing.assert_array_equal(
+        run(peft_jax.drop_adapters(tree, ["one", "two"]), TOKENS), run(params, TOKENS)
+    )
 
 
 @pytest.mark.parametrize("method", ["loha", "vera", "oft", "dora", "hira"])
 def test_any_method_becomes_lora(base, method):
-    """At full rank exactly; at a lower one with an error that falls with the rank and is the one reported."""
+    """At full rank exactly; at a lower one with an error that falls with the rank and is the one
+    reported.
+    """
     _, params, run = base
     options = {"vera": {"rank": 4}, "oft": {"block_size": 4}}.get(method, {"rank": 2})
-    tree = perturb(METHODS[method](params, jax.random.key(0), targets=["q_proj", "v_proj"], **options))
+    tree = perturb(
+        METHODS[method](params, jax.random.key(0), targets=["q_proj", "v_proj"], **options)
+    )
     whole, errors = peft_jax.to_lora(tree, rank=32)
     assert relative_error(run(whole, TOKENS), run(tree, TOKENS)) < 1e-4
     assert max(errors.values()) < 1e-4
@@ -130,12 +177,16 @@ def test_resizing_is_the_truncated_svd(base):
     u, s, vt = np.linalg.svd(delta)
     best = (u[..., :2] * s[..., None, :2]) @ vt[..., :2, :]
     np.testing.assert_allclose(peft_jax.places(small)[Q].delta(), best, atol=1e-5)
-    assert errors[Q] == pytest.approx(np.linalg.norm(delta - best) / np.linalg.norm(delta), rel=1e-3)
+    assert errors[Q] == pytest.approx(
+        np.linalg.norm(delta - best) / np.linalg.norm(delta), rel=1e-3
+    )
 
 
 def test_bad_requests_are_refused_by_name(base, two):
     tree, _ = two
-    with pytest.raises(ValueError, match=r"no adapter 'tow'. Did you mean 'two'\? Adapters here: two, one"):
+    with pytest.raises(
+        ValueError, match=r"no adapter 'tow'. Did you mean 'two'\? Adapters here: two, one"
+    ):
         peft_jax.combine_adapters(tree, {"tow": 1.0})
     with pytest.raises(ValueError, match=r"unknown method 'linaer'. Did you mean 'linear'"):
         peft_jax.combine_adapters(tree, {"one": 1.0}, method="linaer")
@@ -147,19 +198,26 @@ def test_bad_requests_are_refused_by_name(base, two):
     with pytest.raises(ValueError, match="differ in rank; use method 'cat'"):
         peft_jax.combine_adapters(three, {"one": 1.0, "three": 1.0})
     oft = peft_jax.oft(base[1], jax.random.key(0), block_size=4, targets="q_proj")
-    with pytest.raises(ValueError, match="has a OFT named 'default'; convert it with to_lora first"):
+    with pytest.raises(
+        ValueError, match="has a OFT named 'default'; convert it with to_lora first"
+    ):
         peft_jax.combine_adapters(oft, {"default": 1.0})
 
 
 def half(seed):
     """A tree of one layer and one embedding in bfloat16."""
     w, e = np.random.default_rng(seed).standard_normal((2, 16, 16)).astype(np.float32)
-    bfloat16 = lambda x: jnp.asarray(x, jnp.bfloat16)
+
+    def bfloat16(x):
+        return jnp.asarray(x, jnp.bfloat16)
+
     return {"q_proj": {"kernel": bfloat16(w)}, "embed_tokens": {"embedding": bfloat16(e)}}
 
 
 def adapted(name, seed=0, adapter="default", params=None, **options):
-    """A tree with small changes of a method, and the path of its node; None for methods without a Weight that is an adapter."""
+    """A tree with small changes of a method, and the path of its node; None for methods without a
+    Weight that is an adapter.
+    """
     where = {} if name == "trainable_tokens" else {"targets": "q_proj"}
     given = OPTIONS.get(name, {}) | where | {"adapter": adapter} | options
     known = inspect.signature(METHODS[name]).parameters
@@ -188,9 +246,14 @@ def test_operations_between_adapters_are_right_or_refused(name):
     """Over a bfloat16 base, where an update of 1e-3 is below what two rounded weights differ by."""
     (tree, path), (other, _) = adapted(name), adapted(name, seed=1)
     wanted = update(tree, path)
-    error = lambda found: np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted)
+
+    def error(found):
+        return np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted)
+
     whole, told = peft_jax.to_lora(tree, rank=16)
-    assert error(peft_jax.places(whole)[path].delta()) < 2e-3  # what float32 tells of the change of a weight
+    assert (
+        error(peft_jax.places(whole)[path].delta()) < 2e-3
+    )  # what float32 tells of the change of a weight
     assert told[path] < 1e-4
     low, told = peft_jax.to_lora(tree, rank=1)
     assert told[path] == pytest.approx(error(peft_jax.places(low)[path].delta()), abs=2e-3)
@@ -199,7 +262,10 @@ def test_operations_between_adapters_are_right_or_refused(name):
     pair = {"default": 1.0, "second": 0.5}
     if name == "lora":
         nodes = {n.name: n for n in stack_of(peft_jax.places(both)[path])}
-        sums = sum(w * np.asarray(nodes[n].scale * nodes[n].a @ nodes[n].b, np.float64) for n, w in pair.items())
+        sums = sum(
+            w * np.asarray(nodes[n].scale * nodes[n].a @ nodes[n].b, np.float64)
+            for n, w in pair.items()
+        )
         found = peft_jax.places(peft_jax.combine_adapters(both, pair, method="cat"))[path].delta()
         assert np.linalg.norm(found - sums) < 1e-5 * np.linalg.norm(sums)
     else:
@@ -208,7 +274,10 @@ def test_operations_between_adapters_are_right_or_refused(name):
             lambda: peft_jax.subtract_adapters(both, "default", "second"),
             lambda: peft_jax.route_adapters(both, jax.random.key(0), list(pair)),
         ):
-            with pytest.raises(ValueError, match=r"has a \w+ named '(default|second)'; convert it with to_lora first"):
+            with pytest.raises(
+                ValueError,
+                match=r"has a \w+ named '(default|second)'; convert it with to_lora first",
+            ):
                 join()
 
     ids = jnp.asarray([1, 0, -1])
@@ -220,9 +289,13 @@ def test_operations_between_adapters_are_right_or_refused(name):
     banked = peft_jax.set_adapter(peft_jax.bank(tree, 2), 1, other)
     node = peft_jax.places(with_adapter_ids(banked, ids))[path]
     base = peft_jax.places(half(0))[path].astype(jnp.float32)
-    found = node.replace(base=base).matmul(x, in_axes=node.in_axes, out_axes=node.out_axes) - x @ base
+    found = (
+        node.replace(base=base).matmul(x, in_axes=node.in_axes, out_axes=node.out_axes) - x @ base
+    )
     for row, alone in ((0, other), (1, tree)):
-        np.testing.assert_allclose(found[row], x[row] @ update(alone, path), rtol=1e-3, atol=5e-6)  # of outputs of about 4
+        np.testing.assert_allclose(
+            found[row], x[row] @ update(alone, path), rtol=1e-3, atol=5e-6
+        )  # of outputs of about 4
     assert not found[2].any()
 
 
@@ -238,14 +311,18 @@ def test_a_change_of_the_bias_is_not_lost(name):
     kernel, bias = np.random.default_rng(0).standard_normal((2, 16, 16)).astype(np.float32)
     params = {"q_proj": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias[0])}}
     tree, other = (adapted(name, seed=i, params=params)[0] for i in (0, 1))
-    with pytest.raises(ValueError, match="at q_proj/kernel changes the bias beside it too, which a LoRA cannot"):
+    with pytest.raises(
+        ValueError, match="at q_proj/kernel changes the bias beside it too, which a LoRA cannot"
+    ):
         peft_jax.to_lora(tree, rank=16)
     x = np.random.default_rng(1).standard_normal((3, 2, 16)).astype(np.float32)
     banked = peft_jax.set_adapter(peft_jax.bank(tree, 2), 1, other)
     found = peft_jax.bind(OneLayer())(banked, x, adapter_ids=jnp.asarray([1, 0, -1]))
     for row, one in enumerate((other, tree, params)):
         merged = peft_jax.merge(one)["q_proj"]
-        np.testing.assert_allclose(found[row], x[row] @ merged["kernel"] + merged["bias"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            found[row], x[row] @ merged["kernel"] + merged["bias"], rtol=1e-4, atol=1e-5
+        )
     assert np.abs(found[0] - found[1]).max() > 0.1
 
 
@@ -279,16 +356,23 @@ def test_gated_layers_are_not_changed_by_any_operation():
     tree = perturb(peft_jax.ia3(params, jax.random.key(0), targets="q_proj", layers=[1]))
     whole, _ = peft_jax.to_lora(tree, rank=16)
     assert (
-        relative_error(peft_jax.merge(whole)["layers"]["q_proj"]["kernel"], peft_jax.merge(tree)["layers"]["q_proj"]["kernel"])
+        relative_error(
+            peft_jax.merge(whole)["layers"]["q_proj"]["kernel"],
+            peft_jax.merge(tree)["layers"]["q_proj"]["kernel"],
+        )
         < 1e-5
     )
-    some = peft_jax.lora(params, jax.random.key(0), rank=2, init="pissa", targets="q_proj", layers=[1])
+    some = peft_jax.lora(
+        params, jax.random.key(0), rank=2, init="pissa", targets="q_proj", layers=[1]
+    )
     np.testing.assert_array_equal(
-        peft_jax.rebase(some)["layers"]["q_proj"]["kernel"].base[0], params["layers"]["q_proj"]["kernel"][0]
+        peft_jax.rebase(some)["layers"]["q_proj"]["kernel"].base[0],
+        params["layers"]["q_proj"]["kernel"][0],
     )
     assert (
         relative_error(
-            peft_jax.merge(peft_jax.rebase(some))["layers"]["q_proj"]["kernel"], params["layers"]["q_proj"]["kernel"]
+            peft_jax.merge(peft_jax.rebase(some))["layers"]["q_proj"]["kernel"],
+            params["layers"]["q_proj"]["kernel"],
         )
         < 1e-5
     )

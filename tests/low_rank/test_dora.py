@@ -1,4 +1,6 @@
-"""DoRA against Hugging Face PEFT where the base changes beneath it, by its array, and in bfloat16."""
+"""DoRA against Hugging Face PEFT where the base changes beneath it, by its array, and in
+bfloat16.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,9 @@ def theirs(dtype=torch.float32):
     """A linear layer with PEFT's DoRA, every array of it moved."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(IN, OUT, bias=False)).to(dtype)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=5, use_dora=True, target_modules=["0"]))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=RANK, lora_alpha=5, use_dora=True, target_modules=["0"])
+    )
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -29,7 +33,9 @@ def theirs(dtype=torch.float32):
 
 def parts(model):
     """name -> tensor [r, in], [out, r] and [out]."""
-    return {f: next(p for n, p in model.named_parameters() if key in n) for f, key in FIELDS.items()}
+    return {
+        f: next(p for n, p in model.named_parameters() if key in n) for f, key in FIELDS.items()
+    }
 
 
 def weight_of(model):
@@ -40,7 +46,9 @@ def ours(model):
     arrays = {f: jnp.asarray(p.detach().float().numpy().T) for f, p in parts(model).items()}
     base = jnp.asarray(weight_of(model).detach().float().numpy().T)
     half = weight_of(model).dtype == torch.bfloat16
-    return DoRA(base=base.astype(jnp.bfloat16) if half else base, scale=jnp.float32(5 / RANK), **arrays)
+    return DoRA(
+        base=base.astype(jnp.bfloat16) if half else base, scale=jnp.float32(5 / RANK), **arrays
+    )
 
 
 def pruned(w):
@@ -72,12 +80,22 @@ def test_values_and_gradients_equal_peft(path, changed):
 
 
 def test_a_small_change_of_the_magnitude_reaches_bfloat16_as_in_peft():
-    """0.15%, which is less than bfloat16 resolves of one: on average over many products it is there."""
-    model, x = theirs(torch.bfloat16), np.random.default_rng(0).standard_normal((4096, IN)).astype(np.float32)
+    """0.15%, which is less than bfloat16 resolves of one: on average over many products it is
+    there.
+    """
+    model, x = (
+        theirs(torch.bfloat16),
+        np.random.default_rng(0).standard_normal((4096, IN)).astype(np.float32),
+    )
     node, given = ours(model), torch.tensor(x).to(torch.bfloat16)
     tokens = jnp.asarray(given.float().numpy()).astype(jnp.bfloat16)
-    product = lambda w: np.asarray(peft_jax.matmul(tokens, w).astype(jnp.float32))
-    share = lambda new, old: float((new - old).ravel() @ old.ravel() / (old.ravel() @ old.ravel()))
+
+    def product(w):
+        return np.asarray(peft_jax.matmul(tokens, w).astype(jnp.float32))
+
+    def share(new, old):
+        return float((new - old).ravel() @ old.ravel() / (old.ravel() @ old.ravel()))
+
     found = share(product(node.replace(magnitude=1.0015 * node.magnitude)), product(node))
     before = model(given).detach().float().numpy()
     with torch.no_grad():

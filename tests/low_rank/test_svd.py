@@ -38,9 +38,16 @@ def test_covariances_are_those_of_the_inputs(base):
     expected = np.einsum("lni,lnj->lij", rows, rows) / rows.shape[1]
     np.testing.assert_allclose(statistics[Q], expected, rtol=1e-4, atol=1e-6)
     looped = model.clone(scan_layers=False)
-    one = peft_jax.calibrate(peft_jax.bind(looped), unstack_layers(params), [{"tokens": TOKENS}], statistic="second_moment")
+    one = peft_jax.calibrate(
+        peft_jax.bind(looped),
+        unstack_layers(params),
+        [{"tokens": TOKENS}],
+        statistic="second_moment",
+    )
     diagonal = np.einsum("lii->li", expected)
-    np.testing.assert_allclose(one["model/layers_1/self_attn/q_proj/kernel"], diagonal[1], rtol=1e-4)
+    np.testing.assert_allclose(
+        one["model/layers_1/self_attn/q_proj/kernel"], diagonal[1], rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("make", [linen_model, nnx_model])
@@ -49,13 +56,17 @@ def test_calibration_of_models_that_know_nothing_of_it(make):
     tokens = random_tokens(2, 8, vocab=VOCAB)
     layout = peft_jax.layout_of(model, tokens)
     targets = [p for p in peft_jax.select(params) if "conv" not in p]
-    found = peft_jax.calibrate(peft_jax.bind(model), params, [{"tokens": tokens}], targets=targets, layout=layout)
+    found = peft_jax.calibrate(
+        peft_jax.bind(model), params, [{"tokens": tokens}], targets=targets, layout=layout
+    )
     assert set(found) == set(targets)
     for path, c in found.items():
         assert float(jnp.linalg.eigvalsh(c).min()) > -1e-4, path
         assert float(jnp.trace(c, axis1=-2, axis2=-1).min()) > 0, path
     with pytest.raises(ValueError, match="materialises cannot be calibrated"):
-        peft_jax.calibrate(peft_jax.bind(model), params, [{"tokens": tokens}], targets="conv", layout=layout)
+        peft_jax.calibrate(
+            peft_jax.bind(model), params, [{"tokens": tokens}], targets="conv", layout=layout
+        )
 
 
 def test_plain_truncation_is_numpys(base, caplog):
@@ -65,18 +76,25 @@ def test_plain_truncation_is_numpys(base, caplog):
     assert not caplog.records
     tree, report = peft_jax.factorize(params, keep=0.5, targets="q_proj")
     assert "plain SVD of whole weights is known to ruin language models" in caplog.text
-    assert "SVD-LLM, which heeds their inputs, is factorize(..., statistics=calibrate(...))" in caplog.text
+    assert (
+        "SVD-LLM, which heeds their inputs, is factorize(..., statistics=calibrate(...))"
+        in caplog.text
+    )
     w = np.asarray(peft_jax.places(params)[Q], np.float64)
     u, s, v = np.linalg.svd(w)
     k = int(0.5 * 32 * 32 / 64)
     expected = (u[..., :k] * s[..., None, :k]) @ v[..., :k, :]
     np.testing.assert_allclose(peft_jax.places(tree)[Q].materialize(), expected, atol=1e-5)
     assert report[Q]["rank"] == k
-    assert report[Q]["error"] == pytest.approx(np.linalg.norm(w - expected) / np.linalg.norm(w), rel=1e-4)
+    assert report[Q]["error"] == pytest.approx(
+        np.linalg.norm(w - expected) / np.linalg.norm(w), rel=1e-4
+    )
 
 
 def test_whitening_is_best_for_the_outputs(base):
-    """On the calibration inputs, no rank-k weight has a smaller output error than the whitened one."""
+    """On the calibration inputs, no rank-k weight has a smaller output error than the whitened
+    one.
+    """
     model, params, run, statistics = base
     x = np.asarray(inputs_of(model, params, TOKENS)[0], np.float64).reshape(-1, 32)
     w = np.asarray(peft_jax.places(params)[Q][0], np.float64)
@@ -86,9 +104,13 @@ def test_whitening_is_best_for_the_outputs(base):
     error = {}
     for name, options in {"plain": {}, "scale": {"whitening": "scale"}, "root": {}}.items():
         given = None if name == "plain" else statistics
-        tree, report = peft_jax.factorize(params, keep=0.5, targets="q_proj", statistics=given, **options)
+        tree, report = peft_jax.factorize(
+            params, keep=0.5, targets="q_proj", statistics=given, **options
+        )
         assert peft_jax.places(tree)[Q].rank == k
-        error[name] = np.linalg.norm(x @ (w - np.asarray(peft_jax.places(tree)[Q].materialize()[0])))
+        error[name] = np.linalg.norm(
+            x @ (w - np.asarray(peft_jax.places(tree)[Q].materialize()[0]))
+        )
     assert error["root"] == pytest.approx(best, rel=1e-3)
     assert error["root"] < error["plain"]
     assert error["root"] < error["scale"]
@@ -97,14 +119,19 @@ def test_whitening_is_best_for_the_outputs(base):
 def test_budget_and_tolerance_are_kept(base):
     _, params, _, statistics = base
     for allocation in ("uniform", "energy"):
-        tree, report = peft_jax.factorize(params, keep=0.6, allocation=allocation, statistics=statistics)
+        tree, report = peft_jax.factorize(
+            params, keep=0.6, allocation=allocation, statistics=statistics
+        )
         held = sum(x.size for p in report for x in jax.tree.leaves(peft_jax.places(tree)[p]))
         whole = sum(peft_jax.places(params)[p].size for p in report)
         assert 0.5 < held / whole <= 0.601, allocation
     tree, report = peft_jax.factorize(params, error=0.2)
     for path, r in report.items():
         if r["kept"] < 1:
-            w, approximation = peft_jax.places(params)[path], peft_jax.places(tree)[path].materialize()
+            w, approximation = (
+                peft_jax.places(params)[path],
+                peft_jax.places(tree)[path].materialize(),
+            )
             assert float(jnp.linalg.norm(w - approximation) / jnp.linalg.norm(w)) <= 0.2 + 1e-4
     same, report = peft_jax.factorize(params, keep=1.0)
     assert all(r["kept"] == 1 for r in report.values())
@@ -130,7 +157,13 @@ def test_factorized_models_are_saved_and_loaded(base, tmp_path):
     again, back = peft_jax.load(tmp_path / "small")
     np.testing.assert_array_equal(run(back, TOKENS), run(tree, TOKENS))
     _, looped = peft_jax.load(tmp_path / "small", scan_layers=False)
-    assert relative_error(jax.jit(peft_jax.bind(model.clone(scan_layers=False)))(looped, TOKENS), run(tree, TOKENS)) < 1e-5
+    assert (
+        relative_error(
+            jax.jit(peft_jax.bind(model.clone(scan_layers=False)))(looped, TOKENS),
+            run(tree, TOKENS),
+        )
+        < 1e-5
+    )
 
 
 def test_in_a_model_with_other_layouts():
@@ -148,7 +181,9 @@ def test_bad_requests_are_refused_by_name(base):
         peft_jax.factorize(params)
     with pytest.raises(ValueError, match=r"keep must lie in \(0, 1\]"):
         peft_jax.factorize(params, keep=1.5)
-    with pytest.raises(ValueError, match="there are no statistics of model/layers/mlp/up_proj/kernel"):
+    with pytest.raises(
+        ValueError, match="there are no statistics of model/layers/mlp/up_proj/kernel"
+    ):
         peft_jax.factorize(params, keep=0.5, targets="up_proj", statistics={Q: statistics[Q]})
     with pytest.raises(ValueError, match="expected covariances"):
         peft_jax.factorize(params, keep=0.5, targets="q_proj", statistics={Q: jnp.ones((3, 5))})

@@ -16,7 +16,9 @@ def plain(q, k, v, visible, scale, softcap):
     k, v = jnp.repeat(k, H // K, axis=2), jnp.repeat(v, H // K, axis=2)
     scores = jnp.einsum("bthd,bshd->bhts", q, k) * scale
     scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), -1), v)
+    return jnp.einsum(
+        "bhts,bshd->bthd", jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), -1), v
+    )
 
 
 def inputs(T, H=4, K=2, d=8, S=None):
@@ -34,9 +36,18 @@ def test_blocks_equal_plain_softmax_with_gradients(T, packed, window, softcap):
     positions = np.arange(T)[None].repeat(2, 0)
     segments = None
     if packed:
-        segments = np.stack([np.r_[np.ones(T // 3), np.full(T - T // 3, 2)], np.ones(T)]).astype(np.int32)
+        segments = np.stack([np.r_[np.ones(T // 3), np.full(T - T // 3, 2)], np.ones(T)]).astype(
+            np.int32
+        )
         positions = positions - np.where(segments == 2, T // 3, 0)
-    mask = make_mask(jnp.asarray(positions), jnp.asarray(positions), segments, segments, window=window, aligned=True)
+    mask = make_mask(
+        jnp.asarray(positions),
+        jnp.asarray(positions),
+        segments,
+        segments,
+        window=window,
+        aligned=True,
+    )
     visible = mask.visible(window is not None)
 
     def ours(q, k, v):
@@ -73,10 +84,14 @@ def test_unknown_implementation_is_refused():
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (100, None), (None, 5.0)])
 def test_splash_kernel_equals_plain_softmax(window, softcap):
     q, k, v = inputs(256, d=128)
-    segments = jnp.asarray(np.stack([np.r_[np.ones(100), np.full(156, 2)], np.ones(256)]).astype(np.int32))
+    segments = jnp.asarray(
+        np.stack([np.r_[np.ones(100), np.full(156, 2)], np.ones(256)]).astype(np.int32)
+    )
     positions = jnp.arange(256)[None].repeat(2, 0)
     mask = make_mask(positions, positions, segments, segments, window=window, aligned=True)
-    out = splash_attention(q, k, v, segments, window=window, scale=0.1, softcap=softcap, interpret=True)
+    out = splash_attention(
+        q, k, v, segments, window=window, scale=0.1, softcap=softcap, interpret=True
+    )
     expected = plain(q, k, v, mask.visible(window is not None), 0.1, softcap)
     assert relative_error(out, expected) < 2e-3
     assert splash_supports(q.shape)
@@ -94,13 +109,17 @@ def alternating(request, tmp_path_factory):
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_no_mask_is_kept_for_the_backward_pass(alternating, scan, remat):
-    """What a packed and padded call keeps: 72 x 72 is the shape of a mask alone, once or once a layer."""
+    """What a packed and padded call keeps: 72 x 72 is the shape of a mask alone, once or once a
+    layer.
+    """
     T = 72
     model, params = peft_jax.load(alternating, scan_layers=scan, remat=remat)
     tokens, segments = random_tokens(2, T), np.ones((2, T), np.int32)
     segments[0, 40:], segments[1, 60:] = 2, 0
     apply = peft_jax.bind(model)
-    kept = jax.eval_shape(lambda p: jax.vjp(lambda p: apply(p, tokens, segment_ids=segments).sum(), p)[1], params)
+    kept = jax.eval_shape(
+        lambda p: jax.vjp(lambda p: apply(p, tokens, segment_ids=segments).sum(), p)[1], params
+    )
     assert len(jax.tree.leaves(kept)) > 10
     assert [x.shape for x in jax.tree.leaves(kept) if x.shape[-2:] == (T, T)] == []
 
@@ -109,15 +128,22 @@ def test_a_kernel_that_needs_a_mask_keeps_none_where_layers_differ(monkeypatch):
     """With XLA's attention in the place of cuDNN's kernel."""
     kernel = jax.nn.dot_product_attention
     monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda *a, implementation, **options: kernel(*a, implementation="xla", **options)
+        jax.nn,
+        "dot_product_attention",
+        lambda *a, implementation, **options: kernel(*a, implementation="xla", **options),
     )
     q, k, v = inputs(24)
     positions = jnp.arange(24)[None]
-    segments = jnp.asarray(np.stack([np.r_[np.ones(10), np.full(14, 2)], np.ones(24)]).astype(np.int32))
-    mask = make_mask(positions, positions, segments, segments, window=5, aligned=True)
-    of = lambda implementation: (
-        lambda q, k, v: attention(q, k, v, mask, sliding=jnp.asarray(True), scale=1.0, implementation=implementation)
+    segments = jnp.asarray(
+        np.stack([np.r_[np.ones(10), np.full(14, 2)], np.ones(24)]).astype(np.int32)
     )
+    mask = make_mask(positions, positions, segments, segments, window=5, aligned=True)
+
+    def of(implementation):
+        return lambda q, k, v: attention(
+            q, k, v, mask, sliding=jnp.asarray(True), scale=1.0, implementation=implementation
+        )
+
     out, pull = jax.vjp(of("cudnn"), q, k, v)
     expected, pull_expected = jax.vjp(of("xla"), q, k, v)
     assert [x.shape for x in jax.tree.leaves(pull) if x.shape[-2:] == (24, 24)] == []

@@ -1,4 +1,6 @@
-"""Encoders and T5 with every head against PyTorch transformers, through the real loading code and back."""
+"""Encoders and T5 with every head against PyTorch transformers, through the real loading code and
+back.
+"""
 
 import json
 import logging
@@ -14,24 +16,46 @@ from peft_jax.models.layers import stack_layers, unstack_layers
 from tests.reference import VOCAB, random_tokens, relative_error
 
 SIZES = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    max_position_embeddings=64, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    pad_token_id=0,
+)
 DEBERTA = dict(SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"], pooler_hidden_size=32)
-MODERN = dict(SIZES, local_attention=8, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+MODERN = dict(
+    SIZES, local_attention=8, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+)
 ENCODERS = {
     "bert": lambda **k: tr.BertConfig(**SIZES, **k),
     "roberta": lambda **k: tr.RobertaConfig(**dict(SIZES, pad_token_id=1), type_vocab_size=1, **k),
     "distilbert": lambda **k: tr.DistilBertConfig(
-        vocab_size=VOCAB, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=64, **k
+        vocab_size=VOCAB,
+        dim=32,
+        hidden_dim=48,
+        n_layers=3,
+        n_heads=4,
+        max_position_embeddings=64,
+        **k,
     ),
     "deberta_v3": lambda **k: tr.DebertaV2Config(
-        **DEBERTA, position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True, position_biased_input=False,
-        type_vocab_size=0, **k,
+        **DEBERTA,
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        position_biased_input=False,
+        type_vocab_size=0,
+        **k,
     ),
-    "deberta_v2": lambda **k: tr.DebertaV2Config(**DEBERTA, share_att_key=False, type_vocab_size=2, **k),
-    "modernbert": lambda **k: tr.ModernBertConfig(**MODERN, norm_bias=True, classifier_pooling="mean", **k),
-}  # fmt: skip
+    "deberta_v2": lambda **k: tr.DebertaV2Config(
+        **DEBERTA, share_att_key=False, type_vocab_size=2, **k
+    ),
+    "modernbert": lambda **k: tr.ModernBertConfig(
+        **MODERN, norm_bias=True, classifier_pooling="mean", **k
+    ),
+}
 TYPED = ("bert", "deberta_v2")
 CLASSES = {
     "masked_lm": tr.AutoModelForMaskedLM,
@@ -46,7 +70,11 @@ POOLERS = {"bert", "roberta"}  # of the trunk alone, which no task here uses
 
 def torch_encoder(name, task):
     torch.manual_seed(0)
-    model = CLASSES[task].from_config(ENCODERS[name](**LABELS.get(task, {})), attn_implementation="eager").eval()
+    model = (
+        CLASSES[task]
+        .from_config(ENCODERS[name](**LABELS.get(task, {})), attn_implementation="eager")
+        .eval()
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -58,7 +86,11 @@ def inputs(name):
     tokens, seen = random_tokens(2, 24), np.ones((2, 24), np.int32)
     seen[1, 17:] = 0
     tokens[seen == 0] = 1 if name == "roberta" else 0
-    types = {"token_type_ids": np.tile((np.arange(24) > 11).astype(np.int32), (2, 1))} if name in TYPED else {}
+    types = (
+        {"token_type_ids": np.tile((np.arange(24) > 11).astype(np.int32), (2, 1))}
+        if name in TYPED
+        else {}
+    )
     return tokens, seen, types
 
 
@@ -73,7 +105,11 @@ def their_output(model, tokens, seen, types):
 
 def difference(ours, theirs, seen):
     ours = np.asarray(ours)
-    return relative_error(ours[seen > 0], theirs[seen > 0]) if ours.shape[:2] == seen.shape else relative_error(ours, theirs)
+    return (
+        relative_error(ours[seen > 0], theirs[seen > 0])
+        if ours.shape[:2] == seen.shape
+        else relative_error(ours, theirs)
+    )
 
 
 @pytest.mark.parametrize("task", CLASSES)
@@ -88,7 +124,12 @@ def test_outputs_match_pytorch_and_folders_come_back(name, task, tmp_path):
     run = jax.jit(peft_jax.bind(model, strict=True))
     assert difference(run(params, tokens, segment_ids=seen, **types), expected, seen) < 1e-5
     looped = jax.jit(peft_jax.bind(model.clone(scan_layers=False)))
-    assert difference(looped(unstack_layers(params), tokens, segment_ids=seen, **types), expected, seen) < 1e-5
+    assert (
+        difference(
+            looped(unstack_layers(params), tokens, segment_ids=seen, **types), expected, seen
+        )
+        < 1e-5
+    )
     assert jax.tree.structure(stack_layers(unstack_layers(params))) == jax.tree.structure(params)
     peft_jax.save(tmp_path / "ours", model, params)
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
@@ -96,7 +137,9 @@ def test_outputs_match_pytorch_and_folders_come_back(name, task, tmp_path):
     back = CLASSES[task].from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     again, before = back.state_dict(), theirs.state_dict()
     for key, value in before.items():
-        assert (again[key] == value).all() or (task == "feature_extraction" and name in POOLERS and "pooler" in key), key
+        assert (again[key] == value).all() or (
+            task == "feature_extraction" and name in POOLERS and "pooler" in key
+        ), key
 
 
 def test_looped_loading_equals_unstacking(tmp_path):
@@ -107,7 +150,9 @@ def test_looped_loading_equals_unstacking(tmp_path):
     assert all(jax.tree.leaves(same))
 
 
-@pytest.mark.parametrize("name", [n for n in ENCODERS if n != "deberta_v2"])  # whose convolution sees neighbours
+@pytest.mark.parametrize(
+    "name", [n for n in ENCODERS if n != "deberta_v2"]
+)  # whose convolution sees neighbours
 def test_packed_segments_are_apart(name, tmp_path):
     torch_encoder(name, "feature_extraction").save_pretrained(tmp_path)
     model, params = peft_jax.load(tmp_path)
@@ -129,7 +174,9 @@ def test_packed_segments_are_apart(name, tmp_path):
 def test_a_new_head_starts_anew_and_says_so(tmp_path, caplog):
     torch_encoder("bert", "masked_lm").save_pretrained(tmp_path / "base")
     with caplog.at_level(logging.WARNING, "peft_jax"):
-        model, params = peft_jax.load(tmp_path / "base", task="sequence_classification", labels=["no", "yes", "who knows"])
+        model, params = peft_jax.load(
+            tmp_path / "base", task="sequence_classification", labels=["no", "yes", "who knows"]
+        )
     assert "has no bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias" in caplog.text
     assert params["classifier"]["kernel"].shape == (32, 3)
     assert "cls" not in params
@@ -140,7 +187,9 @@ def test_a_new_head_starts_anew_and_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "peft_jax"):
         _, other = peft_jax.load(tmp_path / "tuned", labels=5)
     assert other["classifier"]["kernel"].shape == (32, 5)
-    np.testing.assert_array_equal(other["bert"]["pooler"]["dense"]["kernel"], params["bert"]["pooler"]["dense"]["kernel"])
+    np.testing.assert_array_equal(
+        other["bert"]["pooler"]["dense"]["kernel"], params["bert"]["pooler"]["dense"]["kernel"]
+    )
 
 
 def test_trunks_without_their_name_and_old_norms_are_read(tmp_path):
@@ -150,11 +199,20 @@ def test_trunks_without_their_name_and_old_norms_are_read(tmp_path):
     from safetensors.numpy import load_file, save_file
 
     file = tmp_path / "trunk" / "model.safetensors"
-    old = lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    def old(n):
+        return n.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        )
+
     save_file({old(n): v for n, v in load_file(file).items()}, file)
     _, whole = peft_jax.load(tmp_path / "whole")
     _, trunk = peft_jax.load(tmp_path / "trunk", task="token_classification")
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), whole["bert"], trunk["bert"])))
+    assert all(
+        jax.tree.leaves(
+            jax.tree.map(lambda a, b: bool((a == b).all()), whole["bert"], trunk["bert"])
+        )
+    )
 
 
 def test_dropout_needs_randomness(tmp_path):
@@ -170,12 +228,30 @@ def test_dropout_needs_randomness(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tr.BertConfig(**SIZES, is_decoder=True), "is_decoder and add_cross_attention are not supported"),
-        (lambda: tr.BertConfig(**SIZES, tie_word_embeddings=False), "bert with tie_word_embeddings=false is not supported"),
-        (lambda: tr.BertConfig(**dict(SIZES, hidden_act="mish")), "activation 'mish' is not supported; there are silu"),
-        (lambda: tr.DebertaV2Config(**DEBERTA, conv_kernel_size=3), "conv_kernel_size of DeBERTa-v2 is not supported"),
-        (lambda: tr.DistilBertConfig(sinusoidal_pos_embds=True), "sinusoidal_pos_embds=true is not supported"),
-        (lambda: tr.GPT2Config(add_cross_attention=True), "add_cross_attention=true is not supported"),
+        (
+            lambda: tr.BertConfig(**SIZES, is_decoder=True),
+            "is_decoder and add_cross_attention are not supported",
+        ),
+        (
+            lambda: tr.BertConfig(**SIZES, tie_word_embeddings=False),
+            "bert with tie_word_embeddings=false is not supported",
+        ),
+        (
+            lambda: tr.BertConfig(**dict(SIZES, hidden_act="mish")),
+            "activation 'mish' is not supported; there are silu",
+        ),
+        (
+            lambda: tr.DebertaV2Config(**DEBERTA, conv_kernel_size=3),
+            "conv_kernel_size of DeBERTa-v2 is not supported",
+        ),
+        (
+            lambda: tr.DistilBertConfig(sinusoidal_pos_embds=True),
+            "sinusoidal_pos_embds=true is not supported",
+        ),
+        (
+            lambda: tr.GPT2Config(add_cross_attention=True),
+            "add_cross_attention=true is not supported",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused(make, message, tmp_path):
@@ -189,21 +265,34 @@ def test_what_is_not_supported_is_refused(make, message, tmp_path):
 
 def test_a_task_without_a_head_is_refused(tmp_path):
     torch_encoder("bert", "masked_lm").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no head for .causal_lm.\. Did you mean .masked_lm.\? It has: masked_lm, seq"):
+    with pytest.raises(
+        ValueError,
+        match=r"no head for .causal_lm.\. Did you mean .masked_lm.\? It has: masked_lm, seq",
+    ):
         peft_jax.load(tmp_path, task="causal_lm")
     with pytest.raises(ValueError, match="Did you mean 'token_classification'"):
         peft_jax.load(tmp_path, task="token_clasification")
 
 
-# ------------------------------------------------------------------------------------------------------------------- T5
+# --------------------------------------------------------------------------------------------------
+# T5
 
 T5_SIZES = dict(
-    vocab_size=VOCAB, d_model=32, d_kv=12, d_ff=48, num_layers=3, num_heads=4, relative_attention_num_buckets=8,
-    relative_attention_max_distance=16, decoder_start_token_id=0,
-)  # fmt: skip
+    vocab_size=VOCAB,
+    d_model=32,
+    d_kv=12,
+    d_ff=48,
+    num_layers=3,
+    num_heads=4,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=16,
+    decoder_start_token_id=0,
+)
 T5S = {
     "t5": lambda: tr.T5Config(**T5_SIZES, num_decoder_layers=2),
-    "t5_v1.1": lambda: tr.T5Config(**T5_SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "t5_v1.1": lambda: tr.T5Config(
+        **T5_SIZES, feed_forward_proj="gated-gelu", tie_word_embeddings=False
+    ),
 }
 
 
@@ -226,12 +315,17 @@ def test_t5_logits_match_pytorch(t5, tmp_path):
     targets = random_tokens(2, 21, seed=1)
     with torch.no_grad():
         expected = theirs(
-            torch.tensor(tokens), attention_mask=torch.tensor(seen), decoder_input_ids=torch.tensor(targets)
+            torch.tensor(tokens),
+            attention_mask=torch.tensor(seen),
+            decoder_input_ids=torch.tensor(targets),
         ).logits.numpy()
     out = jax.jit(peft_jax.bind(model, strict=True))(params, tokens, targets, segment_ids=seen)
     assert relative_error(out, expected) < 1e-5
     looped = jax.jit(peft_jax.bind(model.clone(scan_layers=False)))
-    assert relative_error(looped(unstack_layers(params), tokens, targets, segment_ids=seen), expected) < 1e-5
+    assert (
+        relative_error(looped(unstack_layers(params), tokens, targets, segment_ids=seen), expected)
+        < 1e-5
+    )
     peft_jax.save(tmp_path / "out", model, params)
     back = tr.T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert all(bool((back.state_dict()[k] == v).all()) for k, v in theirs.state_dict().items())

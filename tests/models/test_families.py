@@ -36,7 +36,11 @@ def test_looped_layers_equal_scanned(family):
     assert relative_error(model.apply({"params": looped}, tokens), logits) < 1e-4
     same = jax.tree.map(lambda a, b: bool((a == b).all()), unstack_layers(params), looped)
     assert all(jax.tree.leaves(same))
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), stack_layers(looped), params)))
+    assert all(
+        jax.tree.leaves(
+            jax.tree.map(lambda a, b: bool((a == b).all()), stack_layers(looped), params)
+        )
+    )
 
 
 def test_left_padding_changes_nothing(family):
@@ -44,7 +48,9 @@ def test_left_padding_changes_nothing(family):
     pad = np.zeros((2, 5), np.int32)
     padded = np.concatenate([pad, tokens], axis=1)
     segments = np.concatenate([pad, np.ones_like(tokens)], axis=1)
-    positions = np.concatenate([pad, np.broadcast_to(np.arange(24, dtype=np.int32), (2, 24))], axis=1)
+    positions = np.concatenate(
+        [pad, np.broadcast_to(np.arange(24, dtype=np.int32), (2, 24))], axis=1
+    )
     out = run(params, padded, segment_ids=segments, positions=positions)[:, 5:]
     assert relative_error(out, logits) < 1e-4
 
@@ -91,7 +97,9 @@ def test_bfloat16_stays_close(family):
 
 
 def test_unsupported_family_lists_the_supported():
-    with pytest.raises(ValueError, match=r"'t5' is not supported; supported families: gemma, .*smollm3"):
+    with pytest.raises(
+        ValueError, match=r"'t5' is not supported; supported families: gemma, .*smollm3"
+    ):
         decoder_config(T5Config())
     assert len(DECODERS) == 13
 
@@ -102,7 +110,9 @@ def test_rematerialised_gradients_are_the_same(root, remat):
     grads = []
     for kind in ("none", remat):
         model, params = peft_jax.load(folder, remat=kind)
-        grads.append(jax.grad(lambda p, m=model: (m.apply({"params": p}, tokens) ** 2).mean())(params))
+        grads.append(
+            jax.grad(lambda p, m=model: (m.apply({"params": p}, tokens) ** 2).mean())(params)
+        )
     for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -124,8 +134,12 @@ def test_compile_time_does_not_grow_with_depth():
 
     sizes = []
     for layers in (2, 8):
-        config = LlamaConfig(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=layers)
+        config = LlamaConfig(
+            hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=layers
+        )
         model = Decoder(decoder_config(config))
-        lowered = jax.jit(lambda p, t, m=model: m.apply({"params": p}, t)).lower(abstract_params(model), random_tokens(1, 8))
+        lowered = jax.jit(lambda p, t, m=model: m.apply({"params": p}, t)).lower(
+            abstract_params(model), random_tokens(1, 8)
+        )
         sizes.append(len(lowered.as_text()))
     assert abs(sizes[0] - sizes[1]) < 0.01 * sizes[0]

@@ -1,4 +1,6 @@
-"""Mixtures of experts: dropless routing against a dense reference, expert parallelism, the router's loss, techniques."""
+"""Mixtures of experts: dropless routing against a dense reference, expert parallelism, the router's
+loss, techniques.
+"""
 
 import functools
 
@@ -27,7 +29,10 @@ MOES = ["mixtral_sliding", "qwen2_moe"]
 @pytest.fixture(scope="module")
 def arrays():
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     ids = np.stack([rng.permutation(E)[:K] for _ in range(N)]).astype(np.int32)
     return draw(N, D), ids, np.abs(draw(N, K)), draw(E, D, 2 * F), draw(E, F, D)
 
@@ -38,7 +43,9 @@ def dense(x, ids, weights, gate_up, down):
     hidden = np.einsum("nd,edf->enf", x, gate_up)
     gate, up = np.split(hidden, 2, axis=-1)
     each = np.einsum("enf,efd->end", gate / (1 + np.exp(-gate)) * up, down)
-    return sum(weights[:, j, None] * each[ids[:, j], np.arange(len(x))] for j in range(ids.shape[1]))
+    return sum(
+        weights[:, j, None] * each[ids[:, j], np.arange(len(x))] for j in range(ids.shape[1])
+    )
 
 
 def test_dropless_routing_equals_a_dense_reference(arrays):
@@ -49,7 +56,9 @@ def test_dropless_routing_equals_a_dense_reference(arrays):
 def test_all_tokens_at_one_expert_are_kept(arrays):
     x, _, weights, gate_up, down = arrays
     ids = np.full((N, 1), 2, np.int32)
-    out = jax.jit(functools.partial(mixture, activation="silu"))(x, ids, weights[:, :1], gate_up, down)
+    out = jax.jit(functools.partial(mixture, activation="silu"))(
+        x, ids, weights[:, :1], gate_up, down
+    )
     assert relative_error(out, dense(x, ids, weights[:, :1], gate_up, down)) < 1e-5
 
 
@@ -61,7 +70,11 @@ def test_gradients_equal_those_of_the_dense_reference(arrays):
         each = jnp.einsum("enf,efd->end", jax.nn.silu(gate) * up, down)
         return sum(weights[:, j, None] * each[ids[:, j], jnp.arange(N)] for j in range(K))
 
-    loss = lambda f: jax.jit(jax.grad(lambda *a: (f(*a) ** 2).sum(), argnums=(0, 1, 2, 3)))(x, weights, gate_up, down)
+    def loss(f):
+        return jax.jit(jax.grad(lambda *a: (f(*a) ** 2).sum(), argnums=(0, 1, 2, 3)))(
+            x, weights, gate_up, down
+        )
+
     ours = loss(lambda x, w, a, b: mixture(x, jnp.asarray(ids), w, a, b, activation="silu"))
     for a, b in zip(ours, loss(every), strict=True):
         assert relative_error(a, b) < 1e-5
@@ -77,7 +90,9 @@ def loaded(name, root, **options):
     return *peft_jax.load(folder, **options), tokens, logits
 
 
-@pytest.mark.parametrize("axes", [{"expert": 4, "tensor": 2}, {"expert": 2, "data": 2, "fsdp": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [{"expert": 4, "tensor": 2}, {"expert": 2, "data": 2, "fsdp": 2}], ids=str
+)
 @pytest.mark.parametrize("name", MOES)
 def test_expert_parallelism_on_eight_devices_equals_one(name, axes, root):
     model, params, tokens, logits = loaded(name, root)
@@ -88,9 +103,13 @@ def test_expert_parallelism_on_eight_devices_equals_one(name, axes, root):
         mesh = make_mesh(axes)
         placed = shard(tree, mesh)
         with jax.set_mesh(mesh):
-            spread = jax.device_put(rows, jax.NamedSharding(mesh, jax.P(("expert", "data", "fsdp"))))
+            spread = jax.device_put(
+                rows, jax.NamedSharding(mesh, jax.P(("expert", "data", "fsdp")))
+            )
             out = np.asarray(jax.jit(peft_jax.bind(model))(placed, spread))
-            single = np.asarray(jax.jit(peft_jax.bind(model))(placed, rows[:1]))  # too few rows to split
+            single = np.asarray(
+                jax.jit(peft_jax.bind(model))(placed, rows[:1])
+            )  # too few rows to split
         assert relative_error(out, expected) < 1e-5
         assert relative_error(single, expected[:1]) < 1e-5
     held = placed["model"]["layers"]["mlp"]["experts"]["down_proj"]
@@ -101,8 +120,13 @@ def test_expert_parallelism_on_eight_devices_equals_one(name, axes, root):
 def test_gradients_under_expert_parallelism_equal_those_of_one_device(root):
     model, params, tokens, _ = loaded("mixtral_sliding", root)
     rows, apply = np.tile(tokens, (4, 1)), peft_jax.bind(model)
-    trainable, frozen = peft_jax.partition(perturb(peft_jax.lora(params, jax.random.key(0), rank=2, targets="experts")))
-    gradient = lambda t, f, x: jax.grad(lambda t: (apply(peft_jax.combine(t, f), x) ** 2).mean())(t)
+    trainable, frozen = peft_jax.partition(
+        perturb(peft_jax.lora(params, jax.random.key(0), rank=2, targets="experts"))
+    )
+
+    def gradient(t, f, x):
+        return jax.grad(lambda t: (apply(peft_jax.combine(t, f), x) ** 2).mean())(t)
+
     expected = jax.jit(gradient)(trainable, frozen, rows)
     mesh = make_mesh({"expert": 4, "data": 2})
     placed = shard(peft_jax.combine(trainable, frozen), mesh)
@@ -118,7 +142,13 @@ def test_the_routers_loss_matches_pytorch(padded, root):
     segments = np.ones_like(tokens)
     segments[1, 15:] = 0 if padded else 1
     apply = peft_jax.bind(model)
-    _, state = apply(params, tokens, segment_ids=segments if padded else None, method="hidden", mutable=["router"])
+    _, state = apply(
+        params,
+        tokens,
+        segment_ids=segments if padded else None,
+        method="hidden",
+        mutable=["router"],
+    )
     import transformers
 
     theirs = transformers.MixtralForCausalLM.from_pretrained(root / "mixtral_sliding")
@@ -126,7 +156,9 @@ def test_the_routers_loss_matches_pytorch(padded, root):
         mask = torch.tensor(segments) if padded else None
         out = theirs(torch.tensor(tokens), attention_mask=mask, output_router_logits=True)
     expected = load_balancing_loss_func(out.router_logits, 4, 2, mask)
-    assert abs(float(load_balancing_loss(state["router"])) - float(expected)) < 1e-4 * float(expected)
+    assert abs(float(load_balancing_loss(state["router"])) - float(expected)) < 1e-4 * float(
+        expected
+    )
 
 
 def test_training_adds_the_routers_loss_where_it_is_asked_for(root):
@@ -136,10 +168,15 @@ def test_training_adds_the_routers_loss_where_it_is_asked_for(root):
     plain, _ = next_token(apply, params, batch, rng)
     more, metrics = next_token(apply, params, batch, rng, router_loss=0.5)
     assert abs(float(more - plain - 0.5 * metrics["router"])) < 1e-5
-    assert float(next_token(apply, params, batch, None, router_loss=0.5)[0]) == pytest.approx(float(plain), abs=1e-5)
+    assert float(next_token(apply, params, batch, None, router_loss=0.5)[0]) == pytest.approx(
+        float(plain), abs=1e-5
+    )
     gradient = jax.grad(lambda p: next_token(apply, p, batch, rng, router_loss=10.0)[0])(params)
     without = jax.grad(lambda p: next_token(apply, p, batch, rng)[0])(params)
-    gate = lambda tree: tree["model"]["layers"]["mlp"]["gate"]["weight"]
+
+    def gate(tree):
+        return tree["model"]["layers"]["mlp"]["gate"]["weight"]
+
     assert relative_error(gate(gradient), gate(without)) > 1e-2
 
 
@@ -151,8 +188,16 @@ def test_lora_of_experts_forms_no_dense_update(arrays):
     expected = ragged_matmul(x, w.materialize(), sizes)
     assert relative_error(ragged_matmul(x, w, sizes), expected) < 1e-5
     dense = f"f32[{E},{D},{2 * F}]"  # an update's shape
-    products = lambda run: [q for q in str(jax.make_jaxpr(run)(x, w, sizes)).splitlines() if " dot_general" in q]
-    assert any(dense in q.split("=")[0] for q in products(lambda x, w, sizes: ragged_matmul(x, w.materialize(), sizes)))
+
+    def products(run):
+        return [
+            q for q in str(jax.make_jaxpr(run)(x, w, sizes)).splitlines() if " dot_general" in q
+        ]
+
+    assert any(
+        dense in q.split("=")[0]
+        for q in products(lambda x, w, sizes: ragged_matmul(x, w.materialize(), sizes))
+    )
     assert not any(dense in q.split("=")[0] for q in products(ragged_matmul))
 
 
@@ -162,10 +207,16 @@ def test_experts_are_quantized_pruned_and_calibrated(name, root):
     apply = jax.jit(peft_jax.bind(model, strict=True))
     exact = apply(params, tokens)
     quantized = peft_jax.quantize(params, peft_jax.Int(bits=8, block_size=8), targets="all-linear")
-    experts = lambda tree: tree["model"]["layers"]["mlp"]["experts"]
+
+    def experts(tree):
+        return tree["model"]["layers"]["mlp"]["experts"]
+
     assert isinstance(experts(quantized)["gate_up_proj"], peft_jax.Quantized)
     assert relative_error(apply(quantized, tokens), exact) < 0.2
-    assert relative_error(apply(quantized, tokens), apply(peft_jax.dequantize(quantized), tokens)) < 1e-5
+    assert (
+        relative_error(apply(quantized, tokens), apply(peft_jax.dequantize(quantized), tokens))
+        < 1e-5
+    )
     pruned = peft_jax.prune(params, 0.5, targets="experts")
     assert relative_error(apply(pruned, tokens), apply(peft_jax.merge(pruned), tokens)) < 1e-5
     qlora = perturb(peft_jax.lora(quantized, jax.random.key(0), rank=2, targets="experts"))
@@ -177,7 +228,10 @@ def test_statistics_of_experts_are_those_of_the_tokens_they_get(root):
     batches = [{"tokens": tokens}]
     place = "model/layers_0/mlp/experts/gate_up_proj"
     apply = peft_jax.bind(model)
-    whole = {s: calibrate(apply, params, batches, statistic=s, targets=place) for s in ("covariance", "second_moment")}
+    whole = {
+        s: calibrate(apply, params, batches, statistic=s, targets=place)
+        for s in ("covariance", "second_moment")
+    }
     found = {s: of[place] for s, of in whole.items()}
     seen = {}
 
@@ -190,15 +244,22 @@ def test_statistics_of_experts_are_those_of_the_tokens_they_get(root):
         model.apply({"params": params}, tokens)
     x, ids, _ = seen["model/layers_0/mlp/experts"]
     rows, ids = x.reshape(-1, x.shape[-1]), ids.reshape(-1, ids.shape[-1])
-    expected = np.stack([rows[(ids == e).any(-1)].T @ rows[(ids == e).any(-1)] for e in range(4)]) / tokens.size
-    np.testing.assert_array_equal(whole["covariance"].tokens[place], [(ids == e).any(-1).sum() for e in range(4)])
+    expected = (
+        np.stack([rows[(ids == e).any(-1)].T @ rows[(ids == e).any(-1)] for e in range(4)])
+        / tokens.size
+    )
+    np.testing.assert_array_equal(
+        whole["covariance"].tokens[place], [(ids == e).any(-1).sum() for e in range(4)]
+    )
     assert relative_error(found["covariance"], expected) < 1e-5
     assert relative_error(found["second_moment"], np.einsum("eii->ei", expected)) < 1e-5
     known = {"second_moment": {place: found["second_moment"]}}
     pruned = peft_jax.prune(params, 0.5, score="wanda", targets=place, statistics=known)
     zeros = peft_jax.places(pruned)[place].materialize() == 0
     assert float(zeros.mean()) == pytest.approx(0.5)
-    row = Report(PruneConfig(targets=place, sensitivity=[]), model, params, pruned, batches, 0, next_token).to_dict()["weights"]
+    row = Report(
+        PruneConfig(targets=place, sensitivity=[]), model, params, pruned, batches, 0, next_token
+    ).to_dict()["weights"]
     assert row[place]["tokens"] == [int((ids == e).any(-1).sum()) for e in range(4)]
     assert row[place]["experts"]["sparsity"] == pytest.approx([0.5] * 4)
 
@@ -217,16 +278,27 @@ def test_experts_are_taken_away_and_the_rest_load_in_pytorch(name, root, tmp_pat
     smaller, fewer = peft_jax.prune_experts(model, params, [{"tokens": tokens}], 3)
     assert smaller.config.num_experts == 3
     best = np.sort(np.argsort(-np.asarray(scores), axis=-1)[:, :3], axis=-1)
-    experts = lambda tree: tree["model"]["layers"]["mlp"]["experts"]["down_proj"]
+
+    def experts(tree):
+        return tree["model"]["layers"]["mlp"]["experts"]["down_proj"]
+
     np.testing.assert_array_equal(experts(fewer)[1], experts(params)[1][best[1]])
     peft_jax.save(tmp_path, smaller, fewer)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    assert relative_error(jax.jit(peft_jax.bind(smaller))(fewer, tokens), torch_logits(theirs, tokens)) < 1e-4
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
+    assert (
+        relative_error(jax.jit(peft_jax.bind(smaller))(fewer, tokens), torch_logits(theirs, tokens))
+        < 1e-4
+    )
     one, single = peft_jax.prune_experts(model, params, [{"tokens": tokens}], 1)
     assert one.config.experts_per_token == 1
     assert np.isfinite(np.asarray(peft_jax.bind(one)(single, tokens))).all()
     cut, short = peft_jax.shrink(model, params, layers=[0, 2])
-    assert jax.jit(peft_jax.bind(cut))(short, tokens).shape == (*tokens.shape, cut.config.vocab_size)
+    assert jax.jit(peft_jax.bind(cut))(short, tokens).shape == (
+        *tokens.shape,
+        cut.config.vocab_size,
+    )
 
 
 def test_what_experts_cannot_be_pruned_is_refused(root):

@@ -1,4 +1,6 @@
-"""NumPy transcriptions of the papers' algorithms, in their own orientation: weights [out, in], inputs [tokens, in], float64."""
+"""NumPy transcriptions of the papers' algorithms, in their own orientation: weights [out, in],
+inputs [tokens, in], float64.
+"""
 
 import numpy as np
 
@@ -29,7 +31,9 @@ def sparsegpt(w, inputs, sparsity=0.0, n=0, m=0, block=128, damping=0.01):
                 np.put_along_axis(part, order, False, 1)
                 kept[:, j : j + m] = part
             errors[:, j - start] = np.where(kept[:, j], 0.0, w[:, j]) / inverse[j, j]
-            w[:, j:stop] -= np.outer(errors[:, j - start], inverse[j, j:stop]) * (np.arange(j, stop) >= j)
+            w[:, j:stop] -= np.outer(errors[:, j - start], inverse[j, j:stop]) * (
+                np.arange(j, stop) >= j
+            )
             w[:, j] = np.where(kept[:, j], w[:, j], 0.0)
         w[:, stop:] -= errors @ inverse[start:stop, stop:]
     return w * kept, kept

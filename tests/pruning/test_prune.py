@@ -16,7 +16,9 @@ IN, OUT, TOKENS = 192, 24, 400
 
 @pytest.fixture(scope="module")
 def layer():
-    """(tree of one weight, its inputs): inputs that correlate and differ in size, as a model's do."""
+    """(tree of one weight, its inputs): inputs that correlate and differ in size, as a model's
+    do.
+    """
     rng = np.random.default_rng(0)
     w = rng.normal(size=(IN, OUT)).astype(np.float32)
     mix = rng.normal(size=(IN, IN)) / np.sqrt(IN) + np.diag(rng.gamma(1.0, 1.0, IN))
@@ -32,7 +34,12 @@ def layer():
 def pruned(layer, **options):
     params, x, statistics = layer
     w = peft_jax.prune(params, statistics=statistics, **options)["layer"]["kernel"]
-    return np.asarray(params["layer"]["kernel"], np.float64).T, x, np.asarray(w.materialize()).T, np.asarray(w.kept()).T
+    return (
+        np.asarray(params["layer"]["kernel"], np.float64).T,
+        x,
+        np.asarray(w.materialize()).T,
+        np.asarray(w.kept()).T,
+    )
 
 
 PATTERNS = [{"sparsity": 0.5}, {"sparsity": 0.7}, {"pattern": "2:4"}, {"pattern": "4:8"}]
@@ -48,7 +55,9 @@ def for_numpy(options):
 def test_sparsegpt_is_the_papers(layer, options):
     w, x, new, kept = pruned(layer, score="sparsegpt", **options)
     expected, mask = reference.sparsegpt(w, x, **for_numpy(options))
-    assert (kept == mask).mean() > 0.9999  # an entry or two lie within float32's rounding of their threshold
+    assert (
+        kept == mask
+    ).mean() > 0.9999  # an entry or two lie within float32's rounding of their threshold
     same = (kept == mask).all(1)
     assert relative_error(new[same], expected[same]) < 1e-5
     assert (new[~kept] == 0).all()
@@ -72,7 +81,11 @@ def test_sparsegpt_lowers_the_output_error(layer):
         return np.linalg.norm(x @ (w - new).T) / np.linalg.norm(x @ w.T)
 
     for options in PATTERNS:
-        assert error("sparsegpt", **options) < 0.95 * error("wanda", **options) < 0.95 * error("magnitude", **options)
+        assert (
+            error("sparsegpt", **options)
+            < 0.95 * error("wanda", **options)
+            < 0.95 * error("magnitude", **options)
+        )
 
 
 def test_gradient_scores(layer):
@@ -83,14 +96,19 @@ def test_gradient_scores(layer):
     statistics = {"gradient": {"layer/kernel": g}, "squared_gradient": {"layer/kernel": g2**2}}
     scores = {"snip": np.abs(g * w), "taylor": (g2 * w) ** 2, "movement": -g * w}
     for name, score in scores.items():
-        kept = peft_jax.prune(params, 0.5, score=name, statistics=statistics)["layer"]["kernel"].kept()
+        kept = peft_jax.prune(params, 0.5, score=name, statistics=statistics)["layer"][
+            "kernel"
+        ].kept()
         np.testing.assert_array_equal(kept, score > np.sort(score.ravel())[score.size // 2 - 1])
 
 
 def test_counts_are_exact_and_ties_break():
     params = {"a": {"kernel": jnp.ones((10, 10))}}
     for sparsity in (0.0, 0.29, 0.5, 0.999):
-        for compare, expected in (("matrix", int(sparsity * 100 + 1e-6)), ("output", 10 * int(sparsity * 10 + 1e-6))):
+        for compare, expected in (
+            ("matrix", int(sparsity * 100 + 1e-6)),
+            ("output", 10 * int(sparsity * 10 + 1e-6)),
+        ):
             w = peft_jax.prune(params, sparsity, compare=compare)["a"]["kernel"]
             assert int((w.materialize() == 0).sum()) == expected
 
@@ -112,13 +130,16 @@ def test_stacked_layers_are_pruned_one_by_one():
     w = peft_jax.prune(stacked, {"layers/a/kernel": [0.0, 0.5, 0.75]})["layers"]["a"]["kernel"]
     np.testing.assert_allclose(np.asarray((w.materialize() == 0).mean((1, 2))), [0.0, 0.5, 0.75])
     for i in range(3):
-        one = peft_jax.prune({"a": {"kernel": stacked["layers"]["a"]["kernel"][i]}}, [0.0, 0.5, 0.75][i])
+        one = peft_jax.prune(
+            {"a": {"kernel": stacked["layers"]["a"]["kernel"][i]}}, [0.0, 0.5, 0.75][i]
+        )
         np.testing.assert_array_equal(one["a"]["kernel"].materialize(), w.materialize()[i])
     only = peft_jax.prune(stacked, 0.5, targets="layers.1.a")["layers"]["a"]["kernel"]
     np.testing.assert_allclose(np.asarray((only.materialize() == 0).mean((1, 2))), [0.0, 0.5, 0.0])
 
 
-# ---------------------------------------------------------------------------------------------------- distributions
+# --------------------------------------------------------------------------------------------------
+# distributions
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +147,24 @@ def tree():
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = {"a": (2, 64, 32), "b": (2, 64, 64), "c": (32, 16), "d": (64, 256)}
     made = {
-        n: {"kernel": (i + 1) * jax.random.normal(k, s)} for (i, k), (n, s) in zip(enumerate(keys), shapes.items(), strict=True)
+        n: {"kernel": (i + 1) * jax.random.normal(k, s)}
+        for (i, k), (n, s) in zip(enumerate(keys), shapes.items(), strict=True)
     }
     return {"layers": {n: made[n] for n in "ab"}, "c": made["c"], "d": made["d"]}
 
 
 @pytest.mark.parametrize("name", ["uniform", "erk", "global", "owl"])
 def test_distributions_meet_the_budget(tree, name):
-    lead = {"layers/a/kernel": (2, 64), "layers/b/kernel": (2, 64), "c/kernel": (32,), "d/kernel": (64,)}
-    second = {p: jnp.exp(2 * jax.random.normal(jax.random.key(i), s)) for i, (p, s) in enumerate(lead.items())}
+    lead = {
+        "layers/a/kernel": (2, 64),
+        "layers/b/kernel": (2, 64),
+        "c/kernel": (32,),
+        "d/kernel": (64,),
+    }
+    second = {
+        p: jnp.exp(2 * jax.random.normal(jax.random.key(i), s))
+        for i, (p, s) in enumerate(lead.items())
+    }
     found = peft_jax.prune(tree, 0.6, distribution=name, statistics={"second_moment": second})
     zeros = sum(float((w.materialize() == 0).sum()) for w in peft_jax.places(found).values())
     total = sum(w.materialize().size for w in peft_jax.places(found).values())
@@ -156,16 +186,22 @@ def test_distributions_meet_the_budget(tree, name):
 
 
 def test_owl_is_the_authors_by_block():
-    """luuyin/OWL: the scores of all weights of a block are one vector, whose entries above M times its mean are outliers."""
+    """luuyin/OWL: the scores of all weights of a block are one vector, whose entries above M times
+    its mean are outliers.
+    """
     rng = np.random.default_rng(0)
     kinds = {"q": 1.0, "up": 30.0}  # an outlier of the block is a large entry of the larger weight
     w = {k: (size * rng.standard_t(2, (4, 24, 16))).astype(np.float32) for k, size in kinds.items()}
     second = {k: rng.random((4, 24)).astype(np.float32) for k in kinds}
     params = {"layers": {k: {"kernel": jnp.asarray(x)} for k, x in w.items()}}
-    statistics = {"second_moment": {f"layers/{k}/kernel": jnp.asarray(x) for k, x in second.items()}}
+    statistics = {
+        "second_moment": {f"layers/{k}/kernel": jnp.asarray(x) for k, x in second.items()}
+    }
     ratios = []
     for i in range(4):
-        scores = np.concatenate([(np.abs(w[k][i]) * np.sqrt(second[k][i])[:, None]).ravel() for k in kinds])
+        scores = np.concatenate(
+            [(np.abs(w[k][i]) * np.sqrt(second[k][i])[:, None]).ravel() for k in kinds]
+        )
         ratios.append((scores > 5.0 * scores.mean()).mean())
     ratio = np.asarray(ratios)
     ratio = (ratio - ratio.min()) / (ratio.max() - ratio.min()) * 0.08 * 2
@@ -175,7 +211,8 @@ def test_owl_is_the_authors_by_block():
         np.testing.assert_allclose(found[f"layers/{k}/kernel"], expected, atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------- in turn
+# --------------------------------------------------------------------------------------------------
+# in turn
 
 
 def test_in_turn_sees_what_pruned_blocks_pass_on():
@@ -187,13 +224,24 @@ def test_in_turn_sees_what_pruned_blocks_pass_on():
     in_turn = peft_jax.prune_in_turn(apply, params, batches, 0.6, score="sparsegpt", **where)
     plain = peft_jax.prune(params, 0.6, **where)
     logits = jax.jit(apply)
-    loss = lambda tree: float(
-        np.mean([jnp.square(logits(tree, b["tokens"]) - logits(params, b["tokens"])).mean() for b in batches])
-    )
+
+    def loss(tree):
+        return float(
+            np.mean(
+                [
+                    jnp.square(logits(tree, b["tokens"]) - logits(params, b["tokens"])).mean()
+                    for b in batches
+                ]
+            )
+        )
+
     assert loss(at_once) < 0.8 * loss(plain)
     assert loss(in_turn) < 1.02 * loss(at_once)
     first, second = (f"model/layers_{i}/self_attn/q_proj/kernel" for i in (0, 1))
-    pick = lambda tree, path: np.asarray(peft_jax.places(tree)[path].materialize())
+
+    def pick(tree, path):
+        return np.asarray(peft_jax.places(tree)[path].materialize())
+
     np.testing.assert_array_equal(pick(at_once, first), pick(in_turn, first))
     assert (pick(at_once, second) != pick(in_turn, second)).any()
     errors = peft_jax.output_errors(apply, params, in_turn, batches, **where)
@@ -202,21 +250,27 @@ def test_in_turn_sees_what_pruned_blocks_pass_on():
 
 
 @pytest.mark.parametrize(
-    ("make", "score", "distribution"), [(linen_model, "sparsegpt", "owl"), (nnx_model, "magnitude", "global")]
+    ("make", "score", "distribution"),
+    [(linen_model, "sparsegpt", "owl"), (nnx_model, "magnitude", "global")],
 )
 def test_third_party_models(make, score, distribution):
     model, params = make()
     tokens = random_tokens(2, 8, vocab=13)
     apply, batches = peft_jax.bind(model), [{"tokens": tokens}]
     where = {"layout": peft_jax.layout_of(model, tokens), "exclude": "conv"}
-    tree = peft_jax.prune_in_turn(apply, params, batches, 0.5, score=score, distribution=distribution, **where)
+    tree = peft_jax.prune_in_turn(
+        apply, params, batches, 0.5, score=score, distribution=distribution, **where
+    )
     masked = [w for w in peft_jax.places(tree).values() if isinstance(w, Masked)]
-    share = sum(float((w.materialize() == 0).sum()) for w in masked) / sum(w.materialize().size for w in masked)
+    share = sum(float((w.materialize() == 0).sum()) for w in masked) / sum(
+        w.materialize().size for w in masked
+    )
     assert abs(share - 0.5) < 0.05
     assert np.isfinite(apply(tree, tokens)).all()
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# --------------------------------------------------------------------------------------------------
+# bad input
 
 
 @pytest.mark.parametrize(
@@ -230,7 +284,10 @@ def test_third_party_models(make, score, distribution):
         ({"pattern": "5:4"}, "5:4 keeps more of a group than it has"),
         ({"pattern": "0:4"}, "n must lie in 1..m"),
         ({"pattern": "2:5"}, "2:5 does not divide the 192 inputs of layer/kernel"),
-        ({"pattern": "7x8", "sparsity": 0.5}, "blocks of 7x8 do not divide the 192 inputs or 24 outputs of layer/kernel"),
+        (
+            {"pattern": "7x8", "sparsity": 0.5},
+            "blocks of 7x8 do not divide the 192 inputs or 24 outputs of layer/kernel",
+        ),
         ({"pattern": "2/4"}, "neither N:M, as 2:4, nor a block"),
         ({"pattern": "2:4", "sparsity": 0.7}, "2:4 prunes 0.5 of every weight"),
         ({"pattern": "2:4", "distribution": "erk"}, "2:4 prunes 0.5 of every weight"),
@@ -242,14 +299,30 @@ def test_third_party_models(make, score, distribution):
             "distribution 'owl' has no option 'spred'; its options: outlier, spread",
         ),
         ({"sparsity": 0.5, "compare": "row"}, "compare must be 'output' or 'matrix'"),
-        ({"sparsity": 0.5, "score": "wanda"}, "layer/kernel has no statistics 'second_moment', which score 'wanda' needs"),
-        ({"sparsity": 0.5, "distribution": "owl"}, "no statistics 'second_moment', which distribution 'owl' needs"),
-        ({"sparsity": 0.5, "score": "wanda", "statistics": {"second_moment": {"layer/kernel": np.ones(3)}}}, r"shape \(3,\)"),
-        ({"sparsity": 0.5, "score": "sparsegpt", "distribution": "global"}, "cannot be compared over all weights"),
+        (
+            {"sparsity": 0.5, "score": "wanda"},
+            "layer/kernel has no statistics 'second_moment', which score 'wanda' needs",
+        ),
+        (
+            {"sparsity": 0.5, "distribution": "owl"},
+            "no statistics 'second_moment', which distribution 'owl' needs",
+        ),
+        (
+            {
+                "sparsity": 0.5,
+                "score": "wanda",
+                "statistics": {"second_moment": {"layer/kernel": np.ones(3)}},
+            },
+            r"shape \(3,\)",
+        ),
+        (
+            {"sparsity": 0.5, "score": "sparsegpt", "distribution": "global"},
+            "cannot be compared over all weights",
+        ),
         ({"sparsity": 0.5, "targets": "nothing"}, "matches nothing"),
     ],
     ids=lambda v: str(v)[:40],
-)  # fmt: skip
+)
 def test_bad_input_is_refused_by_name(layer, options, message):
     with pytest.raises(ValueError, match=message):
         peft_jax.prune(layer[0], **options)
@@ -265,7 +338,9 @@ def test_bad_calibration_is_refused_by_name(layer):
     with pytest.raises(ValueError, match="layer/kernel holds"):
         peft_jax.prune(bad, 0.5)
     quantized = peft_jax.quantize(layer[0], "int8")
-    with pytest.raises(ValueError, match="layer/kernel is a Quantized, whose weights sparsegpt cannot change"):
+    with pytest.raises(
+        ValueError, match="layer/kernel is a Quantized, whose weights sparsegpt cannot change"
+    ):
         peft_jax.prune(quantized, 0.5, score="sparsegpt", statistics=layer[2])
     with pytest.raises(ValueError, match="prune before compress"):
         peft_jax.prune(peft_jax.compress(peft_jax.prune(layer[0], pattern="2:4")), 0.6)

@@ -1,4 +1,6 @@
-"""Masked, NMSparse and BlockSparse: products, gradients, bytes, merging, saving, sharding, over and under other nodes."""
+"""Masked, NMSparse and BlockSparse: products, gradients, bytes, merging, saving, sharding, over and
+under other nodes.
+"""
 
 import logging
 
@@ -32,14 +34,18 @@ FORMS = {
     "2:4": lambda tree: peft_jax.compress(peft_jax.prune(tree, pattern="2:4")),
     "4:8": lambda tree: peft_jax.compress(peft_jax.prune(tree, pattern="4:8")),
     "1:16": lambda tree: peft_jax.compress(peft_jax.prune(tree, pattern="1:16")),
-    "blocks": lambda tree: peft_jax.compress(peft_jax.prune(tree, 0.5, pattern="8x4", compare="output")),
+    "blocks": lambda tree: peft_jax.compress(
+        peft_jax.prune(tree, 0.5, pattern="8x4", compare="output")
+    ),
     "uneven blocks": lambda tree: peft_jax.compress(peft_jax.prune(tree, 0.4, pattern="8x8")),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_products_and_gradients(form):
-    """Products equal the dense ones; trained values have the dense gradient where they are kept and none elsewhere."""
+    """Products equal the dense ones; trained values have the dense gradient where they are kept and
+    none elsewhere.
+    """
     w = kernel(FORMS[form](dense()))
     array = w.materialize()
     x = jax.random.normal(jax.random.key(1), (2, 5, 32))
@@ -48,7 +54,10 @@ def test_products_and_gradients(form):
     back = peft_jax.matmul(y, w, in_axes=(-1,), out_axes=(-2,))
     assert relative_error(back, y @ array.T) < 1e-6
     np.testing.assert_array_equal(peft_jax.take(w, jnp.array([3, 1])), array[jnp.array([3, 1])])
-    loss = lambda w: jnp.sum(jnp.sin(peft_jax.matmul(x, w)))
+
+    def loss(w):
+        return jnp.sum(jnp.sin(peft_jax.matmul(x, w)))
+
     trained = w.train()
     trainable, frozen = peft_jax.partition(trained)
     grads = jax.grad(lambda t: loss(peft_jax.combine(t, frozen)))(trainable)
@@ -63,21 +72,31 @@ def test_products_and_gradients(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_stacks_of_any_layout(form):
-    """Every form keeps leading axes, and serves kernels whose inputs or outputs are several axes."""
+    """Every form keeps leading axes, and serves kernels whose inputs or outputs are several
+    axes.
+    """
     tree = {"a": {"kernel": jax.random.normal(KEY, (3, 4, 4, 32))}}
     layout = {"a/kernel": ((-1,), (-3, -2))}
     pruned = {
-        "masked": {"sparsity": 0.5}, "masked blocks": {"sparsity": 0.5, "pattern": "8x4"}, "2:4": {"pattern": "2:4"},
-        "4:8": {"pattern": "4:8"}, "1:16": {"pattern": "1:16"},
+        "masked": {"sparsity": 0.5},
+        "masked blocks": {"sparsity": 0.5, "pattern": "8x4"},
+        "2:4": {"pattern": "2:4"},
+        "4:8": {"pattern": "4:8"},
+        "1:16": {"pattern": "1:16"},
         "blocks": {"sparsity": 0.5, "pattern": "8x4", "compare": "output"},
         "uneven blocks": {"sparsity": 0.4, "pattern": "8x8"},
-    }[form]  # fmt: skip
+    }[form]
     w = kernel(peft_jax.compress(peft_jax.prune(tree, layout=layout, **pruned)))
     assert w.shape == (3, 4, 4, 32)
     array = w.materialize()
-    np.testing.assert_array_equal(array, np.where(np.asarray(array) != 0, np.asarray(kernel(tree)), 0))
+    np.testing.assert_array_equal(
+        array, np.where(np.asarray(array) != 0, np.asarray(kernel(tree)), 0)
+    )
     x = jax.random.normal(jax.random.key(1), (5, 32))
-    product = lambda w: peft_jax.matmul(x, w, in_axes=(-1,), out_axes=(-3, -2))
+
+    def product(w):
+        return peft_jax.matmul(x, w, in_axes=(-1,), out_axes=(-3, -2))
+
     assert relative_error(jax.vmap(product)(w), jax.vmap(product)(array)) < 1e-6
 
 
@@ -86,18 +105,24 @@ def bytes_of(tree):
 
 
 def test_bytes():
-    """A mask costs one bit a weight; 2:4 takes 0.5625 of dense bfloat16, block sparsity its share and an index a block."""
+    """A mask costs one bit a weight; 2:4 takes 0.5625 of dense bfloat16, block sparsity its share
+    and an index a block.
+    """
     tree = dense((512, 256), jnp.bfloat16)
     masked = peft_jax.prune(tree, 0.5)
     assert bytes_of(masked) - bytes_of(tree) == 512 * 256 // 8
-    assert bytes_of(peft_jax.compress(peft_jax.prune(tree, pattern="2:4"))) == 0.5625 * bytes_of(tree)
+    assert bytes_of(peft_jax.compress(peft_jax.prune(tree, pattern="2:4"))) == 0.5625 * bytes_of(
+        tree
+    )
     blocks = peft_jax.compress(peft_jax.prune(tree, 0.75, pattern="64x64", compare="output"))
     assert bytes_of(blocks) == 0.25 * bytes_of(tree) + 4 * 4 * 2
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4"])
 def test_groups_lie_along_the_inputs(pattern):
-    w = kernel(peft_jax.prune({"a": {"kernel": jax.random.normal(KEY, (2, 32, 16))}}, pattern=pattern))
+    w = kernel(
+        peft_jax.prune({"a": {"kernel": jax.random.normal(KEY, (2, 32, 16))}}, pattern=pattern)
+    )
     n, m = map(int, pattern.split(":"))
     np.testing.assert_array_equal((w.materialize() != 0).reshape(2, 32 // m, m, 16).sum(2), n)
 
@@ -108,7 +133,8 @@ def test_a_frozen_mask_costs_no_product():
     assert "select" not in text
 
 
-# --------------------------------------------------------------------------------------------- beside other techniques
+# ---------------------------------------------------------------------------------------------
+# beside other techniques
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +145,17 @@ def decoder(tmp_path_factory):
 
 
 def masks(tree):
-    return {p: np.asarray(w.kept()) for p, w in peft_jax.places(tree).items() if isinstance(w, Masked)}
+    return {
+        p: np.asarray(w.kept()) for p, w in peft_jax.places(tree).items() if isinstance(w, Masked)
+    }
 
 
 def zeros(tree):
-    return {p: np.asarray(peft_jax.materialize(w)) == 0 for p, w in peft_jax.places(tree).items() if p.endswith("proj/kernel")}
+    return {
+        p: np.asarray(peft_jax.materialize(w)) == 0
+        for p, w in peft_jax.places(tree).items()
+        if p.endswith("proj/kernel")
+    }
 
 
 def test_dense_merge_says_so_and_masked_merge_keeps_every_zero(decoder, caplog):
@@ -155,7 +187,9 @@ def merged_at(tree, path):
 
 def test_masked_updates_train_the_adapter_alone(decoder):
     _, params, tokens, apply = decoder
-    inside = peft_jax.mask_updates(peft_jax.dora(peft_jax.prune(params, pattern="2:4"), KEY, rank=2))
+    inside = peft_jax.mask_updates(
+        peft_jax.dora(peft_jax.prune(params, pattern="2:4"), KEY, rank=2)
+    )
     trainable, frozen = peft_jax.partition(perturb(inside))
     grads = jax.grad(lambda t: (apply(peft_jax.combine(t, frozen), tokens) ** 2).mean())(trainable)
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
@@ -167,14 +201,20 @@ def test_masked_updates_train_the_adapter_alone(decoder):
 @pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
 def test_quantized_then_pruned_and_the_other_way_round(decoder, format, tmp_path):
     model, params, tokens, apply = decoder
-    format = peft_jax.NF4(block_size=16) if format == "nf4" else peft_jax.Int(bits=int(format[3:]), block_size=16)
+    format = (
+        peft_jax.NF4(block_size=16)
+        if format == "nf4"
+        else peft_jax.Int(bits=int(format[3:]), block_size=16)
+    )
     first = peft_jax.prune(peft_jax.quantize(params, format), 0.5)
     second = peft_jax.quantize(peft_jax.prune(params, 0.5), format)
     for tree in (first, second):
         w = peft_jax.places(tree)["model/layers/self_attn/q_proj/kernel"]
         assert isinstance(w, Masked)
         assert isinstance(w.base, peft_jax.Quantized)
-        assert abs(float((w.materialize() == 0).mean()) - 0.5) < 0.06  # small weights may round to zero besides
+        assert (
+            abs(float((w.materialize() == 0).mean()) - 0.5) < 0.06
+        )  # small weights may round to zero besides
         adapted = perturb(peft_jax.lora(tree, KEY, rank=2))
         arrays = peft_jax.densify(peft_jax.dequantize(tree))
         assert relative_error(apply(tree, tokens), apply(arrays, tokens)) < 1e-5
@@ -192,16 +232,27 @@ def test_quantized_then_pruned_and_the_other_way_round(decoder, format, tmp_path
 
 def test_gptq_keeps_the_zeros_of_a_pruned_weight():
     tree = dense((64, 16))
-    x = np.random.default_rng(0).normal(size=(300, 64)) @ np.random.default_rng(1).normal(size=(64, 64))
+    x = np.random.default_rng(0).normal(size=(300, 64)) @ np.random.default_rng(1).normal(
+        size=(64, 64)
+    )
     statistics = {"covariance": {"a/kernel": jnp.asarray(x.T @ x / 300, jnp.float32)}}
     pruned = peft_jax.prune(tree, 0.5, score="sparsegpt", statistics=statistics)
     given = {"statistics": statistics}
-    quantized = peft_jax.quantize(pruned, peft_jax.Int(bits=4, block_size=32), rounding="gptq", activation_order=False, **given)
+    quantized = peft_jax.quantize(
+        pruned,
+        peft_jax.Int(bits=4, block_size=32),
+        rounding="gptq",
+        activation_order=False,
+        **given,
+    )
     nearest = peft_jax.quantize(pruned, peft_jax.Int(bits=4, block_size=32))
     array = np.asarray(kernel(pruned).materialize())
     raw = np.asarray(kernel(quantized).base.materialize())  # without the mask over it
     assert (raw[array == 0] == 0).all()
-    error = lambda w: np.linalg.norm(x @ (np.asarray(w) - array))
+
+    def error(w):
+        return np.linalg.norm(x @ (np.asarray(w) - array))
+
     assert error(kernel(quantized).materialize()) < 0.95 * error(kernel(nearest).materialize())
 
 
@@ -239,7 +290,9 @@ def test_eight_devices_equal_one(decoder, form):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):
         placed = shard(tree, mesh)
-        spread = jax.device_put(np.tile(tokens, (2, 1)), jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+        spread = jax.device_put(
+            np.tile(tokens, (2, 1)), jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+        )
         out = np.asarray(jax.jit(peft_jax.bind(model))(placed, spread))
     assert relative_error(out, apply(tree, np.tile(tokens, (2, 1)))) < 1e-5
 
@@ -271,7 +324,11 @@ def test_patterns_that_a_mask_does_not_follow_are_refused():
 
 
 def test_numpy_arrays_get_their_zeros_too():
-    w = kernel(peft_jax.prune({"a": {"kernel": np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)}}, 0.5))
+    w = kernel(
+        peft_jax.prune(
+            {"a": {"kernel": np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)}}, 0.5
+        )
+    )
     np.testing.assert_array_equal(np.asarray(w.base) != 0, w.kept())
 
 

@@ -14,7 +14,9 @@ from tests.reference import relative_error
 
 
 def steps(optimizer, params, count=30):
-    """Parameters after some steps on a quadratic whose curvature differs by four orders of magnitude."""
+    """Parameters after some steps on a quadratic whose curvature differs by four orders of
+    magnitude.
+    """
     curvature = jnp.logspace(-2, 2, params["w"].size).reshape(params["w"].shape)
 
     def one(carry, _):
@@ -23,7 +25,9 @@ def steps(optimizer, params, count=30):
         updates, state = optimizer.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    (params, state), _ = jax.jit(lambda c: jax.lax.scan(one, c, length=count))((params, optimizer.init(params)))
+    (params, state), _ = jax.jit(lambda c: jax.lax.scan(one, c, length=count))(
+        (params, optimizer.init(params))
+    )
     return params, state
 
 
@@ -39,7 +43,10 @@ def test_it_follows_adam_in_float32():
 
 def test_moments_take_a_quarter_of_the_bytes():
     params = {"w": jnp.zeros((256, 256))}
-    bytes_of = lambda s: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(s))
+
+    def bytes_of(s):
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(s))
+
     n = 256 * 256
     assert bytes_of(peft_jax.scale_by_adam8bit().init(params)) == 2 * (n + 4 * n / 256) + 4
     assert bytes_of(optax.scale_by_adam().init(params)) == 8 * n + 4
@@ -59,7 +66,9 @@ def test_a_step_is_that_of_bitsandbytes():
         try:
             theirs.step()
         except (NotImplementedError, RuntimeError, AttributeError) as error:
-            pytest.skip(f"bitsandbytes has no 8-bit optimizer on this machine: {type(error).__name__}")
+            pytest.skip(
+                f"bitsandbytes has no 8-bit optimizer on this machine: {type(error).__name__}"
+            )
         updates, state = optimizer.update({"w": jnp.asarray(g)}, state, ours)
         ours = optax.apply_updates(ours, updates)
     moved = np.abs(parameter.detach().numpy() - w).mean()
@@ -91,5 +100,7 @@ def test_moments_are_sharded_with_their_parameters():
     grads = jax.tree.map(lambda x: x * 2, state.trainable)
     spread = jax.jit(optimizer.update)(grads, state.opt_state, state.trainable)[0]
     one = initial_state(params, optimizer, 0)
-    alone = jax.jit(optimizer.update)(jax.tree.map(lambda x: x * 2, one.trainable), one.opt_state, one.trainable)[0]
+    alone = jax.jit(optimizer.update)(
+        jax.tree.map(lambda x: x * 2, one.trainable), one.opt_state, one.trainable
+    )[0]
     assert relative_error(jax.tree.leaves(spread)[0], jax.tree.leaves(alone)[0]) < 1e-6

@@ -20,7 +20,14 @@ def base():
 
 def loss_of(model, params, dense, batches):
     apply = jax.jit(peft_jax.bind(model))
-    return float(np.mean([jnp.square(apply(params, b["tokens"]) - apply(dense, b["tokens"])).mean() for b in batches]))
+    return float(
+        np.mean(
+            [
+                jnp.square(apply(params, b["tokens"]) - apply(dense, b["tokens"])).mean()
+                for b in batches
+            ]
+        )
+    )
 
 
 def test_gptq_in_turn_beats_one_pass_and_nearest(base):
@@ -36,7 +43,10 @@ def test_gptq_in_turn_beats_one_pass_and_nearest(base):
     assert losses[2] < 1.02 * losses[1]
     # The first block sees the same inputs either way; the second sees others.
     first, second = (f"model/layers_{i}/self_attn/q_proj/kernel" for i in (0, 1))
-    pick = lambda tree, path: peft_jax.places(tree)[path].codes
+
+    def pick(tree, path):
+        return peft_jax.places(tree)[path].codes
+
     np.testing.assert_array_equal(pick(at_once, first), pick(in_turn, first))
     assert (pick(at_once, second) != pick(in_turn, second)).any()
 
@@ -48,20 +58,35 @@ def test_third_party_models(make):
     layout = peft_jax.layout_of(model, tokens)
     apply, batches = peft_jax.bind(model), [{"tokens": tokens}]
     where = {"layout": layout, "exclude": "conv"}
-    quantized = peft_jax.quantize_in_turn(apply, params, batches, Int(bits=8), rounding="gptq", **where)
+    quantized = peft_jax.quantize_in_turn(
+        apply, params, batches, Int(bits=8), rounding="gptq", **where
+    )
     assert relative_error(apply(quantized, tokens), apply(params, tokens)) < 0.05
     assert any(isinstance(w, peft_jax.Quantized) for w in peft_jax.places(quantized).values())
 
 
 def test_a_token_that_is_written_large_does_not_take_all_of_gptq():
-    """One token of 128 has nearly all of the energy: without a cap the others gain next to nothing over nearest."""
+    """One token of 128 has nearly all of the energy: without a cap the others gain next to nothing
+    over nearest.
+    """
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(128, 64)) @ rng.normal(size=(64, 64))).astype(np.float32) / 8
     x[0] = 300 * rng.normal(size=64)
     w = jnp.asarray(rng.normal(size=(64, 16)), jnp.float32)
-    apply = lambda params, tokens, **_: peft_jax.matmul(jnp.asarray(x)[tokens], params["up_proj"]["kernel"])
-    given = (apply, {"up_proj": {"kernel": w}}, [{"tokens": np.arange(128)[None]}], Int(bits=3, block_size=32))
-    error = lambda tree: float(np.linalg.norm(x[1:] @ (tree["up_proj"]["kernel"].materialize() - w)))
+
+    def apply(params, tokens, **_):
+        return peft_jax.matmul(jnp.asarray(x)[tokens], params["up_proj"]["kernel"])
+
+    given = (
+        apply,
+        {"up_proj": {"kernel": w}},
+        [{"tokens": np.arange(128)[None]}],
+        Int(bits=3, block_size=32),
+    )
+
+    def error(tree):
+        return float(np.linalg.norm(x[1:] @ (tree["up_proj"]["kernel"].materialize() - w)))
+
     nearest = error(peft_jax.quantize_in_turn(*given, rounding="nearest"))
     assert error(peft_jax.quantize_in_turn(*given)) < 0.8 * nearest
     assert error(peft_jax.quantize_in_turn(*given, token_cap=None)) > 0.9 * nearest

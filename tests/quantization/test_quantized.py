@@ -51,7 +51,9 @@ def test_a_stack_of_matrices_in_every_format(format):
     assert relative_error(grad, back) < 1e-5
 
 
-@pytest.mark.parametrize("format", [Int(bits=4, block_size=16), NF4(block_size=16), Int(bits=8)], ids=str)
+@pytest.mark.parametrize(
+    "format", [Int(bits=4, block_size=16), NF4(block_size=16), Int(bits=8)], ids=str
+)
 @pytest.mark.parametrize(
     ("shape", "in_axes", "out_axes"),
     [
@@ -70,35 +72,53 @@ def test_other_layouts(format, shape, in_axes, out_axes):
         q = jax.tree.map(lambda a: a[0], q)
     x = jax.random.normal(jax.random.key(1), (2, 5, *(q.shape[a] for a in in_axes)))
     axes = {"in_axes": in_axes, "out_axes": out_axes}
-    assert relative_error(peft_jax.matmul(x, q, **axes), peft_jax.matmul(x, q.materialize(), **axes)) < 1e-5
+    assert (
+        relative_error(peft_jax.matmul(x, q, **axes), peft_jax.matmul(x, q.materialize(), **axes))
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
 def test_embeddings_are_looked_up_and_attended(format):
     w = weight((40, 64))
-    q = peft_jax.quantize({"embed": {"embedding": w}}, format, targets="embed")["embed"]["embedding"]
+    q = peft_jax.quantize({"embed": {"embedding": w}}, format, targets="embed")["embed"][
+        "embedding"
+    ]
     full = np.asarray(q.materialize())
     ids = jnp.asarray([[3, 0, 39], [7, 7, 1]])
     np.testing.assert_allclose(peft_jax.take(q, ids), full[np.asarray(ids)], rtol=1e-6)
     assert peft_jax.take(q, ids, jnp.bfloat16).dtype == jnp.bfloat16
     x = jax.random.normal(jax.random.key(1), (2, 64))
-    assert relative_error(peft_jax.matmul(x, q, in_axes=(-1,), out_axes=(-2,)), np.asarray(x) @ full.T) < 1e-5
+    assert (
+        relative_error(peft_jax.matmul(x, q, in_axes=(-1,), out_axes=(-2,)), np.asarray(x) @ full.T)
+        < 1e-5
+    )
     layer = nn.Embed(40, 64)  # declares its parameter in `setup`, and Flax compares shapes there
     apply = peft_jax.bind(layer, strict=True)
     np.testing.assert_allclose(apply({"embedding": q}, ids), full[np.asarray(ids)], rtol=1e-6)
-    np.testing.assert_allclose(apply({"embedding": q}, x, method="attend"), np.asarray(x) @ full.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        apply({"embedding": q}, x, method="attend"), np.asarray(x) @ full.T, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_order_and_the_smoothing_of_inputs_are_made_up_for():
     w = weight()
-    x = jax.random.normal(jax.random.key(1), (100, 64)) * jnp.exp(jax.random.normal(jax.random.key(2), (64,)))
+    x = jax.random.normal(jax.random.key(1), (100, 64)) * jnp.exp(
+        jax.random.normal(jax.random.key(2), (64,))
+    )
     statistics = {
         "covariance": {"kernel": jnp.broadcast_to(x.T @ x / 100, (3, 64, 64))},
         "mean_abs": {"kernel": jnp.broadcast_to(jnp.abs(x).mean(0), (3, 64))},
         "max_abs": {"kernel": jnp.broadcast_to(jnp.abs(x).max(0), (3, 64))},
     }
-    for rounding, options in (("gptq", {"activation_order": "dynamic"}), ("awq", {}), ("smoothquant", {})):
-        tree = peft_jax.quantize({"kernel": w}, Int(bits=8), rounding=rounding, statistics=statistics, **options)
+    for rounding, options in (
+        ("gptq", {"activation_order": "dynamic"}),
+        ("awq", {}),
+        ("smoothquant", {}),
+    ):
+        tree = peft_jax.quantize(
+            {"kernel": w}, Int(bits=8), rounding=rounding, statistics=statistics, **options
+        )
         q = tree["kernel"]
         assert (q.order is not None) == (rounding == "gptq")
         assert (q.smooth is not None) == (rounding != "gptq")
@@ -119,7 +139,9 @@ def test_activations_are_quantized_too(kind, activations):
     format = kind(activations=activations)
     q = peft_jax.quantize({"kernel": w}, format, statistics=statistics)["kernel"]
     top = 127.5 if kind is Int else 448
-    size = (jnp.abs(x).max(-1, keepdims=True) if activations == "dynamic" else jnp.abs(x).max()) / top
+    size = (
+        jnp.abs(x).max(-1, keepdims=True) if activations == "dynamic" else jnp.abs(x).max()
+    ) / top
     scaled = x / size
     # The largest negative input lies just between two 8-bit codes and takes the lower one.
     whole = jnp.clip(jnp.round(jnp.where(scaled < -127.499, -128.0, scaled)), -128, 127)
@@ -127,8 +149,14 @@ def test_activations_are_quantized_too(kind, activations):
     expected = (rounded * size) @ q.materialize()
     assert relative_error(peft_jax.matmul(x, q), expected) < 1e-5
     assert 1e-5 < relative_error(peft_jax.matmul(x, q), x @ q.materialize()) < 0.1
-    products = [e for e in jax.make_jaxpr(lambda x, q: _straight(x, q, None))(x, q).eqns if e.primitive.name == "dot_general"]
-    assert [v.aval.dtype for e in products for v in e.invars] == [q.codes.dtype] * 2  # the product itself is one of 8 bits
+    products = [
+        e
+        for e in jax.make_jaxpr(lambda x, q: _straight(x, q, None))(x, q).eqns
+        if e.primitive.name == "dot_general"
+    ]
+    assert [v.aval.dtype for e in products for v in e.invars] == [
+        q.codes.dtype
+    ] * 2  # the product itself is one of 8 bits
     grad = jax.grad(lambda x: peft_jax.matmul(x, q).sum())(x)
     assert relative_error(grad, jnp.ones((7, 48)) @ q.materialize().T) < 1e-5
 
@@ -166,10 +194,15 @@ def test_the_gradient_keeps_no_full_precision_weight():
     assert "f32[4,64,64]" in dense
 
 
-@pytest.mark.parametrize("format", [NF4(), Int(bits=4, block_size=16, symmetric=False), FP8(per="tensor")], ids=str)
+@pytest.mark.parametrize(
+    "format", [NF4(), Int(bits=4, block_size=16, symmetric=False), FP8(per="tensor")], ids=str
+)
 def test_large_matrices_are_decoded_in_parts(format, monkeypatch):
     q = peft_jax.quantize({"embedding": weight((96, 64))}, format, targets="embedding")["embedding"]
-    x, y = jax.random.normal(jax.random.key(1), (2, 3, 64)), jax.random.normal(jax.random.key(2), (2, 3, 96))
+    x, y = (
+        jax.random.normal(jax.random.key(1), (2, 3, 64)),
+        jax.random.normal(jax.random.key(2), (2, 3, 96)),
+    )
     axes = {"in_axes": (-1,), "out_axes": (-2,)}
     run = jax.value_and_grad(lambda x: (peft_jax.matmul(x, q, **axes) * y).sum())
     whole = run(x)
@@ -180,11 +213,18 @@ def test_large_matrices_are_decoded_in_parts(format, monkeypatch):
     assert relative_error(parts[1], whole[1]) < 1e-5
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4, "tensor": 2}], ids=str
+)
 def test_blocks_never_straddle_shards(axes):
     mesh = make_mesh(axes)
     tree = {"q_proj": {"kernel": weight((2, 128, 64))}, "o_proj": {"kernel": weight((2, 96, 128))}}
-    for format in (NF4(block_size=32), Int(bits=4, block_size=32, symmetric=False), FP8(per="tensor"), Int(bits=8)):
+    for format in (
+        NF4(block_size=32),
+        Int(bits=4, block_size=32, symmetric=False),
+        FP8(per="tensor"),
+        Int(bits=8),
+    ):
         quantized = peft_jax.quantize(tree, format)
         placed = shard(quantized, mesh)
         for name, w in quantized.items():
@@ -193,7 +233,9 @@ def test_blocks_never_straddle_shards(axes):
             assert format.block_size is None or rows % format.block_size == 0
             assert found.codes.spec[2] is not None  # outputs are always split
             x = jax.random.normal(jax.random.key(1), (4, w["kernel"].shape[1]))
-            run = jax.jit(lambda x, w: jax.lax.scan(lambda c, one: (c, peft_jax.matmul(x, one)), 0.0, w)[1])
+            run = jax.jit(
+                lambda x, w: jax.lax.scan(lambda c, one: (c, peft_jax.matmul(x, one)), 0.0, w)[1]
+            )
             with jax.set_mesh(mesh):
                 out = run(x, node)
             assert relative_error(np.asarray(out), np.asarray(run(x, w["kernel"]))) < 1e-5
@@ -206,12 +248,17 @@ def test_nodes_over_a_base_have_their_base_quantized():
     assert isinstance(node, peft_jax.LoRA)
     assert isinstance(node.base, peft_jax.Quantized)
     merged = peft_jax.merge({"kernel": node})["kernel"]
-    np.testing.assert_allclose(merged, peft_jax.dequantize({"kernel": node})["kernel"].materialize(), rtol=1e-6)
+    np.testing.assert_allclose(
+        merged, peft_jax.dequantize({"kernel": node})["kernel"].materialize(), rtol=1e-6
+    )
 
 
 def test_quantizing_is_deterministic_and_stochastic_rounding_seeded():
     params = {"kernel": weight((64, 32))}
-    draw = lambda seed: peft_jax.quantize(params, "int4", rounding="stochastic", seed=seed)["kernel"].codes
+
+    def draw(seed):
+        return peft_jax.quantize(params, "int4", rounding="stochastic", seed=seed)["kernel"].codes
+
     np.testing.assert_array_equal(draw(1), draw(1))
     assert (draw(1) != draw(2)).any()
 
@@ -224,7 +271,10 @@ def test_quantizing_is_deterministic_and_stochastic_rounding_seeded():
         ({"format": "int5"}, "integers of 5 bits"),
         ({"format": {"nothing": "nf4"}}, "format 'nothing' matches nothing"),
         ({"rounding": "gptq"}, "kernel has no statistics 'covariance'"),
-        ({"rounding": "gptq", "statistics": {"covariance": {"kernel": jnp.ones((3, 3))}}}, "expected \\(64, 64\\)"),
+        (
+            {"rounding": "gptq", "statistics": {"covariance": {"kernel": jnp.ones((3, 3))}}},
+            "expected \\(64, 64\\)",
+        ),
         ({"rounding": "best"}, "unknown rounding 'best'"),
         ({"rounding": "gptq", "damp": 3}, "rounding 'gptq' has no option 'damp'"),
         ({"format": Int(activations="static")}, "kernel has no statistics 'max_abs'"),
@@ -238,8 +288,14 @@ def test_bad_requests_are_refused_by_name(options, message):
 
 def test_some_layers_of_a_stack_are_refused():
     params = {"layers": {"q_proj": {"kernel": weight()}}}
-    for make in (peft_jax.quantize, lambda tree, targets: peft_jax.qat(tree, jax.random.key(0), targets=targets)):
-        with pytest.raises(ValueError, match="stacked at layers/q_proj/kernel are quantized together; unstack_layers"):
+    for make in (
+        peft_jax.quantize,
+        lambda tree, targets: peft_jax.qat(tree, jax.random.key(0), targets=targets),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="stacked at layers/q_proj/kernel are quantized together; unstack_layers",
+        ):
             make(params, targets="layers.1.q_proj")
 
 
@@ -247,7 +303,9 @@ def test_stochastic_rounding_draws_by_seed_and_path():
     params = {name: {"kernel": weight((64, 32))} for name in ("a", "b")}
     both = peft_jax.quantize(params, "int4", rounding="stochastic", seed=3)
     assert (both["a"]["kernel"].codes != both["b"]["kernel"].codes).any()
-    alone = peft_jax.quantize_weight("b/kernel", weight((64, 32)), Int(bits=4), rounding="stochastic", seed=3)
+    alone = peft_jax.quantize_weight(
+        "b/kernel", weight((64, 32)), Int(bits=4), rounding="stochastic", seed=3
+    )
     np.testing.assert_array_equal(alone.codes, both["b"]["kernel"].codes)
 
 

@@ -12,7 +12,13 @@ from peft_jax.training.edit import run_editing
 
 def configuration(tiny_folder, tmp_path, **section):
     facts = [
-        {"prompt": "It was the {} of", "subject": w, "target": "days", "true": "times", "neighbours": ["the winter of"]}
+        {
+            "prompt": "It was the {} of",
+            "subject": w,
+            "target": "days",
+            "true": "times",
+            "neighbours": ["the winter of"],
+        }
         for w in ("best", "worst")
     ]
     (tmp_path / "edits.jsonl").write_text("".join(json.dumps(f) + "\n" for f in facts))
@@ -28,13 +34,20 @@ def configuration(tiny_folder, tmp_path, **section):
             "data": {"train": source, "validation": None, "test": source, "sequence_length": 16},
             "train": {"batch_size": 8},
             "generate": {"max_tokens": 4},
-            "edit": {"edits": str(tmp_path / "edits.jsonl"), "prefixes": 2, "calibration_batches": 2, **section},
+            "edit": {
+                "edits": str(tmp_path / "edits.jsonl"),
+                "prefixes": 2,
+                "calibration_batches": 2,
+                **section,
+            },
         }
     )
 
 
 def test_facts_are_written_scored_and_saved(tiny_folder, tmp_path):
-    folder = run_editing(configuration(tiny_folder, tmp_path, layers=[0, 1], options={"weight": 1.0}))
+    folder = run_editing(
+        configuration(tiny_folder, tmp_path, layers=[0, 1], options={"weight": 1.0})
+    )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["edits"] == 2
     assert results["after"]["target"] > results["before"]["target"]
@@ -48,7 +61,8 @@ def test_facts_are_written_scored_and_saved(tiny_folder, tmp_path):
 
 def test_what_cannot_be_edited_is_refused(tiny_folder, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"unknown option 'edit.options.wait'. Did you mean 'weight'\? Those of memit: weight"
+        ConfigError,
+        match=r"unknown option 'edit.options.wait'. Did you mean 'weight'\? Those of memit: weight",
     ):
         configuration(tiny_folder, tmp_path, options={"wait": 1.0})
     with pytest.raises(ConfigError, match=r"edit needs edit\.edits"):

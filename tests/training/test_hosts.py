@@ -1,6 +1,7 @@
 """Two real processes on loopback: the same losses and files as one process.
 
-Run as a program, this file is one of the processes that write adapters and models of a sharded tree.
+Run as a program, this file is one of the processes that write adapters and models of a sharded
+tree.
 """
 
 import functools
@@ -38,16 +39,26 @@ def free_port():
 
 
 def run_processes(arguments, processes, devices):
-    """The processes of one program together, on `devices` of their own each, once they have ended well."""
+    """The processes of one program together, on `devices` of their own each, once they have ended
+    well.
+    """
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0",
+    }
     if processes > 1:
-        environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
+        environment |= {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+            "JAX_NUM_PROCESSES": str(processes),
+        }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     each = [
-        subprocess.Popen([sys.executable, *arguments], env={**environment, "JAX_PROCESS_ID": str(i)}, **pipes)
+        subprocess.Popen(
+            [sys.executable, *arguments], env={**environment, "JAX_PROCESS_ID": str(i)}, **pipes
+        )
         for i in range(processes)
     ]
     outputs = [p.communicate(timeout=400)[0] for p in each]
@@ -56,11 +67,22 @@ def run_processes(arguments, processes, devices):
 
 def train(folder, tiny_folder, processes):
     options = [
-        f"output={folder}", f"model.path={tiny_folder}", "method.rank=2", "data.train.path=builtin:countries",
-        "data.train.limit=64", "data.kind=completion", "data.validation.path=builtin:countries", "data.validation.limit=16",
-        "data.sequence_length=32", "train.steps=4", "train.batch_size=8", "train.log_every=1", "train.checkpoint_every=2",
-        "mesh={data: 2, fsdp: 4}", "train.tensorboard=false",
-    ]  # fmt: skip
+        f"output={folder}",
+        f"model.path={tiny_folder}",
+        "method.rank=2",
+        "data.train.path=builtin:countries",
+        "data.train.limit=64",
+        "data.kind=completion",
+        "data.validation.path=builtin:countries",
+        "data.validation.limit=16",
+        "data.sequence_length=32",
+        "train.steps=4",
+        "train.batch_size=8",
+        "train.log_every=1",
+        "train.checkpoint_every=2",
+        "mesh={data: 2, fsdp: 4}",
+        "train.tensorboard=false",
+    ]
     run_processes(["-m", "peft_jax", "train", *options], processes, 8 // processes)
 
 
@@ -78,16 +100,25 @@ def test_two_hosts_equal_one(tiny_folder, tmp_path):
 
 
 def write_all(folder, tiny_folder, mesh=None):
-    """Adapters, a quantized model and a merged one; the bytes gathered from several hosts for each, and of the trees."""
+    """Adapters, a quantized model and a merged one; the bytes gathered from several hosts for each,
+    and of the trees.
+    """
     model, base = peft_jax.load(tiny_folder)
     placed = (lambda tree: shard(tree, mesh)) if mesh is not None else lambda tree: tree
     trees = {name: placed(perturb(add(base, jax.random.key(0)))) for name, add in ADAPTERS.items()}
     config, setup = RunConfig(output=str(folder)), Setup(model, None, None, mesh, tiny_folder)
-    writers = {name: functools.partial(peft_jax.save_adapter, folder / name, tree) for name, tree in trees.items()}
-    writers["native"] = lambda: peft_jax.save_adapter(folder / "native", trees["lora"], format="native")
+    writers = {
+        name: functools.partial(peft_jax.save_adapter, folder / name, tree)
+        for name, tree in trees.items()
+    }
+    writers["native"] = lambda: peft_jax.save_adapter(
+        folder / "native", trees["lora"], format="native"
+    )
     writers["adapter"] = lambda: export(config, setup, trees["lora"], folder)
     writers["model"] = lambda: export(config, setup, trees["lora"], folder, merged=True)
-    nf4 = placed(peft_jax.quantize(base, peft_jax.NF4(block_size=16, double=False), targets="q_proj"))
+    nf4 = placed(
+        peft_jax.quantize(base, peft_jax.NF4(block_size=16, double=False), targets="q_proj")
+    )
     writers["nf4"] = lambda: peft_jax.save(folder / "nf4", model, nf4)
     gathered: list[int] = []
     gather = multihost_utils.process_allgather
@@ -103,7 +134,10 @@ def write_all(folder, tiny_folder, mesh=None):
         write()
         found[name] = sum(gathered)
     multihost_utils.process_allgather = gather
-    sizes = {name: sum(x.nbytes for x in jax.tree.leaves(tree)) for name, tree in {**trees, "nf4": nf4, "base": base}.items()}
+    sizes = {
+        name: sum(x.nbytes for x in jax.tree.leaves(tree))
+        for name, tree in {**trees, "nf4": nf4, "base": base}.items()
+    }
     return {"gathered": found, "sizes": sizes}
 
 
@@ -119,7 +153,9 @@ def test_what_is_written_is_gathered_and_no_base_of_an_adapter(tiny_folder, tmp_
             a, b = load_file(file), load_file(two / file.name)
             assert a.keys() == b.keys()
             for key in a:
-                np.testing.assert_allclose(a[key].astype(np.float32), b[key].astype(np.float32), rtol=1e-6, err_msg=key)
+                np.testing.assert_allclose(
+                    a[key].astype(np.float32), b[key].astype(np.float32), rtol=1e-6, err_msg=key
+                )
     for name in (*ADAPTERS, "native", "adapter"):
         assert gathered[name] <= sizes[name if name in ADAPTERS else "lora"] - sizes["base"], name
     assert gathered["native"] > 0  # some of it is spread over the two

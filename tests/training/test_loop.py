@@ -23,7 +23,13 @@ from peft_jax.data.encode import Example
 from peft_jax.objectives.tokens import next_token
 from peft_jax.training.checkpoint import Checkpoints, weights_of
 from peft_jax.training.config import OptimizerConfig, RunConfig, TrainConfig, load_config
-from peft_jax.training.loop import TrainingDivergedError, _lowest, _out_of_patience, initial_state, train
+from peft_jax.training.loop import (
+    TrainingDivergedError,
+    _lowest,
+    _out_of_patience,
+    initial_state,
+    train,
+)
 from peft_jax.training.optimizer import make_optimizer, make_schedule
 from peft_jax.training.report import active_parameters
 from peft_jax.training.run import train_steps
@@ -34,7 +40,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def tiny_rows(count, length, seed=0):
-    """Rows of arithmetic sequences, which a model can learn, some of them packed and some padded."""
+    """Rows of arithmetic sequences, which a model can learn, some of them packed and some
+    padded.
+    """
     rng = np.random.default_rng(seed)
     sizes = rng.integers(length // 3, length + 1, count)
     examples = []
@@ -47,12 +55,21 @@ def tiny_rows(count, length, seed=0):
 @pytest.fixture(scope="module")
 def setup(tiny_folder):
     model, params = peft_jax.load(tiny_folder)
-    return model, peft_jax.lora(params, jax.random.key(0), rank=2, alpha=16, dropout=0.1), tiny_rows(32, 16)
+    return (
+        model,
+        peft_jax.lora(params, jax.random.key(0), rank=2, alpha=16, dropout=0.1),
+        tiny_rows(32, 16),
+    )
 
 
-def fit(setup, steps, folder=None, *, config=TrainConfig(log_every=1, tensorboard=False), **options):  # noqa: B008
+QUIET = TrainConfig(log_every=1, tensorboard=False)
+
+
+def fit(setup, steps, folder=None, *, config=QUIET, **options):
     model, params, rows = setup
-    return train(model, params, rows, optax.adamw(0.01), config, steps=steps, folder=folder, **options)
+    return train(
+        model, params, rows, optax.adamw(0.01), config, steps=steps, folder=folder, **options
+    )
 
 
 def losses_of(folder):
@@ -93,9 +110,13 @@ def test_the_checkpoint_holds_no_base(setup, tmp_path):
 
 
 def test_retention_and_best(setup, tmp_path):
-    config = TrainConfig(eval_every=2, checkpoint_every=2, keep_checkpoints=2, tensorboard=True, log_every=2)
+    config = TrainConfig(
+        eval_every=2, checkpoint_every=2, keep_checkpoints=2, tensorboard=True, log_every=2
+    )
     result = fit(setup, 8, tmp_path, config=config, validation=tiny_rows(8, 16, seed=5))
-    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [6, 8]
+    assert sorted(
+        int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()
+    ) == [6, 8]
     losses = {k: v["loss"] for k, v in result.evaluations.items()}
     assert sorted(losses) == [2, 4, 6, 8]
     best = [int(p.name) for p in (tmp_path / "best").iterdir() if p.name.isdigit()]
@@ -104,7 +125,9 @@ def test_retention_and_best(setup, tmp_path):
 
 
 def test_only_weights_are_kept_of_the_best_and_read_to_export(setup, tmp_path):
-    """A folder that holds an optimizer's state as well, as an older version wrote `best`, is read as one that does not."""
+    """A folder that holds an optimizer's state as well, as an older version wrote `best`, is read
+    as one that does not.
+    """
     config = TrainConfig(eval_every=2, tensorboard=False)
     result = fit(setup, 2, tmp_path, config=config, validation=tiny_rows(8, 16, seed=5))
     state = initial_state(setup[1], optax.adamw(0.01), 0)
@@ -113,7 +136,11 @@ def test_only_weights_are_kept_of_the_best_and_read_to_export(setup, tmp_path):
         read, _ = kept.restore(weights_of(state))
         assert read.opt_state is None
         assert int(read.step) == 2
-        for a, b in zip(jax.tree.leaves(read.trainable), jax.tree.leaves(partition(result.params)[0]), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(read.trainable),
+            jax.tree.leaves(partition(result.params)[0]),
+            strict=True,
+        ):
             np.testing.assert_array_equal(a, b)
         if name == "best":
             with pytest.raises(ValueError, match="holds another state, as opt_state"):
@@ -124,7 +151,9 @@ def test_only_weights_are_kept_of_the_best_and_read_to_export(setup, tmp_path):
 def test_early_stopping_ends_with_the_best_weights(setup, tmp_path):
     model, params, rows = setup
     config = TrainConfig(eval_every=1, patience=2, tensorboard=False)
-    result = train(model, params, rows, optax.sgd(-0.05), config, steps=50, validation=rows, folder=tmp_path)  # climbs
+    result = train(
+        model, params, rows, optax.sgd(-0.05), config, steps=50, validation=rows, folder=tmp_path
+    )  # climbs
     assert result.step == 3
     best = min(result.evaluations, key=lambda k: result.evaluations[k]["loss"])
     assert best == 1
@@ -136,7 +165,8 @@ def test_the_best_weights_are_kept_without_a_folder(setup, tmp_path):
     config = TrainConfig(log_every=1, tensorboard=False, eval_every=1, keep_best=True)
     options = dict(steps=4, validation=tiny_rows(8, 16, seed=1))
     kept, stored = (
-        train(model, params, rows, optax.sgd(30.0), config, folder=folder, **options) for folder in (None, tmp_path / "run")
+        train(model, params, rows, optax.sgd(30.0), config, folder=folder, **options)
+        for folder in (None, tmp_path / "run")
     )
     losses = {step: found["loss"] for step, found in kept.evaluations.items()}
     assert min(losses, key=losses.get) != 4
@@ -145,7 +175,9 @@ def test_the_best_weights_are_kept_without_a_folder(setup, tmp_path):
 
 
 def test_an_evaluation_that_is_not_finite_is_no_best():
-    losses = lambda *values: {i: {"loss": v} for i, v in enumerate(values)}
+    def losses(*values):
+        return {i: {"loss": v} for i, v in enumerate(values)}
+
     nan = float("nan")
     assert _lowest([nan, 3.0, 2.0]) == 2.0
     assert not _out_of_patience(losses(nan, 3.0, 2.0), 2)
@@ -156,12 +188,19 @@ def test_an_evaluation_that_is_not_finite_is_no_best():
 def test_epochs_see_every_row():
     """23 rows at 16 are two steps; whole epochs are no step longer than they are."""
     rows = tiny_rows(46, 16)._make(x[:23] for x in tiny_rows(200, 16))
-    steps = lambda epochs, batch: train_steps(RunConfig(train=TrainConfig(epochs=epochs, batch_size=batch, steps=None)), rows)
+
+    def steps(epochs, batch):
+        return train_steps(
+            RunConfig(train=TrainConfig(epochs=epochs, batch_size=batch, steps=None)), rows
+        )
+
     assert [steps(1, 16), steps(2, 23), steps(3, 23), steps(0.1, 23)] == [2, 2, 3, 1]
 
 
 def test_mixtures_count_the_experts_that_a_token_meets(tmp_path):
-    """FLOPs of a step: the parameters of 2 of 4 experts, against PyTorch's count of the rest and of one expert."""
+    """FLOPs of a step: the parameters of 2 of 4 experts, against PyTorch's count of the rest and of
+    one expert.
+    """
     folder, *_ = family_checkpoint("mixtral_sliding", tmp_path)
     model, params = peft_jax.load(folder)
     torch_model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -178,20 +217,41 @@ def test_divergence_is_said(setup):
     model, params, rows = setup
 
     def bad(apply, params, batch, rng):
-        return peft_jax.partition(params)[0]["model"]["layers"]["mlp"]["up_proj"]["kernel"].a.sum() * jnp.nan, {
-            "weight": jnp.ones(())
-        }
+        return peft_jax.partition(params)[0]["model"]["layers"]["mlp"]["up_proj"][
+            "kernel"
+        ].a.sum() * jnp.nan, {"weight": jnp.ones(())}
 
-    with pytest.raises(TrainingDivergedError, match=r"3 steps in a row .* the first ones: no learning rate was at work yet"):
-        train(model, params, rows, optax.sgd(0.1), TrainConfig(nan_limit=3, log_every=1), steps=9, objective=bad)
+    with pytest.raises(
+        TrainingDivergedError,
+        match=r"3 steps in a row .* the first ones: no learning rate was at work yet",
+    ):
+        train(
+            model,
+            params,
+            rows,
+            optax.sgd(0.1),
+            TrainConfig(nan_limit=3, log_every=1),
+            steps=9,
+            objective=bad,
+        )
 
     def later(apply, params, batch, rng):
         loss, metrics = next_token(apply, params, batch, rng)
         up = peft_jax.partition(params)[0]["model"]["layers"]["mlp"]["up_proj"]["kernel"]
         return loss + jnp.where(jnp.abs(up.b).max() > 0, jnp.nan, 0.0) * up.b.sum(), metrics
 
-    with pytest.raises(TrainingDivergedError, match=r"3 steps in a row .* lower optimizer.learning_rate"):
-        train(model, params, rows, optax.sgd(0.1), TrainConfig(nan_limit=3, log_every=1), steps=9, objective=later)
+    with pytest.raises(
+        TrainingDivergedError, match=r"3 steps in a row .* lower optimizer.learning_rate"
+    ):
+        train(
+            model,
+            params,
+            rows,
+            optax.sgd(0.1),
+            TrainConfig(nan_limit=3, log_every=1),
+            steps=9,
+            objective=later,
+        )
 
 
 def test_what_cannot_be_trained_is_refused(setup):
@@ -199,7 +259,10 @@ def test_what_cannot_be_trained_is_refused(setup):
     with pytest.raises(ValueError, match=r"nothing trains"):
         fit((model, peft_jax.freeze(params), rows), 1)
     mesh = make_mesh({"data": 8})
-    with pytest.raises(ValueError, match=r"a micro-batch of 4 rows .* does not divide over expert x data x fsdp = 8"):
+    with pytest.raises(
+        ValueError,
+        match=r"a micro-batch of 4 rows .* does not divide over expert x data x fsdp = 8",
+    ):
         fit((model, shard(params, mesh), rows), 1, config=TrainConfig(batch_size=4), mesh=mesh)
     mesh = make_mesh({"sequence": 8})
     with pytest.raises(ValueError, match=r"sequence_length=12 does not divide over sequence=8"):
@@ -211,7 +274,10 @@ def test_what_cannot_be_trained_is_refused(setup):
     [
         ({"data": 3}, "does not divide the 8 devices"),
         ({"data": -1, "tensor": 3}, "does not divide the 8 devices"),
-        ({"rows": 8}, "unknown mesh axis 'rows'; the axes are expert, data, fsdp, sequence, tensor"),
+        (
+            {"rows": 8},
+            "unknown mesh axis 'rows'; the axes are expert, data, fsdp, sequence, tensor",
+        ),
         ({"data": -1, "fsdp": -1}, "at most one of them -1"),
         ({"data": 0}, "must be positive"),
     ],
@@ -222,9 +288,13 @@ def test_bad_meshes(axes, message):
 
 
 def test_schedules_and_optimizers():
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="linear", final_fraction=0.1)
+    config = OptimizerConfig(
+        learning_rate=1.0, warmup_steps=10, schedule="linear", final_fraction=0.1
+    )
     schedule = make_schedule(config, 110)
-    np.testing.assert_allclose([schedule(i) for i in (0, 5, 10, 60, 110)], [0, 0.5, 1.0, 0.55, 0.1], rtol=1e-5)
+    np.testing.assert_allclose(
+        [schedule(i) for i in (0, 5, 10, 60, 110)], [0, 0.5, 1.0, 0.55, 0.1], rtol=1e-5
+    )
     cosine = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=0), 100)
     np.testing.assert_allclose([cosine(0), cosine(50), cosine(100)], [1.0, 0.5, 0.0], atol=1e-6)
     params = {"w": np.ones((2, 2), np.float32), "b": np.ones(2, np.float32)}
@@ -239,10 +309,21 @@ def test_schedules_and_optimizers():
 
 def command(folder, tiny_folder, *overrides):
     options = [
-        f"output={folder}", f"model.path={tiny_folder}", "method.rank=2", "method.dropout=0.1", "data.train.limit=12",
-        "data.validation=null", "data.sequence_length=32", "train.steps=40", "train.batch_size=2", "train.log_every=1",
-        "train.checkpoint_every=5", "evaluate.metrics=[]", "train.tensorboard=false", *overrides,
-    ]  # fmt: skip
+        f"output={folder}",
+        f"model.path={tiny_folder}",
+        "method.rank=2",
+        "method.dropout=0.1",
+        "data.train.limit=12",
+        "data.validation=null",
+        "data.sequence_length=32",
+        "train.steps=40",
+        "train.batch_size=2",
+        "train.log_every=1",
+        "train.checkpoint_every=5",
+        "evaluate.metrics=[]",
+        "train.tensorboard=false",
+        *overrides,
+    ]
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", "peft_jax", "train", *options],
@@ -300,7 +381,10 @@ def test_sigterm_saves_and_ends_cleanly(tiny_folder, tmp_path, uninterrupted):
 def test_calibration_on_text_that_nobody_chose_is_said(monkeypatch, caplog):
     monkeypatch.setattr("peft_jax.training.setup.make_rows", lambda *_: None)
     monkeypatch.setattr("peft_jax.training.setup.first_batches", lambda *_: [])
-    run = lambda *overrides: calibration_batches(load_config(None, overrides), None, 1)
+
+    def run(*overrides):
+        return calibration_batches(load_config(None, overrides), None, 1)
+
     run()
     run("model.path=some/model", "data.train.path=mine.txt")
     assert not caplog.records

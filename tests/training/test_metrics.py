@@ -1,4 +1,6 @@
-"""Metrics against scikit-learn, SciPy, seqeval and sacrebleu, on random samples and on degenerate ones."""
+"""Metrics against scikit-learn, SciPy, seqeval and sacrebleu, on random samples and on degenerate
+ones.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -50,19 +52,33 @@ def test_numbers_are_correlated_as_scipy_does():
 @pytest.mark.parametrize("tags", [["O"], ["O", "B-A", "I-A", "B-B", "I-B"]])
 def test_spans_are_scored_as_seqeval_does(tags):
     rng = np.random.default_rng(1)
-    rows = lambda: [[tags[i] for i in rng.integers(0, len(tags), n)] for n in (3, 8, 1)]
+
+    def rows():
+        return [[tags[i] for i in rng.integers(0, len(tags), n)] for n in (3, 8, 1)]
+
     predicted, gold = rows(), rows()
-    assert metrics.seqeval(predicted, gold) == pytest.approx(span_f1(gold, predicted, zero_division=0))
+    assert metrics.seqeval(predicted, gold) == pytest.approx(
+        span_f1(gold, predicted, zero_division=0)
+    )
 
 
 def test_bleu_takes_missing_references_as_missing():
     """A reference that is not there is not an empty one: the same as the first one given twice."""
     predictions = ["the cat sat on a mat", "there is a dog in the old garden today"]
-    references = [["the cat sat on the mat", "a cat was sitting on the mat for a long while"], ["a dog runs in the garden"]]
-    twice = [["the cat sat on the mat", "a dog runs in the garden"],
-             ["a cat was sitting on the mat for a long while", "a dog runs in the garden"]]  # fmt: skip
-    assert bleu(predictions, references) == pytest.approx(sacrebleu.corpus_bleu(predictions, twice).score)
-    assert bleu(predictions[1:], references[1:]) == pytest.approx(sacrebleu.corpus_bleu(predictions[1:], [references[1]]).score)
+    references = [
+        ["the cat sat on the mat", "a cat was sitting on the mat for a long while"],
+        ["a dog runs in the garden"],
+    ]
+    twice = [
+        ["the cat sat on the mat", "a dog runs in the garden"],
+        ["a cat was sitting on the mat for a long while", "a dog runs in the garden"],
+    ]
+    assert bleu(predictions, references) == pytest.approx(
+        sacrebleu.corpus_bleu(predictions, twice).score
+    )
+    assert bleu(predictions[1:], references[1:]) == pytest.approx(
+        sacrebleu.corpus_bleu(predictions[1:], [references[1]]).score
+    )
 
 
 def test_a_tie_is_a_hit_of_the_first_alone():

@@ -1,4 +1,6 @@
-"""Continuing a run: what alters its trajectory is refused by name, unless it is wanted; nothing is written before."""
+"""Continuing a run: what alters its trajectory is refused by name, unless it is wanted; nothing is
+written before.
+"""
 
 import dataclasses
 import io
@@ -17,7 +19,9 @@ from peft_jax.training.run import run_training
 
 
 def fields(section, prefix=""):
-    """The dotted names of all options; sections that may be absent, and lists of them, are options as a whole."""
+    """The dotted names of all options; sections that may be absent, and lists of them, are options
+    as a whole.
+    """
     for field in dataclasses.fields(section):
         kind = typing.get_type_hints(section)[field.name]
         inner = dataclasses.is_dataclass(kind)
@@ -38,9 +42,14 @@ def test_what_is_known_of_files_may_change_with_the_options_of_their_section():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ConfigError, match=r"'optimizer.learning_rat' is no option .* Did you mean 'optimizer.learning_rate'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'optimizer.learning_rat' is no option .* Did you mean 'optimizer.learning_rate'",
+    ):
         parse_config({"resume_with": ["optimizer.learning_rat"]})
-    with pytest.raises(ConfigError, match=r"'train.log_every' is no option that alters what is trained"):
+    with pytest.raises(
+        ConfigError, match=r"'train.log_every' is no option that alters what is trained"
+    ):
         parse_config({"resume_with": ["train.log_every"]})
 
 
@@ -48,14 +57,26 @@ def test_unknown_names_are_refused():
 def run(tiny_folder, tmp_path_factory):
     """A function that continues a run of two steps with changes."""
     base = {
-        "output": str(tmp_path_factory.mktemp("run")), "model.path": str(tiny_folder), "method.rank": 2, "train.steps": 2,
-        "data.train.path": "builtin:countries", "data.train.limit": 8, "data.kind": "completion", "data.validation": None,
-        "data.sequence_length": 32, "train.batch_size": 8, "train.tensorboard": False, "optimizer.warmup_steps": 0,
-    }  # fmt: skip
+        "output": str(tmp_path_factory.mktemp("run")),
+        "model.path": str(tiny_folder),
+        "method.rank": 2,
+        "train.steps": 2,
+        "data.train.path": "builtin:countries",
+        "data.train.limit": 8,
+        "data.kind": "completion",
+        "data.validation": None,
+        "data.sequence_length": 32,
+        "train.batch_size": 8,
+        "train.tensorboard": False,
+        "optimizer.warmup_steps": 0,
+    }
 
     def go(console=None, **changes):
         tree = {}
-        for name, value in {**base, **{k.replace("__", "."): v for k, v in changes.items()}}.items():
+        for name, value in {
+            **base,
+            **{k.replace("__", "."): v for k, v in changes.items()},
+        }.items():
             *sections, last = name.split(".")
             at = tree
             for section in sections:
@@ -96,18 +117,27 @@ def test_a_new_run_that_cannot_be_keeps_the_old_ones_checkpoints(run):
 
 
 def test_another_optimizer_is_one_sentence_even_where_it_is_wanted(run):
-    with pytest.raises(ValueError, match=r"holds another state, .* of another optimizer, method or model") as caught:
+    with pytest.raises(
+        ValueError, match=r"holds another state, .* of another optimizer, method or model"
+    ) as caught:
         run(optimizer__name="sgd", resume_with=["optimizer.name"])
     assert len(str(caught.value)) < 400
 
 
 def test_what_is_wanted_is_taken_and_what_alters_nothing_needs_no_word(run):
     result = run(
-        train__steps=4, optimizer__learning_rate=1e-2, optimizer__clip_norm=0.0, train__log_every=1, generate__seed=3,
+        train__steps=4,
+        optimizer__learning_rate=1e-2,
+        optimizer__clip_norm=0.0,
+        train__log_every=1,
+        generate__seed=3,
         resume_with=["train.steps", "optimizer.learning_rate", "optimizer.clip_norm"],
-    )  # fmt: skip
+    )
     assert result.step == 4
-    assert yaml.safe_load((run.folder / "config.yaml").read_text())["optimizer"]["learning_rate"] == 1e-2
+    assert (
+        yaml.safe_load((run.folder / "config.yaml").read_text())["optimizer"]["learning_rate"]
+        == 1e-2
+    )
     assert json.loads((run.folder / "results.json").read_text())["steps"] == 4
 
 
@@ -115,7 +145,9 @@ def test_skipped_steps_are_said_in_the_last_line_and_in_the_results(run, monkeyp
     console, module = Console(file=io.StringIO(), width=200), sys.modules[run_training.__module__]
     trained = module.train
     monkeypatch.setattr(module, "train", lambda *a, **k: trained(*a, **k)._replace(skipped=1))
-    result = run(console, resume_with=["train.steps", "optimizer.learning_rate", "optimizer.clip_norm"])
+    result = run(
+        console, resume_with=["train.steps", "optimizer.learning_rate", "optimizer.clip_norm"]
+    )
     last = console.file.getvalue().strip().splitlines()[-1]
     assert last.startswith("written: ")
     assert last.endswith(f"1 of {result.step} steps skipped, whose gradient was not finite")

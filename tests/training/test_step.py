@@ -24,14 +24,30 @@ def setup(tiny_folder):
     return model, peft_jax.lora(params, jax.random.key(0), rank=2, alpha=16), tiny_rows(32, 16)
 
 
-def run(model, params, rows, steps, *, mesh=None, accumulate=1, batch_size=8, objective=next_token, optimizer=None):
+def run(
+    model,
+    params,
+    rows,
+    steps,
+    *,
+    mesh=None,
+    accumulate=1,
+    batch_size=8,
+    objective=next_token,
+    optimizer=None,
+):
     optimizer = optimizer or optax.adamw(0.01)
     params = params if mesh is None else shard(params, mesh)
     state, frozen = initial_state(params, optimizer, 0, mesh), peft_jax.partition(params)[1]
-    step = jax.jit(make_step(objective, peft_jax.bind(model), optimizer, accumulate=accumulate), donate_argnums=0)
+    step = jax.jit(
+        make_step(objective, peft_jax.bind(model), optimizer, accumulate=accumulate),
+        donate_argnums=0,
+    )
     losses = []
     for i in range(steps):
-        state, metrics = step(state, frozen, on_devices(batch_at(rows, i, batch_size, seed=0), mesh))
+        state, metrics = step(
+            state, frozen, on_devices(batch_at(rows, i, batch_size, seed=0), mesh)
+        )
         losses.append(float(metrics["loss"]))
     return np.asarray(losses), state, metrics
 
@@ -43,7 +59,9 @@ def test_accumulation_equals_one_batch(setup):
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
     assert float(metrics_parts["weight"]) == float(metrics["weight"])
     np.testing.assert_allclose(metrics_parts["accuracy"], metrics["accuracy"], rtol=1e-4)
-    for a, b in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(state_parts.trainable), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(state.trainable), jax.tree.leaves(state_parts.trainable), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4)
 
 
@@ -77,9 +95,15 @@ def test_loss_is_the_mean_over_what_counts(setup):
     model, params, rows = setup
     batch = batch_at(rows, 0, 8, seed=0)
     logits = np.asarray(
-        peft_jax.bind(model)(params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+        peft_jax.bind(model)(
+            params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        )
     )
-    log = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+    log = (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
+    )
     picked = -np.take_along_axis(log, batch["targets"][..., None], -1)[..., 0]
     expected = (picked * batch["weights"]).sum() / batch["weights"].sum()
     loss, metrics = next_token(peft_jax.bind(model), params, batch, None)
@@ -95,7 +119,12 @@ def test_third_party_models_without_hidden_states_have_the_same_loss():
     batch = {"tokens": tokens, "targets": (tokens + 1) % 13, "weights": np.ones((2, 5), np.float32)}
     loss, _ = next_token(peft_jax.bind(model), params, batch, None)
     logits = model.apply({"params": params}, tokens)
-    assert relative_error(loss, optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()) < 1e-6
+    assert (
+        relative_error(
+            loss, optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
+        )
+        < 1e-6
+    )
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(setup):
@@ -115,7 +144,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(setup):
     after, metrics = step(state, frozen, bad)
     assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"]), int(after.step)) == (1, 1, 1)
     for a, b in zip(
-        jax.tree.leaves((state.trainable, state.opt_state)), jax.tree.leaves((after.trainable, after.opt_state)), strict=True
+        jax.tree.leaves((state.trainable, state.opt_state)),
+        jax.tree.leaves((after.trainable, after.opt_state)),
+        strict=True,
     ):
         np.testing.assert_array_equal(a, b)
     after, metrics = step(after, frozen, batch)
@@ -135,13 +166,25 @@ def test_the_frozen_tree_is_an_argument_and_has_no_gradient(setup):
     text = _compiled(model, params, rows).as_text()
     dots = [line for line in text.splitlines() if " dot(" in line]
     assert dots
-    kernels = {"f32[48,32]", "f32[32,48]", "f32[32,32]", "f32[32,16]", "f32[16,32]", "f32[4096,32]", "f32[32,4096]"}
+    kernels = {
+        "f32[48,32]",
+        "f32[32,48]",
+        "f32[32,32]",
+        "f32[32,16]",
+        "f32[16,32]",
+        "f32[4096,32]",
+        "f32[32,4096]",
+    }
     for line in dots:
         assert line.split("=")[1].strip().split("{")[0] not in kernels, line
-    assert "constant" not in "".join(line for line in text.splitlines() if "f32[4096,32]" in line and "constant(" in line)
+    assert "constant" not in "".join(
+        line for line in text.splitlines() if "f32[4096,32]" in line and "constant(" in line
+    )
     # the check itself can fail: full fine-tuning has such products
     full = _compiled(model, peft_jax.full(peft_jax.merge(params)), rows).as_text()
-    shapes = {line.split("=")[1].strip().split("{")[0] for line in full.splitlines() if " dot(" in line}
+    shapes = {
+        line.split("=")[1].strip().split("{")[0] for line in full.splitlines() if " dot(" in line
+    }
     assert shapes & kernels
 
 
@@ -176,7 +219,9 @@ def test_twenty_steps_on_eight_devices_equal_one(setup, one_device, axes):
 
 
 def test_no_full_copy_of_a_sharded_stack(setup):
-    """Fully sharded: a layer's weight may be gathered for its own use, the stack of all layers never."""
+    """Fully sharded: a layer's weight may be gathered for its own use, the stack of all layers
+    never.
+    """
     import re
 
     import flax.linen as nn
@@ -195,10 +240,14 @@ def test_evaluation_has_no_dropout(setup):
     evaluate = jax.jit(make_evaluation(next_token, peft_jax.bind(model)))
     trainable, frozen = peft_jax.partition(dropped)
     batch = batch_at(rows, 0, 8, seed=0)
-    assert float(evaluate(trainable, frozen, batch)["loss"]) == float(evaluate(trainable, frozen, batch)["loss"])
+    assert float(evaluate(trainable, frozen, batch)["loss"]) == float(
+        evaluate(trainable, frozen, batch)["loss"]
+    )
 
 
 def test_float16_is_refused(setup):
     model, _, _ = setup
-    with pytest.raises(ValueError, match="float16 has too small a range for gradients: train in bfloat16"):
+    with pytest.raises(
+        ValueError, match="float16 has too small a range for gradients: train in bfloat16"
+    ):
         make_step(next_token, peft_jax.bind(model.clone(dtype=jnp.float16)), optax.sgd(0.1))

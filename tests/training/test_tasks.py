@@ -1,4 +1,6 @@
-"""Tasks beyond the next token: rows with labels, objectives against PyTorch's losses, metrics, and training from YAML."""
+"""Tasks beyond the next token: rows with labels, objectives against PyTorch's losses, metrics, and
+training from YAML.
+"""
 
 import functools
 import json
@@ -63,9 +65,14 @@ def tokenizer():
     vocabulary = {w: i for i, w in enumerate(dict.fromkeys([*WORDS, *letters]))}
     assert len(vocabulary) <= VOCAB
     pieces = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    pieces.normalizer, pieces.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
+    pieces.normalizer, pieces.pre_tokenizer = (
+        normalizers.Lowercase(),
+        pre_tokenizers.BertPreTokenizer(),
+    )
     pieces.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return tr.PreTrainedTokenizerFast(
         tokenizer_object=pieces,
@@ -88,7 +95,8 @@ REVIEWS = records(
     {"text": "it was a good film", "label": "yes"},
 )
 TAGGED = records(
-    {"tokens": ["the", "unlike", "film"], "tags": ["DET", "ADJ", "NOUN"]}, {"tokens": ["it", "was"], "tags": ["PRON", "VERB"]}
+    {"tokens": ["the", "unlike", "film"], "tags": ["DET", "ADJ", "NOUN"]},
+    {"tokens": ["it", "was"], "tags": ["PRON", "VERB"]},
 )
 ASKED = records(
     {
@@ -96,7 +104,11 @@ ASKED = records(
         "context": "the film was red. it was no good film",
         "answers": {"text": ["no good"], "answer_start": [25]},
     },
-    {"question": "what?", "context": "a bad film", "answers": {"text": ["bad film"], "answer_start": [2]}},
+    {
+        "question": "what?",
+        "context": "a bad film",
+        "answers": {"text": ["bad film"], "answer_start": [2]},
+    },
 )
 
 
@@ -115,11 +127,16 @@ def theirs(name, task, folder):
 
 
 def tensors(rows, **more):
-    inputs = {"input_ids": rows.tokens, "attention_mask": rows.segment_ids, "token_type_ids": rows.token_type_ids}
+    inputs = {
+        "input_ids": rows.tokens,
+        "attention_mask": rows.segment_ids,
+        "token_type_ids": rows.token_type_ids,
+    }
     return {k: torch.tensor(v).long() for k, v in (inputs | more).items()}
 
 
-# -------------------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------------
+# rows
 
 
 def test_labels_are_named_in_order_and_numbers_with_fractions_are_not():
@@ -134,20 +151,34 @@ def test_rows_of_texts_and_pairs(tokenizer):
     assert rows.labels.tolist() == [1, 0, 1]
     assert rows.tokens[1].tolist() == [2, 6, 7, 3, 0, 0, 0, 0]
     assert rows.segment_ids[1].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
-    pair = encode_classification(records({"text": "a film", "text_pair": "bad", "label": 0.5}), tokenizer, 8, None)
+    pair = encode_classification(
+        records({"text": "a film", "text_pair": "bad", "label": 0.5}), tokenizer, 8, None
+    )
     assert pair.token_type_ids[0].tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
     assert pair.labels.dtype == np.float32
     with pytest.raises(MalformedRecordError, match="made:0: label 'yes' is none of no, maybe"):
         encode_classification(REVIEWS, tokenizer, 8, ["no", "maybe"])
     with pytest.raises(ValueError, match="some records have a text_pair and others none"):
-        encode_classification([*REVIEWS, *records({"text": "a", "text_pair": "b", "label": "no"})], tokenizer, 8, ["no", "yes"])
+        encode_classification(
+            [*REVIEWS, *records({"text": "a", "text_pair": "b", "label": "no"})],
+            tokenizer,
+            8,
+            ["no", "yes"],
+        )
     with pytest.raises(MalformedRecordError, match="made:0: label 'high' is no number"):
         encode_classification(records({"text": "a", "label": "high"}), tokenizer, 8, None)
 
 
 def test_tags_lie_at_the_first_token_of_each_word(tokenizer):
     rows = encode_tagging(TAGGED, tokenizer, 8, label_names(TAGGED, "tags"))
-    assert tokenizer.convert_ids_to_tokens(rows.tokens[0])[:6] == ["[CLS]", "the", "un", "##like", "film", "[SEP]"]
+    assert tokenizer.convert_ids_to_tokens(rows.tokens[0])[:6] == [
+        "[CLS]",
+        "the",
+        "un",
+        "##like",
+        "film",
+        "[SEP]",
+    ]
     assert rows.weights[0].tolist() == [0, 1, 1, 0, 1, 0, 0, 0]
     assert rows.labels[0][[1, 2, 4]].tolist() == [1, 0, 2]
 
@@ -160,13 +191,20 @@ def test_answers_are_found_again_in_windows(tokenizer):
         first, last = rows.labels[o.row]
         if (first, last) != (0, 0):
             context = ASKED[o.record].value["context"]
-            assert context[o.offsets[first, 0] : o.offsets[last, 1]] == ASKED[o.record].value["answers"]["text"][0]
+            assert (
+                context[o.offsets[first, 0] : o.offsets[last, 1]]
+                == ASKED[o.record].value["answers"]["text"][0]
+            )
             found.add(o.record)
     assert found == {0, 1}
 
 
 def test_blanks_of_an_answer_are_no_part_of_it(tokenizer):
-    value = {"question": "was it good?", "context": "the film was good", "answers": {"text": [" film "], "answer_start": [3]}}
+    value = {
+        "question": "was it good?",
+        "context": "the film was good",
+        "answers": {"text": [" film "], "answer_start": [3]},
+    }
     rows, _ = encode_questions(records(value), tokenizer, 14)
     first, last = rows.labels[0]
     assert tokenizer.convert_ids_to_tokens(rows.tokens[0, first : last + 1]) == ["film"]
@@ -193,10 +231,18 @@ def test_sources_and_targets(tokenizer):
 def test_conllu_is_read_by_sentence(tmp_path):
     file = tmp_path / "bank.conllu"
     row = "{}\t{}\t_\t{}\t_\t_\t0\troot\t_\t_\n"
-    good = "# sent_id = blog-1\n" + row.format(1, "It", "PRON") + row.format("2-3", "isn't", "_") + row.format(2, "is", "AUX")
+    good = (
+        "# sent_id = blog-1\n"
+        + row.format(1, "It", "PRON")
+        + row.format("2-3", "isn't", "_")
+        + row.format(2, "is", "AUX")
+    )
     file.write_text(good + "\n1\ttoo\tfew\n\n# sent_id = mail-2\n" + row.format(1, "No", "INTJ"))
     found = read_records(str(file), kind="tagging", columns={"tags": "upos"})
-    assert [r.value for r in found] == [{"tokens": ["It", "is"], "tags": ["PRON", "AUX"]}, {"tokens": ["No"], "tags": ["INTJ"]}]
+    assert [r.value for r in found] == [
+        {"tokens": ["It", "is"], "tags": ["PRON", "AUX"]},
+        {"tokens": ["No"], "tags": ["INTJ"]},
+    ]
     assert found[1].origin == f"{file}:8"
     with pytest.raises(MalformedRecordError, match=r"bank.conllu:6: 3 columns, CoNLL-U has 10"):
         read_records(str(file), kind="tagging", columns={"tags": "upos"}, on_error="stop")
@@ -214,7 +260,9 @@ def test_heads_are_tags_by_distance(tmp_path):
     ):
         file.write_text(row.format(1, head))
         with pytest.raises(MalformedRecordError, match=message):
-            read_records(str(file), kind="tagging", columns={"tags": "head_offset"}, on_error="stop")
+            read_records(
+                str(file), kind="tagging", columns={"tags": "head_offset"}, on_error="stop"
+            )
 
 
 @pytest.mark.parametrize(
@@ -225,7 +273,11 @@ def test_heads_are_tags_by_distance(tmp_path):
         ("classification", {"text": "a"}, "no field 'label'"),
         ("tagging", {"tokens": "a b", "tags": ["X"]}, "'tokens' is no list of words"),
         ("tagging", {"tokens": ["a", "b"], "tags": ["X"]}, "2 tokens and 1 tags"),
-        ("question_answering", {"question": "q", "context": "c", "answers": {}}, "'answers' should hold text and answer_start"),
+        (
+            "question_answering",
+            {"question": "q", "context": "c", "answers": {}},
+            "'answers' should hold text and answer_start",
+        ),
         (
             "question_answering",
             {"question": "q", "context": "c", "answers": {"text": ["d"], "answer_start": [0]}},
@@ -240,19 +292,24 @@ def test_malformed_records_are_named(kind, value, message, tmp_path):
         read_records(str(tmp_path / "data.jsonl"), kind=kind, on_error="stop")
 
 
-# -------------------------------------------------------------------------------------------------------------- objectives
+# --------------------------------------------------------------------------------------------------
+# objectives
 
 
 def test_losses_of_labels_tags_and_answers_match_pytorch(tokenizer, tmp_path):
     rows = {
-        "sequence_classification": encode_classification(REVIEWS, tokenizer, 10, ["no", "yes", "other"]),
+        "sequence_classification": encode_classification(
+            REVIEWS, tokenizer, 10, ["no", "yes", "other"]
+        ),
         "token_classification": encode_tagging(TAGGED, tokenizer, 10, label_names(TAGGED, "tags")),
         "question_answering": encode_questions(ASKED, tokenizer, 24)[0],
     }
     for task, made in rows.items():
         model, params = loaded("bert", task, tmp_path / task)
         reading = ANSWERS if task == "question_answering" else LABELS
-        loss, seen = jax.jit(functools.partial(cross_entropy, reading, peft_jax.bind(model)))(params, made._asdict(), None)
+        loss, seen = jax.jit(functools.partial(cross_entropy, reading, peft_jax.bind(model)))(
+            params, made._asdict(), None
+        )
         labels = (
             {"labels": np.where(made.weights > 0, made.labels, -100)}
             if task != "question_answering"
@@ -261,24 +318,39 @@ def test_losses_of_labels_tags_and_answers_match_pytorch(tokenizer, tmp_path):
         reference = theirs("bert", task, tmp_path / task)
         with torch.no_grad():
             expected = reference(**tensors(made, **labels)).loss.item()
-        if task == "question_answering":  # PyTorch's has the padding in its softmax; ours leaves it out
+        if (
+            task == "question_answering"
+        ):  # PyTorch's has the padding in its softmax; ours leaves it out
             with torch.no_grad():
                 out = reference(**tensors(made))
             hidden = torch.tensor(made.segment_ids) == 0
             ends = [x.masked_fill(hidden, -1e9) for x in (out.start_logits, out.end_logits)]
             labels = [torch.tensor(made.labels[:, i]).long() for i in (0, 1)]
-            expected = sum(torch.nn.functional.cross_entropy(e, y).item() for e, y in zip(ends, labels, strict=True)) / 2
+            expected = (
+                sum(
+                    torch.nn.functional.cross_entropy(e, y).item()
+                    for e, y in zip(ends, labels, strict=True)
+                )
+                / 2
+            )
         assert abs(float(loss) - expected) < 1e-4 * abs(expected)
         assert float(seen["weight"]) == made.weights.sum()
 
 
 def test_the_loss_of_numbers_matches_pytorch(tokenizer, tmp_path):
-    made = encode_classification(records({"text": "good", "label": 0.5}, {"text": "bad film", "label": -1}), tokenizer, 8, None)
+    made = encode_classification(
+        records({"text": "good", "label": 0.5}, {"text": "bad film", "label": -1}),
+        tokenizer,
+        8,
+        None,
+    )
     model, params = loaded("distilbert", "sequence_classification", tmp_path, labels=1)
     batch = {k: v for k, v in made._asdict().items() if k != "token_type_ids"}
     loss, _ = squared_error(peft_jax.bind(model), params, batch, None)
     values = peft_jax.bind(model)(params, made.tokens, segment_ids=made.segment_ids)[:, 0]
-    assert float(loss) == pytest.approx(float(((np.asarray(values) - made.labels) ** 2).mean()), rel=1e-5)
+    assert float(loss) == pytest.approx(
+        float(((np.asarray(values) - made.labels) ** 2).mean()), rel=1e-5
+    )
 
 
 def test_masking_hits_the_wanted_share_and_spares_the_rest(tokenizer, tmp_path):
@@ -296,7 +368,9 @@ def test_masking_hits_the_wanted_share_and_spares_the_rest(tokenizer, tmp_path):
         return jnp.zeros((*tokens.shape, 4))
 
     apply.model = Spy.model
-    objective = functools.partial(cross_entropy, masked_reading(mask_token=4, vocab_size=VOCAB, share=0.2))
+    objective = functools.partial(
+        cross_entropy, masked_reading(mask_token=4, vocab_size=VOCAB, share=0.2)
+    )
     loss, found = objective(apply, None, rows._asdict(), jax.random.key(0))
     assert float(loss) == pytest.approx(np.log(VOCAB), rel=1e-5)
     changed = seen[0] != rows.tokens
@@ -321,7 +395,12 @@ def test_masked_logits_are_those_of_the_whole_row(tokenizer, tmp_path):
 
 def test_contrast_is_the_cross_entropy_of_cosines(tokenizer, tmp_path):
     made = encode_pairs(
-        records(*({"anchor": a, "positive": b} for a, b in (("good film", "it was good"), ("bad", "no"), ("red", "a")))),
+        records(
+            *(
+                {"anchor": a, "positive": b}
+                for a, b in (("good film", "it was good"), ("bad", "no"), ("red", "a"))
+            )
+        ),
         tokenizer,
         8,
     )
@@ -334,9 +413,14 @@ def test_contrast_is_the_cross_entropy_of_cosines(tokenizer, tmp_path):
     )
     np.testing.assert_allclose(np.linalg.norm(a, axis=-1), 1.0, rtol=1e-5)
     scores = a @ b.T / 0.1
-    log = lambda s: -np.diag(s - np.log(np.exp(s).sum(-1, keepdims=True))).mean()
+
+    def log(s):
+        return -np.diag(s - np.log(np.exp(s).sum(-1, keepdims=True))).mean()
+
     assert float(loss) == pytest.approx((log(scores) + log(scores.T)) / 2, rel=1e-4)
-    short = {k: np.concatenate([v, np.zeros_like(v[:1])]) for k, v in made._asdict().items()}  # a row that pads the batch
+    short = {
+        k: np.concatenate([v, np.zeros_like(v[:1])]) for k, v in made._asdict().items()
+    }  # a row that pads the batch
     again, _ = contrast(apply, params, short, None, temperature=0.1)
     assert float(again) == pytest.approx(float(loss), rel=1e-5)
 
@@ -347,7 +431,13 @@ def test_the_loss_of_targets_matches_pytorch(tokenizer, tmp_path):
     reference.save_pretrained(tmp_path)
     model, params = peft_jax.load(tmp_path)
     made = encode_sources(
-        records({"prompt": "a film", "completion": "good"}, {"prompt": "bad", "completion": "it was no"}), tokenizer, 8, 0, 5
+        records(
+            {"prompt": "a film", "completion": "good"}, {"prompt": "bad", "completion": "it was no"}
+        ),
+        tokenizer,
+        8,
+        0,
+        5,
     )
     loss, _ = cross_entropy(TOKENS, peft_jax.bind(model), params, made._asdict(), None)
     with torch.no_grad():
@@ -371,7 +461,9 @@ def test_t5_generates_as_pytorch_does(tokenizer, tmp_path):
     prompts = [[5, 6, 7, 1], [9, 10, 11, 12, 13, 1]]
     ours = peft_jax.generate(model, params, prompts, max_tokens=12)
     for prompt, row in zip(prompts, ours, strict=True):
-        out = reference.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        out = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
         assert row == out[0, 1:].tolist()
     prompted = peft_jax.prompt_tuning(params, jax.random.key(0), num_virtual_tokens=3)
     prefixed = peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=3, init_std=1.0)
@@ -382,7 +474,8 @@ def test_t5_generates_as_pytorch_does(tokenizer, tmp_path):
         assert other[0] == logits.argmax(-1).tolist()
 
 
-# ----------------------------------------------------------------------------------------------------------------- metrics
+# --------------------------------------------------------------------------------------------------
+# metrics
 
 
 def test_metrics():
@@ -405,13 +498,19 @@ def test_answers_are_the_best_spans(tokenizer, tmp_path):
     logits = predict(subject, params, rows)
     for text, origin in zip(answers(subject, params, ASKED), origins, strict=True):
         inside = np.flatnonzero(origin.offsets[:, 0] >= 0)
-        spans = [(logits[origin.row, i, 0] + logits[origin.row, j, 1], i, j) for i in inside for j in inside if i <= j]
+        spans = [
+            (logits[origin.row, i, 0] + logits[origin.row, j, 1], i, j)
+            for i in inside
+            for j in inside
+            if i <= j
+        ]
         _, i, j = max(spans)
         context = ASKED[origin.record].value["context"]
         assert text == context[origin.offsets[i, 0] : origin.offsets[j, 1]]
 
 
-# -------------------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------------------
+# whole runs
 
 
 @pytest.fixture(scope="module")
@@ -427,11 +526,21 @@ def data_file(folder, kind):
     made = {
         "text": [{"text": "the film was good. it was a bad film."}],
         "classification": [r.value for r in REVIEWS],
-        "numbers": [{"text": "good film", "label": 0.9}, {"text": "bad film", "label": 0.1}, {"text": "it was", "label": 0.5}],
+        "numbers": [
+            {"text": "good film", "label": 0.9},
+            {"text": "bad film", "label": 0.1},
+            {"text": "it was", "label": 0.5},
+        ],
         "tagging": [r.value for r in TAGGED],
         "question_answering": [r.value for r in ASKED],
-        "pairs": [{"anchor": "good film", "positive": "it was good"}, {"anchor": "bad", "positive": "no"}],
-        "completion": [{"prompt": "a film", "completion": "good"}, {"prompt": "bad", "completion": "no"}],
+        "pairs": [
+            {"anchor": "good film", "positive": "it was good"},
+            {"anchor": "bad", "positive": "no"},
+        ],
+        "completion": [
+            {"prompt": "a film", "completion": "good"},
+            {"prompt": "bad", "completion": "no"},
+        ],
     }[kind]
     path = folder / f"{kind}.jsonl"
     path.write_text("".join(json.dumps(v) + "\n" for v in made * 6))
@@ -453,36 +562,59 @@ def test_an_encoder_learns_with_knowledge_beside(run, encoder, tmp_path):
     """K-BERT's triples with vectors of entities, or with a lexicon of labels."""
     kind, _ = RUNS[run]
     source = data_file(tmp_path, kind)
-    (tmp_path / "facts.jsonl").write_text(json.dumps({"subject": "film", "relation": "is", "object": "good"}) + "\n")
+    (tmp_path / "facts.jsonl").write_text(
+        json.dumps({"subject": "film", "relation": "is", "object": "good"}) + "\n"
+    )
     np.savez(tmp_path / "e.npz", names=np.asarray(["film", "good"]), vectors=np.eye(2))
     (tmp_path / "lexicon.tsv").write_text(f"film\t{TAGGED[0].value['tags'][0]}\n")
-    more = {"entities": str(tmp_path / "e.npz")} if kind == "classification" else {"lexicon": str(tmp_path / "lexicon.tsv")}
+    more = (
+        {"entities": str(tmp_path / "e.npz")}
+        if kind == "classification"
+        else {"lexicon": str(tmp_path / "lexicon.tsv")}
+    )
     tree = {
         "output": str(tmp_path / "run"),
         "model": {"path": str(encoder), "task": run},
         "method": {"name": "lora", "rank": 2, "targets": ["query", "value"]},
         "mesh": {"data": 1, "fsdp": 2, "tensor": 4},
         "data": {
-            "train": source, "validation": source, "sequence_length": 24,
-            "knowledge": {"triples": {"path": str(tmp_path / "facts.jsonl")}, "triples_room": 8, **more},
+            "train": source,
+            "validation": source,
+            "sequence_length": 24,
+            "knowledge": {
+                "triples": {"path": str(tmp_path / "facts.jsonl")},
+                "triples_room": 8,
+                **more,
+            },
         },
         "optimizer": {"learning_rate": 0.02, "warmup_steps": 1},
         "train": {"steps": 4, "batch_size": 4, "log_every": 1, "tensorboard": False},
-    }  # fmt: skip
+    }
     run_training(parse_config(tree))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["after"]["loss"] < results["before"]["loss"]
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert ("prior" in steps[0]) == (kind == "tagging")
 
 
 @pytest.mark.parametrize("task", ["masked_lm", "sequence_classification"])
 def test_an_encoder_learns_facts(task, encoder, tmp_path):
-    """K-Adapter's tasks: the masked object of a fact in words, and the relation that two things have."""
-    facts = [{"subject": s, "relation": r, "object": o} for s, r, o in (("film", "is", "good"), ("it", "was", "bad"))]
+    """K-Adapter's tasks: the masked object of a fact in words, and the relation that two things
+    have.
+    """
+    facts = [
+        {"subject": s, "relation": r, "object": o}
+        for s, r, o in (("film", "is", "good"), ("it", "was", "bad"))
+    ]
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(f) + "\n" for f in facts * 4))
     templates = {
-        r: [f"{{{{ subject }}}} {r} {{{{ object }}}} ?", f"the {{{{ subject }}}} {r} {{{{ object }}}}"] for r in ("is", "was")
+        r: [
+            f"{{{{ subject }}}} {r} {{{{ object }}}} ?",
+            f"the {{{{ subject }}}} {r} {{{{ object }}}}",
+        ]
+        for r in ("is", "was")
     }
     (tmp_path / "templates.yaml").write_text(json.dumps(templates))
     source = {"path": str(tmp_path / "facts.jsonl")}
@@ -492,27 +624,43 @@ def test_an_encoder_learns_facts(task, encoder, tmp_path):
         "method": {"name": "full"},  # an adapter has nothing to hold on to in a random model
         "mesh": {"data": 1, "fsdp": 2, "tensor": 4},
         "data": {
-            "kind": "facts", "train": source, "validation": {**source, "phrasing": "train"}, "sequence_length": 16,
+            "kind": "facts",
+            "train": source,
+            "validation": {**source, "phrasing": "train"},
+            "sequence_length": 16,
             "mask_share": 1.0,
             "templates": str(tmp_path / "templates.yaml"),
         },
         "optimizer": {"learning_rate": 0.003, "warmup_steps": 1},
         "train": {"steps": 40, "batch_size": 4, "log_every": 40, "tensorboard": False},
-    }  # fmt: skip
+    }
     run_training(parse_config(tree))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["after"]["loss"] < 0.3 * results["before"]["loss"]
     tree["data"]["knowledge"] = {"allowed_weight": 1.0}
-    with pytest.raises(ConfigError, match=f"allowed_weight is for causal language models, not a {task} model"):
+    with pytest.raises(
+        ConfigError, match=f"allowed_weight is for causal language models, not a {task} model"
+    ):
         run_evaluation(parse_config(tree))
 
 
 def test_only_objects_of_facts_are_masked(tokenizer):
-    value = {"prompt": "the film was", "completion": " good. it", "object_at": (1, 5), "relation": "was"}
-    again = {"prompt": "a", "completion": " good film was good", "object_at": (15, 19)}  # it is there before, too
+    value = {
+        "prompt": "the film was",
+        "completion": " good. it",
+        "object_at": (1, 5),
+        "relation": "was",
+    }
+    again = {
+        "prompt": "a",
+        "completion": " good film was good",
+        "object_at": (15, 19),
+    }  # it is there before, too
     rows = encode_masked([Record(value, ""), Record(again, "")], tokenizer, 12)
     for row, (tokens, weights) in enumerate(zip(rows.tokens, rows.weights, strict=True)):
-        assert tokens[weights > 0].tolist() == tokenizer("good", add_special_tokens=False)["input_ids"], row
+        assert (
+            tokens[weights > 0].tolist() == tokenizer("good", add_special_tokens=False)["input_ids"]
+        ), row
     assert weights.argmax() == 5  # after [CLS] a good film was
 
 
@@ -547,17 +695,26 @@ def test_a_task_trains_is_measured_and_comes_back(run, encoder, tmp_path):
         # the labels are in no adapter: the configuration has them
         labels = {
             "labels": (
-                TASKS[task].labels and label_names(read_records(source["path"], kind=TASKS[task].kinds[0]), TASKS[task].labels)
+                TASKS[task].labels
+                and label_names(
+                    read_records(source["path"], kind=TASKS[task].kinds[0]), TASKS[task].labels
+                )
             )
             or []
         }
         tree["data"] |= {k: v for k, v in labels.items() if v}
-    again = run_evaluation(parse_config(tree | {"model": tree["model"] | {"adapter": str(tmp_path / "run" / "adapter")}}))
+    again = run_evaluation(
+        parse_config(
+            tree | {"model": tree["model"] | {"adapter": str(tmp_path / "run" / "adapter")}}
+        )
+    )
     assert again["loss"] == pytest.approx(results["after"]["loss"], rel=1e-3)
     for name in wanted:
         assert again[name] == pytest.approx(results["after"][name], abs=2e-2)
     if run == "sequence_classification":
-        shown = run_generation(parse_config(tree | {"generate": {"prompts": ["good film", "bad film"]}}))
+        shown = run_generation(
+            parse_config(tree | {"generate": {"prompts": ["good film", "bad film"]}})
+        )
         assert {s.strip() for s in shown} <= {"-> no", "-> yes"}
 
 
@@ -582,7 +739,10 @@ def test_an_encoder_decoder_trains_and_generates(tokenizer, tmp_path):
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_2_SEQ_LM"
     tree["data"]["knowledge"] = {"triples": source}
-    with pytest.raises(ConfigError, match="triples and entities are for encoders and decoders, not for encoder-decoders"):
+    with pytest.raises(
+        ConfigError,
+        match="triples and entities are for encoders and decoders, not for encoder-decoders",
+    ):
         run_generation(parse_config(tree))
 
 
@@ -592,11 +752,21 @@ def test_an_encoder_decoder_trains_and_generates(tokenizer, tmp_path):
         ({"model.task": "causal_lm"}, "a bert model has no head for 'causal_lm'"),
         (
             {"data.kind": "chat"},
-            "option 'data.kind': a sequence_classification model learns from classification or facts records, not chat",
+            "option 'data.kind': a sequence_classification model learns from classification or "
+            "facts records, not chat",
         ),
-        ({"evaluate.metrics": ["bleu"]}, "a sequence_classification model has no 'bleu'; it has accuracy, f1"),
-        ({"evaluate.metrics": ["pearson"]}, "the metric pearson is none of labels; there are accuracy, f1, matthews"),
-        ({"data.labels": ["no", "maybe"], "data.on_error": "stop"}, "label 'yes' is none of no, maybe"),
+        (
+            {"evaluate.metrics": ["bleu"]},
+            "a sequence_classification model has no 'bleu'; it has accuracy, f1",
+        ),
+        (
+            {"evaluate.metrics": ["pearson"]},
+            "the metric pearson is none of labels; there are accuracy, f1, matthews",
+        ),
+        (
+            {"data.labels": ["no", "maybe"], "data.on_error": "stop"},
+            "label 'yes' is none of no, maybe",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message, encoder, tmp_path):

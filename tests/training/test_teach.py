@@ -24,9 +24,15 @@ MESH = {"data": 1, "fsdp": 2, "tensor": 4}
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    lines = [{"text": f"it was the {w} of times, and {w} times it was."} for w in ("best", "worst", "age", "season")] * 3
+    lines = [
+        {"text": f"it was the {w} of times, and {w} times it was."}
+        for w in ("best", "worst", "age", "season")
+    ] * 3
     (folder / "texts.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    pairs = [{"prompt": f"it was the {w}", "completion": " of times."} for w in ("best", "worst", "age", "season")] * 3
+    pairs = [
+        {"prompt": f"it was the {w}", "completion": " of times."}
+        for w in ("best", "worst", "age", "season")
+    ] * 3
     (folder / "pairs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in pairs))
     return folder
 
@@ -44,7 +50,9 @@ def configuration(tiny_folder, texts, out, records="texts", **changes):
         "train": {"steps": 4, "batch_size": 8, "log_every": 1, "tensorboard": False},
     }
     for key, value in changes.items():
-        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) and key != "method" else value
+        tree[key] = (
+            {**tree.get(key, {}), **value} if isinstance(value, dict) and key != "method" else value
+        )
     return parse_config(tree)
 
 
@@ -73,7 +81,10 @@ def test_a_pruned_student_learns_from_its_quantized_teacher(tiny_folder, teacher
         prune={"keep": {"layers": 1}, "importance": "spaced"},
         method={"name": "full"},
         distill={
-            "teachers": [{"path": str(teacher), "quantize": {"format": "int8"}}, {"path": str(tiny_folder), "weight": 0.5}],
+            "teachers": [
+                {"path": str(teacher), "quantize": {"format": "int8"}},
+                {"path": str(tiny_folder), "weight": 0.5},
+            ],
             "temperature": 2.0,
             "data_weight": 0.5,
             "features": {"cosine": {"layers": [[1, 3]]}},
@@ -91,13 +102,19 @@ def test_a_pruned_student_learns_from_its_quantized_teacher(tiny_folder, teacher
     assert peft_jax.load(exported)[0].config.num_layers == 1
 
 
-def test_stored_predictions_of_all_tokens_are_the_teacher_itself(tiny_folder, teacher, texts, tmp_path):
+def test_stored_predictions_of_all_tokens_are_the_teacher_itself(
+    tiny_folder, teacher, texts, tmp_path
+):
     """k = V in float32; fewer tokens bring nearly as much; what a token takes is said."""
     teachers = {"teachers": [{"path": str(teacher)}]}
     for k, dtype in ((4096, "float32"), (32, "float16")):
         run_teaching(
             configuration(
-                tiny_folder, texts, tmp_path / str(k), distill=teachers, teach={"k": k, "dtype": dtype, "shard_rows": 5}
+                tiny_folder,
+                texts,
+                tmp_path / str(k),
+                distill=teachers,
+                teach={"k": k, "dtype": dtype, "shard_rows": 5},
             )
         )
     losses = {}
@@ -108,24 +125,42 @@ def test_stored_predictions_of_all_tokens_are_the_teacher_itself(tiny_folder, te
     np.testing.assert_allclose(losses["4096"], losses["online"], rtol=1e-5)
     assert (np.asarray(losses["32"]) < losses["online"]).all()
     cache = {"cache": str(tmp_path / "32")}
-    shorter = configuration(tiny_folder, texts, tmp_path / "x", distill=cache, data={"sequence_length": 16})
+    shorter = configuration(
+        tiny_folder, texts, tmp_path / "x", distill=cache, data={"sequence_length": 16}
+    )
     with pytest.raises(ValueError, match="was written with another data"):
         run_training(shorter)
-    warmer = configuration(tiny_folder, texts, tmp_path / "x", distill={**cache, "temperature": 2.0})
-    with pytest.raises(ValueError, match=r"was written with another temperature: 1\.0, and here it is 2\.0"):
+    warmer = configuration(
+        tiny_folder, texts, tmp_path / "x", distill={**cache, "temperature": 2.0}
+    )
+    with pytest.raises(
+        ValueError, match=r"was written with another temperature: 1\.0, and here it is 2\.0"
+    ):
         run_training(warmer)
 
 
 def test_a_factorized_student_and_a_resumed_cache(tiny_folder, teacher, texts, tmp_path):
-    """Factors train and are written; stopped and continued with stored predictions, the run is the same bit for bit."""
-    run_teaching(configuration(tiny_folder, texts, tmp_path / "cache", distill={"teachers": [{"path": str(teacher)}]}))
+    """Factors train and are written; stopped and continued with stored predictions, the run is the
+    same bit for bit.
+    """
+    run_teaching(
+        configuration(
+            tiny_folder, texts, tmp_path / "cache", distill={"teachers": [{"path": str(teacher)}]}
+        )
+    )
 
     def run(name, steps):
         config = configuration(
-            tiny_folder, texts, tmp_path / name, factorize={"keep": 0.5}, method={"name": "full"},
-            distill={"cache": str(tmp_path / "cache")}, train={"steps": steps, "keep_best": False},
-            optimizer={"schedule": "constant", "learning_rate": 0.003}, resume_with=["train.steps"],
-        )  # fmt: skip
+            tiny_folder,
+            texts,
+            tmp_path / name,
+            factorize={"keep": 0.5},
+            method={"name": "full"},
+            distill={"cache": str(tmp_path / "cache")},
+            train={"steps": steps, "keep_best": False},
+            optimizer={"schedule": "constant", "learning_rate": 0.003},
+            resume_with=["train.steps"],
+        )
         return run_training(config)
 
     whole = run("a", 4)
@@ -137,12 +172,18 @@ def test_a_factorized_student_and_a_resumed_cache(tiny_folder, teacher, texts, t
     found = divergences(tmp_path / "a")
     assert found[-1] < found[0]
     assert divergences(tmp_path / "b") == found
-    kernel = peft_jax.load(tmp_path / "b" / "model")[1]["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    kernel = peft_jax.load(tmp_path / "b" / "model")[1]["model"]["layers"]["mlp"]["up_proj"][
+        "kernel"
+    ]
     assert isinstance(kernel, peft_jax.Factorized)
 
 
 def test_the_base_with_a_context_teaches_its_adapter(tiny_folder, texts, tmp_path):
-    section = {"teachers": [{"path": "self"}], "context": "Speak of the age of wisdom. ", "divergence": "reverse_kl"}
+    section = {
+        "teachers": [{"path": "self"}],
+        "context": "Speak of the age of wisdom. ",
+        "divergence": "reverse_kl",
+    }
     run_training(configuration(tiny_folder, texts, tmp_path / "run", distill=section))
     found = divergences(tmp_path / "run")
     assert 0 < found[-1] < found[0]
@@ -159,9 +200,14 @@ def stranger(tmp_path_factory):
     tokenizer = theirs.__wrapped__()
     tokenizer.save_pretrained(folder)
     config = tr.LlamaConfig(
-        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, bos_token_id=None,
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=None,
         eos_token_id=1,
-    )  # fmt: skip
+    )
     tr.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -178,9 +224,17 @@ def test_an_encoder_learns_labels_and_hidden_states(tmp_path):
     from tests.training.test_tasks import REVIEWS
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 4096, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes = {
+        "vocab_size": 4096,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+    }
     labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
-    tr.BertForSequenceClassification(tr.BertConfig(**sizes, **labels)).save_pretrained(tmp_path / "teacher")
+    tr.BertForSequenceClassification(tr.BertConfig(**sizes, **labels)).save_pretrained(
+        tmp_path / "teacher"
+    )
     peft_jax.load_tokenizer("builtin:base").save_pretrained(tmp_path / "teacher")
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(r.value) + "\n" for r in REVIEWS * 4))
     features = {"cosine": {}, "attention": {"layers": [[1, 2]]}, "minilm": {}}
@@ -193,10 +247,16 @@ def test_an_encoder_learns_labels_and_hidden_states(tmp_path):
         optimizer={"learning_rate": 0.003},
         train={"steps": 10},
         prune={"keep": {"layers": 1}, "importance": "spaced"},
-        distill={"teachers": [{"path": str(tmp_path / "teacher")}], "data_weight": 0.5, "features": features},
+        distill={
+            "teachers": [{"path": str(tmp_path / "teacher")}],
+            "data_weight": 0.5,
+            "features": features,
+        },
     )
     run_training(config)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     first, last = (next(r for r in order if r["kind"] == "train") for order in (rows, rows[::-1]))
     assert {"divergence", "data_loss", *features} <= set(first)
     assert last["loss"] < first["loss"]
@@ -219,7 +279,10 @@ def endpoint(teacher):
             if body["model"] != "teacher":
                 return self.answer(404, {"error": "no such model"})
             assert self.path == "/v1/completions"
-            return self.answer(200, {"choices": [self.choice(i, p, body) for i, p in enumerate(body["prompt"])][::-1]})
+            return self.answer(
+                200,
+                {"choices": [self.choice(i, p, body) for i, p in enumerate(body["prompt"])][::-1]},
+            )
 
         def choice(self, index, prompt, body):
             logits = np.asarray(apply(params, np.asarray([prompt]))[0], np.float64)
@@ -227,7 +290,9 @@ def endpoint(teacher):
             told = [None]
             for row, token in zip(log[:-1], prompt[1:], strict=True):
                 top = np.argsort(-row)[: body["prompt_logprobs"] - state["told"]]
-                told.append({str(i): {"logprob": row[i], "rank": 1} for i in {*top.tolist(), token}})
+                told.append(
+                    {str(i): {"logprob": row[i], "rank": 1} for i in {*top.tolist(), token}}
+                )
             return {"index": index, "text": "", "prompt_logprobs": told}
 
         def answer(self, status, body):
@@ -244,15 +309,24 @@ def endpoint(teacher):
     server.shutdown()
 
 
-def test_an_endpoint_tells_what_the_model_itself_would(endpoint, tiny_folder, teacher, texts, tmp_path):
+def test_an_endpoint_tells_what_the_model_itself_would(
+    endpoint, tiny_folder, teacher, texts, tmp_path
+):
     from peft_jax.distillation.cache import open_cache
 
     url, state = endpoint
     options = {"k": 8, "dtype": "float32"}
-    asking = lambda out, model: configuration(tiny_folder, texts, tmp_path / out, teach={**options, "url": url, "model": model})
+
+    def asking(out, model):
+        return configuration(
+            tiny_folder, texts, tmp_path / out, teach={**options, "url": url, "model": model}
+        )
+
     run_teaching(asking("remote", "teacher"))
     section = {"teachers": [{"path": str(teacher)}]}
-    run_teaching(configuration(tiny_folder, texts, tmp_path / "local", teach=options, distill=section))
+    run_teaching(
+        configuration(tiny_folder, texts, tmp_path / "local", teach=options, distill=section)
+    )
     remote, local = (open_cache(tmp_path / n) for n in ("remote", "local"))
     config = configuration(tiny_folder, texts, tmp_path / "x")
     counted = make_rows(config, config.data.train, set_up(config)).weights > 0
@@ -269,17 +343,27 @@ def test_a_teachers_texts_are_data(tiny_folder, teacher, texts, tmp_path):
     teachers = {"teachers": [{"path": str(teacher)}]}
     generate = {"max_tokens": 5, "temperature": 0.0}
     config = configuration(
-        tiny_folder, texts, tmp_path, records="pairs", distill=teachers, teach={"what": "texts"}, generate=generate,
+        tiny_folder,
+        texts,
+        tmp_path,
+        records="pairs",
+        distill=teachers,
+        teach={"what": "texts"},
+        generate=generate,
         evaluate={"batch_size": 8},
-    )  # fmt: skip
+    )
     path = run_teaching(config)
     records = read_records(str(path), kind="completion")
     assert len(records) == 12
     model, params = peft_jax.load(teacher)
     tokenizer = peft_jax.load_tokenizer(teacher)
-    expected = peft_jax.generate(model, params, [r.value["prompt"] for r in records[:2]], tokenizer=tokenizer, max_tokens=5)
+    expected = peft_jax.generate(
+        model, params, [r.value["prompt"] for r in records[:2]], tokenizer=tokenizer, max_tokens=5
+    )
     assert [r.value["completion"] for r in records[:2]] == expected
-    (tmp_path / ".completions.jsonl").write_text("\n".join(path.read_text().splitlines()[:9]) + "\n")  # interrupted
+    (tmp_path / ".completions.jsonl").write_text(
+        "\n".join(path.read_text().splitlines()[:9]) + "\n"
+    )  # interrupted
     before = path.read_text()
     path.unlink()
     assert run_teaching(config).read_text() == before
@@ -288,13 +372,22 @@ def test_a_teachers_texts_are_data(tiny_folder, teacher, texts, tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"teachers": [{"pth": "x"}]}, r"unknown option 'distill.teachers.0.pth'. Did you mean 'path'\?"),
+        (
+            {"teachers": [{"pth": "x"}]},
+            r"unknown option 'distill.teachers.0.pth'. Did you mean 'path'\?",
+        ),
         ({"divergence": "kl"}, r"unknown divergence 'kl'"),
-        ({"divergence": "jensen_shannon", "divergence_options": {"beta": 3}}, r"beta of jensen_shannon must lie in \[0, 1\]"),
+        (
+            {"divergence": "jensen_shannon", "divergence_options": {"beta": 3}},
+            r"beta of jensen_shannon must lie in \[0, 1\]",
+        ),
         ({"temperature": 0}, "option 'distill.temperature' must be above 0"),
         ({"cache": "x", "teachers": [{}]}, "distill.cache holds one teacher's predictions"),
         ({"on_policy": {}}, "distill.on_policy needs distill.teachers"),
-        ({"teachers": [{}], "on_policy": {"minillm": True, "share": 0.5}}, "minillm samples every batch as it is"),
+        (
+            {"teachers": [{}], "on_policy": {"minillm": True, "share": 0.5}},
+            "minillm samples every batch as it is",
+        ),
         ({"teachers": [{}], "on_policy": {"share": 2}}, r"share must lie in \[0, 1\]"),
     ],
 )
@@ -311,14 +404,20 @@ def test_what_cannot_be_taught_is_refused(tiny_folder, stranger, texts, tmp_path
 
     with pytest.raises(ConfigError, match="uld compares different tokenizers"):
         made(teachers=[{"path": str(tiny_folder)}], divergence="uld")
-    with pytest.raises(ConfigError, match="features, top_k and on_policy need a teacher that reads the same tokens"):
+    with pytest.raises(
+        ConfigError, match="features, top_k and on_policy need a teacher that reads the same tokens"
+    ):
         made(teachers=[{"path": str(stranger)}], top_k=3)
     with pytest.raises(ConfigError, match="minilmv2 needs the option 'relation_heads'"):
         made(teachers=[{"path": str(tiny_folder)}], features={"minilmv2": {}})
     with pytest.raises(FileNotFoundError, match=r"holds no teacher.json"):
         made(cache=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="has another tokenizer than"):
-        run_teaching(configuration(tiny_folder, texts, tmp_path, distill={"teachers": [{"path": str(stranger)}]}))
+        run_teaching(
+            configuration(
+                tiny_folder, texts, tmp_path, distill={"teachers": [{"path": str(stranger)}]}
+            )
+        )
     with pytest.raises(ConfigError, match="teach needs one teacher"):
         run_teaching(configuration(tiny_folder, texts, tmp_path))
     with pytest.raises(ConfigError, match=r"model\.config is that of a fresh model"):

@@ -13,19 +13,25 @@ from peft_jax.core.weight import Axes, Layout
 
 
 def layout_of(model: Any, *args: Any, **kwargs: Any) -> Layout:
-    """path -> (in_axes, out_axes) for the weights of the model's Dense, DenseGeneral, Einsum, Embed and Conv layers.
+    """path -> (in_axes, out_axes) for the weights of the model's Dense, DenseGeneral, Einsum, Embed
+    and Conv layers.
 
-    `args` are what the model is called with (arrays or ShapeDtypeStructs; not needed for NNX). Methods take the result as
-    `layout`, which they need where a weight is not [*leading, in, out]: attention of `DenseGeneral`, einsums, convolutions.
+    `args` are what the model is called with (arrays or ShapeDtypeStructs; not needed for NNX).
+    Methods take the result as `layout`, which they need where a weight is not [*leading, in, out]:
+    attention of `DenseGeneral`, einsums, convolutions.
     """
-    return _nnx_layout(model) if isinstance(model, nnx.Module) else _linen_layout(model, args, kwargs)
+    return (
+        _nnx_layout(model) if isinstance(model, nnx.Module) else _linen_layout(model, args, kwargs)
+    )
 
 
 def _linen_layout(model: nn.Module, args: Any, kwargs: Any) -> Layout:
     layout: dict[str, tuple[Axes, Axes]] = {}
 
     def record(call: Callable[..., Any], call_args: Any, call_kwargs: Any, context: Any) -> Any:
-        if context.method_name == "__call__" and (found := _linen_axes(context.module, call_args, call_kwargs)):
+        if context.method_name == "__call__" and (
+            found := _linen_axes(context.module, call_args, call_kwargs)
+        ):
             name, axes = found
             layout["/".join([*context.module.path, name])] = axes
         return call(*call_args, **call_kwargs)

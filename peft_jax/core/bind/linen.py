@@ -1,4 +1,6 @@
-"""Binding for Flax Linen: one interceptor that looks at the called module's own part of the tree."""
+"""Binding for Flax Linen: one interceptor that looks at the called module's own part of the
+tree.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,9 @@ _OWN_METHODS = {"param", "variable", "make_rng", "has_rng", "sow", "perturb"}
 def register_rule(module_class: type[nn.Module], rule: Rule, *, method: str = "__call__") -> None:
     """How `module_class.method` uses its parameters when some of them are Weights.
 
-    `rule(module, params, *args, **kwargs)` returns what the method would; `params` maps the names of the module's own
-    parameters to arrays or Weights. Subclasses inherit the rule unless they override the method.
+    `rule(module, params, *args, **kwargs)` returns what the method would; `params` maps the names
+    of the module's own parameters to arrays or Weights. Subclasses inherit the rule unless they
+    override the method.
     """
     RULES[module_class, method] = rule
 
@@ -63,7 +66,9 @@ def bind_linen(model: nn.Module, *, strict: bool = False) -> Callable[..., Any]:
             if recorder is None:
                 return model.apply(variables, *args, rngs=rngs, method=method, **kwargs)
             own = kwargs.pop("mutable", [])
-            out, state = model.apply(variables, *args, rngs=rngs, method=method, mutable=[*own, CAPTURED], **kwargs)
+            out, state = model.apply(
+                variables, *args, rngs=rngs, method=method, mutable=[*own, CAPTURED], **kwargs
+            )
         state = dict(state)
         _collect(recorder, state.pop(CAPTURED, {}), "")
         return (out, state) if own else out
@@ -72,7 +77,9 @@ def bind_linen(model: nn.Module, *, strict: bool = False) -> Callable[..., Any]:
     return apply
 
 
-def _intercept(strict: bool, said: set[str], call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+def _intercept(
+    strict: bool, said: set[str], call: Callable[..., Any], args: Any, kwargs: Any, context: Any
+) -> Any:
     module, method = context.module, context.method_name
     if module.scope is None or method in _OWN_METHODS or _is_super(context):
         return call(*args, **kwargs)
@@ -85,7 +92,11 @@ def _intercept(strict: bool, said: set[str], call: Callable[..., Any], args: Any
         if rule is None:
             names = [k for k, w in own.items() if isinstance(w, Weight) or k == OUTPUT_EMBEDDING]
             say_fallback(strict, said, "/".join(module.path), type(module), method, names)
-        run = functools.partial(_materialized_call, module, method) if rule is None else functools.partial(rule, module, own)
+        run = (
+            functools.partial(_materialized_call, module, method)
+            if rule is None
+            else functools.partial(rule, module, own)
+        )
     for name in sorted(own, reverse=True):
         if isinstance(own[name], Attachment) and own[name].method == method:
             own[name].check(module)
@@ -98,12 +109,15 @@ def _intercept(strict: bool, said: set[str], call: Callable[..., Any], args: Any
 
 
 def _is_super(context: Any) -> bool:
-    """Whether this is the call of a base class's version of a method that the module's class overrides.
+    """Whether this is the call of a base class's version of a method that the module's class
+    overrides.
 
     It is part of a call that is intercepted already.
     """
     name, called = context.method_name, inspect.unwrap(context.orig_method.func)
-    versions = [inspect.unwrap(vars(c)[name]) for c in type(context.module).__mro__ if name in vars(c)]
+    versions = [
+        inspect.unwrap(vars(c)[name]) for c in type(context.module).__mro__ if name in vars(c)
+    ]
     return called in versions and called is not versions[0]
 
 
@@ -117,15 +131,19 @@ def _collect(recorder: Recorder, tree: Mapping[str, Any], path: str) -> None:
 
 
 def _setup(module: nn.Module, own: Mapping[str, Any], call: Callable[[], Any]) -> Any:
-    """A module's `setup` with its packed Weights as arrays: Flax compares a declared parameter's shape with what is there.
+    """A module's `setup` with its packed Weights as arrays: Flax compares a declared parameter's
+    shape with what is there.
 
-    The module's methods go by their rules all the same; an array that nothing uses costs nothing once compiled.
+    The module's methods go by their rules all the same; an array that nothing uses costs nothing
+    once compiled.
     """
     declare = module.param
 
     def param(name: str, *args: Any, **kwargs: Any) -> Any:
         w = own.get(name)
-        packed = isinstance(w, Weight) and jax.tree.leaves(w)[0].shape != w.shape  # Flax looks at the first array
+        packed = (
+            isinstance(w, Weight) and jax.tree.leaves(w)[0].shape != w.shape
+        )  # Flax looks at the first array
         return materialize(w) if packed else declare(name, *args, **kwargs)
 
     object.__setattr__(module, "param", param)
@@ -136,7 +154,9 @@ def _setup(module: nn.Module, own: Mapping[str, Any], call: Callable[[], Any]) -
 
 
 def _materialized_call(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
-    """The module's own method on a view of its parameters in which its own Weights are arrays (and nothing attached)."""
+    """The module's own method on a view of its parameters in which its own Weights are arrays (and
+    nothing attached).
+    """
     mine: Mapping[str, Any] = module.scope.variables().get("params", {})  # type: ignore[union-attr]
     if any(map(is_routed, mine.values())):
         return _call_by_row(module, method, mine, *args, **kwargs)
@@ -145,37 +165,56 @@ def _materialized_call(module: nn.Module, method: str, *args: Any, **kwargs: Any
         own = {k: w for k, w in variables["params"].items() if not isinstance(w, Attachment)}
         if method == "attend":
             own["embedding"] = output_embedding(own)
-        return {**variables, "params": {k: materialize(w) if isinstance(w, Weight) else w for k, w in own.items()}}
+        return {
+            **variables,
+            "params": {k: materialize(w) if isinstance(w, Weight) else w for k, w in own.items()},
+        }
 
-    run = nn.map_variables(lambda m, *a, **k: getattr(m, method)(*a, **k), "params", trans_in_fn=arrays, mutable=False)
+    run = nn.map_variables(
+        lambda m, *a, **k: getattr(m, method)(*a, **k), "params", trans_in_fn=arrays, mutable=False
+    )
     return run(module, *args, **kwargs)
 
 
-def _call_by_row(module: nn.Module, method: str, own: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+def _call_by_row(
+    module: nn.Module, method: str, own: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> Any:
     """The module's own method for each row of the batch with the row's arrays out of a bank."""
     if any(isinstance(w, Mapping) for w in own.values()):
         where = "/".join(module.path)
-        raise ValueError(f"{where} has modules in it and no rule, so that a bank cannot stand there; register one for it")
+        raise ValueError(
+            f"{where} has modules in it and no rule, so that a bank cannot stand there; register "
+            "one for it"
+        )
     rows = next(w for w in own.values() if is_routed(w)).ids.shape[0]
     arrays = {k: rows_of(w, rows) for k, w in own.items() if not isinstance(w, Attachment)}
     alone = module.clone(parent=None)
-    return by_row(lambda a, *rest: alone.apply({"params": a}, *rest, method=method, **kwargs), arrays, args)
+    return by_row(
+        lambda a, *rest: alone.apply({"params": a}, *rest, method=method, **kwargs), arrays, args
+    )
 
 
 # Rules of Flax's own modules.
 
 
 def _default_dot(module: Any) -> bool:
-    return getattr(module, "dot_general", None) is None and getattr(module, "dot_general_cls", None) is None
+    return (
+        getattr(module, "dot_general", None) is None
+        and getattr(module, "dot_general_cls", None) is None
+    )
 
 
 def _dense(module: nn.Dense, params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
     if not _default_dot(module):
         return _materialized_call(module, "__call__", inputs)
-    return linear(inputs, params["kernel"], bias_of(params), dtype=module.dtype, precision=module.precision)
+    return linear(
+        inputs, params["kernel"], bias_of(params), dtype=module.dtype, precision=module.precision
+    )
 
 
-def _dense_general(module: nn.DenseGeneral, params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:
+def _dense_general(
+    module: nn.DenseGeneral, params: Mapping[str, Any], inputs: jax.Array
+) -> jax.Array:
     batch = module.batch_dims if isinstance(module.batch_dims, tuple) else (module.batch_dims,)
     if batch or not _default_dot(module):
         return _materialized_call(module, "__call__", inputs)
@@ -192,10 +231,14 @@ def _dense_general(module: nn.DenseGeneral, params: Mapping[str, Any], inputs: j
     )
 
 
-def _einsum(module: nn.Einsum, params: Mapping[str, Any], inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
+def _einsum(
+    module: nn.Einsum, params: Mapping[str, Any], inputs: jax.Array, einsum_str: str | None = None
+) -> jax.Array:
     equation = nn.merge_param("einsum_str", module.einsum_str, einsum_str)
     kernel, bias = params["kernel"], bias_of(params)
-    return einsum_layer(equation, inputs, kernel, bias, dtype=module.dtype, precision=module.precision)
+    return einsum_layer(
+        equation, inputs, kernel, bias, dtype=module.dtype, precision=module.precision
+    )
 
 
 def _embed(module: nn.Embed, params: Mapping[str, Any], inputs: jax.Array) -> jax.Array:

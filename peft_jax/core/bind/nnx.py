@@ -1,7 +1,9 @@
-"""Binding for Flax NNX: the model is split and merged, and modules whose parameters are Weights change their class.
+"""Binding for Flax NNX: the model is split and merged, and modules whose parameters are Weights
+change their class.
 
-The merged model exists only while tracing, so giving one of its modules a subclass with another `__call__` touches
-nothing of the user's. The subclass is an NNX module like any other, so `nnx.scan`, `nnx.vmap` and `nnx.remat` carry it.
+The merged model exists only while tracing, so giving one of its modules a subclass with another
+`__call__` touches nothing of the user's. The subclass is an NNX module like any other, so
+`nnx.scan`, `nnx.vmap` and `nnx.remat` carry it.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def register_rule(module_class: type[nnx.Module], rule: Rule, *, method: str = "
 
 
 def nnx_params(model: nnx.Module) -> Any:
-    """The parameters of an NNX model as a plain tree of dicts; a list of modules has numbers for keys."""
+    """The parameters of an NNX model as a plain tree of dicts; a list of modules has numbers for
+    keys.
+    """
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
@@ -77,7 +81,9 @@ def bind_nnx(model: nnx.Module, *, strict: bool = False) -> Callable[..., Any]:
 
 
 def _filled(state: nnx.State, params: Any) -> nnx.State:
-    """The state of the model's parameters with the values that `params` has. Raises ValueError for one that it lacks."""
+    """The state of the model's parameters with the values that `params` has. Raises ValueError for
+    one that it lacks.
+    """
     filled = []
     for path, variable in nnx.to_flat_state(state):
         *module, name = map(str, path)
@@ -89,7 +95,9 @@ def _filled(state: nnx.State, params: Any) -> nnx.State:
 
 
 def _reseeded(rest: nnx.State, rng: jax.Array | None) -> nnx.State:
-    """The state of a model beside its parameters with the keys of its random streams drawn anew from `rng`."""
+    """The state of a model beside its parameters with the keys of its random streams drawn anew
+    from `rng`.
+    """
     if rng is None:
         return rest
     drawn = []
@@ -107,28 +115,46 @@ def _place(merged: nnx.Module, params: Any, strict: bool, said: set[str]) -> Non
     Raises ValueError for an attachment where no module is called.
     """
     recorder = RECORDER.get()
-    modules = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(merged) if not isinstance(m, _CONTAINERS)}
+    modules = {
+        "/".join(map(str, path)): m
+        for path, m in nnx.iter_modules(merged)
+        if not isinstance(m, _CONTAINERS)
+    }
     weights: dict[str, list[Names]] = {}
     attached: dict[str, dict[str, Attachment]] = {}
     for place, x in places(params).items():
         owner, _, name = place.rpartition("/")
         if isinstance(x, Weight):
             owner = _owner(owner, modules)
-            weights.setdefault(owner, []).append(tuple(place.removeprefix(owner).strip("/").split("/")))
+            weights.setdefault(owner, []).append(
+                tuple(place.removeprefix(owner).strip("/").split("/"))
+            )
         elif isinstance(x, Attachment) and x.method:
             if not hasattr(modules.get(owner), x.method):
-                raise ValueError(f"{place} stands beside no module that has {x.method}; name modules that are called")
+                raise ValueError(
+                    f"{place} stands beside no module that has {x.method}; name modules that "
+                    "are called"
+                )
             attached.setdefault(owner, {})[name] = x
     for path, module in modules.items():
         beside = attached.get(path, {})
         if path in weights or beside:
-            _substitute(module, weights.get(path, []), [beside[k] for k in sorted(beside)], path, strict, said)
+            _substitute(
+                module,
+                weights.get(path, []),
+                [beside[k] for k in sorted(beside)],
+                path,
+                strict,
+                said,
+            )
         if recorder is not None and recorder.wants(path):
             _record(module, path, recorder)
 
 
 def _owner(path: str, modules: Mapping[str, nnx.Module]) -> str:
-    """The module that a parameter below `path` is of: lists and dicts of parameters are a module's own."""
+    """The module that a parameter below `path` is of: lists and dicts of parameters are a module's
+    own.
+    """
     while path not in modules:
         path = path.rpartition("/")[0]
     return path
@@ -148,18 +174,29 @@ def _record(module: nnx.Module, path: str, recorder: Recorder) -> None:
 
 
 def _substitute(
-    module: nnx.Module, weights: list[Names], attached: list[Attachment], where: str, strict: bool, said: set[str]
+    module: nnx.Module,
+    weights: list[Names],
+    attached: list[Attachment],
+    where: str,
+    strict: bool,
+    said: set[str],
 ) -> None:
-    """Give `module` a subclass whose methods use the rules, materialise what has none, and run attachments."""
+    """Give `module` a subclass whose methods use the rules, materialise what has none, and run
+    attachments.
+    """
     original = type(module)
-    for index, attachment in enumerate(attached):  # they travel as the module's state, so that nnx.scan slices them
+    for index, attachment in enumerate(
+        attached
+    ):  # they travel as the module's state, so that nnx.scan slices them
         attachment.check(module)
         setattr(module, f"_attached_{index}", nnx.Param(attachment))
     body: dict[str, Any] = {}
     for method in _methods(original) if weights else {a.method for a in attached}:
         rule = find_rule(RULES, original, method)
         if weights and rule is None and method == "__call__":
-            say_fallback(strict, said, where, original, method, ["/".join(names) for names in weights])
+            say_fallback(
+                strict, said, where, original, method, ["/".join(names) for names in weights]
+            )
         body[method] = _make_method(original, method, rule, weights, [a.method for a in attached])
     module.__class__ = type(original.__name__, (original,), body)
 
@@ -180,7 +217,9 @@ def _make_method(
             own = {k: v.get_raw_value() for k, v in vars(self).items() if isinstance(v, nnx.Param)}
             call = functools.partial(rule, self, own)
         for index in reversed([i for i, m in enumerate(attached) if m == method]):
-            call = functools.partial(getattr(self, f"_attached_{index}").get_raw_value().around, call)
+            call = functools.partial(
+                getattr(self, f"_attached_{index}").get_raw_value().around, call
+            )
         return call(*args, **kwargs)
 
     return run
@@ -195,7 +234,9 @@ def _variable(module: Any, names: Names) -> Any:
     return module
 
 
-def _materialized_call(module: Any, original: type, method: str, weights: list[Names], *args: Any, **kwargs: Any) -> Any:
+def _materialized_call(
+    module: Any, original: type, method: str, weights: list[Names], *args: Any, **kwargs: Any
+) -> Any:
     """The original method while the module's Weights are arrays."""
     held = [(v, v.get_raw_value()) for v in (_variable(module, names) for names in weights)]
 
@@ -216,13 +257,21 @@ def _materialized_call(module: Any, original: type, method: str, weights: list[N
 # Rules of Flax's own modules.
 
 
-def _linear(module: nnx.Linear, params: Mapping[str, Any], inputs: jax.Array, **_: Any) -> jax.Array:
-    return linear(inputs, params["kernel"], bias_of(params), dtype=module.dtype, precision=module.precision)
+def _linear(
+    module: nnx.Linear, params: Mapping[str, Any], inputs: jax.Array, **_: Any
+) -> jax.Array:
+    return linear(
+        inputs, params["kernel"], bias_of(params), dtype=module.dtype, precision=module.precision
+    )
 
 
-def _linear_general(module: nnx.LinearGeneral, params: Mapping[str, Any], inputs: jax.Array, **_: Any) -> jax.Array:
+def _linear_general(
+    module: nnx.LinearGeneral, params: Mapping[str, Any], inputs: jax.Array, **_: Any
+) -> jax.Array:
     if module.batch_axis:
-        raise MissingRuleError("LinearGeneral with batch_axis has no rule; leave it out of the targets")
+        raise MissingRuleError(
+            "LinearGeneral with batch_axis has no rule; leave it out of the targets"
+        )
     features = len(module.out_features)
     return linear(
         inputs,
@@ -235,9 +284,17 @@ def _linear_general(module: nnx.LinearGeneral, params: Mapping[str, Any], inputs
     )
 
 
-def _einsum(module: nnx.Einsum, params: Mapping[str, Any], inputs: jax.Array, einsum_str: str | None = None, **_: Any):
+def _einsum(
+    module: nnx.Einsum,
+    params: Mapping[str, Any],
+    inputs: jax.Array,
+    einsum_str: str | None = None,
+    **_: Any,
+):
     kernel, bias, equation = params["kernel"], bias_of(params), einsum_str or module.einsum_str
-    return einsum_layer(equation, inputs, kernel, bias, dtype=module.dtype, precision=module.precision)
+    return einsum_layer(
+        equation, inputs, kernel, bias, dtype=module.dtype, precision=module.precision
+    )
 
 
 def _embed(module: nnx.Embed, params: Mapping[str, Any], inputs: jax.Array, **_: Any) -> jax.Array:

@@ -1,4 +1,6 @@
-"""What binding of Linen and of NNX share: the products of a layer's weights, and the notice of a fallback."""
+"""What binding of Linen and of NNX share: the products of a layer's weights, and the notice of a
+fallback.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from peft_jax.core.select import OUTPUT_EMBEDDING
 from peft_jax.core.weight import Weight, einsum, materialize, matmul, take
 
 logger = logging.getLogger("peft_jax")
-Rule = Callable[..., Any]  # (module, its own parameters with Weights in them, *args, **kwargs) -> output
+Rule = Callable[
+    ..., Any
+]  # (module, its own parameters with Weights in them, *args, **kwargs) -> output
 
 
 class MissingRuleError(TypeError):
@@ -22,32 +26,52 @@ class MissingRuleError(TypeError):
 
 def compute_dtype(dtype: Any, *arrays: Any) -> Any:
     """The dtype a Flax layer computes in: its `dtype`, or what its operands promote to."""
-    return dtype if dtype is not None else jnp.result_type(*(a.dtype for a in arrays if a is not None))
+    return (
+        dtype if dtype is not None else jnp.result_type(*(a.dtype for a in arrays if a is not None))
+    )
 
 
-def linear(x, kernel, bias, *, axis=(-1,), features: int = 1, dtype: Any, precision: Any) -> jax.Array:
+def linear(
+    x, kernel, bias, *, axis=(-1,), features: int = 1, dtype: Any, precision: Any
+) -> jax.Array:
     """A dense layer over the axes `axis` of `x`, with `features` output axes."""
     dtype = compute_dtype(dtype, x, kernel, bias)
     x = x.astype(dtype)
     x = jnp.moveaxis(x, axis, range(x.ndim - len(axis), x.ndim))
     axes = range(-(len(axis) + features), 0)
-    y = matmul(x, kernel, in_axes=tuple(axes[: len(axis)]), out_axes=tuple(axes[len(axis) :]), precision=precision)
+    y = matmul(
+        x,
+        kernel,
+        in_axes=tuple(axes[: len(axis)]),
+        out_axes=tuple(axes[len(axis) :]),
+        precision=precision,
+    )
     if bias is None:
         return y
     bias = changed_bias(kernel, bias, features).astype(y.dtype)
     each = bias.shape[: bias.ndim - features]
-    return y + bias.reshape(*each, *[1] * (y.ndim - features - 1 if each else 0), *bias.shape[len(each) :])
+    return y + bias.reshape(
+        *each, *[1] * (y.ndim - features - 1 if each else 0), *bias.shape[len(each) :]
+    )
 
 
 def changed_bias(kernel: Any, bias: jax.Array, features: int) -> jax.Array:
-    """A layer's bias, [*out] or each row's [B, *out], as the Weight in the place of its kernel has it."""
+    """A layer's bias, [*out] or each row's [B, *out], as the Weight in the place of its kernel has
+    it.
+    """
     if not isinstance(kernel, Weight):
         return bias
-    return jax.vmap(kernel.bias)(bias) if bias.ndim > features and not kernel.routed else kernel.bias(bias)
+    return (
+        jax.vmap(kernel.bias)(bias)
+        if bias.ndim > features and not kernel.routed
+        else kernel.bias(bias)
+    )
 
 
 def einsum_layer(equation: str, x, kernel, bias, *, dtype: Any, precision: Any) -> jax.Array:
-    """An einsum layer; the axes of `bias` are those of the output that come from the kernel, in the output's order."""
+    """An einsum layer; the axes of `bias` are those of the output that come from the kernel, in the
+    output's order.
+    """
     dtype = compute_dtype(dtype, x, kernel, bias)
     y = einsum(equation, x.astype(dtype), kernel, precision=precision)
     if bias is None:
@@ -77,12 +101,16 @@ def attend(query: jax.Array, embedding, *, dtype: Any) -> jax.Array:
 
 
 def output_embedding(params: Mapping[str, Any]) -> Any:
-    """What a head that is tied to an embedding multiplies with: the embedding, unless the tree holds something else for it."""
+    """What a head that is tied to an embedding multiplies with: the embedding, unless the tree
+    holds something else for it.
+    """
     return params.get(OUTPUT_EMBEDDING, params.get("embedding"))
 
 
 def bias_of(params: Mapping[str, Any]) -> jax.Array | None:
-    """The `bias` among a module's own parameters as an array, [*out] or each row's [B, *out], None without one."""
+    """The `bias` among a module's own parameters as an array, [*out] or each row's [B, *out], None
+    without one.
+    """
     bias = params.get("bias")
     return None if bias is None else bias.rows() if is_routed(bias) else materialize(bias)
 
@@ -93,7 +121,9 @@ def is_routed(w: Any) -> bool:
 
 
 def by_row(run: Callable[..., Any], arrays: Any, args: Any) -> Any:
-    """`run(arrays, *args)` for each row of the batch; every array of `arrays` has a leading axis of rows."""
+    """`run(arrays, *args)` for each row of the batch; every array of `arrays` has a leading axis of
+    rows.
+    """
     B = jax.tree.leaves(arrays)[0].shape[0]
     axes = [0 if jnp.shape(a)[:1] == (B,) else None for a in args]
     return jax.vmap(run, in_axes=(0, *axes))(arrays, *args)
@@ -107,7 +137,9 @@ def rows_of(w: Any, rows: int) -> jax.Array:
     return jnp.broadcast_to(array, (rows, *array.shape))
 
 
-def find_rule(rules: Mapping[tuple[type, str], Rule], module_class: type, method: str) -> Rule | None:
+def find_rule(
+    rules: Mapping[tuple[type, str], Rule], module_class: type, method: str
+) -> Rule | None:
     """The rule of the class that defines `method`; None where a subclass overrides it."""
     for base in module_class.__mro__:
         if (base, method) in rules:
@@ -117,7 +149,9 @@ def find_rule(rules: Mapping[tuple[type, str], Rule], module_class: type, method
     return None
 
 
-def say_fallback(strict: bool, said: set[str], where: str, module_class: type, method: str, names: list[str]) -> None:
+def say_fallback(
+    strict: bool, said: set[str], where: str, module_class: type, method: str, names: list[str]
+) -> None:
     """Log once that Weights without a rule are materialised, or raise MissingRuleError."""
     message = fallback_message(where, module_class, method, names)
     if strict:
@@ -130,6 +164,8 @@ def say_fallback(strict: bool, said: set[str], where: str, module_class: type, m
 def fallback_message(where: str, module_class: type, method: str, names: list[str]) -> str:
     """The sentence that says a Weight is materialised, or may not be."""
     return (
-        f"no rule for {module_class.__name__}.{method} at {where or 'the top'}: the weights {', '.join(names)} are "
-        f"materialised for each call; peft_jax.register_rule({module_class.__name__}, rule, method={method!r}) avoids it"
+        f"no rule for {module_class.__name__}.{method} at {where or 'the top'}: the weights "
+        f"{', '.join(names)} are "
+        f"materialised for each call; peft_jax.register_rule({module_class.__name__}, rule, "
+        f"method={method!r}) avoids it"
     )

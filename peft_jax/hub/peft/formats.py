@@ -1,7 +1,9 @@
-"""One `Format` for each method that Hugging Face PEFT has: its tensors and options, and our nodes from and to them.
+"""One `Format` for each method that Hugging Face PEFT has: its tensors and options, and our nodes
+from and to them.
 
-PyTorch's weights are [out, in], ours [in, out], so most factors are transposed. `write` gets the node of one layer as
-NumPy arrays; `read` gets the tensors of one module and returns a node's fields, each without leading axes.
+PyTorch's weights are [out, in], ours [in, out], so most factors are transposed. `write` gets the
+node of one layer as NumPy arrays; `read` gets the tensors of one module and returns a node's
+fields, each without leading axes.
 """
 
 from __future__ import annotations
@@ -56,9 +58,10 @@ class Module(NamedTuple):
 class Format(NamedTuple):
     """How one of PEFT's methods is stored.
 
-    `tensors` are the names after the module's, `shared` those of the whole model; `options` the configuration's keys
-    that are understood beyond `COMMON`. `describe` gives those keys for the nodes of an adapter, by module. `mirror` makes
-    the node that does to the transposed weight what a node does to the weight, or None where no node does.
+    `tensors` are the names after the module's, `shared` those of the whole model; `options` the
+    configuration's keys that are understood beyond `COMMON`. `describe` gives those keys for the
+    nodes of an adapter, by module. `mirror` makes the node that does to the transposed weight what
+    a node does to the weight, or None where no node does.
     """
 
     nodes: tuple[type[Weight], ...]
@@ -68,7 +71,9 @@ class Format(NamedTuple):
     describe: Callable[[Mapping[str, Any]], dict[str, Any]]
     options: frozenset[str] = frozenset()
     shared: Mapping[str, Callable[[Any], np.ndarray]] = {}  # name -> from the Shared node
-    read_shared: Callable[[Tensors, Config, tuple[int, int]], tuple[dict[str, Any], dict[str, Any]]] | None = None
+    read_shared: (
+        Callable[[Tensors, Config, tuple[int, int]], tuple[dict[str, Any], dict[str, Any]]] | None
+    ) = None
     mirror: Callable[[Any], Any] | None = None
 
 
@@ -94,7 +99,9 @@ COMMON = frozenset(
 
 
 def pattern(config: Config, key: str, module: str, default: Any) -> Any:
-    """PEFT's rule: a key of `config[key]` is a regular expression that matches the end of the module's name."""
+    """PEFT's rule: a key of `config[key]` is a regular expression that matches the end of the
+    module's name.
+    """
     for expression, value in (config.get(key) or {}).items():
         if re.match(rf"(.*\.)?({expression})$", module):
             return value
@@ -117,7 +124,8 @@ def usual(values: Iterable[Any]) -> Any:
 def exceptions(values: Mapping[str, Any], default: Any, *, whole: bool = True) -> dict[str, Any]:
     """A pattern for the modules whose value differs from the default.
 
-    Some of PEFT's methods want something before the pattern's match; for them the name's first part is left out.
+    Some of PEFT's methods want something before the pattern's match; for them the name's first part
+    is left out.
     """
     names = {module if whole else module.partition(".")[2]: v for module, v in values.items()}
     return {re.escape(name): v for name, v in names.items() if v != default}
@@ -127,7 +135,9 @@ def _one(nodes: Mapping[str, Any], what: str, value: Callable[[Any], Any]) -> An
     """A value that all nodes share. Raises ValueError, since PEFT has one option for all."""
     found = {value(n) for n in nodes.values()}
     if len(found) > 1:
-        raise ValueError(f"PEFT has one {what} for all modules; this adapter has {sorted(found, key=str)}")
+        raise ValueError(
+            f"PEFT has one {what} for all modules; this adapter has {sorted(found, key=str)}"
+        )
     return found.pop()
 
 
@@ -139,28 +149,41 @@ def _by_rank(tensors: Tensors, config: Config, module: Module, name: str, axis: 
     return r
 
 
-# ------------------------------------------------------------------------------------------------------------- LoRA
+# --------------------------------------------------------------------------------------------------
+# LoRA
 
 
 def _write_lora(node: LoRA, embedding: bool) -> Tensors:
     a, b = (np.asarray(f) for f in node.factors())
     used = a.any(axis=0) | b.any(axis=1)  # columns padded to a common rank are zero in both
     used = used if used.any() else np.ones_like(used)
-    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+    names = (
+        ("lora_embedding_A", "lora_embedding_B")
+        if embedding
+        else ("lora_A.weight", "lora_B.weight")
+    )
     tensors = {names[0]: a[:, used].T, names[1]: b[used].T}
     if isinstance(node, DoRA):
         tensors["lora_magnitude_vector"] = np.asarray(node.magnitude)
     return tensors
 
 
-def _read_lora(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
-    names = ("lora_embedding_A", "lora_embedding_B") if module.embedding else ("lora_A.weight", "lora_B.weight")
+def _read_lora(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
+    names = (
+        ("lora_embedding_A", "lora_embedding_B")
+        if module.embedding
+        else ("lora_A.weight", "lora_B.weight")
+    )
     if not set(names) <= set(tensors):
         raise ValueError(f"{module.name} has only one of lora_A and lora_B")
     a, b = (tensors[n] for n in names)
     r = pattern(config, "rank_pattern", module.name, number(config, "r"))
     if a.shape[0] != r or b.shape[1] != r:
-        raise ValueError(f"{module.name} has lora_A {a.shape} and lora_B {b.shape}, expected rank {r}")
+        raise ValueError(
+            f"{module.name} has lora_A {a.shape} and lora_B {b.shape}, expected rank {r}"
+        )
     alpha = pattern(config, "alpha_pattern", module.name, number(config, "lora_alpha"))
     rslora = bool(config.get("use_rslora"))
     fields = {
@@ -172,14 +195,22 @@ def _read_lora(tensors: Tensors, config: Config, module: Module) -> tuple[type[W
     }
     if config.get("use_qalora"):
         if config.get("use_dora") or module.embedding or rslora:
-            raise ValueError(f"{module.name}: use_qalora beside use_dora, use_rslora or an embedding is not supported")
+            raise ValueError(
+                f"{module.name}: use_qalora beside use_dora, use_rslora or an embedding is not "
+                "supported"
+            )
         size = number(config, "qalora_group_size")
         if a.shape[1] * size != module.n_in:
-            raise ValueError(f"{module.name} has lora_A {a.shape}, expected {module.n_in} inputs in groups of {size}")
+            raise ValueError(
+                f"{module.name} has lora_A {a.shape}, expected {module.n_in} inputs in groups "
+                f"of {size}"
+            )
         return QALoRA, {k: v for k, v in fields.items() if k != "rslora"}
     if not config.get("use_dora"):
         if "lora_magnitude_vector" in tensors:
-            raise ValueError(f"{module.name} has lora_magnitude_vector, but the adapter does not say use_dora")
+            raise ValueError(
+                f"{module.name} has lora_magnitude_vector, but the adapter does not say use_dora"
+            )
         return LoRA, fields
     if "lora_magnitude_vector" not in tensors:
         raise ValueError(f"{module.name} lacks lora_magnitude_vector, which use_dora needs")
@@ -189,13 +220,23 @@ def _read_lora(tensors: Tensors, config: Config, module: Module) -> tuple[type[W
 def _describe_lora(nodes: Mapping[str, Any]) -> dict[str, Any]:
     rslora = all(getattr(n, "rslora", False) for n in nodes.values())
     ranks = {m: next(iter(_write_lora(n, False).values())).shape[0] for m, n in nodes.items()}
-    alphas = {m: round(float(n.scale) * (ranks[m] ** 0.5 if rslora else ranks[m]), 6) for m, n in nodes.items()}
+    alphas = {
+        m: round(float(n.scale) * (ranks[m] ** 0.5 if rslora else ranks[m]), 6)
+        for m, n in nodes.items()
+    }
     r, alpha = usual(ranks.values()), usual(alphas.values())
     kinds = {type(n) for n in nodes.values()}
     if len(kinds) > 1:
-        raise ValueError("PEFT's use_dora and use_qalora hold for all modules; this adapter has LoRA, DoRA or QA-LoRA in parts")
+        raise ValueError(
+            "PEFT's use_dora and use_qalora hold for all modules; this adapter has LoRA, DoRA or "
+            "QA-LoRA in parts"
+        )
     kind = kinds.pop()
-    blocks = {"qalora_group_size": _one(nodes, "qalora_group_size", lambda n: n.block)} if kind is QALoRA else {}
+    blocks = (
+        {"qalora_group_size": _one(nodes, "qalora_group_size", lambda n: n.block)}
+        if kind is QALoRA
+        else {}
+    )
     return {
         "r": r,
         "lora_alpha": alpha,
@@ -211,7 +252,9 @@ def _describe_lora(nodes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _swap_factors(node: Any) -> Any:
-    """The LoRA or HiRA of the transposed weight; None for DoRA and QA-LoRA, whose other arrays belong to one side."""
+    """The LoRA or HiRA of the transposed weight; None for DoRA and QA-LoRA, whose other arrays
+    belong to one side.
+    """
     if type(node) not in (LoRA, HiRA):
         return None
     node = node.plain()
@@ -219,18 +262,27 @@ def _swap_factors(node: Any) -> Any:
 
 
 _LORA_OPTIONS = (
-    "alpha_pattern init_lora_weights loftq_config lora_alpha lora_dropout megatron_core qalora_group_size r rank_pattern "
-    "runtime_config use_rslora use_dora use_qalora ensure_weight_tying trainable_token_indices target_parameters"
+    "alpha_pattern init_lora_weights loftq_config lora_alpha lora_dropout megatron_core "
+    "qalora_group_size r rank_pattern "
+    "runtime_config use_rslora use_dora use_qalora ensure_weight_tying trainable_token_indices "
+    "target_parameters"
 )
 
-# ---------------------------------------------------------------------------------------------------------- AdaLoRA
+# --------------------------------------------------------------------------------------------------
+# AdaLoRA
 
 
 def _write_adalora(node: AdaLoRA, embedding: bool) -> Tensors:
-    return {"lora_A": np.asarray(node.a).T, "lora_B": np.asarray(node.b).T, "lora_E": np.asarray(node.e)[:, None]}
+    return {
+        "lora_A": np.asarray(node.a).T,
+        "lora_B": np.asarray(node.b).T,
+        "lora_E": np.asarray(node.e)[:, None],
+    }
 
 
-def _read_adalora(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_adalora(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     r = tensors["lora_A"].shape[0]
     alpha = number(config, "lora_alpha")
     first = config.get("init_r") or r  # PEFT divides by init_r, however many ranks are kept
@@ -258,16 +310,31 @@ def _describe_adalora(nodes: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------- products of two or four factors
+# ------------------------------------------------------------------------------------- products of
+# two or four factors
 
 
 def _write_loha(node: LoHa, embedding: bool) -> Tensors:
-    used = np.asarray(node.b1).any(axis=1) | np.asarray(node.a2).any(axis=0) | np.asarray(node.b2).any(axis=1)
-    fields = {"hada_w1_a": node.b1, "hada_w1_b": node.a1, "hada_w2_a": node.b2, "hada_w2_b": node.a2}
-    return {n: np.asarray(f)[used].T if n.endswith("a") else np.asarray(f)[:, used].T for n, f in fields.items()}
+    used = (
+        np.asarray(node.b1).any(axis=1)
+        | np.asarray(node.a2).any(axis=0)
+        | np.asarray(node.b2).any(axis=1)
+    )
+    fields = {
+        "hada_w1_a": node.b1,
+        "hada_w1_b": node.a1,
+        "hada_w2_a": node.b2,
+        "hada_w2_b": node.a2,
+    }
+    return {
+        n: np.asarray(f)[used].T if n.endswith("a") else np.asarray(f)[:, used].T
+        for n, f in fields.items()
+    }
 
 
-def _read_loha(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_loha(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     r = _by_rank(tensors, config, module, "hada_w1_b", 0)
     alpha = pattern(config, "alpha_pattern", module.name, number(config, "alpha"))
     names = {"b1": "hada_w1_a", "a1": "hada_w1_b", "b2": "hada_w2_a", "a2": "hada_w2_b"}
@@ -278,25 +345,37 @@ def _describe_loha(nodes: Mapping[str, Any]) -> dict[str, Any]:
     ranks = {m: _write_loha(n, False)["hada_w1_b"].shape[0] for m, n in nodes.items()}
     alphas = {m: round(float(n.scale) * ranks[m], 6) for m, n in nodes.items()}
     r, alpha = usual(ranks.values()), usual(alphas.values())
-    return {"r": r, "alpha": alpha, "rank_pattern": exceptions(ranks, r), "alpha_pattern": exceptions(alphas, alpha)}
+    return {
+        "r": r,
+        "alpha": alpha,
+        "rank_pattern": exceptions(ranks, r),
+        "alpha_pattern": exceptions(alphas, alpha),
+    }
 
 
 def _write_lokr(node: LoKr, embedding: bool) -> Tensors:
     tensors: Tensors = {}
     for name, factor in (("lokr_w1", node.w1), ("lokr_w2", node.w2)):
         if isinstance(factor, tuple):
-            tensors[f"{name}_a"], tensors[f"{name}_b"] = np.asarray(factor[1]).T, np.asarray(factor[0]).T
+            tensors[f"{name}_a"], tensors[f"{name}_b"] = (
+                np.asarray(factor[1]).T,
+                np.asarray(factor[0]).T,
+            )
         else:
             tensors[name] = np.asarray(factor).T
     return tensors
 
 
-def _read_lokr(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_lokr(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     r = pattern(config, "rank_pattern", module.name, number(config, "r"))
     alpha = pattern(config, "alpha_pattern", module.name, number(config, "alpha"))
 
     def factor(name: str) -> Any:
-        return tensors[name].T if name in tensors else (tensors[f"{name}_b"].T, tensors[f"{name}_a"].T)
+        return (
+            tensors[name].T if name in tensors else (tensors[f"{name}_b"].T, tensors[f"{name}_a"].T)
+        )
 
     return LoKr, {
         "w1": factor("lokr_w1"),
@@ -328,9 +407,14 @@ def _write_hira(node: HiRA, embedding: bool) -> Tensors:
     return {names[0]: a[:, used].T, names[1]: b[used].T}
 
 
-def _read_hira(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_hira(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     names = ("hira_embedding_A", "hira_embedding_B") if module.embedding else ("hira_A", "hira_B")
-    fields = {"a": tensors[names[0]].T, "b": tensors[names[1]].T}  # PEFT 0.21 does not read its rank_pattern
+    fields = {
+        "a": tensors[names[0]].T,
+        "b": tensors[names[1]].T,
+    }  # PEFT 0.21 does not read its rank_pattern
     return HiRA, {**fields, "dropout": float(config.get("hira_dropout") or 0.0)}
 
 
@@ -342,11 +426,16 @@ def _describe_hira(nodes: Mapping[str, Any]) -> dict[str, Any]:
 def _write_gralora(node: GraLoRA, embedding: bool) -> Tensors:
     tensors = {"gralora_A": np.asarray(node.a), "gralora_B": np.asarray(node.b)}
     if node.hybrid is not None:
-        tensors |= {f"gralora_{n}_general.weight": np.asarray(f).T for n, f in zip("AB", node.hybrid, strict=True)}
+        tensors |= {
+            f"gralora_{n}_general.weight": np.asarray(f).T
+            for n, f in zip("AB", node.hybrid, strict=True)
+        }
     return tensors
 
 
-def _read_gralora(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_gralora(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     hybrid = config.get("hybrid_r") or 0
     names = [f"gralora_{n}_general.weight" for n in "AB"]
     return GraLoRA, {
@@ -379,9 +468,15 @@ def _write_delora(node: DeLoRA, embedding: bool) -> Tensors:
     }
 
 
-def _read_delora(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_delora(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     _by_rank(tensors, config, module, "delora_A", 0)
-    fields = {"a": tensors["delora_A"].T, "b": tensors["delora_B"].T, "strength": tensors["delora_lambda"]}
+    fields = {
+        "a": tensors["delora_A"].T,
+        "b": tensors["delora_B"].T,
+        "strength": tensors["delora_lambda"],
+    }
     return DeLoRA, {**fields, "norm": tensors["delora_w_norm"]}
 
 
@@ -393,19 +488,24 @@ def _describe_delora(nodes: Mapping[str, Any]) -> dict[str, Any]:
     return {"r": r, "rank_pattern": exceptions(ranks, r)}
 
 
-# --------------------------------------------------------------------------------------------------- shared projections
+# --------------------------------------------------------------------------------------------------
+# shared projections
 
 
 def _write_vera(node: VeRA, embedding: bool) -> Tensors:
     return {"vera_lambda_d": np.asarray(node.d), "vera_lambda_b": np.asarray(node.b)}
 
 
-def _read_vera(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_vera(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     fields = {"d": tensors["vera_lambda_d"], "b": tensors["vera_lambda_b"]}
     return VeRA, {**fields, "dropout": float(config.get("vera_dropout") or 0.0)}
 
 
-def _vera_shared(tensors: Tensors, config: Config, sizes: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _vera_shared(
+    tensors: Tensors, config: Config, sizes: tuple[int, int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     if "vera_A" in tensors and "vera_B" in tensors:
         return {}, {"a": tensors["vera_A"].T, "b": tensors["vera_B"].T}
     return {}, projections(number(config, "r"), *sizes, config.get("projection_prng_key", 0))
@@ -413,14 +513,21 @@ def _vera_shared(tensors: Tensors, config: Config, sizes: tuple[int, int]) -> tu
 
 def _describe_vera(nodes: Mapping[str, Any]) -> dict[str, Any]:
     r = _one(nodes, "r", lambda n: n.d.shape[-1])
-    return {"r": r, "vera_dropout": usual(n.dropout for n in nodes.values()), "save_projection": True, "projection_prng_key": 0}
+    return {
+        "r": r,
+        "vera_dropout": usual(n.dropout for n in nodes.values()),
+        "save_projection": True,
+        "projection_prng_key": 0,
+    }
 
 
 def _write_randlora(node: RandLoRA, embedding: bool) -> Tensors:
     return {"randlora_lambda": np.asarray(node.lambdas), "randlora_gamma": np.asarray(node.gamma)}
 
 
-def _read_randlora(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_randlora(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     return RandLoRA, {
         "lambdas": tensors["randlora_lambda"],
         "gamma": tensors["randlora_gamma"],
@@ -429,9 +536,14 @@ def _read_randlora(tensors: Tensors, config: Config, module: Module) -> tuple[ty
     }
 
 
-def _randlora_shared(tensors: Tensors, config: Config, sizes: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _randlora_shared(
+    tensors: Tensors, config: Config, sizes: tuple[int, int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     if not {"randlora_A", "randlora_B"} <= set(tensors):
-        raise ValueError("the RandLoRA adapter was saved without its projections; save it with save_projection=True")
+        raise ValueError(
+            "the RandLoRA adapter was saved without its projections; save it with "
+            "save_projection=True"
+        )
     return {}, {"a": tensors["randlora_A"], "b": tensors["randlora_B"]}
 
 
@@ -446,15 +558,26 @@ def _describe_randlora(nodes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_vblora(node: VBLoRA, embedding: bool) -> Tensors:
-    return {"vblora_logits_A": np.asarray(node.logits_a), "vblora_logits_B": np.asarray(node.logits_b)}
+    return {
+        "vblora_logits_A": np.asarray(node.logits_a),
+        "vblora_logits_B": np.asarray(node.logits_b),
+    }
 
 
-def _read_vblora(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_vblora(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     fields = {"logits_a": tensors["vblora_logits_A"], "logits_b": tensors["vblora_logits_B"]}
-    return VBLoRA, {**fields, "top_k": config.get("topk", 2), "dropout": float(config.get("vblora_dropout") or 0.0)}
+    return VBLoRA, {
+        **fields,
+        "top_k": config.get("topk", 2),
+        "dropout": float(config.get("vblora_dropout") or 0.0),
+    }
 
 
-def _vblora_shared(tensors: Tensors, config: Config, sizes: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _vblora_shared(
+    tensors: Tensors, config: Config, sizes: tuple[int, int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     if "vblora_vector_bank" not in tensors:
         raise ValueError("the VB-LoRA adapter lacks base_model.vblora_vector_bank")
     return {"bank": tensors["vblora_vector_bank"]}, {}
@@ -473,20 +596,25 @@ def _describe_vblora(nodes: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- rotations
+# --------------------------------------------------------------------------------------------------
+# rotations
 
 
 def _write_oft(node: OFT, embedding: bool) -> Tensors:
     return {"oft_R.weight": np.asarray(node.skew)}
 
 
-def _read_oft(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_oft(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     skew = tensors["oft_R.weight"]
     block_size = (1 + round((1 + 8 * skew.shape[1]) ** 0.5)) // 2
     return OFT, {
         "skew": skew,
         "block_size": block_size,
-        "terms": config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann", True) else 0,
+        "terms": config.get("num_cayley_neumann_terms", 5)
+        if config.get("use_cayley_neumann", True)
+        else 0,
         "constrained": bool(config.get("coft")),
         "eps": float(config.get("eps", 6e-5)),
     }
@@ -509,7 +637,9 @@ def _write_boft(node: BOFT, embedding: bool) -> Tensors:
     return {"boft_R": np.asarray(node.r), "boft_s": np.asarray(node.s)[:, None]}
 
 
-def _read_boft(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_boft(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     return BOFT, {"r": tensors["boft_R"], "s": tensors["boft_s"][:, 0]}
 
 
@@ -525,28 +655,43 @@ def _write_hra(node: HRA, embedding: bool) -> Tensors:
     return {"hra_u": np.asarray(node.u)}
 
 
-def _read_hra(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_hra(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     return HRA, {"u": tensors["hra_u"], "orthogonal": bool(config.get("apply_GS"))}
 
 
 def _describe_hra(nodes: Mapping[str, Any]) -> dict[str, Any]:
-    return {"r": _one(nodes, "r", lambda n: n.u.shape[-1]), "apply_GS": _one(nodes, "apply_GS", lambda n: n.orthogonal)}
+    return {
+        "r": _one(nodes, "r", lambda n: n.u.shape[-1]),
+        "apply_GS": _one(nodes, "apply_GS", lambda n: n.orthogonal),
+    }
 
 
 def _write_road(node: RoAd, embedding: bool) -> Tensors:
     return {"road_theta": np.asarray(node.theta), "road_alpha": np.asarray(node.alpha)}
 
 
-def _read_road(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_road(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     fields = {"theta": tensors["road_theta"], "alpha": tensors["road_alpha"]}
-    return RoAd, {**fields, "variant": config.get("variant", "road_1"), "group_size": config.get("group_size", 64)}
+    return RoAd, {
+        **fields,
+        "variant": config.get("variant", "road_1"),
+        "group_size": config.get("group_size", 64),
+    }
 
 
 def _describe_road(nodes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _one(nodes, name, lambda n, name=name: getattr(n, name)) for name in ("variant", "group_size")}
+    return {
+        name: _one(nodes, name, lambda n, name=name: getattr(n, name))
+        for name in ("variant", "group_size")
+    }
 
 
-# ----------------------------------------------------------------------------------------- single entries and spectra
+# ----------------------------------------------------------------------------------------- single
+# entries and spectra
 
 
 def _write_spectrum(name: str) -> Callable[[Any, bool], Tensors]:
@@ -556,9 +701,17 @@ def _write_spectrum(name: str) -> Callable[[Any, bool], Tensors]:
 def _read_spectrum(tensors: Tensors, config: Config, module: Module, name: str) -> dict[str, Any]:
     spectrum, seed = tensors[name], config.get("random_loc_seed", 777)
     if spectrum.size > module.n_in * module.n_out:
-        raise ValueError(f"{module.name} has {spectrum.size} frequencies for {module.n_in} x {module.n_out} entries")
+        raise ValueError(
+            f"{module.name} has {spectrum.size} frequencies for {module.n_in} x "
+            f"{module.n_out} entries"
+        )
     places = Generator(seed).permutation(module.n_in * module.n_out, spectrum.size).astype(np.int32)
-    return {"spectrum": spectrum, "places": places, "scale": np.float32(number(config, "scaling")), "seed": seed}
+    return {
+        "spectrum": spectrum,
+        "places": places,
+        "scale": np.float32(number(config, "scaling")),
+        "seed": seed,
+    }
 
 
 def _describe_spectrum(nodes: Mapping[str, Any]) -> dict[str, Any]:
@@ -572,13 +725,21 @@ def _describe_spectrum(nodes: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_fourierft(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_fourierft(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     return FourierFT, _read_spectrum(tensors, config, module, "fourierft_spectrum")
 
 
-def _read_waveft(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_waveft(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     fields = _read_spectrum(tensors, config, module, "waveft_spectrum")
-    return WaveFT, {**fields, "wavelet": config.get("wavelet_family", "db1"), "transform": config.get("use_idwt", True)}
+    return WaveFT, {
+        **fields,
+        "wavelet": config.get("wavelet_family", "db1"),
+        "transform": config.get("use_idwt", True),
+    }
 
 
 def _describe_waveft(nodes: Mapping[str, Any]) -> dict[str, Any]:
@@ -598,17 +759,28 @@ def _write_shira(node: SHiRA, embedding: bool) -> Tensors:
     }
 
 
-def _read_shira(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_shira(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     rows, cols = tensors["shira_indices"].astype(np.int64)
-    if rows.size and not (0 <= rows.min() <= rows.max() < module.n_out and 0 <= cols.min() <= cols.max() < module.n_in):
-        raise ValueError(f"{module.name} has shira_indices outside its {module.n_out} x {module.n_in} weight")
-    return SHiRA, {"values": tensors["shira_weight"], "places": (rows * module.n_in + cols).astype(np.int32)}
+    if rows.size and not (
+        0 <= rows.min() <= rows.max() < module.n_out and 0 <= cols.min() <= cols.max() < module.n_in
+    ):
+        raise ValueError(
+            f"{module.name} has shira_indices outside its {module.n_out} x {module.n_in} weight"
+        )
+    return SHiRA, {
+        "values": tensors["shira_weight"],
+        "places": (rows * module.n_in + cols).astype(np.int32),
+    }
 
 
 def _describe_shira(nodes: Mapping[str, Any]) -> dict[str, Any]:
     r = _one(nodes, "r", lambda n: n.values.shape[-1] / sum(n.features))
     if r != int(r):
-        raise ValueError("PEFT's SHiRA trains r (in + out) entries of a weight; this adapter has another number")
+        raise ValueError(
+            "PEFT's SHiRA trains r (in + out) entries of a weight; this adapter has another number"
+        )
     return {"r": int(r), "mask_type": "random"}
 
 
@@ -616,7 +788,9 @@ def _write_c3a(node: C3A, embedding: bool) -> Tensors:
     return {"c3a_kernel": np.asarray(node.kernel)}
 
 
-def _read_c3a(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_c3a(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     return C3A, {"kernel": tensors["c3a_kernel"]}
 
 
@@ -630,9 +804,14 @@ def _write_miss(node: Any, embedding: bool) -> Tensors:
     return {"miss_block": np.asarray(node.block)}
 
 
-def _read_miss(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_miss(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     node = BatMiSS if config.get("init_weights") == "bat" else MiSS
-    return node, {"block": tensors["miss_block"], "dropout": float(config.get("miss_dropout") or 0.0)}
+    return node, {
+        "block": tensors["miss_block"],
+        "dropout": float(config.get("miss_dropout") or 0.0),
+    }
 
 
 def _describe_miss(nodes: Mapping[str, Any]) -> dict[str, Any]:
@@ -655,25 +834,38 @@ def _write_tokens(node: TrainableTokens, embedding: bool) -> Tensors:
     return {"trainable_tokens_delta": np.asarray(node.rows)}
 
 
-def _read_tokens(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_tokens(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     ids: Any = config.get("token_indices") or config.get("trainable_token_indices")
     if "token_indices" in tensors:  # a tied head's
         ids = tensors["token_indices"].tolist()
     if isinstance(ids, Mapping):
         ids = pattern({"ids": ids}, "ids", module.name, None)
-    rows = tensors.get("token_adapter.trainable_tokens_delta", tensors.get("trainable_tokens_delta"))
+    rows = tensors.get(
+        "token_adapter.trainable_tokens_delta", tensors.get("trainable_tokens_delta")
+    )
     if not ids or rows is None or len(ids) != len(rows):
-        raise ValueError(f"{module.name} has rows for trainable tokens that do not fit the token indices {ids}")
+        raise ValueError(
+            f"{module.name} has rows for trainable tokens that do not fit the token indices {ids}"
+        )
     if not all(isinstance(i, int) and 0 <= i < module.n_in for i in ids):
-        raise ValueError(f"{module.name} has {module.n_in} tokens; the token indices {ids} lie outside")
+        raise ValueError(
+            f"{module.name} has {module.n_in} tokens; the token indices {ids} lie outside"
+        )
     return TrainableTokens, {"rows": rows, "ids": np.asarray(ids, np.int32)}
 
 
 def _describe_tokens(nodes: Mapping[str, Any]) -> dict[str, Any]:
-    return {"token_indices": list(_one(nodes, "token_indices", lambda n: tuple(np.asarray(n.ids).tolist())))}
+    return {
+        "token_indices": list(
+            _one(nodes, "token_indices", lambda n: tuple(np.asarray(n.ids).tolist()))
+        )
+    }
 
 
-# -------------------------------------------------------------------------------------------------------------- IA3
+# --------------------------------------------------------------------------------------------------
+# IA3
 
 
 def _write_ia3(node: IA3, embedding: bool) -> Tensors:
@@ -681,16 +873,22 @@ def _write_ia3(node: IA3, embedding: bool) -> Tensors:
     return {"ia3_l": scale[None] if node.feedforward else scale[:, None]}
 
 
-def _read_ia3(tensors: Tensors, config: Config, module: Module) -> tuple[type[Weight], dict[str, Any]]:
+def _read_ia3(
+    tensors: Tensors, config: Config, module: Module
+) -> tuple[type[Weight], dict[str, Any]]:
     scale = tensors["ia3_l"]
     wanted = {(module.n_out, 1): False, (1, module.n_in): True}
     if scale.shape not in wanted:
-        raise ValueError(f"{module.name} has ia3_l {scale.shape}, expected {' or '.join(map(str, wanted))}")
+        raise ValueError(
+            f"{module.name} has ia3_l {scale.shape}, expected {' or '.join(map(str, wanted))}"
+        )
     return IA3, {"scale": scale.reshape(-1), "feedforward": wanted[scale.shape]}
 
 
 def _describe_ia3(nodes: Mapping[str, Any]) -> dict[str, Any]:
-    """Full names throughout: PEFT wants the modules whose inputs are scaled to be among the targets by the same name."""
+    """Full names throughout: PEFT wants the modules whose inputs are scaled to be among the targets
+    by the same name.
+    """
     inputs = sorted(m for m, n in nodes.items() if n.feedforward)
     return {"target_modules": sorted(nodes), "feedforward_modules": inputs}
 
@@ -702,79 +900,187 @@ def _options(names: str) -> frozenset[str]:
 FORMATS: dict[str, Format] = {
     "LORA": Format(
         (LoRA, DoRA, QALoRA),
-        ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
-        _write_lora, _read_lora, _describe_lora, _options(_LORA_OPTIONS), mirror=_swap_factors,
+        (
+            "lora_A.weight",
+            "lora_B.weight",
+            "lora_embedding_A",
+            "lora_embedding_B",
+            "lora_magnitude_vector",
+        ),
+        _write_lora,
+        _read_lora,
+        _describe_lora,
+        _options(_LORA_OPTIONS),
+        mirror=_swap_factors,
     ),
     "ADALORA": Format(
-        (AdaLoRA,), ("lora_A", "lora_B", "lora_E"), _write_adalora, _read_adalora, _describe_adalora,
-        _options(_LORA_OPTIONS + " target_r init_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step"),
+        (AdaLoRA,),
+        ("lora_A", "lora_B", "lora_E"),
+        _write_adalora,
+        _read_adalora,
+        _describe_adalora,
+        _options(
+            _LORA_OPTIONS + " target_r init_r tinit tfinal deltaT beta1 beta2 orth_reg_weight "
+            "total_step"
+        ),
     ),
     "LOHA": Format(
-        (LoHa,), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), _write_loha, _read_loha, _describe_loha,
+        (LoHa,),
+        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+        _write_loha,
+        _read_loha,
+        _describe_loha,
         _options("r alpha rank_pattern alpha_pattern"),
     ),
     "LOKR": Format(
-        (LoKr,), ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
-        _write_lokr, _read_lokr, _describe_lokr, _options("r alpha rank_pattern alpha_pattern decompose_both decompose_factor"),
+        (LoKr,),
+        ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+        _write_lokr,
+        _read_lokr,
+        _describe_lokr,
+        _options("r alpha rank_pattern alpha_pattern decompose_both decompose_factor"),
     ),
     "HIRA": Format(
-        (HiRA,), ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"), _write_hira, _read_hira, _describe_hira,
-        _options("r rank_pattern hira_dropout"), mirror=_swap_factors,
+        (HiRA,),
+        ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
+        _write_hira,
+        _read_hira,
+        _describe_hira,
+        _options("r rank_pattern hira_dropout"),
+        mirror=_swap_factors,
     ),
     "GRALORA": Format(
-        (GraLoRA,), ("gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight"),
-        _write_gralora, _read_gralora, _describe_gralora, _options("r hybrid_r alpha gralora_k gralora_dropout"),
+        (GraLoRA,),
+        ("gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight"),
+        _write_gralora,
+        _read_gralora,
+        _describe_gralora,
+        _options("r hybrid_r alpha gralora_k gralora_dropout"),
     ),
     "DELORA": Format(
-        (DeLoRA,), ("delora_A", "delora_B", "delora_lambda", "delora_w_norm"), _write_delora, _read_delora, _describe_delora,
+        (DeLoRA,),
+        ("delora_A", "delora_B", "delora_lambda", "delora_w_norm"),
+        _write_delora,
+        _read_delora,
+        _describe_delora,
         _options("r rank_pattern delora_lambda lambda_pattern"),
     ),
     "VERA": Format(
-        (VeRA,), ("vera_lambda_d", "vera_lambda_b"), _write_vera, _read_vera, _describe_vera,
+        (VeRA,),
+        ("vera_lambda_d", "vera_lambda_b"),
+        _write_vera,
+        _read_vera,
+        _describe_vera,
         _options("r projection_prng_key save_projection d_initial vera_dropout"),
-        {"vera_A": lambda s: fetch(s.fixed["a"]).T, "vera_B": lambda s: fetch(s.fixed["b"]).T}, _vera_shared,
+        {"vera_A": lambda s: fetch(s.fixed["a"]).T, "vera_B": lambda s: fetch(s.fixed["b"]).T},
+        _vera_shared,
     ),
     "RANDLORA": Format(
-        (RandLoRA,), ("randlora_lambda", "randlora_gamma"), _write_randlora, _read_randlora, _describe_randlora,
-        _options("r projection_prng_key save_projection randlora_alpha randlora_dropout sparse very_sparse"),
-        {"randlora_A": lambda s: fetch(s.fixed["a"]), "randlora_B": lambda s: fetch(s.fixed["b"])}, _randlora_shared,
+        (RandLoRA,),
+        ("randlora_lambda", "randlora_gamma"),
+        _write_randlora,
+        _read_randlora,
+        _describe_randlora,
+        _options(
+            "r projection_prng_key save_projection randlora_alpha randlora_dropout sparse "
+            "very_sparse"
+        ),
+        {"randlora_A": lambda s: fetch(s.fixed["a"]), "randlora_B": lambda s: fetch(s.fixed["b"])},
+        _randlora_shared,
     ),
     "VBLORA": Format(
-        (VBLoRA,), ("vblora_logits_A", "vblora_logits_B"), _write_vblora, _read_vblora, _describe_vblora,
-        _options("r num_vectors vector_length topk vblora_dropout init_vector_bank_bound init_logits_std"),
-        {"vblora_vector_bank": lambda s: fetch(s.trained["bank"])}, _vblora_shared,
+        (VBLoRA,),
+        ("vblora_logits_A", "vblora_logits_B"),
+        _write_vblora,
+        _read_vblora,
+        _describe_vblora,
+        _options(
+            "r num_vectors vector_length topk vblora_dropout init_vector_bank_bound init_logits_std"
+        ),
+        {"vblora_vector_bank": lambda s: fetch(s.trained["bank"])},
+        _vblora_shared,
     ),
     "OFT": Format(
-        (OFT,), ("oft_R.weight",), _write_oft, _read_oft, _describe_oft,
-        _options("r oft_block_size coft eps block_share use_cayley_neumann num_cayley_neumann_terms"),
+        (OFT,),
+        ("oft_R.weight",),
+        _write_oft,
+        _read_oft,
+        _describe_oft,
+        _options(
+            "r oft_block_size coft eps block_share use_cayley_neumann num_cayley_neumann_terms"
+        ),
     ),
     "BOFT": Format(
-        (BOFT,), ("boft_R", "boft_s"), _write_boft, _read_boft, _describe_boft,
+        (BOFT,),
+        ("boft_R", "boft_s"),
+        _write_boft,
+        _read_boft,
+        _describe_boft,
         _options("boft_block_size boft_block_num boft_n_butterfly_factor"),
     ),
-    "IA3": Format((IA3,), ("ia3_l",), _write_ia3, _read_ia3, _describe_ia3, _options("feedforward_modules init_ia3_weights")),
+    "IA3": Format(
+        (IA3,),
+        ("ia3_l",),
+        _write_ia3,
+        _read_ia3,
+        _describe_ia3,
+        _options("feedforward_modules init_ia3_weights"),
+    ),
     "HRA": Format((HRA,), ("hra_u",), _write_hra, _read_hra, _describe_hra, _options("r apply_GS")),
     "ROAD": Format(
-        (RoAd,), ("road_theta", "road_alpha"), _write_road, _read_road, _describe_road, _options("variant group_size"),
+        (RoAd,),
+        ("road_theta", "road_alpha"),
+        _write_road,
+        _read_road,
+        _describe_road,
+        _options("variant group_size"),
     ),
     "FOURIERFT": Format(
-        (FourierFT,), ("fourierft_spectrum",), _write_spectrum("fourierft_spectrum"), _read_fourierft, _describe_spectrum,
+        (FourierFT,),
+        ("fourierft_spectrum",),
+        _write_spectrum("fourierft_spectrum"),
+        _read_fourierft,
+        _describe_spectrum,
         _options("n_frequency scaling random_loc_seed n_frequency_pattern"),
     ),
     "WAVEFT": Format(
-        (WaveFT,), ("waveft_spectrum",), _write_spectrum("waveft_spectrum"), _read_waveft, _describe_waveft,
+        (WaveFT,),
+        ("waveft_spectrum",),
+        _write_spectrum("waveft_spectrum"),
+        _read_waveft,
+        _describe_waveft,
         _options("n_frequency scaling random_loc_seed n_frequency_pattern wavelet_family use_idwt"),
     ),
     "SHIRA": Format(
-        (SHiRA,), ("shira_indices", "shira_weight"), _write_shira, _read_shira, _describe_shira,
+        (SHiRA,),
+        ("shira_indices", "shira_weight"),
+        _write_shira,
+        _read_shira,
+        _describe_shira,
         _options("r mask_type random_seed"),
     ),
-    "C3A": Format((C3A,), ("c3a_kernel",), _write_c3a, _read_c3a, _describe_c3a, _options("block_size block_size_pattern")),
+    "C3A": Format(
+        (C3A,),
+        ("c3a_kernel",),
+        _write_c3a,
+        _read_c3a,
+        _describe_c3a,
+        _options("block_size block_size_pattern"),
+    ),
     "MISS": Format(
-        (MiSS, BatMiSS), ("miss_block",), _write_miss, _read_miss, _describe_miss, _options("r mini_r miss_dropout"),
+        (MiSS, BatMiSS),
+        ("miss_block",),
+        _write_miss,
+        _read_miss,
+        _describe_miss,
+        _options("r mini_r miss_dropout"),
     ),
     "TRAINABLE_TOKENS": Format(
-        (TrainableTokens,), ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta"),
-        _write_tokens, _read_tokens, _describe_tokens, _options("token_indices"),
+        (TrainableTokens,),
+        ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta"),
+        _write_tokens,
+        _read_tokens,
+        _describe_tokens,
+        _options("token_indices"),
     ),
-}  # fmt: skip
+}
