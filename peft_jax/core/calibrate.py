@@ -269,11 +269,11 @@ def calibrate(
         lead, n_in, _ = site.sizes
         square = {"covariance": n_in, "centred_covariance": n_in + 1}.get(statistic)
         shape = (*lead, n_in) if square is None else (*lead, square, square)
-        counts = {"tokens": jnp.zeros(lead), "calls": jnp.zeros(lead)}
         return Probe(
             **site.common(name=site.path),
             sink=jnp.zeros(shape),
-            **counts,
+            tokens=jnp.zeros(lead),
+            calls=jnp.zeros(lead),
             statistic=statistic,
             token_cap=cap,
         )
@@ -425,13 +425,13 @@ def calibrate_all(
     apply: Callable[..., Any],
     params: Any,
     batches: Iterable[Mapping[str, Any]],
-    statistics: Iterable[str],
+    statistics: Iterable[Statistic],
     **options: Any,
 ) -> dict[str, Calibrated]:
     """statistic -> what `calibrate` gives for it; `options` are its others."""
     return {
         name: calibrate(apply, params, batches, statistic=name, **options) for name in statistics
-    }  # type: ignore[arg-type]
+    }
 
 
 def gradients(

@@ -89,8 +89,13 @@ class FakeQuantized(Reparametrised):
         return node.replace(input_scale=self.input_scale)
 
     def merge(self) -> Quantized:
-        axes = {"in_axes": self.in_axes, "out_axes": self.out_axes}
-        node = quantize_weight(self.name, self.base, weight_only(self.format), **axes)
+        node = quantize_weight(
+            self.name,
+            self.base,
+            weight_only(self.format),
+            in_axes=self.in_axes,
+            out_axes=self.out_axes,
+        )
         return node.replace(format=self.format, input_scale=self.input_scale)
 
 
