@@ -23,7 +23,8 @@ import numpy as np
 from peft_jax.core.attachment import Shared
 from peft_jax.core.files import read_json
 from peft_jax.core.reparametrised import MATRIX, TRANSPOSED, Replacement, replacement, replacements
-from peft_jax.core.select import EXPERTS, OUTPUT_EMBEDDING, nearest
+from peft_jax.core.roles import is_expert
+from peft_jax.core.select import OUTPUT_EMBEDDING, nearest
 from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import is_node, map_places, places, stack_of
 from peft_jax.core.weight import Axes, Trainable, Weight, matrix_shape
@@ -97,7 +98,7 @@ def save_peft(
     if not nodes:
         raise ValueError(f"the tree holds no adapter named {name!r}")
     peft_type, kind = _format_of(nodes)
-    experts = {path: nodes.pop(path) for path in list(nodes) if path.rpartition("/")[2] in EXPERTS}
+    experts = {path: nodes.pop(path) for path in list(nodes) if is_expert(path)}
     # Of a model without a head, the trunk is all that there is in PEFT.
     bare = f"{trunk_of(params)}." if task_type == "FEATURE_EXTRACTION" else ""
 
@@ -356,7 +357,7 @@ def _attach_all(
         if not isinstance(w, Weight) and is_node(w):
             return w
         w = trained_place(place, w, extras, whole, name, known_places)
-        if place.rpartition("/")[2] in EXPERTS:
+        if is_expert(place):
             return attach_experts(place, w, modules, config, name)
         w = _attach_nodes(place, w, modules, config, kind, name)
         return _attach_nodes(place, w, tokens, config, _TOKENS, name)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.adapters.llama_adapter import AdaptionPrompt, FusedAdaptionPrompt
+from peft_jax.adapters.llama_adapter import AdaptionPrompt, FusedAdaptionPrompt, prompted
 from peft_jax.adapters.prefix import Offset, Prefix, attention_cores, offset_stack
 from peft_jax.adapters.prompt import (
     ContextTokens,
@@ -23,9 +23,10 @@ from peft_jax.adapters.prompt import (
     place_prompt,
 )
 from peft_jax.core.attachment import Attachment, attach
-from peft_jax.core.placing import hidden_size, layers_of, module_paths, token_stack
+from peft_jax.core.placing import hidden_size, layers_of, token_stack
 from peft_jax.core.prepare import distribute
 from peft_jax.core.reparametrised import Replacement, replacements
+from peft_jax.core.roles import role_of
 from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import map_places, places
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
@@ -326,7 +327,11 @@ def prefix_places(params: Any) -> list[tuple[str, int]]:
     cores = [n for core in attention_cores(params) for n, _ in layers_of(params, core)[1]]
     if token_stack(params)[0] != "encoder-decoder":
         return [(core, i) for i, core in enumerate(cores)]
-    own = [core for core in cores if core.startswith("decoder/") and "/SelfAttention" in core]
+    own = [
+        core
+        for core in cores
+        if core.startswith("decoder/") and role_of(core.rpartition("/")[0]) == "attention"
+    ]
     return [(core, 2 * i % len(own)) for i, core in enumerate(own)]
 
 
@@ -367,7 +372,9 @@ def _sizes_of(params: Any, features: int) -> dict[str, int]:
     if token_stack(params)[0] != "encoder-decoder":
         return {}
     table = next(
-        w for p, w in places(params).items() if p.endswith("relative_attention_bias/embedding")
+        w
+        for p, w in places(params).items()
+        if p.endswith("/embedding") and role_of(p.rpartition("/")[0]) == "relative"
     )
     return {
         "num_transformer_submodules": 2,
@@ -460,11 +467,9 @@ def _write_adaption(
     params: Any, nodes: Mapping[str, Any], name: str
 ) -> tuple[Tensors, dict[str, Any]]:
     split = split_layers(params, nodes, name)
-    fused = isinstance(next(iter(nodes.values())), FusedAdaptionPrompt)
-    cores = [
-        f"{core.removesuffix('/core')}/{'output' if fused else 'core'}"
-        for core, _ in prefix_places(params)
-    ]
+    place = prompted(params)[1]
+    attention = [core.rpartition("/")[0] for core, _ in prefix_places(params)]
+    cores = [f"{module}/{place}" for module in attention]
     has = [f"{core}/adaption" in split for core in cores]
     count = sum(has)
     if has != [i >= len(has) - count for i in range(len(has))]:
@@ -481,13 +486,13 @@ def _write_adaption(
     return tensors, {
         "adapter_layers": count,
         "adapter_len": length,
-        "target_modules": "attn" if fused else "self_attn",
+        "target_modules": attention[0].rpartition("/")[2],
     }
 
 
 def _read_adaption(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
     nodes, width = {}, hidden_size(params)
-    paths = module_paths(params)
+    cls, place = prompted(params)
     for key, prompt in tensors.items():
         if not key.endswith(".adaption_prompt"):
             continue
@@ -498,9 +503,7 @@ def _read_adaption(params: Any, tensors: Tensors, config: Config, name: str) -> 
             )
         strength = tensors[key.removesuffix("prompt") + "gate"].astype(np.float32).reshape(())
         module = key.removeprefix(PREFIX).removesuffix(".adaption_prompt").replace(".", "/")
-        fused = not any(p.endswith("/k_proj") for p in paths)
-        cls, hook = (FusedAdaptionPrompt, "output") if fused else (AdaptionPrompt, "core")
-        nodes[f"{module}/{hook}/adaption"] = cls(
+        nodes[f"{module}/{place}/adaption"] = cls(
             prompt=prompt[0].astype(np.float32), strength=strength, name=name
         )
     if not nodes:
