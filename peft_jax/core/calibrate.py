@@ -25,7 +25,8 @@ from peft_jax.core.reparametrised import (
     node,
     place_nodes,
 )
-from peft_jax.core.select import EXPERTS, Targets
+from peft_jax.core.roles import is_expert
+from peft_jax.core.select import Targets
 from peft_jax.core.tree import map_places, places
 from peft_jax.core.weight import (
     Layout,
@@ -291,7 +292,7 @@ def calibrate(
         _check_apart(probes, within)
 
     def mean(path: str, probe: Probe) -> jax.Array:
-        n = count if path.rpartition("/")[2] in EXPERTS else jnp.maximum(probe.tokens, 1.0)
+        n = count if is_expert(path) else jnp.maximum(probe.tokens, 1.0)
         sink = _centred(probe.sink) if statistic == "centred_covariance" else probe.sink
         return sink / jnp.reshape(n, (*jnp.shape(n), *[1] * (sink.ndim - jnp.ndim(n))))
 

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.reparametrised import MATRIX, TRANSPOSED, Reparametrised, Site, node, place_nodes
-from peft_jax.core.select import OUTPUT_EMBEDDING, OUTPUT_HEADS, Targets
+from peft_jax.core.roles import role_of
+from peft_jax.core.select import OUTPUT_EMBEDDING, Targets
 from peft_jax.core.tree import places
 from peft_jax.core.weight import Axes, matmul, take
 
@@ -93,7 +94,8 @@ def _by_token(path: str) -> tuple[Axes, Axes] | None:
     """The axes of the weight at `path` as (tokens, features); None where it has no rows for
     tokens.
     """
-    *module, leaf = path.split("/")
+    module, _, leaf = path.rpartition("/")
     if leaf in ("embedding", OUTPUT_EMBEDDING):
         return MATRIX
-    return TRANSPOSED if leaf == "kernel" and module and module[-1] in OUTPUT_HEADS else None
+    head = leaf == "kernel" and role_of(module) in ("head", "labels")
+    return TRANSPOSED if head else None

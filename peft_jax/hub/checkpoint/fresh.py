@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from peft_jax.core.select import nearest
-from peft_jax.core.sharding import RULES, Rules, shard
+from peft_jax.core.sharding import Rules, shard
 from peft_jax.core.tree import places
 from peft_jax.hub.checkpoint.folder import default_dtype, local_folder, read_config
 from peft_jax.hub.checkpoint.parts import Parts, listed
@@ -33,7 +33,7 @@ def load_fresh(
     labels: Sequence[str] | int | None = None,
     dtype: Any = None,
     mesh: Mesh | None = None,
-    rules: Rules = RULES,
+    rules: Rules = (),
     revision: str | None = None,
     seed: int = 0,
     **options: Any,

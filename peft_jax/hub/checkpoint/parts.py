@@ -9,7 +9,7 @@ from typing import Any
 from peft_jax.core.tree import places
 from peft_jax.hub.names import Tensor, expert_tensors, modules_of, stack_size, tensors_of
 from peft_jax.low_rank.svd import Factorized
-from peft_jax.models.families import Family
+from peft_jax.models.family import Family
 
 Parts = Mapping[str, tuple[Any, list[Tensor]]]  # path -> (array, its tensors)
 HEAD_TASKS = ("causal_lm", "seq2seq_lm", "masked_lm")  # of models whose head may be the embedding

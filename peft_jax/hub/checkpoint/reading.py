@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.select import OUTPUT_EMBEDDING
-from peft_jax.core.sharding import RULES, Rules, node_shardings, shard_place
+from peft_jax.core.sharding import Rules, check_rules, node_shardings, say_whole, shard_place
 from peft_jax.core.tree import map_places, places
 from peft_jax.hub.checkpoint.folder import default_dtype, local_folder, read_config
 from peft_jax.hub.checkpoint.fresh import fresh_head, labelled
@@ -29,25 +29,10 @@ from peft_jax.hub.quantized import QuantizedReader
 from peft_jax.hub.safetensors_io import Checkpoint, open_checkpoint
 from peft_jax.low_rank.svd import Factorized
 from peft_jax.models.blocks import Task, abstract_params
-from peft_jax.models.families import Family, family_of, task_of, untie
+from peft_jax.models.families import FAMILIES, family_of, task_of, untie
+from peft_jax.models.family import Family
 
 logger = logging.getLogger("peft_jax")
-
-
-_HEADS = {  # modules of the heads of Hugging Face's classes
-    "cls",
-    "lm_head",
-    "score",
-    "classifier",
-    "pre_classifier",
-    "qa_outputs",
-    "pooler",
-    "head",
-    "decoder",
-    "vocab_transform",
-    "vocab_layer_norm",
-    "vocab_projector",
-}
 
 
 _OLD_NAMES = {"gamma": "weight", "beta": "bias"}  # of norms, in BERT's first checkpoints
@@ -60,7 +45,7 @@ def load(
     labels: Sequence[str] | int | None = None,
     dtype: Any = None,
     mesh: Mesh | None = None,
-    rules: Rules = RULES,
+    rules: Rules = (),
     revision: str | None = None,
     scan_layers: bool = True,
     remat: str = "none",
@@ -140,6 +125,7 @@ def load(
                 return leaf.replace(**factors)
             return read(path, leaf, placed)
 
+        check_rules(rules)
         params = map_places(place, abstract)
         if apart and task == "masked_lm":  # the module has no head of its own, the tree has
             params = untie(params)
@@ -149,6 +135,8 @@ def load(
                 if p.endswith(OUTPUT_EMBEDDING)
             }
             params = map_places(lambda p, w: place(p, w) if p in parts else w, params)
+        if mesh is not None:
+            say_whole(params, jax.tree.map(lambda x: x.sharding, params), mesh, rules)
         return model, params
 
 
@@ -260,13 +248,14 @@ def _check(
     }
     present = set(checkpoint.names) - {name for names in quantized.values() for name in names}
     if model.config.tie_embeddings or model.task not in ("causal_lm", "seq2seq_lm"):
-        present.discard("lm_head.weight")
+        present.discard(f"{family_of(model.config.model_type).head}.weight")
     missing = sorted(set(expected) - present)
     heads = [name for name in missing if set(name.split(".")) & set(model.heads)]
     if lost := [name for name in missing if name not in heads]:
         raise ValueError(f"{folder} lacks {listed(lost)}")
     surplus = sorted(present - set(expected) - checkpoint.spare)
-    if surplus := [name for name in surplus if name.partition(".")[0] not in _HEADS]:
+    heads_of_all = {head for family in FAMILIES.values() for head in family.heads}
+    if surplus := [name for name in surplus if name.partition(".")[0] not in heads_of_all]:
         raise ValueError(
             f"{folder} holds {listed(surplus)}, which a {model.config.model_type} model has no "
             "place for"

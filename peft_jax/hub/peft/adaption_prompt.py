@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.adapters.llama_adapter import AdaptionPrompt, FusedAdaptionPrompt
-from peft_jax.core.placing import hidden_size, module_paths
+from peft_jax.adapters.llama_adapter import AdaptionPrompt, FusedAdaptionPrompt, prompted
+from peft_jax.core.placing import hidden_size
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
 from peft_jax.hub.peft.formats import PREFIX, Config, Tensors, WholeFormat
 from peft_jax.hub.peft.prefix_tuning import prefix_places
@@ -16,11 +16,9 @@ from peft_jax.hub.peft.prefix_tuning import prefix_places
 
 def _write(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
     split = split_layers(params, nodes, name)
-    fused = isinstance(next(iter(nodes.values())), FusedAdaptionPrompt)
-    cores = [
-        f"{core.removesuffix('/core')}/{'output' if fused else 'core'}"
-        for core, _ in prefix_places(params)
-    ]
+    place = prompted(params)[1]
+    attention = [core.rpartition("/")[0] for core, _ in prefix_places(params)]
+    cores = [f"{module}/{place}" for module in attention]
     has = [f"{core}/adaption" in split for core in cores]
     count = sum(has)
     if has != [i >= len(has) - count for i in range(len(has))]:
@@ -37,13 +35,13 @@ def _write(params: Any, nodes: Mapping[str, Any], name: str) -> tuple[Tensors, d
     return tensors, {
         "adapter_layers": count,
         "adapter_len": length,
-        "target_modules": "attn" if fused else "self_attn",
+        "target_modules": attention[0].rpartition("/")[2],
     }
 
 
 def _read(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
     nodes, width = {}, hidden_size(params)
-    paths = module_paths(params)
+    cls, place = prompted(params)
     for key, prompt in tensors.items():
         if not key.endswith(".adaption_prompt"):
             continue
@@ -54,9 +52,7 @@ def _read(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
             )
         strength = tensors[key.removesuffix("prompt") + "gate"].astype(np.float32).reshape(())
         module = key.removeprefix(PREFIX).removesuffix(".adaption_prompt").replace(".", "/")
-        fused = not any(p.endswith("/k_proj") for p in paths)
-        cls, hook = (FusedAdaptionPrompt, "output") if fused else (AdaptionPrompt, "core")
-        nodes[f"{module}/{hook}/adaption"] = cls(
+        nodes[f"{module}/{place}/adaption"] = cls(
             prompt=prompt[0].astype(np.float32), strength=strength, name=name
         )
     if not nodes:

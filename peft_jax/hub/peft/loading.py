@@ -14,7 +14,8 @@ import numpy as np
 from peft_jax.core.attachment import Shared
 from peft_jax.core.files import read_json
 from peft_jax.core.reparametrised import MATRIX, TRANSPOSED
-from peft_jax.core.select import EXPERTS, OUTPUT_EMBEDDING, nearest
+from peft_jax.core.roles import is_expert
+from peft_jax.core.select import OUTPUT_EMBEDDING, nearest
 from peft_jax.core.tree import is_node, map_places, places
 from peft_jax.core.weight import Axes, Weight, matrix_shape
 from peft_jax.hub.names import modules_of, stack_size
@@ -94,7 +95,7 @@ def _attach_all(
         if not isinstance(w, Weight) and is_node(w):
             return w
         w = trained_place(place, w, extras, whole, name, known_places)
-        if place.rpartition("/")[2] in EXPERTS:
+        if is_expert(place):
             return attach_experts(place, w, modules, config, name)
         w = _attach_nodes(place, w, modules, config, kind, name)
         return _attach_nodes(place, w, tokens, config, TOKENS, name)

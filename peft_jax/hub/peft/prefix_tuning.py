@@ -11,6 +11,7 @@ from peft_jax.adapters.prefix import Offset, Prefix, attention_cores, offset_sta
 from peft_jax.core.attachment import attach
 from peft_jax.core.placing import layers_of, token_stack
 from peft_jax.core.prepare import distribute
+from peft_jax.core.roles import role_of
 from peft_jax.core.tree import places
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
 from peft_jax.hub.peft.formats import Config, Tensors, WholeFormat
@@ -27,7 +28,11 @@ def prefix_places(params: Any) -> list[tuple[str, int]]:
     cores = [n for core in attention_cores(params) for n, _ in layers_of(params, core)[1]]
     if token_stack(params)[0] != "encoder-decoder":
         return [(core, i) for i, core in enumerate(cores)]
-    own = [core for core in cores if core.startswith("decoder/") and "/SelfAttention" in core]
+    own = [
+        core
+        for core in cores
+        if core.startswith("decoder/") and role_of(core.rpartition("/")[0]) == "attention"
+    ]
     return [(core, 2 * i % len(own)) for i, core in enumerate(own)]
 
 
@@ -66,7 +71,9 @@ def _sizes_of(params: Any, features: int) -> dict[str, int]:
     if token_stack(params)[0] != "encoder-decoder":
         return {}
     table = next(
-        w for p, w in places(params).items() if p.endswith("relative_attention_bias/embedding")
+        w
+        for p, w in places(params).items()
+        if p.endswith("/embedding") and role_of(p.rpartition("/")[0]) == "relative"
     )
     return {
         "num_transformer_submodules": 2,

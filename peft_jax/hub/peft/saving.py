@@ -11,7 +11,8 @@ import jax
 
 from peft_jax.core.attachment import Shared
 from peft_jax.core.reparametrised import Replacement, replacement, replacements
-from peft_jax.core.select import EXPERTS, OUTPUT_EMBEDDING
+from peft_jax.core.roles import is_expert
+from peft_jax.core.select import OUTPUT_EMBEDDING
 from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import places, stack_of
 from peft_jax.core.weight import Trainable
@@ -60,7 +61,7 @@ def save_peft(
     if not nodes:
         raise ValueError(f"the tree holds no adapter named {name!r}")
     kind = _format_of(nodes)
-    experts = {path: nodes.pop(path) for path in list(nodes) if path.rpartition("/")[2] in EXPERTS}
+    experts = {path: nodes.pop(path) for path in list(nodes) if is_expert(path)}
     # Of a model without a head, the trunk is all that there is in PEFT.
     bare = f"{trunk_of(params)}." if task_type == "FEATURE_EXTRACTION" else ""
 
