@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes, scaled
 from peft_jax.core.select import Targets, first_present, is_target
 from peft_jax.core.tree import places
@@ -101,3 +102,15 @@ def ia3(
         layout=layout,
         modules_to_save=modules_to_save,
     )
+
+
+METHOD = Method(
+    name="ia3",
+    function=ia3,
+    nodes=(IA3,),
+    at="matrices",
+    title="IA3",
+    follows="Liu et al. 2022, arXiv:2205.05638; PEFT `IA3Config`",
+    differs="Targets are PEFT's for each family; the bias is scaled with the output, as in PEFT",
+    variants=({"feedforward": "kernel"},),
+)

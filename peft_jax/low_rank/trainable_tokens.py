@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import MATRIX, TRANSPOSED, Reparametrised, Site, node, place_nodes
 from peft_jax.core.select import OUTPUT_EMBEDDING, OUTPUT_HEADS, Targets
 from peft_jax.core.tree import places
@@ -97,3 +98,15 @@ def _by_token(path: str) -> tuple[Axes, Axes] | None:
     if leaf in ("embedding", OUTPUT_EMBEDDING):
         return MATRIX
     return TRANSPOSED if leaf == "kernel" and module and module[-1] in OUTPUT_HEADS else None
+
+
+METHOD = Method(
+    name="trainable_tokens",
+    function=trainable_tokens,
+    nodes=(TrainableTokens,),
+    at="rows",
+    title="trainable tokens",
+    follows="PEFT `TrainableTokensConfig` (no paper)",
+    differs="Columns of an untied head train too",
+    example={"ids": [1, 3]},
+)
