@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from peft_jax.adapters.adapter import affine
 from peft_jax.adapters.bottleneck import ACTIVATIONS
 from peft_jax.core.attachment import Attachment, Shared, attach, module_at
+from peft_jax.core.method import Method
 from peft_jax.core.placing import Module, find_modules, module_paths, token_stack
 from peft_jax.core.placing import hidden_size as _hidden
 from peft_jax.core.reparametrised import node
@@ -348,3 +349,19 @@ def _sizes(params: Any, path: str, layout: Layout | None) -> tuple[int, int]:
         return out(names["q"])[1], out(names["k"])[1]
     n_q, total = out(names["o"])[0], out(names["qkv"])[1]
     return n_q, (total - n_q) // 2
+
+
+METHOD = Method(
+    name="prefix_tuning",
+    function=prefix_tuning,
+    nodes=(Prefix, Offset),
+    at="attention",
+    title="prefix tuning",
+    follows="Li and Liang 2021, arXiv:2101.00190; PEFT `PrefixTuningConfig`",
+    differs=(
+        "Keys and values start as N(0, 0.02^2), where PEFT's are N(0, 1): a prefix that large "
+        "ruins a model at first. `offset=False` counts positions as AdapterHub does"
+    ),
+    identity=False,
+    example={"num_virtual_tokens": 3},
+)
