@@ -41,7 +41,14 @@ from peft_jax.hub.quantized import QuantizedReader, quantization_config, writer
 from peft_jax.hub.safetensors_io import Checkpoint, open_checkpoint, write_shards
 from peft_jax.low_rank.svd import Factorized
 from peft_jax.models.blocks import Task, abstract_params, fresh_params
-from peft_jax.models.families import FAMILIES, family_of, hf_config_of, task_of, untie
+from peft_jax.models.families import (
+    FAMILIES,
+    family_of,
+    hf_config_of,
+    introduce,
+    task_of,
+    untie,
+)
 from peft_jax.models.family import Family
 from peft_jax.quantization.quantized import Quantized
 
@@ -88,10 +95,8 @@ def read_config(folder: Path) -> Any:
     if "model_type" not in raw:
         raise ValueError(f"{folder / 'config.json'} has no model_type")
     from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    if raw["model_type"] not in CONFIG_MAPPING_NAMES:
-        family_of(raw["model_type"])
+    introduce(raw["model_type"])
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
