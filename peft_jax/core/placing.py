@@ -125,6 +125,15 @@ def module_paths(params: Any) -> list[str]:
     return found
 
 
+def modules_with_roles(params: Any) -> dict[str, list[str]]:
+    """role -> paths of the modules of a tree that have it."""
+    found: dict[str, list[str]] = {}
+    for path in module_paths(params):
+        if (role := role_of(path)) is not None:
+            found.setdefault(role, []).append(path)
+    return found
+
+
 def find_modules(
     params: Any,
     targets: Targets,
