@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.bind import Bound, bound_of
 from peft_jax.core.coverage import Calibrated, record_tokens
 from peft_jax.core.partition import combine, partition
 from peft_jax.core.reparametrised import (
@@ -344,8 +345,7 @@ def probing(apply: Callable[..., Any]) -> Pass:
     of like structure.
     """
 
-    @jax.jit
-    def run(sinks: Any, rest: Any, sequences: Any, inputs: Any, seen: Any) -> Any:
+    def run(apply: Bound, sinks: Any, rest: Any, sequences: Any, inputs: Any, seen: Any) -> Any:
         def output(sinks: Any, uses: Uses) -> jax.Array:
             told = map_places(functools.partial(_told, seen, uses), combine(sinks, rest))
             return jnp.sum(
@@ -361,7 +361,7 @@ def probing(apply: Callable[..., Any]) -> Pass:
         wide = _each_probe(lambda probe: probe.widened(uses.counts.get(probe.name, 1)), sinks)
         return _each_probe(Probe.narrowed, jax.grad(output)(wide, Uses()))
 
-    return run
+    return functools.partial(jax.jit(run), bound_of(apply))
 
 
 def collect(

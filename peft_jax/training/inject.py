@@ -5,7 +5,6 @@ and after.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from peft_jax.core.bind import bind
+from peft_jax.core.bind import Bound
 from peft_jax.core.files import write_json
 from peft_jax.core.sharding import fetch
 from peft_jax.data import Record, evaluation_batches, unpadded
@@ -111,17 +110,16 @@ def recall(config: RunConfig, setup: Setup, params: Any, records: Sequence[Recor
     rows = unpadded(
         rows._replace(weights=np.where(rows.targets == end, 0.0, rows.weights).astype(np.float32))
     )
-    apply = bind(setup.model)
+    apply = reads_knowledge(setup.model)
+    said = apply.program(_said)
     found = [
-        fetch(_said(apply, params, on_devices(b, setup.mesh)))
+        fetch(said(apply, params, on_devices(b, setup.mesh)))
         for b in evaluation_batches(rows, config.train.batch_size)
     ]
     return float(np.concatenate(found)[: len(rows.tokens)].mean())
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _said(apply: Any, params: Any, batch: Any) -> jax.Array:
-    apply = reads_knowledge(apply)
+def _said(apply: Bound, params: Any, batch: Any) -> jax.Array:
     logits = TOKENS.head(apply, params, batch)(TOKENS.states(apply, params, batch, None))
     return all_likeliest(logits, batch["targets"], batch["weights"])
 

@@ -30,7 +30,7 @@ from peft_jax.data import fingerprint as fingerprint_of
 from peft_jax.distillation.objective import of_student
 from peft_jax.generation.generate import generate
 from peft_jax.hub import save, save_adapter
-from peft_jax.knowledge.inputs import entity_fusion, read_entities
+from peft_jax.knowledge.inputs import entity_fusion, read_entities, reads_knowledge
 from peft_jax.low_rank.loftq import loftq
 from peft_jax.models.layers import unstack_layers
 from peft_jax.models.tables import check_rows, first_position
@@ -345,7 +345,7 @@ def _measure(config: RunConfig, setup: Setup, params: Any, rows: Any) -> dict[st
     if kind_of(subject) == "text":
         raise ConfigError(f"evaluate.metrics {wanted[0]!r} needs data of kind completion or chat")
     return metrics | generated_metrics(
-        setup.model,
+        reads_knowledge(setup.model),
         params,
         records,
         setup.tokenizer,
@@ -481,7 +481,7 @@ def _samples(config: RunConfig, setup: Setup, params: Any) -> list[str]:
     if task not in ("causal_lm", "seq2seq_lm"):
         raise ConfigError(f"generate.prompts are of no use to a {task} model")
     return generate(
-        setup.model,
+        reads_knowledge(setup.model),
         params,
         g.prompts,
         tokenizer=setup.tokenizer,

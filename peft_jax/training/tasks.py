@@ -273,7 +273,7 @@ def usual_metrics(s: Subject) -> tuple[str, ...]:
 def predict(subject: Subject, params: Any, rows: Any) -> np.ndarray:
     """A head's logits for all rows, float32 [N, ...]."""
     check_rows(subject.model, rows, before=first_position(params))
-    apply = reads_knowledge(bind(subject.model))
+    apply = reads_knowledge(subject.model)
 
     @jax.jit
     def run(params: Any, batch: Any) -> jax.Array:

@@ -14,6 +14,7 @@ import transformers as tr
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import peft_jax
+from peft_jax.core.bind import Bound
 from peft_jax.data import (
     MalformedRecordError,
     Record,
@@ -357,17 +358,13 @@ def test_masking_hits_the_wanted_share_and_spares_the_rest(tokenizer, tmp_path):
     rows = encode_masked(records({"text": "the film was good " * 30}), tokenizer, 32)
     seen = []
 
-    class Spy:
-        class model:
-            unembed = None
-
     def apply(params, tokens, *, rng=None, method=None, **_):
         if method == "unembed":
             return jnp.zeros((*tokens.shape[:-1], VOCAB))
         seen.append(np.asarray(tokens))
         return jnp.zeros((*tokens.shape, 4))
 
-    apply.model = Spy.model
+    apply = Bound.of(apply, hidden_states=True)
     objective = functools.partial(
         cross_entropy, masked_reading(mask_token=4, vocab_size=VOCAB, share=0.2)
     )
