@@ -19,10 +19,10 @@ from peft_jax.adapters.adapter import affine
 from peft_jax.adapters.bottleneck import ACTIVATIONS
 from peft_jax.core.attachment import Attachment, Shared, attach, module_at
 from peft_jax.core.method import Method
-from peft_jax.core.placing import Module, find_modules, module_paths, token_stack
+from peft_jax.core.placing import Module, attention_cores, find_modules, module_paths, token_stack
 from peft_jax.core.placing import hidden_size as _hidden
 from peft_jax.core.reparametrised import node
-from peft_jax.core.roles import hooks_of, modules_by_role, role_of
+from peft_jax.core.roles import modules_by_role
 from peft_jax.core.select import Targets, nearest
 from peft_jax.core.weight import Layout, matrix_shape, static
 
@@ -280,13 +280,6 @@ def offset_stack(params: Any) -> str | None:
     """
     kind, path = token_stack(params)
     return path if kind == "decoder" else None
-
-
-def attention_cores(params: Any) -> list[str]:
-    """Paths of the attention cores of a model of this package."""
-    inside = {p: module_at(params, p) for p in module_paths(params)}
-    hooks = (f"{p}/{name}" for p, m in inside.items() for name in hooks_of(p, m))
-    return [p for p in hooks if role_of(p) == "core"]
 
 
 def kv_features(params: Any) -> int:
