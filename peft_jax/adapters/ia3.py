@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes, scaled
-from peft_jax.core.roles import first_fit, names_of
+from peft_jax.core.roles import first_fit, module_of, names_of
 from peft_jax.core.select import Targets, is_target
 from peft_jax.core.tree import places
 from peft_jax.core.weight import Layout, static
@@ -96,7 +96,7 @@ def ia3(
 
 
 def _usual_targets(params: Any) -> tuple[str, ...]:
-    found = first_fit((p.rpartition("/")[0] for p in places(params)), _USUAL)
+    found = first_fit(map(module_of, places(params)), _USUAL)
     if found is None:
         raise ValueError(
             "no modules of this model are known to make keys, values and a feed-forward's output: "
