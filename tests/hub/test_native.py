@@ -181,10 +181,11 @@ def foreign_trees(params):
         return Twice(**{f.name: getattr(w, f.name) for f in dataclasses.fields(w)})
 
     lora = perturb(peft_jax.lora(params, KEY, rank=2, targets="q_proj"))
+    count = params["model"]["layers"]["mlp"]["up_proj"]["kernel"].shape[0]
     return {
         "weight": over(params, "up_proj/kernel", lambda w: outer(w, power=0.5)),
         "attachment": attach(
-            params, {"model/layers/mlp": {"scaled_default": Scaled(by=3.0 + rng.random(4))}}
+            params, {"model/layers/mlp": {"scaled_default": Scaled(by=3 + rng.random(count))}}
         ),
         "subclass": map_places(lambda p, w: twice(w) if type(w) is LoRA else w, lora),
         "option": over(params, "up_proj/kernel", lambda w: outer(w, power=np.float32(2))),
