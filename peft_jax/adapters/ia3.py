@@ -4,17 +4,17 @@ scaled by learned vectors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.method import Method
+from peft_jax.core.options import Beside, Selection
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes, scaled
 from peft_jax.core.select import Targets, first_present, is_target
 from peft_jax.core.tree import places
-from peft_jax.core.weight import Layout, static
+from peft_jax.core.weight import static
 
 
 @node
@@ -66,11 +66,7 @@ def ia3(
     *,
     targets: Targets = (),
     feedforward: Targets = (),
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Beside],
 ) -> Any:
     """`params` with an IA3 node at each place that `targets` name; of those that `feedforward`
     names too, the inputs are scaled.
@@ -81,27 +77,18 @@ def ia3(
 
     usual = first_present(places(params), _USUAL)
     feedforward = feedforward or [t for t in usual if t in _FEEDFORWARD]
-    targets = targets or usual
+    at = Selection.of(ia3, where, targets=targets or usual)
 
     def make(site: Site, key: jax.Array) -> IA3:
         inputs = is_target(site.path, site.base, feedforward)
         lead, n_in, n_out = site.sizes
         return IA3(
-            **site.common(name=adapter),
+            **site.common(name=at.adapter),
             scale=jnp.ones((*lead, n_in if inputs else n_out)),
             feedforward=inputs,
         )
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    return place_nodes(params, key, make, at)
 
 
 METHOD = Method(

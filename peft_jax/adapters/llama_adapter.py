@@ -9,7 +9,7 @@ PEFT).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from peft_jax.adapters.adapter import per_row
 from peft_jax.core.attachment import Attachment, module_at
 from peft_jax.core.bind.rules import bias_of, linear
 from peft_jax.core.method import Method
+from peft_jax.core.options import Named, Selection
 from peft_jax.core.placing import find_modules, hidden_size, module_paths, place_attachments
 from peft_jax.core.reparametrised import node
 from peft_jax.core.select import first_present
@@ -118,7 +119,7 @@ def adaption_prompt(
     adapter_len: int = 10,
     adapter_layers: int | None = None,
     layers: Sequence[int] | None = None,
-    adapter: str = "default",
+    **where: Unpack[Named],
 ) -> Any:
     """`params` with a prompt of `adapter_len` tokens in the attention of the last `adapter_layers`
     layers (all but the first two by default, one at least), or of `layers`.
@@ -126,6 +127,7 @@ def adaption_prompt(
     Raises ValueError for a model whose attention has neither k_proj and v_proj of its own nor
     GPT-2's c_attn (PEFT has none for others either).
     """
+    adapter = Selection.of(adaption_prompt, where).adapter
     if adapter_len < 1:
         raise ValueError(f"adapter_len must be at least 1, got {adapter_len}")
     found = first_present(module_paths(params), (["k_proj"], ["c_attn"]))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.coverage import Calibrated, record_tokens
+from peft_jax.core.options import Selection
 from peft_jax.core.partition import combine, partition
 from peft_jax.core.reparametrised import (
     Product,
@@ -278,9 +279,8 @@ def calibrate(
             token_cap=cap,
         )
 
-    probed = place_nodes(
-        params, jax.random.key(0), make, targets=targets, exclude=exclude, layout=layout
-    )
+    at = Selection(targets=targets, exclude=exclude, layout=layout)
+    probed = place_nodes(params, jax.random.key(0), make, at)
     inside = {p for p, w in places(probed).items() if isinstance(w, Probe)}
     sinks, rest = partition(map_places(lambda p, w: w if p in inside else _frozen(w), probed))
     largest = statistic == "max_abs"

@@ -20,7 +20,8 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from peft_jax.core.method import REQUIRED, Method, Option
+from peft_jax.core.method import Method
+from peft_jax.core.options import REQUIRED, Option
 from peft_jax.core.select import nearest
 from peft_jax.data.records import Kind
 from peft_jax.distillation.divergence import Divergence, make_divergence
