@@ -9,8 +9,8 @@ layers see what their window reaches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from peft_jax.core.reparametrised import node
 from peft_jax.core.roles import modules_by_role
 from peft_jax.core.select import Targets, nearest
 from peft_jax.core.weight import Layout, matrix_shape, static
+from peft_jax.core.where import Among, Selection
 
 _FLAX = {"query", "key", "value", "out"}
 
@@ -182,11 +183,9 @@ def prefix_tuning(
     activation: str = "tanh",
     gating: Literal["none", "token"] = "none",
     targets: Targets = "*",
-    layers: Sequence[int] | None = None,
     init_std: float = 0.02,
     offset: bool = True,
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Among],
 ) -> Any:
     """`params` with a prefix in each attention that `targets` name (a decoder's, or Flax's own
     attention layers).
@@ -206,8 +205,10 @@ def prefix_tuning(
         )
     if gating not in ("none", "token"):
         raise ValueError(f"unknown gating {gating!r}; a prefix has none or token")
-    P, group = num_virtual_tokens, f"prefix_{adapter}" if projection else ""
-    found = _attentions(params, layout, targets, layers)
+    at = Selection.of(prefix_tuning, where, targets=targets)
+    P, adapter = num_virtual_tokens, at.adapter
+    group = f"prefix_{adapter}" if projection else ""
+    found = _attentions(params, at)
     nodes: dict[str, dict[str, Any]] = {}
     keys = iter(jax.random.split(key, 4 * len(found) + 3))
     h = 0
@@ -292,12 +293,8 @@ def _around(core: str) -> str:
     return core.rpartition("/")[0]
 
 
-def _attentions(
-    params: Any, layout: Layout | None, targets: Targets, layers: Sequence[int] | None
-) -> list[tuple[Module, str, int, int]]:
-    """(where, what, features of queries, features of keys) for each attention that `targets`
-    name.
-    """
+def _attentions(params: Any, at: Selection) -> list[tuple[Module, str, int, int]]:
+    """(where, what, features of queries, features of keys) for each attention that is selected."""
     cores = {_around(core): core for core in attention_cores(params)}
     flax = [p for p in module_paths(params) if set(module_at(params, p)) >= _FLAX]
     if not cores and not flax:
@@ -305,7 +302,7 @@ def _attentions(
             "no attention was found that a prefix can stand in (this package's, or Flax's with "
             "query, key, value, out)"
         )
-    named = {m.path: m for m in find_modules(params, targets, (), layers, layout)}
+    named = {m.path: m for m in find_modules(params, **at.places)}
     found = []
     for path in [*cores, *flax]:
         core = cores.get(path, path)
@@ -315,13 +312,12 @@ def _attentions(
                 (
                     m._replace(path=core),
                     "core" if path in cores else "flax",
-                    *_sizes(params, path, layout),
+                    *_sizes(params, path, at.layout),
                 )
             )
     if not found:
-        raise ValueError(
-            f"targets {targets!r} name no attention; attention here: {', '.join([*cores, *flax])}"
-        )
+        here = ", ".join([*cores, *flax])
+        raise ValueError(f"targets {at.targets!r} name no attention; attention here: {here}")
     return found
 
 

@@ -11,13 +11,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate, gradients
-from peft_jax.core.method import Method, Option, Options
+from peft_jax.core.method import Method, Options
 from peft_jax.core.options import ConfigError
 from peft_jax.core.reparametrised import replace_arrays
 from peft_jax.core.select import nearest
 from peft_jax.core.sharding import shard
 from peft_jax.core.tree import is_node, places
 from peft_jax.core.weight import Weight
+from peft_jax.core.where import Option
 from peft_jax.knowledge.inputs import entity_fusion, read_entities
 from peft_jax.low_rank.loftq import loftq
 from peft_jax.methods import METHODS
