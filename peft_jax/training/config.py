@@ -25,6 +25,7 @@ from peft_jax.core.select import nearest
 from peft_jax.data.records import Kind
 from peft_jax.distillation.divergence import Divergence, make_divergence
 from peft_jax.distillation.match import uld
+from peft_jax.hub.quantized import TOOLS
 from peft_jax.knowledge.editing import METHODS as EDITING
 from peft_jax.knowledge.editing import Search
 from peft_jax.methods import ENDS_OTHERWISE, METHODS
@@ -102,7 +103,7 @@ class ModelConfig:
 @configuration
 class QuantizeConfig:
     format: str | None = option(
-        None, "nf4, fp4, fp8, mxfp4, int8, int4, int3, int2; empty: the weights stay as they are"
+        None, "a storage format, as nf4 or int4; empty: the weights stay as they are"
     )
     options: dict[str, Any] = option({}, "options of the format, as {block_size: 64, double: true}")
     rounding: str = option("nearest", "nearest, stochastic, gptq, awq, smoothquant or hqq")
@@ -111,6 +112,11 @@ class QuantizeConfig:
     exclude: list[str] = option([], "what to leave in high precision")
     calibration_batches: int = option(
         8, "batches of the training data that a calibrated rounding looks at"
+    )
+    tool: str | None = option(
+        None,
+        "whose folders quantized models are written as; peft_jax holds every format; by default "
+        "the one that others read and that holds the format",
     )
     token_cap: float | None = option(
         4.0,
@@ -328,6 +334,12 @@ class TrainConfig:
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep")
     keep_best: bool = option(True, "end with the weights of the best evaluation")
     nan_limit: int = option(10, "stop after this many steps in a row whose gradient is not finite")
+    objective: str | None = option(
+        None, "what is minimised, by name; by default what the model's task says"
+    )
+    objective_options: dict[str, Any] = option(
+        {}, "options of the named objective, as {temperature: 0.1}"
+    )
     loss_chunk: int | None = option(
         None, "tokens whose logits are computed at once; 0 for all, by default as memory asks"
     )
@@ -818,6 +830,8 @@ def check_quantize(config: QuantizeConfig) -> Format | None:
         return None
     try:
         check_rounding(config.rounding, config.rounding_options)
+        if config.tool is not None:
+            TOOLS.find(config.tool)
         return make_format(config.format, **config.options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"option 'quantize': {error}") from error

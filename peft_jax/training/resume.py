@@ -113,7 +113,16 @@ _ALTERS: dict[str, tuple[str, ...]] = {
     "data.train": _SOURCE,
     "data.knowledge": _KNOWLEDGE,
     "optimizer": _OPTIMIZER,
-    "train": ("steps", "epochs", "batch_size", "accumulate", "seed", "router_loss"),
+    "train": (
+        "steps",
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "seed",
+        "router_loss",
+        "objective",
+        "objective_options",
+    ),
     "distill": _DISTILL,
 }
 # What does not: how it is computed, watched and kept, and what other commands do.
@@ -121,6 +130,7 @@ _LEAVES: dict[str, tuple[str, ...]] = {
     "": ("output", "mesh", "resume", "resume_with"),
     "model": ("remat", "attention"),
     "prune": ("sensitivity",),
+    "quantize": ("tool",),
     "data": ("validation", "test"),
     "train": (
         "log_every",

@@ -417,7 +417,13 @@ def run_quantization(config: RunConfig, console: Console | None = None) -> Path:
         if tokens.ndim:
             say(f"tokens each expert of {path} saw: {tokens_in_words(tokens)}")
     out = Path(config.output) / MODEL
-    save(out, setup.model, setup.params, tokenizer=setup.tokenizer)
+    save(
+        out,
+        setup.model,
+        setup.params,
+        tokenizer=setup.tokenizer,
+        tool=config.quantize.tool,
+    )
     seen = {path: fetch(tokens).astype(int).tolist() for path, tokens in book.tokens.items()}
     write_json(
         out.parent / "quantization.json",
@@ -477,7 +483,8 @@ def run_pruning(config: RunConfig, console: Console | None = None) -> Path:
         else ""
     )
     say(f"after:  {_shown(numbers['after'])}, {numbers['parameters']:,} parameters{zeros}")
-    save(out / MODEL, setup.model, setup.params, tokenizer=setup.tokenizer)
+    tool = config.quantize.tool
+    save(out / MODEL, setup.model, setup.params, tokenizer=setup.tokenizer, tool=tool)
     write_json(out / "pruning.json", numbers)
     say(f"written: {out / MODEL}")
     return out / MODEL
@@ -536,7 +543,8 @@ def export(
     base, revision = config.model.path, config.model.revision
     if prunes(config) or factorizes(config):  # the adapter is one of the smaller model
         base, revision = str(out / BASE), None
-        save(out / BASE, setup.model, setup.params, tokenizer=setup.tokenizer)
+        tool = config.quantize.tool
+        save(out / BASE, setup.model, setup.params, tokenizer=setup.tokenizer, tool=tool)
     kind = TASK_TYPES.get(setup.model.task)
     save_adapter(
         out / ADAPTER,

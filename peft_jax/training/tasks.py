@@ -49,6 +49,7 @@ from peft_jax.models.blocks import Task
 from peft_jax.models.tables import check_rows, first_position
 from peft_jax.objectives.contrast import contrast, embed_texts
 from peft_jax.objectives.labels import ANSWERS, LABELS, squared_error
+from peft_jax.objectives.objective import make_objective
 from peft_jax.objectives.reading import Objective, Reading, cross_entropy, inputs_of
 from peft_jax.objectives.tokens import TOKENS, balanced, masked_reading, next_token
 from peft_jax.training.config import ConfigError, DataConfig, RunConfig, SourceConfig
@@ -99,6 +100,8 @@ def objective_of(config: RunConfig, subject: Subject) -> Objective:
 def _objective(config: RunConfig, subject: Subject) -> Objective:
     task, chunk = TASKS[subject.model.task], config.train.loss_chunk
     reading = task.reading(subject)
+    if config.train.objective is not None:
+        return _named_objective(config, subject, reading)
     if tables := rule_tables(subject):
         if reading is None:
             raise ConfigError("data.knowledge: rules are for losses over distributions")
@@ -109,6 +112,20 @@ def _objective(config: RunConfig, subject: Subject) -> Objective:
         return own
     assert reading is not None  # a task has one of the two
     return functools.partial(cross_entropy, reading, chunk=chunk)
+
+
+def _named_objective(config: RunConfig, subject: Subject, reading: Reading | None) -> Objective:
+    """The objective `train.objective`. Raises ConfigError for an unknown one, and beside others."""
+    if config.distill.teachers or rule_tables(subject):
+        raise ConfigError(
+            "train.objective stands in the place of the task's, and distill.teachers and the rules "
+            "of data.knowledge are objectives of their own: leave one of them out"
+        )
+    try:
+        options = config.train.objective_options
+        return make_objective(config.train.objective or "", subject.model.task, reading, options)
+    except ValueError as error:
+        raise ConfigError(f"option 'train.objective': {error}") from error
 
 
 # -------------------------------------------------------------------------------------------------
