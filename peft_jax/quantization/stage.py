@@ -25,7 +25,7 @@ from peft_jax.quantization.rounding import check_rounding, needed_statistics
 @configuration
 class QuantizeConfig:
     format: str | None = option(
-        None, "nf4, fp4, fp8, mxfp4, int8, int4, int3, int2; empty: the weights stay as they are"
+        None, "a storage format, as nf4 or int4; empty: the weights stay as they are"
     )
     options: dict[str, Any] = option({}, "options of the format, as {block_size: 64, double: true}")
     rounding: str = option("nearest", "nearest, stochastic, gptq, awq, smoothquant or hqq")
@@ -34,6 +34,12 @@ class QuantizeConfig:
     exclude: list[str] = option([], "what to leave in high precision")
     calibration_batches: int = option(
         8, "batches of the training data that a calibrated rounding looks at"
+    )
+    tool: str | None = option(
+        None,
+        "whose folders quantized models are written as; peft_jax holds every format; by default "
+        "the one that others read and that holds the format",
+        alters=False,
     )
     token_cap: float | None = option(
         4.0,

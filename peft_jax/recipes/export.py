@@ -68,7 +68,8 @@ def export(
         changed = is_asked(config, "prune") or is_asked(config, "factorize")
     if changed:  # the adapter is one of the smaller model
         base, revision = str(out / BASE), None
-        save(out / BASE, setup.model, setup.params, tokenizer=setup.tokenizer)
+        tool = config.quantize.tool
+        save(out / BASE, setup.model, setup.params, tokenizer=setup.tokenizer, tool=tool)
     save_adapter(
         out / ADAPTER,
         params,

@@ -56,7 +56,8 @@ def run_pruning(config: RunConfig, console: Console | None = None) -> Path:
     zeros = np.mean([s.mean() for s in shares.values()])
     said = f", {zeros:.2%} zeros a weight" if masks(section) else ""
     say(f"after:  {shown(after)}, {left:,} parameters{said}")
-    save(out / MODEL, setup.model, setup.params, tokenizer=setup.tokenizer)
+    tool = config.quantize.tool
+    save(out / MODEL, setup.model, setup.params, tokenizer=setup.tokenizer, tool=tool)
     counted = {"before": before, "after": after, "parameters_before": whole, "parameters": left}
     write_json(out / "pruning.json", {**numbers, **counted})
     say(f"written: {out / MODEL}")

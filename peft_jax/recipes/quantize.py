@@ -40,7 +40,8 @@ def run_quantization(config: RunConfig, console: Console | None = None) -> Path:
         if tokens.ndim:
             say(f"tokens each expert of {path} saw: {tokens_in_words(tokens)}")
     out = Path(config.output) / MODEL
-    save(out, setup.model, setup.params, tokenizer=setup.tokenizer)
+    tool = config.quantize.tool
+    save(out, setup.model, setup.params, tokenizer=setup.tokenizer, tool=tool)
     seen = {path: fetch(tokens).astype(int).tolist() for path, tokens in book.tokens.items()}
     write_json(
         out.parent / "quantization.json",

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from peft_jax.core.options import ConfigError, configuration, dotted, option, settings_of
 from peft_jax.core.select import nearest
 from peft_jax.hub.model import ModelConfig
+from peft_jax.hub.quantized import TOOLS
 from peft_jax.recipes.sections import EvaluateConfig, GenerateConfig, InjectConfig, TeachConfig
 from peft_jax.recipes.stages import ORDER, STAGES
 from peft_jax.training.config import OptimizerConfig, TrainConfig
@@ -156,6 +157,11 @@ def _check(config: RunConfig) -> None:
     for name, value in positive.items():
         if value < 1:
             raise ConfigError(f"option {name!r} must be at least 1, got {value}")
+    if (tool := config.quantize.tool) is not None and tool not in TOOLS:
+        raise ConfigError(
+            f"option 'quantize.tool': unknown tool {tool!r}.{nearest(tool, TOOLS)} There are "
+            f"{', '.join(TOOLS)}"
+        )
     if unknown := [name for name in config.resume_with if name not in ALTERS]:
         raise ConfigError(
             f"option 'resume_with': {unknown[0]!r} is no option that alters what is "

@@ -144,6 +144,8 @@ def subject_of(config: RunConfig, model: Any, tokenizer: Any, mesh: Mesh | None)
         loop.loss_chunk,
         loop.router_loss,
         passes(config.data, loop),
+        loop.objective,
+        loop.objective_options,
     )
 
 

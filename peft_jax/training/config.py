@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from peft_jax.core.options import configuration, option
 
@@ -50,6 +50,12 @@ class TrainConfig:
     keep_best: bool = option(True, "end with the weights of the best evaluation", alters=False)
     nan_limit: int = option(
         10, "stop after this many steps in a row whose gradient is not finite", alters=False
+    )
+    objective: str | None = option(
+        None, "what is minimised, by name; by default what the model's task says"
+    )
+    objective_options: dict[str, Any] = option(
+        {}, "options of the named objective, as {temperature: 0.1}"
     )
     loss_chunk: int | None = option(
         None,

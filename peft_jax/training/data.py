@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Mesh
@@ -101,6 +103,8 @@ class Subject(NamedTuple):
     loss_chunk: int | None = None
     router_loss: float | None = None
     passes: int = 1
+    objective: str | None = None
+    objective_options: Mapping[str, Any] = MappingProxyType({})
 
 
 def check_data(data: DataConfig) -> None:

@@ -98,6 +98,11 @@ def check_training(section: Training) -> None:
             "train.keep_best=false and train.patience=0, since an earlier evaluation is one of "
             "another model"
         )
+    if t.objective is not None and section.distill.teachers:
+        raise ConfigError(
+            "train.objective stands in the place of the task's, and distill.teachers are an "
+            "objective of their own: leave one of them out"
+        )
     if is_loftq(section.method):
         check_loftq(section.quantize)
     check_distill(section.distill)

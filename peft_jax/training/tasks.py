@@ -17,6 +17,7 @@ from peft_jax.knowledge.inputs import reads_knowledge
 from peft_jax.models.blocks import Task
 from peft_jax.objectives.contrast import contrast
 from peft_jax.objectives.labels import ANSWERS, LABELS, squared_error
+from peft_jax.objectives.objective import make_objective
 from peft_jax.objectives.reading import Objective, Reading, cross_entropy
 from peft_jax.objectives.tokens import TOKENS, balanced, masked_reading, next_token
 from peft_jax.training.beside import is_informed, rule_tables, with_knowledge
@@ -62,6 +63,8 @@ def objective_of(subject: Subject) -> Objective:
 def _objective(subject: Subject) -> Objective:
     task, chunk = TASKS[subject.model.task], subject.loss_chunk
     reading = task.reading(subject)
+    if subject.objective is not None:
+        return _named_objective(subject, reading)
     if tables := rule_tables(subject):
         if reading is None:
             raise ConfigError("data.knowledge: rules are for losses over distributions")
@@ -72,6 +75,20 @@ def _objective(subject: Subject) -> Objective:
         return own
     assert reading is not None  # a task has one of the two
     return functools.partial(cross_entropy, reading, chunk=chunk)
+
+
+def _named_objective(subject: Subject, reading: Reading | None) -> Objective:
+    """The objective `train.objective`. Raises ConfigError for an unknown one, and beside rules."""
+    if rule_tables(subject):
+        raise ConfigError(
+            "train.objective stands in the place of the task's, and the rules of data.knowledge "
+            "are an objective of their own: leave one of them out"
+        )
+    try:
+        name, options = subject.objective or "", subject.objective_options
+        return make_objective(name, subject.model.task, reading, options)
+    except ValueError as error:
+        raise ConfigError(f"option 'train.objective': {error}") from error
 
 
 def rows_of(s: Subject, records: Sequence[Record]) -> Any:

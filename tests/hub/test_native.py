@@ -239,7 +239,7 @@ def test_what_is_no_node_and_options_that_are_not_plain_are_refused(setting, tmp
 def test_arrays_that_do_not_fit_are_refused(setting, change, message, tmp_path):
     folder = shutil.copytree(setting[4], tmp_path / "a")
     tensors = load_file(folder / "adapter_model.safetensors")
-    name = next(n for n in tensors if n.endswith("q_proj/kernel.a"))
-    save_file(tensors | {name: change(tensors[name])}, folder / "adapter_model.safetensors")
+    wrong = {n: change(a) for n, a in tensors.items() if n.endswith("q_proj/kernel.a")}
+    save_file(tensors | wrong, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=message):
         peft_jax.load_adapter(setting[1], folder)

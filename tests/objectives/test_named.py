@@ -3,6 +3,7 @@ itself.
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,16 @@ import pytest
 from peft_jax.objectives.labels import LABELS
 from peft_jax.objectives.objective import OBJECTIVES, make_objective
 from peft_jax.objectives.tokens import TOKENS
+from peft_jax.training.config import (
+    ConfigError,
+    DataConfig,
+    DistillConfig,
+    RunConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from peft_jax.training.step import init_state, make_step
+from peft_jax.training.tasks import Subject, objective_of
 from tests.installed import install
 
 B, T, V, C = 8, 6, 7, 3
@@ -187,3 +197,29 @@ def test_an_installed_objective_is_found_and_tested_as_the_others(tmp_path, monk
 def test_wrong_objectives_are_refused_by_name(name, task, reading, options, message):
     with pytest.raises(ValueError, match=message):
         make_objective(name, task, reading, options)
+
+
+def test_a_configuration_names_an_objective():
+    model = SimpleNamespace(task="causal_lm", config=SimpleNamespace(num_experts=0))
+    subject = Subject(model, None, DataConfig(), B, None)
+
+    def config(name, **options):
+        train = TrainConfig(objective=name, objective_options=options)
+        return dataclasses.replace(RunConfig(), train=train)
+
+    apply = case_of(OBJECTIVES["token_cross_entropy"])[0]
+    batch = jax.tree.map(jnp.asarray, BY_TOKEN)
+    named, usual = (
+        objective_of(config(name), subject)(apply, TABLE, batch, None)[0]
+        for name in ("token_cross_entropy", None)
+    )
+    assert float(named) == float(usual)
+    with pytest.raises(ConfigError, match=r"option 'train\.objective': unknown objective 'focul'"):
+        objective_of(config("focul"), subject)
+    with pytest.raises(ConfigError, match=r"cannot be made of {'power': 2}"):
+        objective_of(config("token_cross_entropy", power=2), subject)
+    taught = dataclasses.replace(
+        config("token_cross_entropy"), distill=DistillConfig(teachers=[TeacherConfig()])
+    )
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        objective_of(taught, subject)

@@ -125,7 +125,8 @@ def test_a_stack_of_matrices_in_every_format(record, format):
     one = jax.tree.map(lambda a: a[1], q)
     alone = quantized(format, w[1])
     assert jax.tree.structure(one) == jax.tree.structure(alone)
-    jax.tree.map(np.testing.assert_array_equal, one, alone)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=2e-7)  # a division's last bit
     matrix = np.asarray(q.materialize()[1])
     inputs = round_inputs(X, format, one.input_scale) if rounds_inputs(format) else X
     assert relative_error(peft_jax.matmul(X, one), np.asarray(inputs) @ matrix) < 1e-5
@@ -307,7 +308,7 @@ def test_a_format_that_no_tool_holds(small_model, tmp_path, monkeypatch):
         peft_jax.save(tmp_path / "q", model, tree)
     with pytest.raises(ValueError, match=rf"bitsandbytes folders hold no nf3: {held}"):
         peft_jax.save(tmp_path / "q", model, tree, tool="bitsandbytes")
-    with pytest.raises(ValueError, match=r"unknown format 'nf3'"):
+    with pytest.raises(ValueError, match=r"in the format NF3, which the name 'nf3' does not"):
         peft_jax.save(tmp_path / "q", model, tree, tool="peft_jax")
     with pytest.raises(ValueError, match="awq folders are read and not written"):
         peft_jax.save(tmp_path / "q", model, tree, tool="awq")
@@ -497,7 +498,10 @@ def test_stochastic_rounding_has_the_weight_as_its_mean(record, format):
 
     drawn = jax.lax.map(one, noise)
     spread = float(drawn.std(0).max())
-    inside = np.abs(np.asarray(w)) < 1  # the largest may be clipped
+    ends = [format.encode(jnp.full_like(w, x), scale, zero) for x in (-1e3, 1e3)]
+    low, high = (np.asarray(format.decode(end, zero) * scale) for end in ends)
+    inside = (low < w) & (w < high) & (w < 1)  # what lies beyond is clipped
+    assert inside.mean() > 0.8
     assert float(np.abs(drawn.mean(0) - w)[inside].max()) < 5 * spread / np.sqrt(2000) + 1e-6
     assert spread > 0
 

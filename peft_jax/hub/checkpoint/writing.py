@@ -175,7 +175,8 @@ def _quantization_config(tool: Tool, model: Any, known: Mapping[str, Any]) -> di
         try:
             tool.write(_layer_of(w, None if stack_size(path, w) is None else 0))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; {ways()}") from error
+            instead = "" if tool.own else f"; {ways()}"
+            raise ValueError(f"{path}: {error}{instead}") from error
     linear = linear_modules(model, known)
     modules = {
         name: quantized[path]

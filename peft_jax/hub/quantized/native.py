@@ -31,10 +31,10 @@ def _write(w: Quantized) -> dict[str, np.ndarray]:
     record, which nothing could read.
     """
     said = json.dumps({"format": w.format.name, "options": _options(w.format)})
-    if _made(json.loads(said)) != w.format:
+    if not _is_known(json.loads(said), w.format):
         raise ValueError(
-            f"is in the format {type(w.format).__name__}, which make_format({w.format.name!r}) "
-            "does not give; register a record of it in peft_jax.quantization.formats.FORMATS"
+            f"is in the format {type(w.format).__name__}, which the name {w.format.name!r} does "
+            "not give; register a record of it in peft_jax.quantization.formats.FORMATS"
         )
     tensors = {_FORMAT: np.frombuffer(said.encode(), np.uint8), _CODES: w.codes}
     if isinstance(w.scale, DoubleScale):
@@ -48,6 +48,14 @@ def _write(w: Quantized) -> dict[str, np.ndarray]:
 def _options(format: Format) -> dict[str, Any]:
     names = (f.name for f in dataclasses.fields(format) if f.name != "bits")
     return {name: getattr(format, name) for name in names}
+
+
+def _is_known(said: Mapping[str, Any], format: Format) -> bool:
+    """Whether what is said of a format gives it back."""
+    try:
+        return _made(said) == format
+    except ValueError:
+        return False
 
 
 def _made(said: Mapping[str, Any]) -> Format:

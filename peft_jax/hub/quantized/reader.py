@@ -69,7 +69,8 @@ def assemble_parts(
     name: str, parts: list[Parts], shape: tuple[int, ...], dtype: Any, *, stacked: bool
 ) -> Quantized:
     """One weight of the parts of its layers. Raises ValueError where layers differ in format."""
-    if len({p.format for p in parts}) > 1 or len({p.zero is None for p in parts}) > 1:
+    optional = {(p.zero is None, p.smooth is None, p.input_scale is None) for p in parts}
+    if len({p.format for p in parts}) > 1 or len(optional) > 1:
         raise ValueError(
             f"the layers of {name} differ in their quantization; load with scan_layers=False"
         )
