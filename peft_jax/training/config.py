@@ -879,11 +879,20 @@ def describe() -> list[tuple[str, str, str]]:
                 )
 
     walk(RunConfig(), "")
+    return rows + _describe_methods()
+
+
+def _describe_methods() -> list[tuple[str, str, str]]:
+    """The same for options of methods; one that several have in common is said once."""
+    found: dict[tuple[str, str, str], list[str]] = {}
     for method in METHODS:
-        for name, parameter in method_options(method).items():
-            default = "required" if parameter.default is REQUIRED else _shown(parameter.default)
-            rows.append((f"method.{name}", default, f"option of {method}"))
-    return rows
+        for name, o in method_options(method).items():
+            default = "required" if o.default is REQUIRED else _shown(o.default)
+            found.setdefault((f"method.{name}", default, o.help), []).append(method)
+    return [
+        (name, default, f"{text} ({', '.join(of) if len(of) < 7 else f'{len(of)} methods'})")
+        for (name, default, text), of in found.items()
+    ]
 
 
 def _shown(value: Any) -> str:
