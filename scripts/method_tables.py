@@ -1,7 +1,7 @@
 """Writes the tables of methods from their records: `python scripts/method_tables.py [--check]`.
 
-A table stands between two comments, `<!-- methods: NAME -->` and `<!-- end -->`; with `--check`
-nothing is written, and one that is not current is an error.
+A table stands between two comments, `<!-- methods: NAME -->` and `<!-- end -->`, a row of the
+README's after its name; with `--check` nothing is written, and one that is not current is an error.
 """
 
 from __future__ import annotations
@@ -14,13 +14,22 @@ from pathlib import Path
 from peft_jax.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
-FILES = ("docs/methods_sources.md",)
+FILES = ("docs/methods_sources.md", "README.md")
+ROWS = {"methods": ("low_rank", "core"), "adapters": ("adapters",)}  # name -> folders
 
 
 def sources() -> str:
     """What each method follows, and where it differs from that."""
     rows = ((f"`{m.name}`", m.follows, m.differs) for m in METHODS.values())
     return table(("method", "follows", "differs from it, and why"), rows)
+
+
+def titles(folders: Iterable[str]) -> str:
+    """The methods of some folders, as prose names them."""
+    homes = {f"peft_jax.{folder}" for folder in folders}
+    return ", ".join(
+        m.title for m in METHODS.values() if m.function.__module__.rpartition(".")[0] in homes
+    )
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -39,6 +48,10 @@ def current(text: str) -> str:
     def write(found: re.Match[str]) -> str:
         return f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}"
 
+    def row(found: re.Match[str]) -> str:
+        return f"| {found[1]} | {titles(ROWS[found[1]])} |"
+
+    text = re.sub(rf"^\| ({'|'.join(ROWS)}) \| .*\|$", row, text, flags=re.MULTILINE)
     pattern = r"(<!-- methods: (\w+) -->)\n.*?(<!-- end -->)"
     return re.sub(pattern, write, text, flags=re.DOTALL)
 
@@ -46,12 +59,11 @@ def current(text: str) -> str:
 def main() -> None:
     stale = []
     for name in FILES:
-        path = ROOT / name
-        text = path.read_text(encoding="utf-8")
+        text = (ROOT / name).read_text(encoding="utf-8")
         if (new := current(text)) != text:
             stale.append(name)
             if "--check" not in sys.argv:
-                path.write_text(new, encoding="utf-8")
+                (ROOT / name).write_text(new, encoding="utf-8")
     if stale and "--check" in sys.argv:
         raise SystemExit(f"not current: {', '.join(stale)}; run python scripts/method_tables.py")
 

@@ -7,7 +7,10 @@ an option is away from its default, the weight is an embedding, a stack of exper
 """
 
 import functools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -81,11 +84,19 @@ def node_of(params, leaf="kernel"):
 
 
 def test_every_method_names_its_source():
-    """A paper or an implementation, and a row in docs/methods_sources.md."""
+    """A paper or an implementation."""
     source = re.compile(r"arXiv:\d{4}\.\d{5}|PEFT `\w+`|ICLR")
     assert all(source.search(m.follows) for n, m in METHODS.items() if n != "full")
-    text = (Path(__file__).parents[1] / "docs" / "methods_sources.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(METHODS)
+
+
+def test_the_tables_of_methods_are_current():
+    """Those of docs/methods_sources.md and the README, which scripts/method_tables.py writes."""
+    root = Path(__file__).parents[1]
+    script = [sys.executable, str(root / "scripts" / "method_tables.py"), "--check"]
+    done = subprocess.run(
+        script, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Replacement, replace_arrays
 from peft_jax.core.select import Targets, select
 from peft_jax.core.tree import places
 from peft_jax.core.weight import Trainable
-from peft_jax.core.where import Excluding, Selection
+from peft_jax.core.where import Selection, Vectors
 
 
 def bitfit(
     params: Any,
     key: Any = None,
     *,
-    targets: Targets = "*",
-    **where: Unpack[Excluding],
+    targets: Annotated[Targets, "where biases train"] = "*",
+    **where: Unpack[Vectors],
 ) -> Any:
     """`params` with biases of the adapter's own, which train, where `targets` name some. `key` is
     not used.
@@ -47,4 +47,5 @@ METHOD = Method(
     title="BitFit",
     follows="Ben Zaken et al. 2022, arXiv:2106.10199",
     differs="A model without biases is refused",
+    reference="transformers",
 )

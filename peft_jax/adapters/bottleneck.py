@@ -9,7 +9,7 @@ up(f(down(x))) with what goes in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Unpack
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -147,22 +147,33 @@ def bottleneck(
     params: Any,
     key: jax.Array,
     *,
-    placement: str = "houlsby",
-    targets: Targets = (),
-    parallel: bool | None = None,
-    reduction_factor: float = 16.0,
-    size: int | None = None,
-    size_pattern: Mapping[str, int] | None = None,
-    activation: str | None = None,
-    scaling: float | Literal["learned", "channel"] | None = None,
-    ln_before: bool = False,
-    ln_after: bool = False,
-    residual_before_ln: bool = False,
-    gating: Gating = "none",
-    bias: bool = True,
-    dropout: float = 0.0,
-    drop_layers: int = 0,
-    init: Literal["zero", "bert", "houlsby"] = "zero",
+    placement: Annotated[str, "houlsby, pfeiffer, parallel or parallel_mlp"] = "houlsby",
+    targets: Annotated[Targets, "modules that get it; by default by placement"] = (),
+    parallel: Annotated[
+        bool | None, "take the module's input, not its output; by default by placement"
+    ] = None,
+    reduction_factor: Annotated[float, "the features over the units of the bottleneck"] = 16.0,
+    size: Annotated[int | None, "units of the bottleneck; by default by reduction_factor"] = None,
+    size_pattern: Annotated[
+        Mapping[str, int] | None, "sizes of modules that match the keys"
+    ] = None,
+    activation: Annotated[str | None, "as relu or swish; by default by placement"] = None,
+    scaling: Annotated[
+        float | Literal["learned", "channel"] | None,
+        "a number, or learned or channel; by default by placement",
+    ] = None,
+    ln_before: Annotated[bool, "a layer norm before it"] = False,
+    ln_after: Annotated[bool, "a layer norm after it"] = False,
+    residual_before_ln: Annotated[bool, "add the residual ahead of that norm"] = False,
+    gating: Annotated[Gating, "weigh the update by a gate: none, token or sequence"] = "none",
+    bias: Annotated[bool, "biases of its own"] = True,
+    dropout: Annotated[float, "dropout of the update in training"] = 0.0,
+    drop_layers: Annotated[
+        int, "AdapterDrop in training: up to how many of the lowest layers lose theirs"
+    ] = 0,
+    init: Annotated[
+        Literal["zero", "bert", "houlsby"], "zero changes nothing at first; bert and houlsby draw"
+    ] = "zero",
     **where: Unpack[Modules],
 ) -> Any:
     """`params` with a bottleneck adapter beside each module that `placement` or `targets` name.
@@ -283,7 +294,7 @@ METHOD = Method(
     function=bottleneck,
     nodes=(Bottleneck,),
     at="modules",
-    title="bottleneck adapters (Houlsby, Pfeiffer, parallel)",
+    title="bottleneck (Houlsby, Pfeiffer, parallel, with AdapterHub's options)",
     follows=(
         "Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; "
         "parallel, arXiv:2110.04366; AdapterHub `BnConfig`"
@@ -292,5 +303,6 @@ METHOD = Method(
         "`init=zero` makes the up-projection zero, so that nothing changes at first; "
         "AdapterHub's default start is `init=bert`"
     ),
+    reference="tests.references:bottleneck",
     example={"size": 3, "ln_before": True, "scaling": "channel", "gating": "token"},
 )

@@ -8,7 +8,7 @@ own.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Annotated, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -56,17 +56,21 @@ def compacter(
     params: Any,
     key: jax.Array,
     *,
-    placement: str = "houlsby",
-    targets: Targets = (),
-    reduction_factor: float = 32.0,
-    size: int | None = None,
-    dimension: int = 4,
-    rank: int = 1,
-    shared_rule: bool = True,
-    activation: str = "gelu",
-    init: Literal["zero", "glorot"] = "zero",
-    dropout: float = 0.0,
-    drop_layers: int = 0,
+    placement: Annotated[str, "houlsby, pfeiffer, parallel or parallel_mlp"] = "houlsby",
+    targets: Annotated[Targets, "modules that get it; by default by placement"] = (),
+    reduction_factor: Annotated[float, "the features over the units of the bottleneck"] = 32.0,
+    size: Annotated[int | None, "units of the bottleneck; by default by reduction_factor"] = None,
+    dimension: Annotated[int, "n of the hypercomplex numbers"] = 4,
+    rank: Annotated[int, "rank of the factors B"] = 1,
+    shared_rule: Annotated[bool, "one rule for all adapters"] = True,
+    activation: Annotated[str, "of the bottleneck, as relu or gelu"] = "gelu",
+    init: Annotated[
+        Literal["zero", "glorot"], "zero changes nothing at first; glorot draws"
+    ] = "zero",
+    dropout: Annotated[float, "dropout of the update in training"] = 0.0,
+    drop_layers: Annotated[
+        int, "AdapterDrop in training: up to how many of the lowest layers lose theirs"
+    ] = 0,
     **where: Unpack[Modules],
 ) -> Any:
     """`params` with a Compacter beside each module that `placement` (see `bottleneck`; pfeiffer
@@ -157,5 +161,6 @@ METHOD = Method(
         "Karimi Mahabadi et al. 2021, arXiv:2106.04647, equation 5; AdapterHub `CompacterConfig`"
     ),
     differs="The up-projection starts at zero, so that nothing changes at first",
+    reference="tests.references:bottleneck",
     example={"size": 4, "dimension": 2},
 )

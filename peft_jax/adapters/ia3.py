@@ -4,7 +4,7 @@ scaled by learned vectors.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,10 @@ def ia3(
     params: Any,
     key: jax.Array,
     *,
-    targets: Targets = (),
-    feedforward: Targets = (),
+    targets: Annotated[
+        Targets, "what is scaled; by default keys, values and the feed-forward's output"
+    ] = (),
+    feedforward: Annotated[Targets, "those of them whose inputs are scaled"] = (),
     **where: Unpack[Beside],
 ) -> Any:
     """`params` with an IA3 node at each place that `targets` name; of those that `feedforward`
@@ -100,5 +102,6 @@ METHOD = Method(
     title="IA3",
     follows="Liu et al. 2022, arXiv:2205.05638; PEFT `IA3Config`",
     differs="Targets are PEFT's for each family; the bias is scaled with the output, as in PEFT",
+    reference="PEFT",
     variants=({"feedforward": "kernel"},),
 )

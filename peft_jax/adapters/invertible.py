@@ -6,7 +6,7 @@ the embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Self, Unpack
+from typing import Annotated, Any, ClassVar, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -84,9 +84,9 @@ def invertible(
     params: Any,
     key: jax.Array,
     *,
-    reduction_factor: float = 2.0,
-    activation: str = "relu",
-    inverse: bool = True,
+    reduction_factor: Annotated[float, "half the features over the hidden units"] = 2.0,
+    activation: Annotated[str, "of the nets"] = "relu",
+    inverse: Annotated[bool, "its inverse before a head that is tied"] = True,
     **where: Unpack[Embedded],
 ) -> Any:
     """`params` with an invertible adapter after the token embedding, and (`inverse`) its inverse
@@ -138,4 +138,5 @@ METHOD = Method(
         "`inv_adapter=nice`"
     ),
     differs="The inverse goes before a tied head alone",
+    reference="tests.references:invertible",
 )

@@ -9,7 +9,7 @@ heads, as in PEFT).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self, Unpack
+from typing import Annotated, Any, ClassVar, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -141,9 +141,11 @@ def adaption_prompt(
     params: Any,
     key: jax.Array,
     *,
-    adapter_len: int = 10,
-    adapter_layers: int | None = None,
-    layers: Sequence[int] | None = None,
+    adapter_len: Annotated[int, "length of the prompts"] = 10,
+    adapter_layers: Annotated[
+        int | None, "how many of the last layers get one; by default all but two"
+    ] = None,
+    layers: Annotated[Sequence[int] | None, "numbers of the layers instead"] = None,
     **where: Unpack[Named],
 ) -> Any:
     """`params` with a prompt of `adapter_len` tokens in the attention of the last `adapter_layers`
@@ -186,6 +188,7 @@ METHOD = Method(
         "`AdaptionPromptConfig`"
     ),
     differs="One gate for all heads, as in PEFT",
+    reference="PEFT",
     anywhere=False,
     example={"adapter_len": 3, "adapter_layers": 2},
 )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Replacement, replace_arrays
 from peft_jax.core.select import Targets, matches, select
 from peft_jax.core.tree import places
 from peft_jax.core.weight import Weight
-from peft_jax.core.where import Excluding, Selection
+from peft_jax.core.where import Selection, Vectors
 
 _NORMS = ("*norm*", "*Norm*", "*/ln_*")
 
@@ -18,8 +18,8 @@ def ln_tuning(
     params: Any,
     key: Any = None,
     *,
-    targets: Targets = _NORMS,
-    **where: Unpack[Excluding],
+    targets: Annotated[Targets, "the norms that train"] = _NORMS,
+    **where: Unpack[Vectors],
 ) -> Any:
     """`params` with the scales and biases of the norms that `targets` name training. `key` is not
     used.
@@ -54,4 +54,5 @@ METHOD = Method(
     title="layer-norm tuning",
     follows="Zhao et al. 2023, arXiv:2312.11420; PEFT `LNTuningConfig`",
     differs="Norms are found by their names in all families",
+    reference="PEFT",
 )

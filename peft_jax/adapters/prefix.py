@@ -10,7 +10,7 @@ layers see what their window reaches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Annotated, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -177,14 +177,16 @@ def prefix_tuning(
     params: Any,
     key: jax.Array,
     *,
-    num_virtual_tokens: int = 20,
-    projection: bool = False,
-    hidden_size: int | None = None,
-    activation: str = "tanh",
-    gating: Literal["none", "token"] = "none",
-    targets: Targets = "*",
-    init_std: float = 0.02,
-    offset: bool = True,
+    num_virtual_tokens: Annotated[int, "length of the prefix"] = 20,
+    projection: Annotated[bool, "an MLP makes the prefix while it trains"] = False,
+    hidden_size: Annotated[int | None, "units of that MLP; by default the model's features"] = None,
+    activation: Annotated[str, "of that MLP"] = "tanh",
+    gating: Annotated[
+        Literal["none", "token"], "weigh the prefix for each token: none or token"
+    ] = "none",
+    targets: Annotated[Targets, "the attention that gets it"] = "*",
+    init_std: Annotated[float, "deviation of keys and values at first"] = 0.02,
+    offset: Annotated[bool, "positions count from the prefix's end, as in PEFT"] = True,
     **where: Unpack[Among],
 ) -> Any:
     """`params` with a prefix in each attention that `targets` name (a decoder's, or Flax's own
@@ -351,6 +353,7 @@ METHOD = Method(
         "Keys and values start as N(0, 0.02^2), where PEFT's are N(0, 1): a prefix that large "
         "ruins a model at first. `offset=False` counts positions as AdapterHub does"
     ),
+    reference="PEFT",
     identity=False,
     example={"num_virtual_tokens": 3},
 )

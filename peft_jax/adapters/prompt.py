@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, Self, Unpack
+from typing import Annotated, Any, ClassVar, Literal, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -328,10 +328,12 @@ def prompt_tuning(
     params: Any,
     key: jax.Array,
     *,
-    num_virtual_tokens: int = 20,
-    init: Literal["random", "vocabulary", "text"] = "random",
-    token_ids: Sequence[int] = (),
-    model: Any = None,
+    num_virtual_tokens: Annotated[int, "length of the prompt"] = 20,
+    init: Annotated[
+        Literal["random", "vocabulary", "text"], "random, vocabulary or text"
+    ] = "random",
+    token_ids: Annotated[Sequence[int], "of text, its tokens"] = (),
+    model: Annotated[Any, "the model, where it scales its embeddings"] = None,
     **where: Unpack[Embedded],
 ) -> Any:
     """`params` with a prompt of virtual tokens.
@@ -371,10 +373,12 @@ def p_tuning(
     params: Any,
     key: jax.Array,
     *,
-    num_virtual_tokens: int = 20,
-    encoder: Literal["mlp", "lstm"] = "mlp",
-    hidden_size: int | None = None,
-    num_layers: int = 2,
+    num_virtual_tokens: Annotated[int, "length of the prompt"] = 20,
+    encoder: Annotated[Literal["mlp", "lstm"], "mlp or lstm"] = "mlp",
+    hidden_size: Annotated[
+        int | None, "units of the encoder; by default the embedding's features"
+    ] = None,
+    num_layers: Annotated[int, "layers of the LSTM"] = 2,
     **where: Unpack[Embedded],
 ) -> Any:
     """`params` with a prompt that an encoder makes: an MLP of three layers, or an LSTM of
@@ -416,9 +420,9 @@ def multitask_prompt_tuning(
     params: Any,
     key: jax.Array,
     *,
-    num_virtual_tokens: int = 20,
-    num_tasks: int = 1,
-    num_ranks: int = 1,
+    num_virtual_tokens: Annotated[int, "length of the prompt"] = 20,
+    num_tasks: Annotated[int, "tasks that share the prompt"] = 1,
+    num_ranks: Annotated[int, "rank of a task's own matrix"] = 1,
     **where: Unpack[Embedded],
 ) -> Any:
     """`params` with a prompt that tasks share, each changing it by a matrix of rank `num_ranks`;
@@ -446,11 +450,13 @@ def cpt(
     params: Any,
     key: jax.Array,
     *,
-    token_ids: Sequence[int],
-    token_types: Sequence[int] = (),
-    epsilon: float = 0.1,
-    format_epsilon: float = 0.1,
-    model: Any = None,
+    token_ids: Annotated[Sequence[int], "tokens of the context"],
+    token_types: Annotated[
+        Sequence[int], "of each, modulo 4: 1 and 3 template, 2 input, 0 answer; by default inputs"
+    ] = (),
+    epsilon: Annotated[float, "how far a token may move"] = 0.1,
+    format_epsilon: Annotated[float, "how far a template may move"] = 0.1,
+    model: Annotated[Any, "the model, where it scales its embeddings"] = None,
     **where: Unpack[Embedded],
 ) -> Any:
     """`params` with a prompt that starts as the context `token_ids` (examples, say), whose
@@ -512,6 +518,7 @@ METHOD = (
             "Random prompts have the embedding's deviation; PEFT draws N(0, 1), which is much "
             "larger than most models' embeddings. A packed row has the prompt once"
         ),
+        reference="PEFT",
         identity=False,
         takes_model=True,
         example={"num_virtual_tokens": 3},
@@ -524,6 +531,7 @@ METHOD = (
         title="P-tuning (MLP, LSTM)",
         follows="Liu et al. 2021, arXiv:2103.10385; PEFT `PromptEncoderConfig`",
         differs="Biases of the encoder start at zero; exported without the encoder, as PEFT does",
+        reference="PEFT",
         identity=False,
         example={"num_virtual_tokens": 3, "encoder": "lstm", "hidden_size": 4},
     ),
@@ -535,6 +543,7 @@ METHOD = (
         title="multitask prompt tuning",
         follows="Wang et al. 2023, arXiv:2303.02861; PEFT `MultitaskPromptTuningConfig`",
         differs="Rows say their task by `adapter_ids`; source and target stages are two trainings",
+        reference="PEFT",
         identity=False,
         example={"num_virtual_tokens": 3},
     ),
@@ -546,6 +555,7 @@ METHOD = (
         title="context-aware prompt tuning",
         follows="Blau et al. 2024, arXiv:2410.17222; PEFT `CPTConfig`",
         differs="The loss is the data's alone, without the context's own answers",
+        reference="PEFT",
         identity=False,
         takes_model=True,
         example={"token_ids": [3, 4, 5], "epsilon": 50.0},

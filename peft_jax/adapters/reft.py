@@ -8,7 +8,7 @@ constraint, and DiReFT (equation 3) makes h + W2^T (W1 h + b).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Self, Unpack
+from typing import Annotated, Any, ClassVar, Literal, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -123,14 +123,18 @@ def reft(
     params: Any,
     key: jax.Array,
     *,
-    variant: Literal["loreft", "noreft", "direft"] = "loreft",
-    rank: int = 4,
-    first: int | None = None,
-    last: int | None = None,
-    activation: str = "linear",
-    targets: Targets = LAYERS,
-    dropout: float = 0.0,
-    init: Literal["zero", "default"] = "zero",
+    variant: Annotated[
+        Literal["loreft", "noreft", "direft"], "loreft, noreft (without orthonormal rows) or direft"
+    ] = "loreft",
+    rank: Annotated[int, "dimensions of the edited subspace"] = 4,
+    first: Annotated[int | None, "edit that many first tokens; by default, with last, all"] = None,
+    last: Annotated[int | None, "edit that many last tokens"] = None,
+    activation: Annotated[str, "of the source"] = "linear",
+    targets: Annotated[Targets, "modules whose output is edited; by default layers"] = LAYERS,
+    dropout: Annotated[float, "dropout of the edit in training"] = 0.0,
+    init: Annotated[
+        Literal["zero", "default"], "zero changes nothing at first; default draws as pyreft"
+    ] = "zero",
     **where: Unpack[Modules],
 ) -> Any:
     """`params` with an intervention after each layer, or each module that `targets` name.
@@ -192,5 +196,6 @@ METHOD = Method(
         "tokens are the row's own: virtual tokens are none of them, and a generated token is "
         "neither"
     ),
+    reference="tests.references:reft",
     example={"rank": 2, "first": 3, "last": 2},
 )

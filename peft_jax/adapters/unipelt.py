@@ -4,7 +4,7 @@ et al. 2021, arXiv:2110.04366).
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack
+from typing import Annotated, Any, Literal, Unpack
 
 import jax
 
@@ -19,11 +19,11 @@ def unipelt(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 8,
-    num_virtual_tokens: int = 10,
-    reduction_factor: float = 16.0,
-    gating: Literal["token", "sequence"] = "token",
-    targets: Targets = ("q_proj", "v_proj"),
+    rank: Annotated[int, "rank of the LoRA"] = 8,
+    num_virtual_tokens: Annotated[int, "length of the prefix"] = 10,
+    reduction_factor: Annotated[float, "the features over the units of the bottleneck"] = 16.0,
+    gating: Annotated[Literal["token", "sequence"], "gates by token or sequence"] = "token",
+    targets: Annotated[Targets, "what gets the LoRA"] = ("q_proj", "v_proj"),
     **where: Unpack[Named],
 ) -> Any:
     """`params` with a gated LoRA on `targets`, a gated prefix in every layer and a gated adapter
@@ -71,10 +71,10 @@ def mix_and_match(
     params: Any,
     key: jax.Array,
     *,
-    num_virtual_tokens: int = 30,
-    size: int | None = None,
-    reduction_factor: float = 2.0,
-    targets: Targets = (),
+    num_virtual_tokens: Annotated[int, "length of the prefix"] = 30,
+    size: Annotated[int | None, "units of the bottleneck; by default by reduction_factor"] = None,
+    reduction_factor: Annotated[float, "the features over the units of the bottleneck"] = 2.0,
+    targets: Annotated[Targets, "modules with an adapter; by default the feed-forward"] = (),
     **where: Unpack[Among],
 ) -> Any:
     """`params` with a prefix in every layer and a scaled parallel adapter beside every
@@ -109,6 +109,7 @@ METHOD = (
             "Gates are by token, since a gate of the whole sequence sees later tokens of a causal "
             "model; the logarithm of a prefix's gate is added to its scores"
         ),
+        reference="tests.references:mixture",
         identity=False,
         anywhere=False,
         example={"rank": 2, "num_virtual_tokens": 3, "reduction_factor": 4},
@@ -121,6 +122,7 @@ METHOD = (
         title="Mix-and-Match",
         follows="He et al. 2021, arXiv:2110.04366; AdapterHub `MAMConfig`",
         differs="A prefix and a scaled parallel adapter with the options of those two",
+        reference="tests.references:mixture",
         identity=False,
         example={"num_virtual_tokens": 3, "size": 3},
     ),

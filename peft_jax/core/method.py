@@ -33,6 +33,9 @@ class Method:
     title: str
     follows: str
     differs: str = ""
+    # What it is compared with: "PEFT", "transformers", or a formula, as a function or its dotted
+    # name: (node, w) -> w' of a weight, (node, y, *args) -> y' of a module that makes y of args.
+    reference: str | Callable[..., Any] | None = None
     # promises
     identity: bool = True  # it changes nothing at first
     whole: bool = False  # it trains the weights themselves, and leaves a model and no adapter

@@ -5,7 +5,7 @@ penalties.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any, Unpack
 
 import jax
 
@@ -14,6 +14,7 @@ from peft_jax.core.method import Method
 from peft_jax.core.select import Targets, matches, matches_nothing, select
 from peft_jax.core.tree import data_fields, is_node, map_nodes, map_places, nodes_in, places
 from peft_jax.core.weight import Trainable, Weight
+from peft_jax.core.where import Excluding, Selection
 
 
 def trainable_mask(params: Any) -> Any:
@@ -73,11 +74,18 @@ def freeze(params: Any, targets: Targets = "*") -> Any:
     )
 
 
-def full(params: Any, key: Any = None, *, targets: Targets = "*", exclude: Targets = ()) -> Any:
+def full(
+    params: Any,
+    key: Any = None,
+    *,
+    targets: Annotated[Targets, "what trains"] = "*",
+    **where: Unpack[Excluding],
+) -> Any:
     """Full fine-tuning: the arrays that `targets` name train as they are, and of pruned and
     factorized weights what they keep. `key` is not used.
     """
-    paths = set(select(params, targets, exclude, min_ndim=0))
+    at = Selection.of(full, where, targets=targets)
+    paths = set(select(params, at.targets, at.exclude, min_ndim=0))
 
     def train(x: Any) -> Any:
         return (
@@ -124,5 +132,6 @@ METHOD = Method(
     at="matrices",
     title="full fine-tuning",
     follows="Full fine-tuning: every weight trains",
+    reference="transformers",
     whole=True,
 )

@@ -32,13 +32,17 @@ class Embedded(Named, total=False):
     embedding: Annotated[str | None, "the tokens' embedding, where there are several"]
 
 
-class Excluding(Named, total=False):
+class Excluding(TypedDict, total=False):
     """Of a method that has targets of its own."""
 
     exclude: Annotated[Targets, "what the targets name and is left out"]
 
 
-class Among(Excluding, total=False):
+class Vectors(Named, Excluding, total=False):
+    """Of a method that trains biases or norms."""
+
+
+class Among(Named, Excluding, total=False):
     """Of a method that has targets of its own, and acts on some of the layers."""
 
     layers: Annotated[Sequence[int] | None, "numbers of the layers that get it; by default all"]
@@ -73,11 +77,10 @@ class Biased(Where, total=False):
     bias: Annotated[Bias, "biases that train too: none, all, or lora_only, those of the targets"]
 
 
-class Trained(TypedDict, total=False):
+class Trained(Excluding, total=False):
     """Of a method that trains weights themselves."""
 
-    targets: Annotated[Targets, "what is trained so: names, globs, re:..., or all-linear"]
-    exclude: Annotated[Targets, "what the targets name and is left out"]
+    targets: Annotated[Targets, "what gets it: names, globs, re:..., or all-linear"]
     layout: Annotated[Layout | None, "which axes of a weight are inputs, from layout_of(model)"]
     bias: Annotated[Bias, "biases that train too: none, all, or lora_only, those of the targets"]
     modules_to_save: Annotated[Targets, "modules that train whole beside it"]

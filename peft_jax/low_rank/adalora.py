@@ -9,7 +9,7 @@ as Hugging Face PEFT does) is the node's `penalty`, which the training step adds
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar, NamedTuple, Unpack
+from typing import Annotated, Any, ClassVar, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -66,16 +66,18 @@ def adalora(
     params: Any,
     key: jax.Array,
     *,
-    init_rank: int = 12,
-    target_rank: int = 8,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    orthogonal: float = 0.5,
-    warmup: int = 0,
-    final: int = 0,
-    every: int = 1,
-    beta1: float = 0.85,
-    beta2: float = 0.85,
+    init_rank: Annotated[int, "rank of each weight at first"] = 12,
+    target_rank: Annotated[int, "mean rank at the end"] = 8,
+    alpha: Annotated[
+        float | None, "the scale is alpha over init_rank; by default init_rank"
+    ] = None,
+    dropout: Annotated[float, "dropout of the update's input in training"] = 0.0,
+    orthogonal: Annotated[float, "weight of the penalty that keeps the factors orthogonal"] = 0.5,
+    warmup: Annotated[int, "steps before ranks begin to fall"] = 0,
+    final: Annotated[int, "steps at the end with fixed ranks"] = 0,
+    every: Annotated[int, "steps between changes of the ranks"] = 1,
+    beta1: Annotated[float, "decay of the smoothed sensitivity"] = 0.85,
+    beta2: Annotated[float, "decay of its uncertainty"] = 0.85,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with an AdaLoRA node of rank `init_rank` at each place that `targets` name.
@@ -231,6 +233,7 @@ METHOD = Method(
         "The budget is an optax transformation, so that arrays keep their shapes; the scale "
         "is alpha / (r + 1e-5), as in PEFT"
     ),
+    reference="PEFT",
     optimizer=adalora_optimizer,
     example={"init_rank": 2, "target_rank": 1},
     variants=(

@@ -8,7 +8,7 @@ blocks of one factor mix what those of the one before kept apart (section 4).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +79,8 @@ def boft(
     params: Any,
     key: jax.Array,
     *,
-    block_size: int = 4,
-    factors: int = 1,
+    block_size: Annotated[int, "inputs that are rotated together"] = 4,
+    factors: Annotated[int, "butterfly factors"] = 1,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a BOFT node of `factors` butterfly factors at each place that `targets` name.
@@ -113,6 +113,7 @@ METHOD = Method(
     title="BOFT",
     follows="Liu et al. 2024, arXiv:2311.06243, section 4; PEFT `BOFTConfig`",
     differs="No multiplicative dropout of blocks",
+    reference="tests.references:butterfly",
     example={"block_size": 4, "factors": 2},
     variants=({"factors": 1},),
 )

@@ -7,7 +7,7 @@ divided by the number of inputs.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Annotated, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,11 @@ def c3a(
     params: Any,
     key: jax.Array,
     *,
-    block_size: int = 256,
-    init: Literal["zeros", "gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform",
+    block_size: Annotated[int, "size of a circulant block"] = 256,
+    init: Annotated[
+        Literal["zeros", "gaussian", "kaiming_uniform", "xavier_uniform"],
+        "start of the kernels; zeros changes nothing at first",
+    ] = "xavier_uniform",
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a C3A node at each place that `targets` name. Only `init="zeros"` changes
@@ -86,6 +89,7 @@ METHOD = Method(
     differs=(
         "Starts as PEFT does by default, which changes the model a little; `init=zeros` does not"
     ),
+    reference="PEFT",
     example={"block_size": 4, "init": "zeros"},
     variants=(
         {"init": "xavier_uniform"},

@@ -7,7 +7,7 @@ when it was attached.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +55,9 @@ def delora(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 8,
-    strength: float = 15.0,
-    dropout: float = 0.0,
+    rank: Annotated[int, "rank of the factors"] = 8,
+    strength: Annotated[float, "lambda at the start"] = 15.0,
+    dropout: Annotated[float, "dropout of the update's input in training"] = 0.0,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a DeLoRA node of rank `rank` at each place that `targets` name; `strength` is
@@ -94,6 +94,7 @@ METHOD = Method(
         "The base's norms are those at the time it was attached, saved with the adapter, as "
         "in PEFT: a base that is pruned or quantized later keeps them"
     ),
+    reference="PEFT",
     example={"rank": 2},
     variants=({"strength": 3.0},),
 )

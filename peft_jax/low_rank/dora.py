@@ -7,7 +7,7 @@ through the norm (section 4.3). m starts as ||W||, so nothing changes at first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Annotated, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -87,13 +87,15 @@ def dora(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 8,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    rslora: bool = False,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    init: Literal["kaiming", "gaussian"] = "kaiming",
+    rank: Annotated[int, "rank of the factors"] = 8,
+    alpha: Annotated[float | None, "the scale is alpha over the rank; by default the rank"] = None,
+    dropout: Annotated[float, "dropout of the update's input in training"] = 0.0,
+    rslora: Annotated[bool, "scale by the root of the rank (rsLoRA)"] = False,
+    rank_pattern: Annotated[Mapping[str, int] | None, "ranks of places that match the keys"] = None,
+    alpha_pattern: Annotated[
+        Mapping[str, float] | None, "alphas of places that match the keys"
+    ] = None,
+    init: Annotated[Literal["kaiming", "gaussian"], "start of A: kaiming or gaussian"] = "kaiming",
     **where: Unpack[Biased],
 ) -> Any:
     """`params` with a DoRA node at each place that `targets` name; options as for `lora`."""
@@ -123,6 +125,7 @@ METHOD = Method(
         "without forming W + s A B; it has no gradient, in the merged array neither. Over "
         "bfloat16 the norm stays float32"
     ),
+    reference="PEFT",
     example={"rank": 2, "alpha": 4.0},
     variants=(
         {"alpha": 5.0},

@@ -8,7 +8,7 @@ draws it; only the values train. The change is formed whole for each call.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -75,10 +75,12 @@ def fourierft(
     params: Any,
     key: jax.Array,
     *,
-    frequencies: int = 1000,
-    scale: float = 150.0,
-    seed: int = 777,
-    frequencies_pattern: Mapping[str, int] | None = None,
+    frequencies: Annotated[int, "entries that train in each weight"] = 1000,
+    scale: Annotated[float, "factor of the change"] = 150.0,
+    seed: Annotated[int, "of what is drawn once for all places"] = 777,
+    frequencies_pattern: Annotated[
+        Mapping[str, int] | None, "frequencies of places that match the keys"
+    ] = None,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a FourierFT node of `frequencies` trained entries at each place that `targets`
@@ -117,6 +119,7 @@ METHOD = Method(
         "nothing changes at first; places are PEFT's numbers. Layers stacked together have "
         "one number of frequencies"
     ),
+    reference="PEFT",
     example={"frequencies": 12},
     variants=(
         {"scale": 20.0},

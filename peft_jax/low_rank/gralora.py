@@ -6,7 +6,7 @@ With a hybrid rank, a plain LoRA of that rank is added. The scale is alpha / (r 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +63,11 @@ def gralora(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 32,
-    alpha: float = 64.0,
-    blocks: int = 2,
-    hybrid_rank: int = 0,
-    dropout: float = 0.0,
+    rank: Annotated[int, "rank of all blocks together"] = 32,
+    alpha: Annotated[float, "the scale is alpha over the rank and the hybrid rank"] = 64.0,
+    blocks: Annotated[int, "k of k x k blocks"] = 2,
+    hybrid_rank: Annotated[int, "rank of a LoRA of the whole weight beside"] = 0,
+    dropout: Annotated[float, "dropout of the update's input in training"] = 0.0,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a GraLoRA node of `blocks` x `blocks` blocks at each place that `targets` name.
@@ -111,6 +111,7 @@ METHOD = Method(
     title="GraLoRA",
     follows="Jung et al. 2025, arXiv:2505.20355; PEFT `GraloraConfig`",
     differs="The scale counts the hybrid rank, as in PEFT",
+    reference="PEFT",
     example={"rank": 4, "alpha": 4.0},
     variants=(
         {"blocks": 4},

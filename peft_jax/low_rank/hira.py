@@ -7,7 +7,7 @@ The change takes the base's rank, not r, and is formed whole for each call.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +51,9 @@ def hira(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 32,
-    dropout: float = 0.0,
-    rank_pattern: Mapping[str, int] | None = None,
+    rank: Annotated[int, "rank of the factors"] = 32,
+    dropout: Annotated[float, "dropout of the update's input in training"] = 0.0,
+    rank_pattern: Annotated[Mapping[str, int] | None, "ranks of places that match the keys"] = None,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a HiRA node of rank `rank` at each place that `targets` name; see `lora` for
@@ -79,6 +79,7 @@ METHOD = Method(
     title="HiRA",
     follows="Huang et al. 2025 (ICLR), W + W * (A B); PEFT `HiraConfig`",
     differs="An embedding starts with A zero and B normal, as PEFT's",
+    reference="PEFT",
     example={"rank": 2},
     variants=({"rank_pattern": {"w": 3}},),
 )

@@ -9,7 +9,7 @@ and the vectors start independent, since equal ones span no r of them.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +61,8 @@ def hra(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 8,
-    orthogonal: bool = False,
+    rank: Annotated[int, "reflections"] = 8,
+    orthogonal: Annotated[bool, "make the vectors orthonormal"] = False,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with an HRA node of `rank` reflections at each place that `targets` name.
@@ -101,6 +101,7 @@ METHOD = Method(
         "Gram-Schmidt makes rounding noise, or NaN, of those. That variant never starts as "
         "the identity"
     ),
+    reference="PEFT",
     example={"rank": 2},
     variants=(
         {"orthogonal": True},

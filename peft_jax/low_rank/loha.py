@@ -8,7 +8,7 @@ call.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +51,12 @@ def loha(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 8,
-    alpha: float | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
+    rank: Annotated[int, "rank of the factors"] = 8,
+    alpha: Annotated[float | None, "the scale is alpha over the rank; by default the rank"] = None,
+    rank_pattern: Annotated[Mapping[str, int] | None, "ranks of places that match the keys"] = None,
+    alpha_pattern: Annotated[
+        Mapping[str, float] | None, "alphas of places that match the keys"
+    ] = None,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a LoHa node of rank `rank` at each place that `targets` name; alpha defaults to
@@ -104,6 +106,7 @@ METHOD = Method(
     title="LoHa",
     follows="FedPara, arXiv:2108.06098; PEFT `LoHaConfig`",
     differs="PEFT's effective decomposition of convolutions is not there: a kernel is flattened",
+    reference="PEFT",
     example={"rank": 2},
     variants=(
         {"alpha": 5.0},

@@ -7,7 +7,7 @@ k]. The product with an input takes two small products and never forms the Krone
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +67,10 @@ def lokr(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 8,
-    alpha: float | None = None,
-    decompose_both: bool = False,
-    factor: int = -1,
+    rank: Annotated[int, "rank of a factor that is itself factorised"] = 8,
+    alpha: Annotated[float | None, "the scale is alpha over the rank; by default the rank"] = None,
+    decompose_both: Annotated[bool, "factorise the smaller factor too"] = False,
+    factor: Annotated[int, "bound of the smaller factor's sizes; -1 for none"] = -1,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a LoKr node at each place that `targets` name; alpha defaults to the rank.
@@ -110,6 +110,7 @@ METHOD = Method(
         "W1 starts at zero; PEFT's `lycoris` start is not there, nor its decomposition of "
         "convolutions"
     ),
+    reference="PEFT",
     example={"rank": 1},
     variants=(
         {"alpha": 3.0},

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self, Unpack
+from typing import Annotated, Any, ClassVar, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -148,14 +148,22 @@ def lora(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 8,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    rslora: bool = False,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    init: str = "kaiming",
-    statistics: Mapping[str, Any] | None = None,
+    rank: Annotated[int, "rank of the factors"] = 8,
+    alpha: Annotated[float | None, "the scale is alpha over the rank; by default the rank"] = None,
+    dropout: Annotated[float, "dropout of the update's input in training"] = 0.0,
+    rslora: Annotated[bool, "scale by the root of the rank (rsLoRA)"] = False,
+    rank_pattern: Annotated[Mapping[str, int] | None, "ranks of places that match the keys"] = None,
+    alpha_pattern: Annotated[
+        Mapping[str, float] | None, "alphas of places that match the keys"
+    ] = None,
+    init: Annotated[
+        str,
+        "start: " + ", ".join(starts.NAMES),
+    ] = "kaiming",
+    statistics: Annotated[
+        Mapping[str, Any] | None,
+        "{name: {path: statistic}} of the inputs, from calibrate or gradients",
+    ] = None,
     **where: Unpack[Biased],
 ) -> Any:
     """`params` with a LoRA node of rank `rank` at each place that `targets` name.
@@ -306,7 +314,7 @@ METHOD = Method(
     function=lora,
     nodes=(LoRA,),
     at="matrices",
-    title="LoRA",
+    title="LoRA (rsLoRA, LoRA+, rank and alpha patterns, biases)",
     follows="Hu et al. 2021, arXiv:2106.09685; rsLoRA, arXiv:2312.03732; PEFT `LoraConfig`",
     differs=(
         "An embedding starts with A zero and B normal for every random start, as PEFT's. "
@@ -314,6 +322,7 @@ METHOD = Method(
         "leave the base as it was and subtract what they start with (PEFT changes the base): "
         "the base stays shared, and `rebase` folds it in. EVA does not redistribute ranks"
     ),
+    reference="PEFT",
     needs=statistics_of,
     example={"rank": 2, "alpha": 4.0},
     variants=(

@@ -7,7 +7,7 @@ outputs and lets it act through the weight: W + W_block B + B.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Annotated, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -82,10 +82,13 @@ def miss(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 64,
-    variant: Literal["miss", "mini", "bat"] = "miss",
-    mini_rank: int = 1,
-    dropout: float = 0.0,
+    rank: Annotated[int, "length of the block"] = 64,
+    variant: Annotated[
+        Literal["miss", "mini", "bat"],
+        "miss, mini (few columns, repeated) or bat (through the weight)",
+    ] = "miss",
+    mini_rank: Annotated[int, "columns that mini trains"] = 1,
+    dropout: Annotated[float, "dropout of the update's input in training"] = 0.0,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a MiSS node at each place that `targets` name. Blocks start at zero.
@@ -125,6 +128,7 @@ METHOD = Method(
     title="MiSS",
     follows="Kang and Yin 2024, arXiv:2409.15371; PEFT `MissConfig`",
     differs="Blocks start at zero; inputs that the rank does not divide are padded",
+    reference="PEFT",
     example={"rank": 4},
     variants=(
         {"variant": "mini", "mini_rank": 2},

@@ -8,7 +8,7 @@ a ball of radius `eps`.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -99,11 +99,11 @@ def oft(
     params: Any,
     key: jax.Array,
     *,
-    block_size: int = 32,
-    terms: int = 5,
-    constrained: bool = False,
-    eps: float = 6e-5,
-    share: bool = False,
+    block_size: Annotated[int, "inputs that are rotated together"] = 32,
+    terms: Annotated[int, "of the Neumann series; 0 for the exact transform"] = 5,
+    constrained: Annotated[bool, "keep rotations within a ball (COFT)"] = False,
+    eps: Annotated[float, "radius of that ball"] = 6e-5,
+    share: Annotated[bool, "one rotation for all blocks of a weight"] = False,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with an OFT node at each place that `targets` name.
@@ -145,6 +145,7 @@ METHOD = Method(
         "`OFTConfig`"
     ),
     differs="Two terms of the Neumann series are I + 2 Q, and three are four, as PEFT has them",
+    reference="PEFT",
     example={"block_size": 4},
     variants=(
         {"terms": 0},

@@ -9,7 +9,7 @@ smaller side, to train less.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +65,11 @@ def randlora(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 32,
-    alpha: float | None = None,
-    dropout: float = 0.0,
+    rank: Annotated[int, "rank of each random product"] = 32,
+    alpha: Annotated[
+        float | None, "the scale is alpha over the rank; by default 20 times the rank"
+    ] = None,
+    dropout: Annotated[float, "dropout of the update's input in training"] = 0.0,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a RandLoRA node at each place that `targets` name, and the shared bases at the
@@ -116,6 +118,7 @@ METHOD = Method(
     title="RandLoRA",
     follows="Albert et al. 2025, arXiv:2502.00987; PEFT `RandLoraConfig`",
     differs="PEFT's `sparse` and `very_sparse` bases are not there",
+    reference="PEFT",
     example={"rank": 4, "alpha": 4.0},
     variants=({"rank": 5},),
 )

@@ -6,7 +6,7 @@ angle and scale in a pair, road_2 gives each output its own, road_4 its own for 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Annotated, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +79,11 @@ def road(
     params: Any,
     key: jax.Array,
     *,
-    variant: Literal["road_1", "road_2", "road_4"] = "road_1",
-    group_size: int = 64,
+    variant: Annotated[
+        Literal["road_1", "road_2", "road_4"],
+        "angles and scales: road_1 by pairs, road_2 by output, road_4 by term",
+    ] = "road_1",
+    group_size: Annotated[int, "outputs in a group, of which pairs turn"] = 64,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a RoAd node at each place that `targets` name.
@@ -116,6 +119,7 @@ METHOD = Method(
     title="RoAd",
     follows="Liao and Monz 2024, arXiv:2409.00119, equation 4; PEFT `RoadConfig`",
     differs="The bias is turned with the output, as in PEFT, in a merge too",
+    reference="PEFT",
     example={"group_size": 4},
     variants=(
         {"variant": "road_2"},

@@ -6,7 +6,7 @@ r (in + out) entries, as many as LoRA of rank r would train, chosen at random or
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Annotated, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,10 @@ def shira(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 32,
-    mask: Literal["random", "magnitude"] = "random",
+    rank: Annotated[int, "rank of the LoRA that trains as many entries"] = 32,
+    mask: Annotated[
+        Literal["random", "magnitude"], "which entries: random or the largest"
+    ] = "random",
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a SHiRA node of rank * (in + out) trained entries at each place that `targets`
@@ -78,6 +80,7 @@ METHOD = Method(
     differs=(
         "Masks are random or by magnitude; those of the paper that need gradients are not there"
     ),
+    reference="PEFT",
     example={"rank": 1},
     variants=({"mask": "magnitude"},),
 )

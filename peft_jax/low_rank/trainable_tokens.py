@@ -8,7 +8,7 @@ columns train.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +61,8 @@ def trainable_tokens(
     params: Any,
     key: jax.Array,
     *,
-    ids: Sequence[int],
-    targets: Targets = "embed_tokens",
+    ids: Annotated[Sequence[int], "tokens whose rows train"],
+    targets: Annotated[Targets, "the embeddings, and heads, that have them"] = "embed_tokens",
     **where: Unpack[Saved],
 ) -> Any:
     """`params` with the rows `ids` of the embeddings that `targets` name training, from the values
@@ -109,5 +109,6 @@ METHOD = Method(
     title="trainable tokens",
     follows="PEFT `TrainableTokensConfig` (no paper)",
     differs="Columns of an untied head train too",
+    reference="PEFT",
     example={"ids": [1, 3]},
 )

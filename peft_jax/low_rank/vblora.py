@@ -7,7 +7,7 @@ Each piece of length v of a row of A or column of B is a softmax over the k larg
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -62,13 +62,13 @@ def vblora(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 4,
-    vectors: int = 256,
-    length: int = 256,
-    top_k: int = 2,
-    bank_bound: float = 0.02,
-    logits_std: float = 0.1,
-    dropout: float = 0.0,
+    rank: Annotated[int, "rank of the factors"] = 4,
+    vectors: Annotated[int, "vectors in the bank"] = 256,
+    length: Annotated[int, "their length, which divides a weight's sizes"] = 256,
+    top_k: Annotated[int, "vectors in a mixture"] = 2,
+    bank_bound: Annotated[float, "the bank starts uniform within this"] = 0.02,
+    logits_std: Annotated[float, "deviation of the logits at first"] = 0.1,
+    dropout: Annotated[float, "dropout of the update's input in training"] = 0.0,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a VB-LoRA node at each place that `targets` name, and the bank at the top of
@@ -111,6 +111,7 @@ METHOD = Method(
     title="VB-LoRA",
     follows="Li et al. 2024, arXiv:2405.15179, equation 3; PEFT `VBLoRAConfig`",
     differs="The change is small and not zero at first, as in the paper",
+    reference="PEFT",
     identity=False,
     example={"vectors": 8, "length": 4},
     variants=(

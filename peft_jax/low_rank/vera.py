@@ -8,7 +8,7 @@ leave them out.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -65,10 +65,10 @@ def vera(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 256,
-    seed: int = 0,
-    d_initial: float = 0.1,
-    dropout: float = 0.0,
+    rank: Annotated[int, "rank of the shared projections"] = 256,
+    seed: Annotated[int, "of what is drawn once for all places"] = 0,
+    d_initial: Annotated[float, "start of the scales of the rank"] = 0.1,
+    dropout: Annotated[float, "dropout of the update's input in training"] = 0.0,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a VeRA node at each place that `targets` name, and the shared projections at
@@ -104,6 +104,7 @@ METHOD = Method(
     title="VeRA",
     follows="Kopiczko et al. 2024, arXiv:2310.11454; PEFT `VeraConfig`",
     differs="The projections are drawn with PyTorch's generator, to PEFT's numbers",
+    reference="PEFT",
     example={"rank": 4},
     variants=(
         {"seed": 1},

@@ -9,7 +9,7 @@ itself (the paper's SHiRA-like case).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -108,12 +108,14 @@ def waveft(
     params: Any,
     key: jax.Array,
     *,
-    frequencies: int = 2592,
-    scale: float = 25.0,
-    wavelet: str = "db1",
-    transform: bool = True,
-    seed: int = 777,
-    frequencies_pattern: Mapping[str, int] | None = None,
+    frequencies: Annotated[int, "entries that train in each weight"] = 2592,
+    scale: Annotated[float, "factor of the change"] = 25.0,
+    wavelet: Annotated[str, "db1 (Haar), or another one of PyWavelets"] = "db1",
+    transform: Annotated[bool, "transform the entries; else they are the change"] = True,
+    seed: Annotated[int, "of what is drawn once for all places"] = 777,
+    frequencies_pattern: Annotated[
+        Mapping[str, int] | None, "frequencies of places that match the keys"
+    ] = None,
     **where: Unpack[Where],
 ) -> Any:
     """`params` with a WaveFT node of `frequencies` trained entries at each place that `targets`
@@ -151,6 +153,7 @@ METHOD = Method(
     title="WaveFT",
     follows="Bilican et al. 2025, arXiv:2505.12532; PEFT `WaveFTConfig`",
     differs="Places are PEFT's numbers. Layers stacked together have one number of frequencies",
+    reference="PEFT",
     example={"frequencies": 12},
     variants=(
         {"scale": 5.0},

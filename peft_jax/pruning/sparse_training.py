@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Unpack
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -127,19 +127,23 @@ def sparse(
     params: Any,
     key: jax.Array,
     *,
-    sparsity: float | None = None,
-    score: Score = "magnitude",
-    distribution: Literal["uniform", "erk", "global"] = "uniform",
-    pattern: str | None = None,
-    schedule: Schedule = "cubic",
-    regrow: Regrow = "none",
-    fraction: float = 0.3,
-    begin: int = 0,
-    final: int = 0,
-    every: int = 10,
-    rounds: int = 4,
-    straight_through: bool = False,
-    decay: float = 2e-4,
+    sparsity: Annotated[float | None, "share of the entries that go"] = None,
+    score: Annotated[
+        Score, "what goes first: magnitude, random, snip, taylor or movement"
+    ] = "magnitude",
+    distribution: Annotated[
+        Literal["uniform", "erk", "global"], "how much of which weight: uniform, erk or global"
+    ] = "uniform",
+    pattern: Annotated[str | None, "N:M, as 2:4, or blocks, as 16x16"] = None,
+    schedule: Annotated[Schedule, "cubic, one-shot or iterative"] = "cubic",
+    regrow: Annotated[Regrow, "what grows back: none, random (SET) or gradient (RigL)"] = "none",
+    fraction: Annotated[float, "share of the kept entries that change places"] = 0.3,
+    begin: Annotated[int, "step of the first change"] = 0,
+    final: Annotated[int, "steps at the end without a change"] = 0,
+    every: Annotated[int, "steps between changes"] = 10,
+    rounds: Annotated[int, "steps of an iterative schedule"] = 4,
+    straight_through: Annotated[bool, "mask from the start while all entries train"] = False,
+    decay: Annotated[float, "SR-STE's lambda, which pulls masked entries to zero"] = 2e-4,
     **where: Unpack[Trained],
 ) -> Any:
     """`params` with the weights that `targets` name trained whole and pruned on the way to
@@ -471,6 +475,7 @@ METHOD = Method(
         "Masks are in the optimizer's state, and pruned entries get no update; movement "
         "pruning shifts scores so that zero is the threshold"
     ),
+    reference="tests.references:largest_half",
     identity=False,
     whole=True,
     optimizer=sparse_optimizer,

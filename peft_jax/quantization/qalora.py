@@ -9,7 +9,7 @@ Face PEFT, then meets A [blocks, r] and B [r, out].
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -83,10 +83,12 @@ def qalora(
     params: Any,
     key: jax.Array,
     *,
-    rank: int = 8,
-    alpha: float | None = None,
-    block_size: int | None = None,
-    dropout: float = 0.0,
+    rank: Annotated[int, "rank of the factors"] = 8,
+    alpha: Annotated[float | None, "the scale is alpha over the rank; by default the rank"] = None,
+    block_size: Annotated[
+        int | None, "inputs with one update; by default the base's blocks"
+    ] = None,
+    dropout: Annotated[float, "dropout of the update's input in training"] = 0.0,
     **where: Unpack[Biased],
 ) -> Any:
     """`params` with a QALoRA node at each place that `targets` name.
@@ -130,6 +132,7 @@ METHOD = Method(
         "Inputs are averaged over a block and multiplied by the number of blocks, as in PEFT; "
         "the paper adds them, which differs by a constant factor"
     ),
+    reference="tests.references:quantized_groups",
     example={"rank": 2, "block_size": 8},
     variants=(
         {"alpha": 5.0},

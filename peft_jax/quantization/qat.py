@@ -9,7 +9,7 @@ rounded too. `merge` gives the quantized weights, with the very outputs of train
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -121,9 +121,15 @@ def qat(
     params: Any,
     key: jax.Array,
     *,
-    format: str = "int4",
-    options: Mapping[str, Any] | None = None,
-    statistics: Statistics | None = None,
+    format: Annotated[
+        str, "as of quantize: nf4, fp4, fp8, mxfp4, int8, int4, int3 or int2"
+    ] = "int4",
+    options: Annotated[
+        Mapping[str, Any] | None, "options of the format, as {block_size: 64}"
+    ] = None,
+    statistics: Annotated[
+        Statistics | None, "{name: {path: statistic}} of the inputs, from calibrate or gradients"
+    ] = None,
     **where: Unpack[Trained],
 ) -> Any:
     """`params` with the weights that `targets` name trained as they will be once quantized to
@@ -165,6 +171,7 @@ METHOD = Method(
         "Formats are those of `quantize`; with `activations` the inputs are rounded as the "
         "merged weight rounds them"
     ),
+    reference="tests.references:straight_through_int8",
     identity=False,
     whole=True,
     needs=statistics_of,

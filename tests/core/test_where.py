@@ -57,7 +57,8 @@ def test_a_wrong_option_is_refused_by_the_nearest_name(name):
     method = METHODS[name]
     required = {n: [1] for n, o in method.options.items() if o.default is REQUIRED}
     option = next(n for n in method.options if n not in required)
-    with pytest.raises(TypeError, match=rf"'{option}x'|exclud"):
+    said = rf"{method.function.__name__}\(\) has no option '{option}x'. Did you mean '{option}"
+    with pytest.raises(TypeError, match=said):
         method(TREE, KEY, **required, **{f"{option}x": 1})
 
 
@@ -85,21 +86,17 @@ def test_what_a_record_says_of_its_function_is_so(name):
         {"targets": "all-linear"},
         {"targets": ["up_proj", "down_proj"], "exclude": "up_proj"},
         {"targets": "re:.*(up|down)_proj", "layers": [1]},
-        {"targets": "layers.1.*"},
+        {"targets": "layers.1.*_proj"},
     ],
     ids=str,
 )
 def test_one_grammar_for_weights_and_modules(where):
+    def gate(x):
+        return None if x.gate is None else x.gate.tolist()
+
     weights = peft_jax.places(peft_jax.lora(TREE, KEY, rank=1, **where))
-    found = {
-        p.removesuffix("/kernel"): True if w.gate is None else w.gate.tolist()
-        for p, w in weights.items()
-        if isinstance(w, peft_jax.LoRA)
-    }
-    modules = {
-        m.path: True if m.gate is None else m.gate.tolist() for m in find_modules(TREE, **where)
-    }
-    assert found == modules
+    found = {p: gate(w) for p, w in weights.items() if isinstance(w, peft_jax.LoRA)}
+    assert found == {f"{m.path}/kernel": gate(m) for m in find_modules(TREE, **where)}
     assert found
 
 
@@ -109,3 +106,8 @@ def test_wrong_targets_are_refused_by_the_nearest_name(call):
         call(TREE, KEY, targets="up_porj", rank=1)
     with pytest.raises(ValueError, match="there is no layer 2; layers here: 0 to 1"):
         call(TREE, KEY, targets="up_proj", layers=[2], rank=1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_option_has_help(name):
+    assert [n for n, o in METHODS[name].options.items() if not o.help.strip()] == []
