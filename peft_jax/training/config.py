@@ -84,6 +84,9 @@ class ModelConfig:
         None, "what the model is for, as sequence_classification; by default as its checkpoint says"
     )
     adapter: str | None = option(None, "PEFT adapter folder or repository to start from")
+    roles: dict[str, list[str]] | None = option(
+        None, "what a model of your own calls its modules, as {q: [mixer/wq], down: [w2]}"
+    )
     fresh: bool = option(False, "start from random parameters, not from the checkpoint's")
     config: dict[str, Any] = option(
         {}, "of a fresh model: values in place of config.json's, as {num_hidden_layers: 4}"
@@ -511,6 +514,11 @@ class RunConfig:
     generate: GenerateConfig = option(GenerateConfig(), "generation")
     mesh: dict[str, int] = option(
         {}, "sizes of expert, data, fsdp, sequence and tensor; one may be -1; empty: data over all"
+    )
+    sharding: dict[str, list[str | list[str] | None]] = option(
+        {},
+        "how weights are split, ahead of what roles say: pattern of whole paths to the mesh's axes "
+        "for the last axes, as {.*up/kernel: [fsdp, tensor]}",
     )
     resume: bool = option(True, "continue from the newest checkpoint in `output`")
     resume_with: list[str] = option(

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_MODEL = ("path", "revision", "dtype", "task", "adapter", "fresh", "config", "scan_layers")
+_MODEL = ("path", "revision", "dtype", "task", "adapter", "fresh", "config", "scan_layers", "roles")
 _QUANTIZE = (
     "format",
     "options",
@@ -118,7 +118,7 @@ _ALTERS: dict[str, tuple[str, ...]] = {
 }
 # What does not: how it is computed, watched and kept, and what other commands do.
 _LEAVES: dict[str, tuple[str, ...]] = {
-    "": ("output", "mesh", "resume", "resume_with"),
+    "": ("output", "mesh", "sharding", "resume", "resume_with"),
     "model": ("remat", "attention"),
     "prune": ("sensitivity",),
     "data": ("validation", "test"),

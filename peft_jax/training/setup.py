@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate
 from peft_jax.core.reparametrised import MATRIX
+from peft_jax.core.roles import register_roles, roles_from
 from peft_jax.core.select import is_target, select
-from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.sharding import check_rules, make_mesh, shard
 from peft_jax.core.tree import places
 from peft_jax.data import Record, read_records
 from peft_jax.data.batches import batch_at
@@ -82,6 +83,7 @@ def set_up(config: RunConfig) -> Setup:
     """Load the model (and the adapter to start from), placed on the mesh that the configuration
     describes.
     """
+    describe_model(config)
     mesh = make_mesh(config.mesh) if config.mesh or jax.device_count() > 1 else None
     c, q = config.model, QuantizeConfig() if is_loftq(config) else config.quantize
     folder = local_folder(c.path, c.revision)
@@ -124,6 +126,22 @@ def set_up(config: RunConfig) -> Setup:
                     "model.scan_layers=false"
                 )
     return setup._replace(params=load_adapter(setup.params, c.adapter)) if c.adapter else setup
+
+
+def describe_model(config: RunConfig) -> None:
+    """Make known what the configuration says of a model's modules and how its weights are split.
+
+    Raises ValueError for a role and a mesh axis that there are none of.
+    """
+    roles, rules = config.model.roles or {}, config.sharding
+    if not (roles or rules):
+        return
+    specs = [
+        (pattern, PartitionSpec(*(tuple(a) if isinstance(a, list) else a for a in axes)))
+        for pattern, axes in rules.items()
+    ]
+    check_rules(specs)
+    register_roles(roles_from(f"configuration {roles} {rules}", roles, rules=tuple(specs)))
 
 
 def _labels(config: RunConfig, folder: Path) -> Sequence[str] | int | None:
