@@ -87,6 +87,7 @@ def their_model(record, task, folder):
     return model
 
 
+KEY = jax.random.key(0)
 TOKENS, TARGETS = random_tokens(2, 10), random_tokens(2, 6, seed=1)
 
 
@@ -123,6 +124,22 @@ def test_a_family_says_what_its_modules_are(name):
             attention = core.rpartition("/")[0]
             names = {p.rpartition("/")[2] for p in found.get("q", found.get("qkv"))}
             assert core.rpartition("/")[2] in hooks_of(attention, names)
+
+
+DEFAULTS = {
+    "ia3": lambda p: peft_jax.ia3(p, KEY),
+    "unipelt": lambda p: peft_jax.unipelt(p, KEY, rank=2, num_virtual_tokens=3),
+    "trainable_tokens": lambda p: peft_jax.trainable_tokens(p, KEY, ids=[5, 7]),
+    "houlsby": lambda p: peft_jax.bottleneck(p, KEY, placement="houlsby", size=3),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_places_by_default_are_there_in_every_family(name):
+    tree = our_tree(RECORDS[name], RECORDS[name].tasks[0])
+    before = len(jax.tree.leaves(tree))
+    for method in DEFAULTS.values():
+        assert len(jax.tree.leaves(jax.eval_shape(method, tree))) > before
 
 
 # Roles that tell kinds of models apart.

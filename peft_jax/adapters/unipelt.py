@@ -10,6 +10,8 @@ import jax
 
 from peft_jax.adapters.bottleneck import bottleneck
 from peft_jax.adapters.prefix import prefix_tuning
+from peft_jax.core.placing import module_paths
+from peft_jax.core.roles import first_fit
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
 
@@ -22,11 +24,12 @@ def unipelt(
     num_virtual_tokens: int = 10,
     reduction_factor: float = 16.0,
     gating: Literal["token", "sequence"] = "token",
-    targets: Targets = ("q_proj", "v_proj"),
+    targets: Targets = (),
     adapter: str = "default",
 ) -> Any:
-    """`params` with a gated LoRA on `targets`, a gated prefix in every layer and a gated adapter
-    after every layer's feed- forward.
+    """`params` with a gated LoRA on `targets` (by default the projections of queries and values, or
+    the one for all three), a gated prefix in every layer and a gated adapter after every layer's
+    feed-forward.
 
     Each gate is a sigmoid of the module's input (the prefix's, of the query), for each token; with
     `sequence` LoRA and adapter have the paper's mean over the sequence instead, which sees later
@@ -43,7 +46,7 @@ def unipelt(
     params = bottleneck(
         params,
         keys[0],
-        targets=targets,
+        targets=targets or _usual_targets(params),
         parallel=True,
         size=rank,
         activation="linear",
@@ -63,6 +66,16 @@ def unipelt(
         gating=gating,
         adapter=adapter,
     )
+
+
+def _usual_targets(params: Any) -> Targets:
+    found = first_fit(module_paths(params), (("q", "v"), ("qkv",)))
+    if found is None:
+        raise ValueError(
+            "no modules of this model are known to make queries and values: give targets, or say "
+            "what they are called with register_roles"
+        )
+    return found.of(*found.names)
 
 
 def mix_and_match(

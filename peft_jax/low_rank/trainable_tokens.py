@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.placing import token_embedding
 from peft_jax.core.reparametrised import MATRIX, TRANSPOSED, Reparametrised, Site, node, place_nodes
 from peft_jax.core.roles import role_of
 from peft_jax.core.select import OUTPUT_EMBEDDING, Targets
@@ -60,12 +61,12 @@ def trainable_tokens(
     key: jax.Array,
     *,
     ids: Sequence[int],
-    targets: Targets = "embed_tokens",
+    targets: Targets = (),
     modules_to_save: Targets = (),
     adapter: str = "default",
 ) -> Any:
-    """`params` with the rows `ids` of the embeddings that `targets` name training, from the values
-    they have.
+    """`params` with the rows `ids` of the embeddings that `targets` name (by default the tokens')
+    training, from the values they have.
 
     Raises ValueError for repeated ids or ids outside the vocabulary, and for a target that is no
     embedding [V, D].
@@ -84,6 +85,7 @@ def trainable_tokens(
         rows = take(site.base, where).astype(jnp.float32) if by_row else site.matrix()[where]
         return TrainableTokens(**site.common(name=adapter), rows=rows, ids=where)
 
+    targets = targets or token_embedding(params)[0]
     layout = {p: axes for p in places(params) if (axes := _by_token(p)) is not None}
     return place_nodes(
         params, key, make, targets=targets, layout=layout, modules_to_save=modules_to_save
