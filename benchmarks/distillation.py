@@ -32,7 +32,7 @@ from peft_jax.data.encode import Rows
 from peft_jax.distillation.cache import CacheHeader, open_cache, write_cache
 from peft_jax.distillation.divergence import forward_kl, log_probabilities, reverse_kl, top_k
 from peft_jax.distillation.objective import OnPolicy, Teacher, beside_teachers, distillation
-from peft_jax.generation.generate import continuations
+from peft_jax.generation.programs import continuations
 from peft_jax.models.blocks import fresh_params
 from peft_jax.objectives.tokens import TOKENS, next_token
 from peft_jax.training.step import init_state, make_step

@@ -124,6 +124,19 @@ class VisionModel(nnx.Module):
         return self.head(self.dropout(self.norm(self.layers(x))))[:, -1]
 
 
+class ShiftedModel(nnx.Module):
+    """A language model that adds what it holds beside its parameters, `shift`, to hidden states."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
+        self.shift = nnx.BatchStat(jnp.zeros(WIDTH))
+        self.head = nnx.Linear(WIDTH, VOCAB, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+
+    def __call__(self, tokens, *, positions=None, segment_ids=None, rng=None):
+        return self.head(self.dropout(self.embed(tokens) + self.shift))
+
+
 class LinenNormed(nn.Module):
     """A model with batch statistics."""
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.adapters.adapter import Adapter, affine, normalized, rows
+from peft_jax.core.method import Method
 from peft_jax.core.placing import Module, find_modules, module_paths, place_attachments
 from peft_jax.core.reparametrised import check_dropout, node
 from peft_jax.core.roles import first_fit
@@ -277,3 +278,21 @@ def gate_arrays(lead: tuple[int, ...], n: int, gating: str, key: jax.Array) -> d
         "gating_weight": 0.02 * jax.random.normal(key, (*lead, n, 1)),
         "gating_bias": jnp.zeros((*lead, 1)),
     }
+
+
+METHOD = Method(
+    name="bottleneck",
+    function=bottleneck,
+    nodes=(Bottleneck,),
+    at="modules",
+    title="bottleneck adapters (Houlsby, Pfeiffer, parallel)",
+    follows=(
+        "Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; "
+        "parallel, arXiv:2110.04366; AdapterHub `BnConfig`"
+    ),
+    differs=(
+        "`init=zero` makes the up-projection zero, so that nothing changes at first; "
+        "AdapterHub's default start is `init=bert`"
+    ),
+    example={"size": 3, "ln_before": True, "scaling": "channel", "gating": "token"},
+)

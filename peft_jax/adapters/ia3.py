@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes, scaled
 from peft_jax.core.roles import first_fit, module_of, names_of
 from peft_jax.core.select import Targets, is_target
@@ -102,3 +103,15 @@ def _usual_targets(params: Any) -> tuple[str, ...]:
             "give targets, or say what they are called with register_roles"
         )
     return found.of(*found.names)
+
+
+METHOD = Method(
+    name="ia3",
+    function=ia3,
+    nodes=(IA3,),
+    at="matrices",
+    title="IA3",
+    follows="Liu et al. 2022, arXiv:2205.05638; PEFT `IA3Config`",
+    differs="Targets are PEFT's for each family; the bias is scaled with the output, as in PEFT",
+    variants=({"feedforward": "kernel"},),
+)

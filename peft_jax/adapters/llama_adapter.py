@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from peft_jax.adapters.adapter import per_row
 from peft_jax.core.attachment import Attachment, module_at
 from peft_jax.core.bind.rules import bias_of, linear
+from peft_jax.core.method import Method
 from peft_jax.core.placing import find_modules, hidden_size, module_paths, place_attachments
 from peft_jax.core.reparametrised import node
 from peft_jax.core.roles import first_fit, modules_by_role
@@ -170,3 +171,19 @@ def adaption_prompt(
 
     modules = find_modules(params, place, layers=layers)
     return place_attachments(params, key, make, "adaption", adapter, modules)
+
+
+METHOD = Method(
+    name="adaption_prompt",
+    function=adaption_prompt,
+    nodes=(AdaptionPrompt, FusedAdaptionPrompt),
+    at="attention",
+    title="LLaMA-Adapter",
+    follows=(
+        "LLaMA-Adapter, Zhang et al. 2023, arXiv:2303.16199, equations 4 to 7; PEFT "
+        "`AdaptionPromptConfig`"
+    ),
+    differs="One gate for all heads, as in PEFT",
+    anywhere=False,
+    example={"adapter_len": 3, "adapter_layers": 2},
+)

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from peft_jax.adapters.adapter import affine
 from peft_jax.adapters.bottleneck import ACTIVATIONS
 from peft_jax.core.attachment import Attachment, Shared, attach, module_at
-from peft_jax.core.placing import Module, find_modules, module_paths, token_stack
+from peft_jax.core.method import Method
+from peft_jax.core.placing import Module, attention_cores, find_modules, module_paths, token_stack
 from peft_jax.core.placing import hidden_size as _hidden
 from peft_jax.core.reparametrised import node
-from peft_jax.core.roles import hooks_of, modules_by_role, role_of
+from peft_jax.core.roles import modules_by_role
 from peft_jax.core.select import Targets, nearest
 from peft_jax.core.weight import Layout, matrix_shape, static
 
@@ -281,13 +282,6 @@ def offset_stack(params: Any) -> str | None:
     return path if kind == "decoder" else None
 
 
-def attention_cores(params: Any) -> list[str]:
-    """Paths of the attention cores of a model of this package."""
-    inside = {p: module_at(params, p) for p in module_paths(params)}
-    hooks = (f"{p}/{name}" for p, m in inside.items() for name in hooks_of(p, m))
-    return [p for p in hooks if role_of(p) == "core"]
-
-
 def kv_features(params: Any) -> int:
     """Features of a model's keys, all heads together."""
     return _sizes(params, _around(attention_cores(params)[0]), None)[1]
@@ -348,3 +342,19 @@ def _sizes(params: Any, path: str, layout: Layout | None) -> tuple[int, int]:
         return out(names["q"])[1], out(names["k"])[1]
     n_q, total = out(names["o"])[0], out(names["qkv"])[1]
     return n_q, (total - n_q) // 2
+
+
+METHOD = Method(
+    name="prefix_tuning",
+    function=prefix_tuning,
+    nodes=(Prefix, Offset),
+    at="attention",
+    title="prefix tuning",
+    follows="Li and Liang 2021, arXiv:2101.00190; PEFT `PrefixTuningConfig`",
+    differs=(
+        "Keys and values start as N(0, 0.02^2), where PEFT's are N(0, 1): a prefix that large "
+        "ruins a model at first. `offset=False` counts positions as AdapterHub does"
+    ),
+    identity=False,
+    example={"num_virtual_tokens": 3},
+)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.bind import Bound, bound_of
 from peft_jax.core.coverage import Calibrated, record_tokens
 from peft_jax.core.partition import combine, partition
 from peft_jax.core.reparametrised import (
@@ -270,11 +271,11 @@ def calibrate(
         lead, n_in, _ = site.sizes
         square = {"covariance": n_in, "centred_covariance": n_in + 1}.get(statistic)
         shape = (*lead, n_in) if square is None else (*lead, square, square)
-        counts = {"tokens": jnp.zeros(lead), "calls": jnp.zeros(lead)}
         return Probe(
             **site.common(name=site.path),
             sink=jnp.zeros(shape),
-            **counts,
+            tokens=jnp.zeros(lead),
+            calls=jnp.zeros(lead),
             statistic=statistic,
             token_cap=cap,
         )
@@ -344,8 +345,7 @@ def probing(apply: Callable[..., Any]) -> Pass:
     of like structure.
     """
 
-    @jax.jit
-    def run(sinks: Any, rest: Any, sequences: Any, inputs: Any, seen: Any) -> Any:
+    def run(apply: Bound, sinks: Any, rest: Any, sequences: Any, inputs: Any, seen: Any) -> Any:
         def output(sinks: Any, uses: Uses) -> jax.Array:
             told = map_places(functools.partial(_told, seen, uses), combine(sinks, rest))
             return jnp.sum(
@@ -361,7 +361,7 @@ def probing(apply: Callable[..., Any]) -> Pass:
         wide = _each_probe(lambda probe: probe.widened(uses.counts.get(probe.name, 1)), sinks)
         return _each_probe(Probe.narrowed, jax.grad(output)(wide, Uses()))
 
-    return run
+    return functools.partial(jax.jit(run), bound_of(apply))
 
 
 def collect(
@@ -426,13 +426,13 @@ def calibrate_all(
     apply: Callable[..., Any],
     params: Any,
     batches: Iterable[Mapping[str, Any]],
-    statistics: Iterable[str],
+    statistics: Iterable[Statistic],
     **options: Any,
 ) -> dict[str, Calibrated]:
     """statistic -> what `calibrate` gives for it; `options` are its others."""
     return {
         name: calibrate(apply, params, batches, statistic=name, **options) for name in statistics
-    }  # type: ignore[arg-type]
+    }
 
 
 def gradients(

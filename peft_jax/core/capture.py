@@ -34,16 +34,27 @@ class Place(NamedTuple):
     pick: Callable[[tuple[Any, ...], Any], jax.Array]
 
 
-@functools.cache  # one object a place, so that compiled functions of it are found again
+class _Input(NamedTuple):
+    """Takes a module's input, by its number; a value, so that programs of equal places are one."""
+
+    index: int
+
+    def __call__(self, args: tuple[Any, ...], out: Any) -> jax.Array:
+        return args[self.index]
+
+
+def _first_output(args: tuple[Any, ...], out: Any) -> jax.Array:
+    return out[0] if isinstance(out, tuple) else out
+
+
 def output_of(path: str) -> Place:
     """A module's output, or the first of several."""
-    return Place(path, lambda args, out: out[0] if isinstance(out, tuple) else out)
+    return Place(path, _first_output)
 
 
-@functools.cache
 def input_of(path: str, index: int = 0) -> Place:
     """A module's input, by its number."""
-    return Place(path, lambda args, out: args[index])
+    return Place(path, _Input(index))
 
 
 def plain_path(path: str) -> str:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.attachment import Attachment, Shared, module_at
+from peft_jax.core.bind.bound import Bound
 from peft_jax.core.calibrate import Pass, calibrate_all, probing
 from peft_jax.core.coverage import Calibrated, ledger
 from peft_jax.core.reparametrised import find_sites
@@ -43,12 +44,11 @@ def chain_of(apply: Callable[..., Any], params: Any) -> Chain | None:
     """How the bound model is taken apart; None where it cannot be, or the tree has what acts across
     layers.
     """
-    take_apart = getattr(getattr(apply, "model", None), "chain", None)
-    if take_apart is None or any(
-        isinstance(x, (Attachment, Shared)) for x in places(params).values()
-    ):
+    if not isinstance(apply, Bound) or not apply.chain:
         return None
-    return take_apart()
+    if any(isinstance(x, (Attachment, Shared)) for x in places(params).values()):
+        return None
+    return apply.model.chain()
 
 
 def layer_blocks(paths: Iterable[str]) -> list[list[str]]:

@@ -134,6 +134,13 @@ def modules_with_roles(params: Any) -> dict[str, list[str]]:
     return found
 
 
+def attention_cores(params: Any) -> list[str]:
+    """Paths of the attention cores of a model of this package."""
+    inside = {p: module_at(params, p) for p in module_paths(params)}
+    hooks = (f"{p}/{name}" for p, m in inside.items() for name in hooks_of(p, m))
+    return [p for p in hooks if role_of(p) == "core"]
+
+
 def find_modules(
     params: Any,
     targets: Targets,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.adapters import adapter_names, drop_adapters
+from peft_jax.core.bind import Bound, bound_of
 from peft_jax.core.capture import capture
 from peft_jax.core.partition import freeze, partition
 from peft_jax.core.tree import path_str
@@ -38,7 +38,8 @@ from peft_jax.distillation.hidden import (
     visible_tokens,
 )
 from peft_jax.distillation.match import uld
-from peft_jax.generation.generate import continuations, outdated
+from peft_jax.generation.cache import outdated
+from peft_jax.generation.programs import continuations
 from peft_jax.objectives.reading import (
     Apply,
     Objective,
@@ -257,13 +258,12 @@ def _read(
         return reading.states(apply, tree, batch, rng), {}
     found: dict[str, jax.Array] = {}
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        out, seen = capture(apply, wanted)(*args, **kwargs)
+    def around(call: Apply, *args: Any, **kwargs: Any) -> Any:
+        out, seen = capture(call, wanted)(*args, **kwargs)
         found.update(seen)
         return out
 
-    run.model = apply.model  # type: ignore[attr-defined]
-    return reading.states(run, tree, batch, rng), found
+    return reading.states(bound_of(apply).wrap(around), tree, batch, rng), found
 
 
 def _teach(
@@ -405,7 +405,7 @@ def _feature(
     segments = batch.get("segment_ids")
     segments = jnp.ones(batch["tokens"].shape, jnp.int32) if segments is None else segments
     weights = (segments > 0).astype(jnp.float32)
-    visible = visible_tokens(segments, causal=hasattr(apply.model, "empty_cache"))
+    visible = visible_tokens(segments, causal=bound_of(apply).cache)
     counted = FEATURES[term.name].counted(weights, visible)
     share = (
         counted / jnp.maximum(batch["shared"][term.name].sum(), 1e-9) if "shared" in batch else 1.0
@@ -509,34 +509,37 @@ def _written(spec: OnPolicy, apply: Apply, params: Any, batch: Batch, key: Any) 
     }
 
 
-def _mixed(student: Apply, teacher: Apply, share: float) -> Any:
+def _mixed(student: Apply, teacher: Apply, share: float) -> Bound:
     """An `apply` of (student's tree, teacher's tree) that gives log-probabilities of a mixture,
     each with its own cache.
     """
+    both = (bound_of(student), bound_of(teacher))
 
-    def apply(params: Any, *args: Any, cache: Any, **kwargs: Any) -> Any:
+    def mixture(params: Any, *args: Any, cache: Any, **kwargs: Any) -> Any:
         ours, theirs = (
-            f(p, *args, cache=c, **kwargs)
-            for f, p, c in zip((student, teacher), params, (cache["0"], cache["1"]), strict=True)
+            f(p, *args, cache=cache[str(i)], **kwargs)
+            for i, (f, p) in enumerate(zip(both, params, strict=True))
         )
         size = min(ours[0].shape[-1], theirs[0].shape[-1])
         log = [jax.nn.log_softmax(x[0][..., :size].astype(jnp.float32)) for x in (ours, theirs)]
-        mixture = jnp.logaddexp(log[0] + np.log1p(-share), log[1] + np.log(share))
-        return mixture, {"0": ours[1], "1": theirs[1]}
+        mixed = jnp.logaddexp(log[0] + np.log1p(-share), log[1] + np.log(share))
+        return mixed, {"0": ours[1], "1": theirs[1]}
 
-    def empty(batch, length, *dtype):
-        return {
-            str(i): f.model.empty_cache(batch, length, *dtype)
-            for i, f in enumerate((student, teacher))
-        }
+    def empty(params: Any, *sizes: Any) -> Any:
+        made = [f(p, *sizes, method="empty_cache") for f, p in zip(both, params, strict=True)]
+        return {str(i): cache for i, cache in enumerate(made)}
 
-    def either(cache: Any) -> Any:
-        found = [outdated(f.model, cache[str(i)]) for i, f in enumerate((student, teacher))]
+    def either(params: Any, cache: Any) -> Any:
+        found = [outdated(f, params[i], cache[str(i)]) for i, f in enumerate(both)]
         found = [rows for rows in found if rows is not None]
         return functools.reduce(jnp.logical_or, found) if found else None
 
-    apply.model = SimpleNamespace(empty_cache=empty, outdated=either)  # type: ignore[attr-defined]
-    return apply
+    methods = {"__call__": mixture, "empty_cache": empty, "outdated": either}
+
+    def apply(params: Any, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        return methods[method](params, *args, **kwargs)
+
+    return Bound.of(apply, cache=True, outdates=True)
 
 
 def _policy_loss(

@@ -9,7 +9,6 @@ and written as a PEFT folder. Letters: L layers, N facts, F units, D features.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -20,7 +19,7 @@ import numpy as np
 import optax
 
 from peft_jax.core.attachment import attach
-from peft_jax.core.bind import bind
+from peft_jax.core.bind import Bound, bind
 from peft_jax.core.capture import Place, capture, input_of, output_of
 from peft_jax.core.select import nearest
 from peft_jax.core.sharding import fetch
@@ -459,11 +458,12 @@ class _Work:
     def states_with(self, edits: Sequence[Edit], layer: int, values: np.ndarray) -> np.ndarray:
         """`states` with values [N, D] added to the layer's feed-forward's output there."""
         rows, params, found = self._questions(edits), self.params, []
+        moved = self.apply.program(_moved, static_argnames="place")
         for i in range(0, len(edits), self.batch):
             part = EditRows(*(x[i : i + self.batch] for x in rows))
             added = jnp.asarray(values[i : i + self.batch], jnp.float32)
             found.append(
-                fetch(_moved(self.apply, self.place, params, jnp.int32(layer), part, added))
+                fetch(moved(self.apply, params, jnp.int32(layer), part, added, place=self.place))
             )
         return np.concatenate(found).astype(np.float64)
 
@@ -495,9 +495,17 @@ class _Work:
         norms = np.linalg.norm(
             self._at_subjects(edits, layer, output_of(self.place.module))[0], axis=-1
         )
-        run = _searching(self.apply, self.place, P, self.search)
+        run = self.apply.program(_searched, static_argnames=("place", "prefixes", "search"))
         delta, nll = run(
-            self.params, jnp.int32(layer), rows, essence, jnp.asarray(norms, jnp.float32)
+            self.apply,
+            self.params,
+            jnp.int32(layer),
+            rows,
+            essence,
+            jnp.asarray(norms, jnp.float32),
+            place=self.place,
+            prefixes=P,
+            search=self.search,
         )
         self.likelihoods += np.exp(-fetch(nll)).tolist()
         return fetch(delta).astype(np.float64)
@@ -546,9 +554,8 @@ class _Work:
         return x
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
 def _picked(
-    apply: Any,
+    apply: Bound,
     params: Any,
     tokens: jax.Array,
     segment_ids: jax.Array,
@@ -563,14 +570,16 @@ def _picked(
 
 
 def _read(
-    apply: Any, params: Any, rows: EditRows, *wanted: Place, size: int = 64
+    apply: Bound, params: Any, rows: EditRows, *wanted: Place, size: int = 64
 ) -> list[np.ndarray]:
     """[L, N, ...] for each place that is wanted: what is there of each layer, at each row's
     subject, of one pass.
     """
+    picked = apply.program(_picked, static_argnames="wanted")
 
     def of(b):
-        return _picked(apply, params, b["tokens"], b["segment_ids"], b["subject_at"], wanted)
+        rows = (b["tokens"], b["segment_ids"], b["subject_at"])
+        return picked(apply, params, *rows, wanted=wanted)
 
     batches = [of(batch) for batch in evaluation_batches(rows, min(size, len(rows.tokens)))]
     return [
@@ -590,9 +599,14 @@ def _changed(
     return attach(params, {place.module: {KEY: AddAt(delta=here * delta[None], at=where)}})
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _moved(
-    apply: Any, place: FeedForward, params: Any, layer: jax.Array, rows: EditRows, delta: jax.Array
+    apply: Bound,
+    params: Any,
+    layer: jax.Array,
+    rows: EditRows,
+    delta: jax.Array,
+    *,
+    place: FeedForward,
 ) -> jax.Array:
     """[N, D] float32 states after a layer with delta [N, D] added to its feed-forward's output, at
     the rows' subjects.
@@ -604,64 +618,48 @@ def _moved(
     return states[layer].astype(jnp.float32)
 
 
-@functools.lru_cache(maxsize=16)
-def _searching(apply: Any, place: FeedForward, prefixes: int, search: Search) -> Any:
-    """A compiled search for the changes [N, D] of values, all facts of a batch at once and each for
-    itself; and the loss [N] of their targets in its last step.
+def _searched(
+    apply: Bound,
+    params: Any,
+    layer: jax.Array,
+    rows: EditRows,
+    essence: EditRows,
+    norms: jax.Array,
+    *,
+    place: FeedForward,
+    prefixes: int,
+    search: Search,
+) -> tuple[jax.Array, jax.Array]:
+    """The changes [N, D] of values that are searched for, all facts of a batch at once and each for
+    itself; and the loss [N] of their targets in the last step.
     """
-    optimizer = optax.adam(search.learning_rate)
+    optimizer, start = optax.adam(search.learning_rate), _essences(apply, params, essence)
 
-    def loss(
-        delta: jax.Array,
-        params: Any,
-        layer: jax.Array,
-        rows: EditRows,
-        essence: EditRows,
-        norms: jax.Array,
-        start: Any,
-    ) -> Any:
-        def changed(delta: jax.Array, at: jax.Array) -> Any:
-            return _changed(params, place, layer, delta, at)
+    def changed(delta: jax.Array, at: jax.Array) -> Any:
+        return _changed(params, place, layer, delta, at)
 
-        nll = (
-            answer_nll(apply, changed(jnp.repeat(delta, prefixes, axis=0), rows.subject_at), rows)
-            .reshape(-1, prefixes)
-            .mean(1)
-        )
+    def loss(delta: jax.Array) -> Any:
+        repeated = changed(jnp.repeat(delta, prefixes, axis=0), rows.subject_at)
+        nll = answer_nll(apply, repeated, rows).reshape(-1, prefixes).mean(1)
         now = _essences(apply, changed(delta, essence.subject_at), essence)
         kl = (jnp.exp(now) * (now - start)).sum(-1)
         decay = jnp.linalg.norm(delta, axis=-1) / jnp.square(norms)
         return (nll + search.kl * kl + search.decay * decay).sum(), nll
 
-    @jax.jit
-    def run(
-        params: Any, layer: jax.Array, rows: EditRows, essence: EditRows, norms: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        start = _essences(apply, params, essence)
+    def step(carry: Any, _: Any) -> Any:
+        delta, state = carry
+        slope, nll = jax.grad(loss, has_aux=True)(delta)
+        updates, state = optimizer.update(slope, state)
+        delta = jnp.asarray(optax.apply_updates(delta, updates))
+        size = jnp.linalg.norm(delta, axis=-1)
+        within = jnp.minimum(1.0, search.clamp * norms / jnp.maximum(size, 1e-9))
+        return (delta * within[:, None], state), nll
 
-        def step(carry: Any, _: Any) -> Any:
-            delta, state = carry
-            slope, nll = jax.grad(loss, has_aux=True)(
-                delta, params, layer, rows, essence, norms, start
-            )
-            updates, state = optimizer.update(slope, state)
-            delta = jnp.asarray(optax.apply_updates(delta, updates))
-            size = jnp.linalg.norm(delta, axis=-1)
-            return (
-                delta * jnp.minimum(1.0, search.clamp * norms / jnp.maximum(size, 1e-9))[:, None],
-                state,
-            ), nll
-
-        width = jax.eval_shape(lambda: apply(params, rows.tokens[:1], method="hidden")).shape[-1]
-        delta = jnp.full(
-            (len(norms), width), 1e-8, jnp.float32
-        )  # the norm's gradient at zero is none
-        (delta, _), nll = jax.lax.scan(
-            step, (delta, optimizer.init(delta)), None, length=int(search.steps)
-        )
-        return delta, nll[-1]
-
-    return run
+    width = jax.eval_shape(lambda: apply(params, rows.tokens[:1], method="hidden")).shape[-1]
+    delta = jnp.full((len(norms), width), 1e-8, jnp.float32)  # the norm's gradient at 0 is none
+    carry = (delta, optimizer.init(delta))
+    (delta, _), nll = jax.lax.scan(step, carry, None, length=int(search.steps))
+    return delta, nll[-1]
 
 
 def _essences(apply: Any, params: Any, rows: EditRows) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from peft_jax.core.bind import bound_of
 from peft_jax.core.sharding import fetch
 from peft_jax.data import evaluation_batches, unpadded
 from peft_jax.knowledge.requests import Edit, EditRows, edit_rows
@@ -27,7 +28,7 @@ def answer_log_probs(
     batch: int = 64,
 ) -> np.ndarray:
     """[N] mean log-probability of each answer's tokens after its prompt, in nats."""
-    return -_by_rows(_answer_nll, apply, params, edit_rows(tokenizer, prompts, answers), batch)
+    return -_by_rows(answer_nll, apply, params, edit_rows(tokenizer, prompts, answers), batch)
 
 
 def answers_said(
@@ -44,17 +45,18 @@ def answers_said(
 
 def _by_rows(of: Any, apply: Any, params: Any, rows: EditRows, batch: int) -> np.ndarray:
     """[N] what `of` says of each row, `batch` at a time, those of like length together."""
+    apply = bound_of(apply)
+    run = apply.program(of)
     order = np.argsort((rows.segment_ids > 0).sum(1), kind="stable")
     sorted_rows, count = EditRows(*(x[order] for x in rows)), len(order)
     parts = (
         unpadded(EditRows(**part)) for part in evaluation_batches(sorted_rows, min(batch, count))
     )
-    return np.concatenate([fetch(of(apply, params, part)) for part in parts])[:count][
+    return np.concatenate([fetch(run(apply, params, part)) for part in parts])[:count][
         np.argsort(order)
     ]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _said(apply: Any, params: Any, rows: EditRows) -> jax.Array:
     return all_likeliest(
         apply(params, rows.tokens, segment_ids=rows.segment_ids), rows.targets, rows.weights
@@ -73,9 +75,6 @@ def answer_nll(apply: Callable[..., Any], params: Any, rows: EditRows) -> jax.Ar
     logits = apply(params, rows.tokens, segment_ids=rows.segment_ids).astype(jnp.float32)
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, rows.targets) * rows.weights
     return nll.sum(-1) / jnp.maximum(jnp.asarray(rows.weights).sum(-1), 1.0)
-
-
-_answer_nll = jax.jit(answer_nll, static_argnums=0)
 
 
 def edit_scores(
@@ -99,6 +98,7 @@ def edit_scores(
     known = [e for e in edits if e.true]
     if not known:
         raise ValueError("no edit says what was true before, which the scores compare with")
+    apply = bound_of(apply)
     compare = functools.partial(_likelier, apply, params, tokenizer, batch)
     asked = {
         "efficacy": [(e.question, e.target, e.true) for e in known],

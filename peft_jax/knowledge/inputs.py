@@ -9,7 +9,6 @@ themselves know of neither.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.adapters.prefix import attention_cores
 from peft_jax.core.attachment import Attachment, attach
-from peft_jax.core.placing import layers_of, token_embedding
+from peft_jax.core.bind import Bound, bound_of
+from peft_jax.core.placing import attention_cores, layers_of, token_embedding
 from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import map_places
 from peft_jax.core.weight import static
@@ -291,40 +290,39 @@ def mark_entities(rows: Any, lexicon: Lexicon, *, everywhere: bool = False) -> A
     return with_fields(rows, entities=marked)
 
 
-@functools.lru_cache(maxsize=16)
-def reads_knowledge(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """`apply` (of `bind`) that also takes the fields of rows with triples and entities, each [B,
-    T].
+def reads_knowledge(apply: Any) -> Bound:
+    """`apply` (of `bind`, or a model) that also takes the fields of rows with triples and entities,
+    each [B, T].
 
     With a key/value cache, which has to be empty, later tokens see of these rows what the
     sentence's tokens see: the sentence.
     """
+    return bound_of(apply).wrap(_reading, reads=("branches", "mentions", "entities"))
 
-    def run(
-        params: Any,
-        *args: Any,
-        branches: Any = None,
-        mentions: Any = None,
-        entities: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        if entities is not None:
 
-            def fill(_, x):
-                return x.replace(entities=entities) if isinstance(x, EntityFusion) else x
+def _reading(
+    call: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    branches: Any = None,
+    mentions: Any = None,
+    entities: Any = None,
+    **kwargs: Any,
+) -> Any:
+    if entities is not None:
 
-            params = map_places(fill, params)
-        if branches is None:
-            return apply(params, *args, **kwargs)
-        if (segments := kwargs.get("segment_ids")) is not None:
-            branches = jnp.where(
-                jnp.asarray(segments) > 0, branches, -1
-            )  # what pads a row is no part of the sentence
-        out = apply(_see(params, branches, mentions), *args, **kwargs)
-        return out if kwargs.get("cache") is None else (out[0], _sentence_alone(out[1], branches))
+        def fill(_, x):
+            return x.replace(entities=entities) if isinstance(x, EntityFusion) else x
 
-    run.model = getattr(apply, "model", None)  # type: ignore[attr-defined]
-    return run
+        params = map_places(fill, params)
+    if branches is None:
+        return call(params, *args, **kwargs)
+    if (segments := kwargs.get("segment_ids")) is not None:
+        branches = jnp.where(
+            jnp.asarray(segments) > 0, branches, -1
+        )  # what pads a row is no part of the sentence
+    out = call(_see(params, branches, mentions), *args, **kwargs)
+    return out if kwargs.get("cache") is None else (out[0], _sentence_alone(out[1], branches))
 
 
 def _sentence_alone(cache: Any, branches: jax.Array) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.attachment import attach
-from peft_jax.core.bind import bind
+from peft_jax.core.bind import Bound, bound_of
 from peft_jax.core.placing import token_embedding
 from peft_jax.core.sharding import fetch
 from peft_jax.core.weight import materialize
@@ -78,33 +78,31 @@ def trace(
     inside = (jnp.arange(n) >= first) & (jnp.arange(n) < end)
     blur = jnp.concatenate([jnp.zeros((1, *drawn.shape[1:])), drawn * inside[:, None]])
     blurred = attach(params, {embedding: {KEY: Noise(noise=blur)}})
-    run = _runner(bind(model), module)
+    apply = bound_of(model)
+    run = functools.partial(apply.program(_probabilities, static_argnames="module"), apply)
     batch, layers = (
         jnp.broadcast_to(jnp.asarray(tokens), (samples + 1, n)),
         place.layers,
     )
     nothing = np.zeros((layers, n), bool)
-    clean, corrupted = fetch(run(blurred, batch, target, nothing))
+    clean, corrupted = fetch(run(blurred, batch, target, nothing, module=module))
     restored = np.zeros((n, layers), np.float32)
     for t in range(n):
         for layer in range(layers):
             mask = nothing.copy()
             mask[max(0, layer - window // 2) : layer - window // 2 + window, t] = True
-            restored[t, layer] = run(blurred, batch, target, mask)[1]
+            restored[t, layer] = run(blurred, batch, target, mask, module=module)[1]
     words = [tokenizer.decode([i]) for i in tokens[0].tolist()]
     return Trace(float(clean), float(corrupted), restored, words, (first, end - 1))
 
 
-@functools.lru_cache(maxsize=8)
-def _runner(apply: Any, module: str) -> Any:
-    @jax.jit
-    def run(params: Any, batch: jax.Array, target: Any, mask: Any) -> jax.Array:
-        """The target's probability after the clean row, and its mean after the corrupted ones."""
-        logits = apply(attach(params, {module: {KEY: Restore(mask=mask)}}), batch)[:, -1]
-        p = jax.nn.softmax(logits.astype(jnp.float32))[:, target]
-        return jnp.stack([p[0], p[1:].mean()])
-
-    return run
+def _probabilities(
+    apply: Bound, params: Any, batch: jax.Array, target: Any, mask: Any, *, module: str
+) -> jax.Array:
+    """The target's probability after the clean row, and its mean after the corrupted ones."""
+    logits = apply(attach(params, {module: {KEY: Restore(mask=mask)}}), batch)[:, -1]
+    p = jax.nn.softmax(logits.astype(jnp.float32))[:, target]
+    return jnp.stack([p[0], p[1:].mean()])
 
 
 def plot_trace(traces: Trace | Sequence[Trace], path: Path) -> Path:

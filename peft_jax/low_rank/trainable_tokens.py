@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.placing import token_embedding
 from peft_jax.core.reparametrised import MATRIX, TRANSPOSED, Reparametrised, Site, node, place_nodes
 from peft_jax.core.roles import role_of
@@ -101,3 +102,15 @@ def _by_token(path: str) -> tuple[Axes, Axes] | None:
         return MATRIX
     head = leaf == "kernel" and role_of(module) in ("head", "labels")
     return TRANSPOSED if head else None
+
+
+METHOD = Method(
+    name="trainable_tokens",
+    function=trainable_tokens,
+    nodes=(TrainableTokens,),
+    at="rows",
+    title="trainable tokens",
+    follows="PEFT `TrainableTokensConfig` (no paper)",
+    differs="Columns of an untied head train too",
+    example={"ids": [1, 3]},
+)

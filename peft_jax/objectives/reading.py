@@ -13,13 +13,19 @@ What it then returns adds up over the parts to the whole batch's, gradients incl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Apply = Callable[..., Any]
+
+class Apply(Protocol):
+    """A model as a function of its parameters: the result of `bind`, or one of the user's own."""
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+
 Objective = Callable[
     [Apply, Any, dict[str, jax.Array], Any], tuple[jax.Array, dict[str, jax.Array]]
 ]

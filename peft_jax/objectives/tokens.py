@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.bind import bound_of
 from peft_jax.models.moe import load_balancing_loss
+from peft_jax.objectives.objective import NamedObjective
 from peft_jax.objectives.reading import (
     Apply,
     Objective,
@@ -22,13 +24,9 @@ from peft_jax.objectives.reading import (
 )
 
 
-def _unembeds(apply: Apply) -> bool:
-    return hasattr(getattr(apply, "model", None), "unembed")
-
-
 def _hidden(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any, **more: Any) -> Any:
     tokens = [batch[name] for name in ("tokens", "decoder_tokens") if name in batch]
-    method = {"method": "hidden"} if _unembeds(apply) else {}
+    method = {"method": "hidden"} if bound_of(apply).hidden_states else {}
     return apply(params, *tokens, rng=rng, **method, **inputs_of(batch), **more)
 
 
@@ -42,7 +40,7 @@ def token_states(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: An
 
 def token_head(apply: Apply, params: Any, batch: dict[str, jax.Array]) -> Callable[..., jax.Array]:
     """The model's own head."""
-    if not _unembeds(apply):
+    if not bound_of(apply).hidden_states:
         return as_they_are
     return functools.partial(apply, params, method="unembed", adapter_ids=batch.get("adapter_ids"))
 
@@ -76,14 +74,9 @@ def balanced(objective: Objective, router_loss: float | None = None) -> Objectiv
     """
 
     def run(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> Any:
-        config = getattr(getattr(apply, "model", None), "config", None)
-        own = getattr(config, "router_loss", 0.0)
-        share = (
-            (own if router_loss is None else router_loss)
-            if getattr(config, "num_experts", 0)
-            else 0.0
-        )
-        if not share or rng is None:
+        bound = bound_of(apply)
+        share = bound.router_loss if router_loss is None else router_loss
+        if not bound.experts or not share or rng is None:
             return objective(apply, params, batch, rng)
         found: list[Any] = []
         loss, metrics = objective(_with_router(apply, found), params, batch, rng)
@@ -100,16 +93,17 @@ def _with_router(apply: Apply, found: list[Any]) -> Apply:
     layers.
     """
 
-    def run(*args: Any, rng: Any = None, method: str | None = None, **kwargs: Any) -> Any:
+    def around(
+        call: Apply, *args: Any, rng: Any = None, method: str | None = None, **kwargs: Any
+    ) -> Any:
         how = {} if method is None else {"method": method}
         if rng is None or method == "unembed" or "mutable" in kwargs:
-            return apply(*args, rng=rng, **how, **kwargs)
-        out, state = apply(*args, rng=rng, mutable=["router"], **how, **kwargs)
+            return call(*args, rng=rng, **how, **kwargs)
+        out, state = call(*args, rng=rng, mutable=["router"], **how, **kwargs)
         found.append(state["router"])
         return out
 
-    run.model = apply.model  # type: ignore[attr-defined]
-    return run
+    return bound_of(apply).wrap(around)
 
 
 def _parts(batch: dict[str, jax.Array]) -> int:
@@ -148,3 +142,17 @@ def masked_tokens(
 def masked_reading(**options: Any) -> Reading:
     """A masked language model's, with the options of `masked_tokens`."""
     return Reading(functools.partial(masked_tokens, **options), token_states, token_head)
+
+
+def _token_cross_entropy(
+    reading: Reading, chunk: int | None = None, router_loss: float | None = None
+) -> Objective:
+    return balanced(functools.partial(cross_entropy, reading, chunk=chunk), router_loss)
+
+
+OBJECTIVE = NamedObjective(
+    name="token_cross_entropy",
+    tasks=("causal_lm", "masked_lm", "seq2seq_lm"),
+    make=_token_cross_entropy,
+    follows="the mean negative log-likelihood of the tokens that count",
+)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from peft_jax.core.bind import bind
+from peft_jax.core.bind import bind, bound_of
 from peft_jax.core.partition import partition
 from peft_jax.data import Record, Rows
 from peft_jax.generation.generate import generate
@@ -96,7 +96,7 @@ def generated_metrics(
         prompt, answer = prompt_and_answer(record, tokenizer)
         references[prompt].append(answer)
     prompts = list(references)[:limit]
-    apply = bind(model)
+    apply = bound_of(model)
     predictions: list[str] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]

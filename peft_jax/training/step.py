@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from peft_jax.core.bind import bound_of
 from peft_jax.core.partition import combine, penalty
 from peft_jax.objectives.reading import Apply, Objective
 
@@ -64,7 +65,7 @@ def make_step(
     own. Raises ValueError for a model that computes in float16, whose gradients would vanish below
     6e-8 without a scaled loss.
     """
-    if getattr(getattr(apply, "model", None), "dtype", None) == jnp.float16:
+    if bound_of(apply).dtype == jnp.float16:
         raise ValueError(
             "float16 has too small a range for gradients: train in bfloat16 or float32 (dtype, "
             "model.dtype)"

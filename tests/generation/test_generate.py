@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import peft_jax
-from peft_jax.generation import generate as module
-from peft_jax.generation.generate import _likeliest, _Sampling, _sampling, continuations, sample
+from peft_jax.generation.programs import continuations, decode, prefill
+from peft_jax.generation.sampling import Sampling, likeliest, make_sampling, sample
 from peft_jax.models.attention import CACHE_DTYPES
 from peft_jax.training.evaluate import (
     bleu,
@@ -37,6 +37,14 @@ def setup(tiny_folder):
     model, params = peft_jax.load(tiny_folder)
     params = perturb(peft_jax.lora(params, jax.random.key(0), rank=2))
     return model, params, peft_jax.load_tokenizer(tiny_folder), peft_jax.bind(model)
+
+
+def programs_of(apply):
+    """What `generate` compiled for a bound model."""
+    return (
+        apply.program(prefill, static_argnames=("slots", "cache_dtype")),
+        apply.program(decode, donate_argnums=2, static_argnames="cache_dtype"),
+    )
 
 
 def greedy_by_hand(apply, params, prompt, count):
@@ -114,13 +122,13 @@ def test_one_compilation_serves_all_options(setup):
     model, params, *_ = setup
     apply = peft_jax.bind(model)
     peft_jax.generate(apply, params, PROMPTS, max_tokens=8, temperature=0.7)
-    prefill, decode = module._programs(apply)
-    before = prefill._cache_size(), decode._cache_size()
+    begin, go_on = programs_of(apply)
+    before = begin._cache_size(), go_on._cache_size()
     for options in ({"top_k": 5}, {"top_p": 0.5}, {"temperature": 2.0}, {"seed": 9}):
         peft_jax.generate(apply, params, PROMPTS, max_tokens=8, **{"temperature": 0.7, **options})
     peft_jax.generate(apply, params, [[1, 2], [3], [4]], max_tokens=20, temperature=0.7)
     assert before == (1, 1)
-    assert (prefill._cache_size(), decode._cache_size()) == (
+    assert (begin._cache_size(), go_on._cache_size()) == (
         2,
         2,
     )  # the shorter prompts are one more width
@@ -131,7 +139,7 @@ def test_sampling_draws_from_the_right_distribution():
     keys = jax.random.split(jax.random.key(0), 4000)
 
     def frequencies(temperature=1.0, top_k=0, top_p=1.0):
-        s = _Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+        s = Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
         draws = np.asarray(jax.vmap(lambda k: sample(logits, s, k[None])[0])(keys))
         return np.bincount(draws, minlength=4) / len(keys)
 
@@ -151,7 +159,7 @@ def test_the_smallest_temperatures_are_greedy(top_p):
     keys = jax.random.split(jax.random.key(0), 8)
     for temperature in (1e-3, 1e-38, 1e-46, 1e-300):
         assert (
-            sample(logits, _sampling(temperature, 0, top_p), keys).tolist()
+            sample(logits, make_sampling(temperature, 0, top_p), keys).tolist()
             == logits.argmax(-1).tolist()
         )
 
@@ -222,8 +230,8 @@ def test_filters_keep_what_a_plain_one_keeps(top_k, top_p):
     float64.
     """
     logits = np.random.default_rng(0).normal(size=(1000, 64)).astype(np.float32) * 4
-    sampling = _Sampling(jnp.float32(1.0), jnp.int32(top_k), jnp.float32(top_p))
-    kept = np.asarray(_likeliest(sampling, jnp.asarray(logits)) > -np.inf)
+    sampling = Sampling(jnp.float32(1.0), jnp.int32(top_k), jnp.float32(top_p))
+    kept = np.asarray(likeliest(sampling, jnp.asarray(logits)) > -np.inf)
     for row, mine in zip(logits.astype(np.float64), kept, strict=True):
         order = np.argsort(-row)[: top_k or None]
         p = np.exp(row[order] - row[order].max())
@@ -298,10 +306,10 @@ def test_a_prefill_makes_the_last_tokens_logits_alone(setup):
     apply = peft_jax.bind(model)
     rows = {n: jnp.ones((2, 16), jnp.int32) for n in ("tokens", "segment_ids")}
     rows["positions"] = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))
-    prefill, _ = module._programs(apply)
+    begin, _ = programs_of(apply)
     keys = jax.random.split(jax.random.key(0), 2)
-    text = prefill.lower(
-        params, rows, keys, jnp.asarray([-1]), None, slots=32, cache_dtype=None
+    text = begin.lower(
+        apply, params, rows, keys, jnp.asarray([-1]), None, slots=32, cache_dtype=None
     ).as_text()
     vocabulary = model.config.vocab_size
     assert f"tensor<2x1x{vocabulary}xf32>" in text

@@ -223,7 +223,7 @@ def test_generation_sees_what_the_whole_row_sees(decoder, prefixed):
     beside = functools.partial(attach_triples, triples=make_triples(tokenizer, FACTS), room=24)
     prompts, count = ["From Peru to Cuba", "So by sea and by air at last to New York from"], 6
     found = peft_jax.generate(
-        model,
+        reads_knowledge(model),
         params,
         [tokenizer(p)["input_ids"] for p in prompts],
         max_tokens=count,
@@ -268,14 +268,26 @@ def test_virtual_tokens_and_encoder_decoders_take_no_triples(decoder, tmp_path):
     tuned = peft_jax.prompt_tuning(params, jax.random.key(0), num_virtual_tokens=3)
     with pytest.raises(ValueError, match="leave virtual tokens out"):
         peft_jax.generate(
-            model, tuned, ["From Peru"], tokenizer=tokenizer, max_tokens=2, beside=beside
+            reads_knowledge(model),
+            tuned,
+            ["From Peru"],
+            tokenizer=tokenizer,
+            max_tokens=2,
+            beside=beside,
         )
+    with pytest.raises(ValueError, match="branches, mentions, which the model's call"):
+        peft_jax.generate(model, params, ["From Peru"], tokenizer=tokenizer, beside=beside)
     config = transformers.T5Config(**{**T5_SIZES, "vocab_size": len(tokenizer)})
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     model, params = peft_jax.load(tmp_path)
     with pytest.raises(ValueError, match="read by decoders with a cache alone"):
         peft_jax.generate(
-            model, params, ["From Peru"], tokenizer=tokenizer, max_tokens=2, beside=beside
+            reads_knowledge(model),
+            params,
+            ["From Peru"],
+            tokenizer=tokenizer,
+            max_tokens=2,
+            beside=beside,
         )
 
 

@@ -14,6 +14,8 @@ import transformers as tr
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import peft_jax
+from peft_jax.core.bind import Bound
+from peft_jax.core.options import ConfigError
 from peft_jax.data import (
     MalformedRecordError,
     Record,
@@ -30,10 +32,13 @@ from peft_jax.objectives.contrast import contrast, embed_texts
 from peft_jax.objectives.labels import ANSWERS, LABELS, squared_error
 from peft_jax.objectives.reading import cross_entropy
 from peft_jax.objectives.tokens import TOKENS, masked_reading
+from peft_jax.recipes.config import parse_config
+from peft_jax.recipes.evaluate import run_evaluation, run_generation
+from peft_jax.recipes.train import run_training
 from peft_jax.training import metrics
-from peft_jax.training.config import ConfigError, DataConfig, parse_config
-from peft_jax.training.run import run_evaluation, run_generation, run_training
-from peft_jax.training.tasks import TASKS, Subject, answers, predict
+from peft_jax.training.data import DataConfig, Subject
+from peft_jax.training.predictions import answers, predict
+from peft_jax.training.tasks import TASKS
 from tests.models.test_encoders import ENCODERS, T5_SIZES, torch_encoder
 from tests.reference import VOCAB, relative_error
 
@@ -357,17 +362,13 @@ def test_masking_hits_the_wanted_share_and_spares_the_rest(tokenizer, tmp_path):
     rows = encode_masked(records({"text": "the film was good " * 30}), tokenizer, 32)
     seen = []
 
-    class Spy:
-        class model:
-            unembed = None
-
     def apply(params, tokens, *, rng=None, method=None, **_):
         if method == "unembed":
             return jnp.zeros((*tokens.shape[:-1], VOCAB))
         seen.append(np.asarray(tokens))
         return jnp.zeros((*tokens.shape, 4))
 
-    apply.model = Spy.model
+    apply = Bound.of(apply, hidden_states=True)
     objective = functools.partial(
         cross_entropy, masked_reading(mask_token=4, vocab_size=VOCAB, share=0.2)
     )

@@ -4,9 +4,10 @@ tree.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -46,11 +47,17 @@ def register_rule(module_class: type[nn.Module], rule: Rule, *, method: str = "_
     RULES[module_class, method] = rule
 
 
-def bind_linen(model: nn.Module, *, strict: bool = False) -> Callable[..., Any]:
-    """See `peft_jax.bind`."""
-    said: set[str] = set()
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinenRun:
+    """How a Linen model is run, see `peft_jax.bind`. Those of equal models are equal."""
 
-    def apply(
+    model: nn.Module
+    strict: bool
+    said: set[str]  # of weights without a rule
+
+    def __call__(
+        self,
+        state: None,
         params: Any,
         *args: Any,
         rng: jax.Array | None = None,
@@ -60,21 +67,37 @@ def bind_linen(model: nn.Module, *, strict: bool = False) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         variables = {**(variables or {}), "params": prepare(params, rng, adapter_ids)}
-        rngs = {} if rng is None else {"dropout": rng}
+        call = functools.partial(
+            self.model.apply, variables, *args, rngs={} if rng is None else {"dropout": rng}
+        )
         recorder = RECORDER.get()
-        with nn.intercept_methods(functools.partial(_intercept, strict, said)):
+        with nn.intercept_methods(functools.partial(_intercept, self.strict, self.said)):
             if recorder is None:
-                return model.apply(variables, *args, rngs=rngs, method=method, **kwargs)
+                return call(method=method, **kwargs)
             own = kwargs.pop("mutable", [])
-            out, state = model.apply(
-                variables, *args, rngs=rngs, method=method, mutable=[*own, CAPTURED], **kwargs
-            )
-        state = dict(state)
-        _collect(recorder, state.pop(CAPTURED, {}), "")
-        return (out, state) if own else out
+            out, changed = call(method=method, mutable=[*own, CAPTURED], **kwargs)
+        changed = dict(changed)
+        _collect(recorder, changed.pop(CAPTURED, {}), "")
+        return (out, changed) if own else out
 
-    apply.model = model  # type: ignore[attr-defined]
-    return apply
+    @functools.cached_property
+    def key(self) -> Hashable:
+        """The model where it is hashable, else what no other run has."""
+        try:
+            hash(self.model)
+        except TypeError:
+            return id(self)
+        return self.model
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LinenRun) and self.strict == other.strict and self.key == other.key
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.key, self.strict))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 def _intercept(

@@ -8,6 +8,7 @@ The merged model exists only while tracing, so giving one of its modules a subcl
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -53,12 +54,30 @@ def nnx_params(model: nnx.Module) -> Any:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def bind_nnx(model: nnx.Module, *, strict: bool = False) -> Callable[..., Any]:
-    """See `peft_jax.bind`."""
-    graph, state, rest = nnx.split(model, nnx.Param, ...)
-    said: set[str] = set()
+Templates = tuple[tuple[tuple[Any, ...], nnx.Variable], ...]
 
-    def apply(
+
+def split(model: nnx.Module, strict: bool, said: set[str]) -> tuple[NNXRun, nnx.State]:
+    """(how the model is run, what it holds beside its parameters), as it is now."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    templates = tuple((path, v.replace(None)) for path, v in nnx.to_flat_state(params))
+    return NNXRun(graph, templates, strict, said), rest
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NNXRun:
+    """How an NNX model is run, see `peft_jax.bind`: its graph, and its parameters without their
+    values. Those of equal graphs are equal.
+    """
+
+    graph: nnx.GraphDef[nnx.Module]
+    templates: Templates
+    strict: bool
+    said: set[str]  # of weights without a rule
+
+    def __call__(
+        self,
+        state: nnx.State,
         params: Any,
         *args: Any,
         rng: jax.Array | None = None,
@@ -70,22 +89,27 @@ def bind_nnx(model: nnx.Module, *, strict: bool = False) -> Callable[..., Any]:
     ) -> Any:
         params = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
         params = prepare(params, rng, adapter_ids)
-        others = _reseeded(rest if variables is None else nnx.merge_state(rest, variables), rng)
-        merged = nnx.merge(graph, _filled(state, params), others, copy=True)
-        _place(merged, params, strict, said)
+        others = _reseeded(state if variables is None else nnx.merge_state(state, variables), rng)
+        merged = nnx.merge(self.graph, _filled(self.templates, params), others, copy=True)
+        _place(merged, params, self.strict, self.said)
         out = getattr(merged, method or "__call__")(*args, **kwargs)
         return (out, nnx.state(merged, nnx.All(nnx.Not(nnx.Param), mutable))) if mutable else out
 
-    apply.model = model  # type: ignore[attr-defined]
-    return apply
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NNXRun) or self.strict != other.strict:
+            return False
+        return self.graph is other.graph or self.graph == other.graph
+
+    def __hash__(self) -> int:  # a graph may hold lists, which have no hash
+        return hash((len(self.graph.nodes), self.graph.num_leaves, self.strict))
 
 
-def _filled(state: nnx.State, params: Any) -> nnx.State:
+def _filled(templates: Templates, params: Any) -> nnx.State:
     """The state of the model's parameters with the values that `params` has. Raises ValueError for
     one that it lacks.
     """
     filled = []
-    for path, variable in nnx.to_flat_state(state):
+    for path, variable in templates:
         *module, name = map(str, path)
         own = module_at(params, "/".join(module))
         if not isinstance(own, Mapping) or (key := key_of(own, name)) not in own:
