@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 import transformers as tr
+from peft_jax.hub.peft.prompts import prefix_places
 from safetensors.numpy import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import peft_jax
 from peft_jax.core.placing import modules_with_roles, token_stack
 from peft_jax.core.roles import FAMILIES, hooks_of
+from peft_jax.knowledge.hooks import feed_forward
 from peft_jax.models.blocks import abstract_params
 from peft_jax.models.families import hf_class, register_family
 from tests.reference import perturb, random_tokens, relative_error
@@ -87,6 +89,7 @@ def their_model(record, task, folder):
     return model
 
 
+KEY = jax.random.key(0)
 TOKENS, TARGETS = random_tokens(2, 10), random_tokens(2, 6, seed=1)
 
 
@@ -123,6 +126,53 @@ def test_a_family_says_what_its_modules_are(name):
             attention = core.rpartition("/")[0]
             names = {p.rpartition("/")[2] for p in found.get("q", found.get("qkv"))}
             assert core.rpartition("/")[2] in hooks_of(attention, names)
+
+
+DEFAULTS = {
+    "ia3": lambda p: peft_jax.ia3(p, KEY),
+    "unipelt": lambda p: peft_jax.unipelt(p, KEY, rank=2, num_virtual_tokens=3),
+    "trainable_tokens": lambda p: peft_jax.trainable_tokens(p, KEY, ids=[5, 7]),
+    "houlsby": lambda p: peft_jax.bottleneck(p, KEY, placement="houlsby", size=3),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_places_by_default_are_there_in_every_family(name):
+    tree = our_tree(RECORDS[name], RECORDS[name].tasks[0])
+    before = len(jax.tree.leaves(tree))
+    for method in DEFAULTS.values():
+        assert len(jax.tree.leaves(jax.eval_shape(method, tree))) > before
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """name -> (model, params) of Llama and of Walnut, which has the same weights."""
+    root, found = tmp_path_factory.mktemp("twins"), {}
+    for name in ("llama", "walnut"):
+        record = RECORDS[name]
+        their_model(record, "causal_lm", root / name)
+        found[name] = peft_jax.load(root / name)
+    return found
+
+
+def test_techniques_ask_for_roles_and_not_for_names(twins):
+    """What Llama's modules get, those of Walnut get, which has other names for all of them."""
+    outputs, places = {}, {}
+    for name, (model, params) in twins.items():
+        smaller = peft_jax.prune_structured(
+            model, params, (), layers=1, kv_heads=1, units=32, channels=16, score="magnitude"
+        )
+        prompted = perturb(peft_jax.adaption_prompt(smaller[1], KEY, adapter_len=3))
+        outputs[name] = jax.jit(peft_jax.bind(smaller[0]))(prompted, TOKENS)
+        found = feed_forward(params)
+        places[name] = (found.attention, found.weight, found.residual, prefix_places(params)[0])
+    assert relative_error(outputs["walnut"], outputs["llama"]) < 1e-6
+    assert places["walnut"] == (
+        "model/layers/mixer",
+        "model/layers/feed_forward/w2/kernel",
+        "model/layers/after_feed_forward",
+        ("model/layers/0/mixer/attend", 0),
+    )
 
 
 # Roles that tell kinds of models apart.

@@ -134,7 +134,7 @@ def prompted(params: Any) -> tuple[type[AdaptionPrompt], str]:
         )
     fused = "qkv" in found.names
     cls = FusedAdaptionPrompt if fused else AdaptionPrompt
-    return cls, found.of("attention_output" if fused else "core")[0]
+    return cls, found.of("attention_output" if fused else "core")[0].rpartition("/")[2]
 
 
 def adaption_prompt(

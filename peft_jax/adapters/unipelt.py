@@ -11,6 +11,8 @@ import jax
 from peft_jax.adapters.bottleneck import Bottleneck, bottleneck
 from peft_jax.adapters.prefix import Offset, Prefix, prefix_tuning
 from peft_jax.core.method import Method
+from peft_jax.core.placing import module_paths
+from peft_jax.core.roles import first_fit
 from peft_jax.core.select import Targets
 from peft_jax.core.where import Among, Named, Selection
 
@@ -23,11 +25,12 @@ def unipelt(
     num_virtual_tokens: Annotated[int, "length of the prefix"] = 10,
     reduction_factor: Annotated[float, "the features over the units of the bottleneck"] = 16.0,
     gating: Annotated[Literal["token", "sequence"], "gates by token or sequence"] = "token",
-    targets: Annotated[Targets, "what gets the LoRA"] = ("q_proj", "v_proj"),
+    targets: Annotated[Targets, "what gets the LoRA; by default queries and values"] = (),
     **where: Unpack[Named],
 ) -> Any:
-    """`params` with a gated LoRA on `targets`, a gated prefix in every layer and a gated adapter
-    after every layer's feed- forward.
+    """`params` with a gated LoRA on `targets` (by default the projections of queries and values, or
+    the one for all three), a gated prefix in every layer and a gated adapter after every layer's
+    feed-forward.
 
     Each gate is a sigmoid of the module's input (the prefix's, of the query), for each token; with
     `sequence` LoRA and adapter have the paper's mean over the sequence instead, which sees later
@@ -45,7 +48,7 @@ def unipelt(
     params = bottleneck(
         params,
         keys[0],
-        targets=targets,
+        targets=targets or _usual_targets(params),
         parallel=True,
         size=rank,
         activation="linear",
@@ -65,6 +68,16 @@ def unipelt(
         gating=gating,
         adapter=adapter,
     )
+
+
+def _usual_targets(params: Any) -> Targets:
+    found = first_fit(module_paths(params), (("q", "v"), ("qkv",)))
+    if found is None:
+        raise ValueError(
+            "no modules of this model are known to make queries and values: give targets, or say "
+            "what they are called with register_roles"
+        )
+    return found.of(*found.names)
 
 
 def mix_and_match(

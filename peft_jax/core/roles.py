@@ -118,8 +118,8 @@ def roles_from(name: str, given: Mapping[str, Sequence[str]], **more: Any) -> Ro
 
 def known_roles() -> tuple[Roles, ...]:
     """All records, the latest registered first, families after those."""
-    families = (family.roles for family in FAMILIES.values())
-    return tuple(dict.fromkeys([*[*REGISTERED.values()][::-1], *families, USUAL]))
+    families = [family.roles for family in FAMILIES.values()]
+    return tuple(dict.fromkeys([*[*REGISTERED.values()][::-1], *families[::-1], USUAL]))
 
 
 def role_of(module: str) -> str | None:
@@ -207,7 +207,8 @@ def hooks_of(module: str, names: Iterable[str]) -> list[str]:
             for hook in HOOKS:
                 if entry.role in _beside(entry.record, hook):
                     found[hook] |= dict.fromkeys(getattr(entry.record, hook))
-    return list(dict.fromkeys(name for hook in HOOKS for name in found[hook]))
+    hooks = (name.rpartition("/")[2] for hook in HOOKS for name in found[hook])
+    return list(dict.fromkeys(hooks))
 
 
 def modules_by_role(module: str, names: Iterable[str]) -> dict[str, str]:

@@ -31,6 +31,9 @@ class ModelConfig:
         None, "what the model is for, as sequence_classification; by default as its checkpoint says"
     )
     adapter: str | None = option(None, "PEFT adapter folder or repository to start from")
+    roles: dict[str, list[str]] | None = option(
+        None, "what a model of your own calls its modules, as {q: [mixer/wq], down: [w2]}"
+    )
     fresh: bool = option(False, "start from random parameters, not from the checkpoint's")
     config: dict[str, Any] = option(
         {}, "of a fresh model: values in place of config.json's, as {num_hidden_layers: 4}"

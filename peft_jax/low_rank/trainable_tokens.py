@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.method import Method
+from peft_jax.core.placing import token_embedding
 from peft_jax.core.reparametrised import MATRIX, TRANSPOSED, Reparametrised, Site, node, place_nodes
 from peft_jax.core.roles import role_of
 from peft_jax.core.select import OUTPUT_EMBEDDING, Targets
@@ -62,16 +63,19 @@ def trainable_tokens(
     key: jax.Array,
     *,
     ids: Annotated[Sequence[int], "tokens whose rows train"],
-    targets: Annotated[Targets, "the embeddings, and heads, that have them"] = "embed_tokens",
+    targets: Annotated[
+        Targets, "the embeddings, and heads, that have them; by default the tokens'"
+    ] = (),
     **where: Unpack[Saved],
 ) -> Any:
-    """`params` with the rows `ids` of the embeddings that `targets` name training, from the values
-    they have.
+    """`params` with the rows `ids` of the embeddings that `targets` name (by default the tokens')
+    training, from the values they have.
 
     Raises ValueError for repeated ids or ids outside the vocabulary, and for a target that is no
     embedding [V, D].
     """
     layout = {p: axes for p in places(params) if (axes := _by_token(p)) is not None}
+    targets = targets or token_embedding(params)[0]
     at = Selection.of(trainable_tokens, where, targets=targets, layout=layout)
     if not ids or len(set(ids)) != len(ids):
         raise ValueError(f"ids must be different token ids, at least one, got {list(ids)}")

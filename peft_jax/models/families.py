@@ -36,6 +36,7 @@ def register_family(family: Family) -> Family:
     """Make a family known to `load`, to roles and to the matrix of families. Raises ValueError for
     a `model_type` that another one has.
     """
+    list(FAMILIES)  # the package's are found first, so that this one's names win over theirs
     return FAMILIES.register(family)
 
 

@@ -287,7 +287,7 @@ FAMILY = Family(
         down=("mlp/c_proj",),
         norms=("ln_1", "ln_2", "ln_f"),
         core=("core",),
-        attention_output=("output",),
+        attention_output=("attn/output",),
         attention_residual=("attention_residual",),
         mlp_residual=("mlp_residual",),
     ),

@@ -72,6 +72,12 @@ class RunConfig(_Stages):
         "sizes of expert, data, fsdp, sequence and tensor; one may be -1; empty: data over all",
         alters=False,
     )
+    sharding: dict[str, list[str | list[str] | None]] = option(
+        {},
+        "how weights are split, ahead of what roles say: pattern of whole paths to the mesh's axes "
+        "for the last axes, as {.*up/kernel: [fsdp, tensor]}",
+        alters=False,
+    )
     stages: list[str | dict[str, Any]] = option(
         [],
         "what is done, in this order, as [prune, train, merge, quantize, train]; a stage of other "

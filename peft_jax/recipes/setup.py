@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 
-from peft_jax.core.sharding import make_mesh
+from peft_jax.core.roles import register_roles, roles_from
+from peft_jax.core.sharding import check_rules, make_mesh
 from peft_jax.core.stage import Batches, Context, Needs, Past, State
 from peft_jax.data.source import SourceConfig
 from peft_jax.hub import load_tokenizer, local_folder
@@ -69,8 +70,27 @@ def start_distributed() -> None:
     )
 
 
+def describe_model(config: RunConfig) -> None:
+    """Make known what the configuration says of a model's modules and how its weights are split.
+
+    Raises ValueError for a role and a mesh axis that there are none of.
+    """
+    roles, rules = config.model.roles or {}, config.sharding
+    if not (roles or rules):
+        return
+    specs = [
+        (pattern, PartitionSpec(*(tuple(a) if isinstance(a, list) else a for a in axes)))
+        for pattern, axes in rules.items()
+    ]
+    check_rules(specs)
+    register_roles(roles_from(f"configuration {roles} {rules}", roles, rules=tuple(specs)))
+
+
 def mesh_of(config: RunConfig) -> Mesh | None:
-    """The mesh that the configuration describes; none on one device unless it is asked for."""
+    """The mesh that the configuration describes, with what it says of how weights lie on it; none
+    on one device unless it is asked for.
+    """
+    describe_model(config)
     return make_mesh(config.mesh) if config.mesh or jax.device_count() > 1 else None
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -211,3 +212,18 @@ def test_roles_of_a_model_of_ones_own(monkeypatch):
     assert peft_jax.select(tree, "pile.1.mix.outward") == ["pile/mix/outward/kernel"]
     with pytest.raises(ValueError, match=r"unknown role 'dwon'\. Did you mean 'down'"):
         roles_from("other", {"dwon": ["x"]})
+
+
+def test_the_guides_example_runs(monkeypatch):
+    monkeypatch.setattr(REGISTERED, "_records", dict(REGISTERED._records))
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", guide, re.S) if "Roles(" in c]
+    mix = {name: {"kernel": zeros(16, 16)} for name in ("inward", "outward", "gate")}
+    names = {"params": {"mix": mix}}
+    exec(compile(code, "guide.md", "exec"), names)
+    found = {p: x.sharding.spec for p, x in peft_jax.places(names["params"]).items()}
+    assert found == {
+        "mix/inward/kernel": P("fsdp", "tensor"),
+        "mix/outward/kernel": P("tensor", "fsdp"),
+        "mix/gate/kernel": P(None, "tensor"),
+    }
