@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 
 import peft_jax
+from peft_jax.core.method import Method
 from peft_jax.core.prepare import distribute
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.methods import METHODS
@@ -24,79 +25,13 @@ from peft_jax.models.layers import stack_layers, unstack_layers
 from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
 from tests.third_party import VOCAB, WIDTH, ListedModel, VisionModel, linen_model, nnx_model
 
-# Options of a method in the matrix, beyond what it needs by default.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 2, "alpha": 4.0},
-    "dora": {"rank": 2, "alpha": 4.0},
-    "adalora": {"init_rank": 2, "target_rank": 1},
-    "vera": {"rank": 4},
-    "loha": {"rank": 2},
-    "lokr": {"rank": 1},
-    "oft": {"block_size": 4},
-    "boft": {"block_size": 4, "factors": 2},
-    "hra": {"rank": 2},
-    "fourierft": {"frequencies": 12},
-    "waveft": {"frequencies": 12},
-    "randlora": {"rank": 4, "alpha": 4.0},
-    "vblora": {"vectors": 8, "length": 4},
-    "miss": {"rank": 4},
-    "shira": {"rank": 1},
-    "c3a": {"block_size": 4, "init": "zeros"},
-    "road": {"group_size": 4},
-    "hira": {"rank": 2},
-    "gralora": {"rank": 4, "alpha": 4.0},
-    "delora": {"rank": 2},
-    "trainable_tokens": {"ids": [1, 3]},
-    "qalora": {"rank": 2, "block_size": 8},
-    "qat": {"format": "int8"},
-    "sparse": {"sparsity": 0.5, "straight_through": True},
-    "bottleneck": {"size": 3, "ln_before": True, "scaling": "channel", "gating": "token"},
-    "compacter": {"size": 4, "dimension": 2},
-    "prompt_tuning": {"num_virtual_tokens": 3},
-    "p_tuning": {"num_virtual_tokens": 3, "encoder": "lstm", "hidden_size": 4},
-    "multitask_prompt_tuning": {"num_virtual_tokens": 3},
-    "cpt": {"token_ids": [3, 4, 5], "epsilon": 50.0},
-    "prefix_tuning": {"num_virtual_tokens": 3},
-    "adaption_prompt": {"adapter_len": 3, "adapter_layers": 2},
-    "reft": {"rank": 2, "first": 3, "last": 2},
-    "unipelt": {"rank": 2, "num_virtual_tokens": 3, "reduction_factor": 4},
-    "mix_and_match": {"num_virtual_tokens": 3, "size": 3},
-}
-# What a method needs in a model of unknown modules.
+# Where a method stands in a model of unknown modules, by its name or by what it changes.
 ELSEWHERE: dict[str, dict[str, Any]] = {
-    "trainable_tokens": {"targets": "embed"},
+    "rows": {"targets": "embed"},
+    "modules": {"targets": "blocks"},
     "bottleneck": {"targets": ["blocks", "out"]},
-    "compacter": {"targets": "blocks"},
     "ia3": {"targets": ["up", "down", "query"], "feedforward": "down"},
-    "reft": {"targets": "blocks"},
-    "mix_and_match": {"targets": "blocks"},
 }
-NO_LAYOUT = (
-    "full",
-    "trainable_tokens",
-    "bitfit",
-    "ln_tuning",
-    "prompt_tuning",
-    "p_tuning",
-    "multitask_prompt_tuning",
-    "cpt",
-    "invertible",
-)
-PROMPTS = {
-    "prompt_tuning",
-    "p_tuning",
-    "multitask_prompt_tuning",
-    "cpt",
-    "prefix_tuning",
-    "unipelt",
-    "mix_and_match",
-}
-NOT_IDENTITY = {
-    "vblora",
-    "qat",
-    "sparse",
-    *PROMPTS,
-}  # methods that do not promise to change nothing at first
 
 
 def compressed(params):
@@ -126,15 +61,17 @@ REMATERIALISED = (
     "bottleneck",
     "prefix_tuning",
 )  # a property of the binding more than of a method
-WHOLE = ("full", "qat", "sparse")  # they train the weights themselves, and have no adapter
-THIRD = {n: "scanned" for n in WHOLE} | {
-    "bitfit": "biased"
-}  # the third model of the others, where it is not the compressed one
-CASES = [
-    (m, n)
-    for n in METHODS
-    for m in (MODELS if n in THOROUGH else [*MODELS[:2], THIRD.get(n, "compressed")])
-]
+
+
+def models_of(name):
+    """The models that a method meets."""
+    if name in THOROUGH:
+        return MODELS
+    third = "scanned" if METHODS[name].whole else "compressed"
+    return [*MODELS[:2], "biased" if name == "bitfit" else third]
+
+
+CASES = [(m, n) for n in METHODS for m in models_of(n)]
 
 
 class Base(NamedTuple):
@@ -149,7 +86,7 @@ class Base(NamedTuple):
 @dataclasses.dataclass
 class Case:
     base: Base
-    method: str
+    method: Method
     params: Any  # with the method, as it starts
     moved: Any  # with every trained array moved
     apply: Any  # of its own: what it has compiled goes with the case
@@ -196,15 +133,25 @@ def base_model(name: str, root: Path) -> Base:
 def case(request, root):
     name, method = request.param
     base = base_model(name, root)
-    options = dict(OPTIONS.get(method, {}))
+    method = METHODS[method]
+    options = dict(method.example)
     if base.layout is not None:
-        options |= ELSEWHERE.get(method, {}) | (
-            {} if method in NO_LAYOUT else {"layout": base.layout}
-        )
-    if base.layout is not None and method in ("adaption_prompt", "unipelt"):
-        pytest.skip("it needs a decoder's attention")
-    params = METHODS[method](base.params, jax.random.key(1), **options)
+        options |= elsewhere(method) | layout_for(method, base.layout)
+    if base.layout is not None and not method.anywhere:
+        pytest.skip("it needs a model of this package")
+    params = method(base.params, jax.random.key(1), **options)
     return Case(base, method, params, perturb(params), jax.jit(peft_jax.bind(base.model)))
+
+
+def elsewhere(method, among=None):
+    """What a method is told in a model of unknown modules."""
+    known = ELSEWHERE | (among or {})
+    return known.get(method.name, known.get(method.at, {}))
+
+
+def layout_for(method, layout):
+    """The layout of a model's weights, where the method takes one."""
+    return {"layout": layout} if "layout" in method.options else {}
 
 
 def is_compressed(base: Base) -> bool:
@@ -215,7 +162,7 @@ def once(case):
     """Skip what one model shows as well as three, for methods that are not gone through
     thoroughly.
     """
-    if case.method not in THOROUGH and not hasattr(case.model, "config"):
+    if case.method.name not in THOROUGH and not hasattr(case.model, "config"):
         pytest.skip("one model will do")
 
 
@@ -224,7 +171,7 @@ def loss(apply, trainable, frozen, tokens):
 
 
 def test_identity_at_the_start(case):
-    if case.method in NOT_IDENTITY:
+    if not case.method.identity:
         pytest.skip("this method does not promise it")
     assert relative_error(case.apply(case.params, case.tokens), case.base.logits) < 1e-5
 
@@ -247,7 +194,7 @@ def test_merged_equals_unmerged(case):
 
 
 def test_unmerge_restores(case):
-    if case.method in ("qat", "sparse") or is_compressed(case.base):
+    if (not case.method.identity and case.method.whole) or is_compressed(case.base):
         pytest.skip("a compressed base is not recovered from its merge with a dense update")
     back = peft_jax.unmerge(peft_jax.merge(case.moved), case.moved)
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(case.moved), strict=True):
@@ -285,7 +232,7 @@ def test_scanned_equals_looped(case):
 
 
 def test_rematerialised_equals_not(case):
-    if not hasattr(case.model, "remat") or case.method not in REMATERIALISED:
+    if not hasattr(case.model, "remat") or case.method.name not in REMATERIALISED:
         pytest.skip("the model does not rematerialise by a switch")
     apply = peft_jax.bind(case.model.clone(remat="full"))
     trainable, frozen = peft_jax.partition(case.moved)
@@ -296,7 +243,9 @@ def test_rematerialised_equals_not(case):
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_eight_devices_equal_one(case, axes):
-    if case.method not in THOROUGH and (axes is not MESHES[0] or not hasattr(case.model, "config")):
+    if case.method.name not in THOROUGH and (
+        axes is not MESHES[0] or not hasattr(case.model, "config")
+    ):
         pytest.skip("one mesh and one model will do")
     mesh = make_mesh(axes)
     placed = shard(case.moved, mesh)
@@ -340,7 +289,7 @@ def test_export_round_trip(case, tmp_path):
     """
     if not hasattr(case.model, "config"):
         pytest.skip("only Hugging Face families have a folder format")
-    if case.method in WHOLE:
+    if case.method.whole:
         if is_compressed(case.base):
             pytest.skip("full fine-tuning leaves a compressed base as it is")
         peft_jax.save(tmp_path / "model", case.model, peft_jax.merge(case.moved))
@@ -353,15 +302,13 @@ def test_export_round_trip(case, tmp_path):
 
 # NNX models whose trees have lists, run without compiling them as a whole; methods that need tokens
 # or a decoder's attention stay away from images.
-IN_LISTS = ELSEWHERE | {
-    "trainable_tokens": {"targets": "embedder"},
+IN_LISTS = {
+    "rows": {"targets": "embedder"},
+    "modules": {"targets": "layers"},
     "bottleneck": {"targets": "layers"},
-    "compacter": {"targets": "layers"},
-    "reft": {"targets": "layers"},
-    "mix_and_match": {"targets": "layers"},
 }
 ON_IMAGES = {n: {"width": WIDTH} for n in ("bottleneck", "compacter", "reft")}
-LISTED = [n for n in METHODS if n not in ("adaption_prompt", "unipelt")]
+LISTED = [n for n in METHODS if METHODS[n].anywhere]
 SEEN = (
     "lora",
     "bottleneck",
@@ -390,15 +337,15 @@ def listed_model(kind: str) -> Base:
 
 @pytest.mark.parametrize(("kind", "method"), IN_LISTED + [("images", n) for n in SEEN])
 def test_models_with_lists_of_modules(kind, method):
-    base = listed_model(kind)
+    base, method = listed_model(kind), METHODS[method]
     options = (
-        OPTIONS.get(method, {})
-        | IN_LISTS.get(method, {})
-        | (ON_IMAGES.get(method, {}) if kind == "images" else {})
+        dict(method.example)
+        | elsewhere(method, IN_LISTS)
+        | (ON_IMAGES.get(method.name, {}) if kind == "images" else {})
     )
-    layout = {} if method in NO_LAYOUT else {"layout": base.layout}
-    params = METHODS[method](base.params, jax.random.key(1), **options, **layout)
-    if method not in NOT_IDENTITY:
+    layout = layout_for(method, base.layout)
+    params = method(base.params, jax.random.key(1), **options, **layout)
+    if method.identity:
         assert relative_error(base.apply(params, base.tokens), base.logits) < 1e-5
     moved = perturb(params)
     logits = base.apply(moved, base.tokens)

@@ -7,7 +7,6 @@ an option is away from its default, the weight is an embedding, a stack of exper
 """
 
 import functools
-import inspect
 import re
 from pathlib import Path
 
@@ -17,98 +16,16 @@ import numpy as np
 import pytest
 
 import peft_jax
+from peft_jax.core.method import options_of
 from peft_jax.core.prepare import distribute
 from peft_jax.core.weight import materialize, matmul, ragged_matmul, take
 from peft_jax.methods import METHODS
 from tests.reference import perturb, relative_error
-from tests.test_method_matrix import OPTIONS as MATRIX
 
 IN, OUT, ROWS = 16, 24, 64
 KEY = jax.random.key(0)
-# Methods that stand beside modules, train what has no matrix, or rows of an embedding (below).
-BESIDE = {
-    *(
-        "trainable_tokens",
-        "bottleneck",
-        "compacter",
-        "bitfit",
-        "ln_tuning",
-        "prompt_tuning",
-        "p_tuning",
-    ),
-    *(
-        "multitask_prompt_tuning",
-        "cpt",
-        "prefix_tuning",
-        "adaption_prompt",
-        "reft",
-        "unipelt",
-        "mix_and_match",
-        "invertible",
-    ),
-}
-# Small values of what is large by default, with one factor of BOFT.
-SMALL = {
-    **{n: o for n, o in MATRIX.items() if n not in BESIDE},
-    "boft": {"block_size": 4},
-    "ia3": {"targets": "kernel"},
-}
-WEIGHTS = [*SMALL, "full"]
-ADAPTERS = [
-    n for n in WEIGHTS if n not in ("full", "qat", "sparse")
-]  # the others train the base itself
-
-RANKS = [
-    {"alpha": 5.0},
-    {"rslora": True, "alpha": 3.0},
-    {"rank_pattern": {"w": 3}},
-    {"alpha_pattern": {"w": 7.0}},
-]
-# Each option away from its default, by itself or with what it needs.
-OPTIONS = {
-    "lora": [
-        *RANKS,
-        *({"init": name} for name in ("gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora")),
-    ],
-    "dora": [*RANKS, {"init": "gaussian"}, {"dropout": 0.5}],
-    "adalora": [{"alpha": 5.0}, {"orthogonal": 0.1}],
-    "vera": [{"seed": 1}, {"d_initial": 1.0}],
-    "loha": [{"alpha": 5.0}, {"rank_pattern": {"w": 3}}, {"alpha_pattern": {"w": 7.0}}],
-    "lokr": [{"alpha": 3.0}, {"decompose_both": True}, {"factor": 4}, {"rank": 40}],
-    "oft": [
-        {"terms": 0},
-        {"terms": 3},
-        {"share": True},
-        {"constrained": True},
-        {"constrained": True, "eps": 0.5},
-    ],
-    "boft": [{"factors": 2}],
-    "hra": [{"orthogonal": True}, {"orthogonal": True, "rank": 3}],
-    "fourierft": [{"scale": 20.0}, {"seed": 1}, {"frequencies_pattern": {"w": 7}}],
-    "waveft": [
-        {"scale": 5.0},
-        {"seed": 1},
-        {"frequencies_pattern": {"w": 7}},
-        {"transform": False},
-        {"wavelet": "haar"},
-    ],
-    "randlora": [{"rank": 5}],
-    "vblora": [{"rank": 3}, {"top_k": 3}, {"bank_bound": 0.3, "logits_std": 1.0}],
-    "miss": [{"variant": "mini", "mini_rank": 2}, {"variant": "bat"}, {"rank": 5}],
-    "shira": [{"mask": "magnitude"}],
-    "c3a": [{"init": name} for name in ("xavier_uniform", "gaussian", "kaiming_uniform")],
-    "road": [{"variant": "road_2"}, {"variant": "road_4"}],
-    "hira": [{"rank_pattern": {"w": 3}}],
-    "gralora": [{"blocks": 4}, {"hybrid_rank": 2}],
-    "delora": [{"strength": 3.0}],
-    "qalora": [{"alpha": 5.0}, {"block_size": 4}],
-    "qat": [
-        {"format": "int4", "options": {"block_size": 8}},
-        {"format": "nf4", "options": {"block_size": 16}},
-    ],
-    "sparse": [{"straight_through": False}, {"pattern": "2:4", "sparsity": None}],
-    "ia3": [{"feedforward": "kernel"}],
-}
+WEIGHTS = [n for n, m in METHODS.items() if m.at == "matrices"]
+ADAPTERS = [n for n in WEIGHTS if not METHODS[n].whole]  # the others train the base itself
 # Options that say where a node stands or what trains beside it, or that its training alone reads.
 ELSEWHERE = {
     "targets",
@@ -121,25 +38,7 @@ ELSEWHERE = {
     "statistics",
     "dropout",
 }
-SCHEDULED = {
-    "adalora": {"warmup", "final", "every", "beta1", "beta2"},
-    "sparse": {
-        "score",
-        "distribution",
-        "schedule",
-        "regrow",
-        "fraction",
-        "begin",
-        "final",
-        "every",
-        "rounds",
-        "decay",
-    },
-}
-NOT_IDENTITY = ("vblora", "qat", "sparse")  # methods that do not promise to change nothing at first
-CASES = [(n, {}) for n in WEIGHTS] + [
-    (n, options) for n, all_of in OPTIONS.items() for options in all_of
-]
+CASES = [(n, options) for n in WEIGHTS for options in ({}, *METHODS[n].variants)]
 # What a method took from the base when it was attached and keeps, as a part of the adapter that its
 # folder holds.
 KEEPS = {
@@ -173,36 +72,29 @@ def tree_of(w, leaf="kernel"):
 
 
 def attached(method, params, options, **more):
-    return METHODS[method](params, KEY, **{**SMALL.get(method, {}), **options, **more})
+    where = {"targets": "kernel"}
+    return METHODS[method](params, KEY, **{**METHODS[method].example, **where, **options, **more})
 
 
 def node_of(params, leaf="kernel"):
     return distribute(params)["w"][leaf]
 
 
-def test_every_method_is_here_or_stands_elsewhere():
-    assert sorted([*WEIGHTS, *BESIDE]) == sorted(METHODS)
-
-
 def test_every_method_names_its_source():
-    """A row for each in docs/methods_sources.md, in the registry's order, with a paper or an
-    implementation.
-    """
+    """A paper or an implementation, and a row in docs/methods_sources.md."""
+    source = re.compile(r"arXiv:\d{4}\.\d{5}|PEFT `\w+`|ICLR")
+    assert all(source.search(m.follows) for n, m in METHODS.items() if n != "full")
     text = (Path(__file__).parents[1] / "docs" / "methods_sources.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.*)\|$", text, re.MULTILINE)
-    assert [name for name, _, _ in rows] == list(METHODS)
-    assert all(
-        re.search(r"arXiv:\d{4}\.\d{5}|PEFT `\w+`|ICLR", source)
-        for name, source, _ in rows
-        if name != "full"
-    )
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(METHODS)
 
 
-@pytest.mark.parametrize("method", OPTIONS)
-def test_every_option_is_gone_through(method):
-    named = {k for options in (*OPTIONS[method], SMALL[method]) for k in options}
-    known = set(inspect.signature(METHODS[method]).parameters) - {"params", "key"}
-    assert known == named | (known & ELSEWHERE) | SCHEDULED.get(method, set())
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_option_is_gone_through(name):
+    method = METHODS[name]
+    named = {k for options in (*method.variants, method.example) for k in options}
+    scheduled = {} if method.optimizer is None else options_of(method.optimizer)
+    known = set(method.options)
+    assert known == named | (known & (ELSEWHERE | set(scheduled)))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -240,7 +132,7 @@ def test_product_merge_and_gradients_agree(case):
     x, weight = array(ROWS, IN, seed=1), array(ROWS, OUT, seed=2)
     y, _, grads, _ = both_ways(*peft_jax.partition(params), "kernel", x, weight)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves((y, grads)))
-    if method not in NOT_IDENTITY and not options.get("orthogonal") and "init" not in options:
+    if METHODS[method].identity and not options.get("orthogonal") and "init" not in options:
         assert relative_error(y, jnp.matmul(x, array(IN, OUT))) < 1e-5
     trainable, frozen = peft_jax.partition(perturb(params))
     y, expected, grads, dense = both_ways(trainable, frozen, "kernel", x, weight)
@@ -279,7 +171,7 @@ def test_a_base_that_changes_afterwards(case, change):
 
 OFF = 1.0039  # bfloat16 would make it one
 SCALED = {
-    n: {"alpha": OFF * SMALL[n].get("rank", 4)}
+    n: {"alpha": OFF * METHODS[n].example.get("rank", 4)}
     for n in ("lora", "dora", "loha", "lokr", "randlora", "gralora", "qalora")
 }
 
@@ -444,7 +336,7 @@ def test_a_convolution(method):
     array and the merge.
     """
     axes = ((-3, -2), (-1,))
-    layout = {} if method == "full" else {"layout": {"w/kernel": axes}}
+    layout = {"layout": {"w/kernel": axes}} if "layout" in METHODS[method].options else {}
     params = perturb(attached(method, tree_of(array(2, IN // 2, OUT)), {}, **layout))
     node, merged, x = (
         node_of(params),

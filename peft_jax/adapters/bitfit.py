@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_jax.core.reparametrised import replace_arrays
+from peft_jax.core.method import Method
+from peft_jax.core.reparametrised import Replacement, replace_arrays
 from peft_jax.core.select import Targets, select
 from peft_jax.core.tree import places
 from peft_jax.core.weight import Trainable
@@ -35,3 +36,14 @@ def bitfit(
         )
     chosen = {p for p in chosen if not isinstance(places(params)[p], Trainable)}
     return replace_arrays(params, dict.fromkeys(chosen, "bias"), name=adapter)
+
+
+METHOD = Method(
+    name="bitfit",
+    function=bitfit,
+    nodes=(Replacement,),
+    at="vectors",
+    title="BitFit",
+    follows="Ben Zaken et al. 2022, arXiv:2106.10199",
+    differs="A model without biases is refused",
+)

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.adapters.adapter import Adapter, affine, normalized, rows
+from peft_jax.core.method import Method
 from peft_jax.core.placing import Module, find_modules, module_paths, place_attachments
 from peft_jax.core.reparametrised import check_dropout, node
-from peft_jax.core.select import Targets, check_patterns, first_present, nearest
+from peft_jax.core.roles import first_fit
+from peft_jax.core.select import Targets, check_patterns, nearest
 from peft_jax.core.weight import Layout, static
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -35,30 +37,31 @@ Gating = Literal["none", "token", "sequence"]
 
 
 class Placement(NamedTuple):
-    """Modules that get an adapter, for each family of models, and whether it lies beside them."""
+    """Roles of modules that get an adapter, the first that a model has, and whether it lies beside
+    them.
+    """
 
-    targets: tuple[tuple[str, ...], ...]
+    roles: tuple[tuple[str, ...], ...]
     parallel: bool = False
 
     def usual(self, params: Any) -> Sequence[str]:
-        """The targets for the family that a tree is of."""
-        return first_present([f"{p}/" for p in module_paths(params)], self.targets)
+        """The targets for the family that a tree is of. Raises ValueError for a model without
+        modules of these roles.
+        """
+        found = first_fit(module_paths(params), self.roles)
+        if found is None:
+            raise ValueError(
+                f"no modules of this model are known as {' and '.join(self.roles[0])}: give "
+                "targets, or say what they are called with register_roles"
+            )
+        return found.of(*found.names)
 
 
-_OUTPUTS = (
-    ("o_proj", "down_proj"),
-    ("o_proj", "mlp"),
-    ("output/dense",),
-    ("out_lin", "lin2"),
-    ("attn/c_proj", "mlp/c_proj"),
-    ("attn/Wo", "mlp/Wo"),
-    ("o", "wo"),
-)
 PLACEMENTS = {
-    "houlsby": Placement(_OUTPUTS),
+    "houlsby": Placement((("o", "down"), ("o", "feed_forward"))),  # the latter with experts
     "pfeiffer": Placement((("mlp_residual",),)),
     "parallel": Placement((("mlp_residual",),), parallel=True),
-    "parallel_mlp": Placement((("mlp",), ("ffn",), ("DenseReluDense",)), parallel=True),
+    "parallel_mlp": Placement((("feed_forward",),), parallel=True),
 }
 
 
@@ -275,3 +278,21 @@ def gate_arrays(lead: tuple[int, ...], n: int, gating: str, key: jax.Array) -> d
         "gating_weight": 0.02 * jax.random.normal(key, (*lead, n, 1)),
         "gating_bias": jnp.zeros((*lead, 1)),
     }
+
+
+METHOD = Method(
+    name="bottleneck",
+    function=bottleneck,
+    nodes=(Bottleneck,),
+    at="modules",
+    title="bottleneck adapters (Houlsby, Pfeiffer, parallel)",
+    follows=(
+        "Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00247; "
+        "parallel, arXiv:2110.04366; AdapterHub `BnConfig`"
+    ),
+    differs=(
+        "`init=zero` makes the up-projection zero, so that nothing changes at first; "
+        "AdapterHub's default start is `init=bert`"
+    ),
+    example={"size": 3, "ln_before": True, "scaling": "channel", "gating": "token"},
+)

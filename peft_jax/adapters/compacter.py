@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from peft_jax.adapters.bottleneck import PLACEMENTS, Bottleneck, check_options, common
 from peft_jax.core.attachment import Shared
+from peft_jax.core.method import Method
 from peft_jax.core.placing import Module, find_modules, place_attachments
 from peft_jax.core.reparametrised import node
 from peft_jax.core.select import Targets, nearest
@@ -147,3 +148,17 @@ def _rule(key: jax.Array, lead: tuple[int, ...], n: int) -> jax.Array:
     rules are of order one.
     """
     return jax.random.normal(key, (*lead, n, n, n)) / n
+
+
+METHOD = Method(
+    name="compacter",
+    function=compacter,
+    nodes=(Compacter,),
+    at="modules",
+    title="Compacter",
+    follows=(
+        "Karimi Mahabadi et al. 2021, arXiv:2106.04647, equation 5; AdapterHub `CompacterConfig`"
+    ),
+    differs="The up-projection starts at zero, so that nothing changes at first",
+    example={"size": 4, "dimension": 2},
+)

@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes, scaled
-from peft_jax.core.select import Targets, first_present, is_target
+from peft_jax.core.roles import first_fit, names_of
+from peft_jax.core.select import Targets, is_target
 from peft_jax.core.tree import places
 from peft_jax.core.weight import Layout, static
 
@@ -46,17 +48,7 @@ class IA3(Reparametrised):
         return base(scaled(x, self.scale)) if self.feedforward else scaled(base(x), self.scale)
 
 
-_USUAL = (
-    ("k_proj", "v_proj", "down_proj"),
-    ("key", "value", "output/dense"),
-    ("key_proj", "value_proj", "output/dense"),
-    ("k_lin", "v_lin", "lin2"),
-    ("c_attn", "mlp/c_proj"),
-    ("Wqkv", "mlp/Wo"),
-    ("k", "v", "wo"),
-    ("qkv_proj", "down_proj"),
-)
-_FEEDFORWARD = ("down_proj", "output/dense", "lin2", "mlp/c_proj", "mlp/Wo", "wo")
+_USUAL = (("k", "v", "down"), ("qkv", "down"))  # roles, as PEFT has them
 
 
 def ia3(
@@ -75,12 +67,12 @@ def ia3(
     names too, the inputs are scaled.
 
     By default keys, values and the feed-forward's output, as PEFT has it for each family. All
-    scales start at one. `key` is not used. Raises ValueError for a target that matches nothing.
+    scales start at one. `key` is not used. Raises ValueError for a target that matches nothing, and
+    where there are none and no module is known to make keys and values.
     """
 
-    usual = first_present(places(params), _USUAL)
-    feedforward = feedforward or [t for t in usual if t in _FEEDFORWARD]
-    targets = targets or usual
+    feedforward = feedforward or names_of("down")
+    targets = targets or _usual_targets(params)
 
     def make(site: Site, key: jax.Array) -> IA3:
         inputs = is_target(site.path, site.base, feedforward)
@@ -101,3 +93,25 @@ def ia3(
         layout=layout,
         modules_to_save=modules_to_save,
     )
+
+
+def _usual_targets(params: Any) -> tuple[str, ...]:
+    found = first_fit((p.rpartition("/")[0] for p in places(params)), _USUAL)
+    if found is None:
+        raise ValueError(
+            "no modules of this model are known to make keys, values and a feed-forward's output: "
+            "give targets, or say what they are called with register_roles"
+        )
+    return found.of(*found.names)
+
+
+METHOD = Method(
+    name="ia3",
+    function=ia3,
+    nodes=(IA3,),
+    at="matrices",
+    title="IA3",
+    follows="Liu et al. 2022, arXiv:2205.05638; PEFT `IA3Config`",
+    differs="Targets are PEFT's for each family; the bias is scaled with the output, as in PEFT",
+    variants=({"feedforward": "kernel"},),
+)

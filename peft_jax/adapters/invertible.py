@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from peft_jax.adapters.adapter import affine
 from peft_jax.adapters.bottleneck import ACTIVATIONS, check_options
 from peft_jax.core.attachment import Attachment, attach, module_at
+from peft_jax.core.method import Method
 from peft_jax.core.placing import token_embedding
 from peft_jax.core.reparametrised import node
 from peft_jax.core.weight import static
@@ -123,3 +124,17 @@ def place_invertible(
     if inverse:
         nodes[f"inverse_{coupling.name}"] = Inverse(name=coupling.name)
     return attach(params, {path: nodes})
+
+
+METHOD = Method(
+    name="invertible",
+    function=invertible,
+    nodes=(Invertible, Inverse),
+    at="input",
+    title="invertible adapters",
+    follows=(
+        "Pfeiffer et al. 2020, arXiv:2005.00052; NICE, arXiv:1410.8516; AdapterHub "
+        "`inv_adapter=nice`"
+    ),
+    differs="The inverse goes before a tied head alone",
+)

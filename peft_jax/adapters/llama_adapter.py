@@ -1,9 +1,9 @@
 """LLaMA-Adapter (Zhang et al. 2023, arXiv:2303.16199): prompts in the upper layers' attention,
 behind a gate that starts at zero.
 
-The prompt is projected by the layer's own k_proj and v_proj, gets a softmax of its own, and its
-part is added to attention's output times the gate (equations 4 to 7; one gate for all heads, as in
-PEFT).
+The prompt is projected by the layer's own projections of keys and values, gets a softmax of its
+own, and its part is added to attention's output times the gate (equations 4 to 7; one gate for all
+heads, as in PEFT).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from peft_jax.adapters.adapter import per_row
 from peft_jax.core.attachment import Attachment, module_at
 from peft_jax.core.bind.rules import bias_of, linear
+from peft_jax.core.method import Method
 from peft_jax.core.placing import find_modules, hidden_size, module_paths, place_attachments
 from peft_jax.core.reparametrised import node
-from peft_jax.core.select import first_present
+from peft_jax.core.roles import first_fit, modules_by_role
 from peft_jax.core.weight import static
 
 
@@ -44,12 +45,12 @@ class AdaptionPrompt(Attachment):
         return self.strength.shape
 
     def linked(self, params: Any, path: str) -> Self:
-        attention = module_at(params, path.rpartition("/core/")[0])
+        attention, names = _attention(params, path)
 
-        def project(name):
-            return _projected(self.prompt, attention[name], len(self.lead))
+        def project(role):
+            return _projected(self.prompt, attention[names[role]], len(self.lead))
 
-        return self.replace(keys=project("k_proj"), values=project("v_proj"))
+        return self.replace(keys=project("k"), values=project("v"))
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         q, k = args[:2]
@@ -83,20 +84,30 @@ class AdaptionPrompt(Attachment):
 
 @node
 class FusedAdaptionPrompt(AdaptionPrompt):
-    """The same for attention with one projection for queries, keys and values (GPT-2's `c_attn`).
+    """The same for attention with one projection for queries, keys and values (GPT-2's).
 
     As in PEFT, the prompt's part is added to what attention puts out, after its output projection.
     """
 
     def linked(self, params: Any, path: str) -> Self:
-        layer = module_at(params, f"{path.rpartition('/output/')[0]}/c_attn")
-        _, keys, values = jnp.split(_projected(self.prompt, layer, len(self.lead)), 3, axis=-1)
+        attention, names = _attention(params, path)
+        all_three = _projected(self.prompt, attention[names["qkv"]], len(self.lead))
+        _, keys, values = jnp.split(all_three, 3, axis=-1)
         return self.replace(keys=keys, values=values)
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         _, q = args
         out = call(*args, **kwargs)
         return self.added(out.reshape(q.shape), q, q.shape[-2]).reshape(out.shape)
+
+
+def _attention(params: Any, path: str) -> tuple[Any, dict[str, str]]:
+    """(attention, its modules' names by role) of the node at `path`, which is beside its core or
+    output.
+    """
+    outer = "/".join(path.split("/")[:-2])
+    attention = module_at(params, outer)
+    return attention, modules_by_role(outer, attention)
 
 
 def _projected(prompt: jax.Array, layer: Any, leading: int) -> jax.Array:
@@ -108,6 +119,21 @@ def _projected(prompt: jax.Array, layer: Any, leading: int) -> jax.Array:
     for _ in range(leading):
         run = jax.vmap(run)
     return run(prompt, {k: layer[k] for k in ("kernel", "bias") if k in layer})
+
+
+def prompted(params: Any) -> tuple[type[AdaptionPrompt], str]:
+    """(kind of prompt, name of the module in a decoder's attention that it stands beside). Raises
+    ValueError for models without such attention.
+    """
+    found = first_fit(module_paths(params), (("core", "k", "v"), ("attention_output", "qkv")))
+    if found is None or found.roles.kind != "decoder":
+        raise ValueError(
+            "adaption_prompt needs a decoder's attention with projections of keys and values, or "
+            "one for all three and its output as a module, and this model has none"
+        )
+    fused = "qkv" in found.names
+    cls = FusedAdaptionPrompt if fused else AdaptionPrompt
+    return cls, found.of("attention_output" if fused else "core")[0]
 
 
 def adaption_prompt(
@@ -122,19 +148,13 @@ def adaption_prompt(
     """`params` with a prompt of `adapter_len` tokens in the attention of the last `adapter_layers`
     layers (all but the first two by default, one at least), or of `layers`.
 
-    Raises ValueError for a model whose attention has neither k_proj and v_proj of its own nor
-    GPT-2's c_attn (PEFT has none for others either).
+    Raises ValueError for a model that is no decoder with projections of keys and values, or GPT-2's
+    one for all three (PEFT has none for others either).
     """
     if adapter_len < 1:
         raise ValueError(f"adapter_len must be at least 1, got {adapter_len}")
-    found = first_present(module_paths(params), (["k_proj"], ["c_attn"]))
-    try:
-        known = find_modules(params, found)
-    except ValueError as error:
-        raise ValueError(
-            "adaption_prompt needs attention with k_proj and v_proj, or c_attn, and this model "
-            "has none"
-        ) from error
+    cls, place = prompted(params)
+    known = find_modules(params, place)
     count = 1 + max(i for m in known for i in m.numbers)
     if layers is None:
         wanted = max(1, count - 2) if adapter_layers is None else adapter_layers
@@ -145,12 +165,25 @@ def adaption_prompt(
         layers = range(count - wanted, count)
     D = hidden_size(params)
 
-    fused = list(found) == ["c_attn"]
-    cls = FusedAdaptionPrompt if fused else AdaptionPrompt
-
     def make(m: Any, key: jax.Array) -> AdaptionPrompt:
         prompt = jax.random.normal(key, (*m.lead, adapter_len, D))
         return cls(prompt=prompt, strength=jnp.zeros(m.lead), gate=m.gate, name=adapter)
 
-    modules = find_modules(params, "attn/output" if fused else "self_attn/core", layers=layers)
+    modules = find_modules(params, place, layers=layers)
     return place_attachments(params, key, make, "adaption", adapter, modules)
+
+
+METHOD = Method(
+    name="adaption_prompt",
+    function=adaption_prompt,
+    nodes=(AdaptionPrompt, FusedAdaptionPrompt),
+    at="attention",
+    title="LLaMA-Adapter",
+    follows=(
+        "LLaMA-Adapter, Zhang et al. 2023, arXiv:2303.16199, equations 4 to 7; PEFT "
+        "`AdaptionPromptConfig`"
+    ),
+    differs="One gate for all heads, as in PEFT",
+    anywhere=False,
+    example={"adapter_len": 3, "adapter_layers": 2},
+)

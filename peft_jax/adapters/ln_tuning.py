@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Replacement, replace_arrays
 from peft_jax.core.select import Targets, matches
 from peft_jax.core.tree import places
@@ -47,3 +48,14 @@ def ln_tuning(
             f"targets {targets!r} name no norm; norms here: {', '.join(sorted(norms))}"
         )
     return replace_arrays(params, dict.fromkeys(chosen, "norm"), name=adapter)
+
+
+METHOD = Method(
+    name="ln_tuning",
+    function=ln_tuning,
+    nodes=(Replacement,),
+    at="vectors",
+    title="layer-norm tuning",
+    follows="Zhao et al. 2023, arXiv:2312.11420; PEFT `LNTuningConfig`",
+    differs="Norms are found by their names in all families",
+)

@@ -18,21 +18,15 @@ import jax.numpy as jnp
 from peft_jax.adapters.adapter import affine
 from peft_jax.adapters.bottleneck import ACTIVATIONS
 from peft_jax.core.attachment import Attachment, Shared, attach, module_at
+from peft_jax.core.method import Method
 from peft_jax.core.placing import Module, find_modules, module_paths, token_stack
 from peft_jax.core.placing import hidden_size as _hidden
 from peft_jax.core.reparametrised import node
+from peft_jax.core.roles import hooks_of, modules_by_role, role_of
 from peft_jax.core.select import Targets, nearest
 from peft_jax.core.weight import Layout, matrix_shape, static
-from peft_jax.models.blocks import hooks_of
 
 _FLAX = {"query", "key", "value", "out"}
-_PROJECTIONS = (
-    ("q_proj", "k_proj"),
-    ("query", "key"),
-    ("query_proj", "key_proj"),
-    ("q_lin", "k_lin"),
-    ("q", "k"),
-)
 
 
 @node
@@ -291,12 +285,18 @@ def offset_stack(params: Any) -> str | None:
 def attention_cores(params: Any) -> list[str]:
     """Paths of the attention cores of a model of this package."""
     inside = {p: module_at(params, p) for p in module_paths(params)}
-    return [f"{p}/core" for p, m in inside.items() if "core" in hooks_of(m)]
+    hooks = (f"{p}/{name}" for p, m in inside.items() for name in hooks_of(p, m))
+    return [p for p in hooks if role_of(p) == "core"]
 
 
 def kv_features(params: Any) -> int:
     """Features of a model's keys, all heads together."""
-    return _sizes(params, attention_cores(params)[0].removesuffix("/core"), None)[1]
+    return _sizes(params, _around(attention_cores(params)[0]), None)[1]
+
+
+def _around(core: str) -> str:
+    """The attention that a core is in."""
+    return core.rpartition("/")[0]
 
 
 def _attentions(
@@ -305,7 +305,7 @@ def _attentions(
     """(where, what, features of queries, features of keys) for each attention that `targets`
     name.
     """
-    cores = [p.removesuffix("/core") for p in attention_cores(params)]
+    cores = {_around(core): core for core in attention_cores(params)}
     flax = [p for p in module_paths(params) if set(module_at(params, p)) >= _FLAX]
     if not cores and not flax:
         raise ValueError(
@@ -315,7 +315,7 @@ def _attentions(
     named = {m.path: m for m in find_modules(params, targets, (), layers, layout)}
     found = []
     for path in [*cores, *flax]:
-        core = f"{path}/core" if path in cores else path
+        core = cores.get(path, path)
         m = named.get(core) or named.get(path)
         if m is not None:
             found.append(
@@ -342,10 +342,26 @@ def _sizes(params: Any, path: str, layout: Layout | None) -> tuple[int, int]:
             *(layout or {}).get(f"{path}/{name}/kernel", ((-2,), (-1,))),
         )[1:]
 
-    if "qkv_proj" in module:
-        n_q, total = out("o_proj")[0], out("qkv_proj")[1]
-        return n_q, (total - n_q) // 2
-    if fused := [name for name in ("c_attn", "Wqkv") if name in module]:
-        return out(fused[0])[1] // 3, out(fused[0])[1] // 3
-    q, k = next(names for names in _PROJECTIONS if set(names) <= set(module))
-    return out(q)[1], out(k)[1]
+    if set(module) >= _FLAX:
+        return out("query")[1], out("key")[1]
+    names = modules_by_role(path, module)
+    if "qkv" not in names:
+        return out(names["q"])[1], out(names["k"])[1]
+    n_q, total = out(names["o"])[0], out(names["qkv"])[1]
+    return n_q, (total - n_q) // 2
+
+
+METHOD = Method(
+    name="prefix_tuning",
+    function=prefix_tuning,
+    nodes=(Prefix, Offset),
+    at="attention",
+    title="prefix tuning",
+    follows="Li and Liang 2021, arXiv:2101.00190; PEFT `PrefixTuningConfig`",
+    differs=(
+        "Keys and values start as N(0, 0.02^2), where PEFT's are N(0, 1): a prefix that large "
+        "ruins a model at first. `offset=False` counts positions as AdapterHub does"
+    ),
+    identity=False,
+    example={"num_virtual_tokens": 3},
+)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.attachment import Attachment, attach
+from peft_jax.core.method import Method
 from peft_jax.core.placing import token_embedding, token_stack
 from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import places
@@ -496,3 +497,56 @@ def context_tokens(
         epsilon=epsilon,
         format_epsilon=format_epsilon,
     )
+
+
+METHOD = (
+    Method(
+        name="prompt_tuning",
+        function=prompt_tuning,
+        nodes=(Prompt, VirtualTokens),
+        at="input",
+        title="prompt tuning",
+        follows="Lester et al. 2021, arXiv:2104.08691; PEFT `PromptTuningConfig`",
+        differs=(
+            "Random prompts have the embedding's deviation; PEFT draws N(0, 1), which is much "
+            "larger than most models' embeddings. A packed row has the prompt once"
+        ),
+        identity=False,
+        takes_model=True,
+        example={"num_virtual_tokens": 3},
+    ),
+    Method(
+        name="p_tuning",
+        function=p_tuning,
+        nodes=(Prompt, EncodedTokens),
+        at="input",
+        title="P-tuning (MLP, LSTM)",
+        follows="Liu et al. 2021, arXiv:2103.10385; PEFT `PromptEncoderConfig`",
+        differs="Biases of the encoder start at zero; exported without the encoder, as PEFT does",
+        identity=False,
+        example={"num_virtual_tokens": 3, "encoder": "lstm", "hidden_size": 4},
+    ),
+    Method(
+        name="multitask_prompt_tuning",
+        function=multitask_prompt_tuning,
+        nodes=(Prompt, TaskTokens),
+        at="input",
+        title="multitask prompt tuning",
+        follows="Wang et al. 2023, arXiv:2303.02861; PEFT `MultitaskPromptTuningConfig`",
+        differs="Rows say their task by `adapter_ids`; source and target stages are two trainings",
+        identity=False,
+        example={"num_virtual_tokens": 3},
+    ),
+    Method(
+        name="cpt",
+        function=cpt,
+        nodes=(Prompt, ContextTokens),
+        at="input",
+        title="context-aware prompt tuning",
+        follows="Blau et al. 2024, arXiv:2410.17222; PEFT `CPTConfig`",
+        differs="The loss is the data's alone, without the context's own answers",
+        identity=False,
+        takes_model=True,
+        example={"token_ids": [3, 4, 5], "epsilon": 50.0},
+    ),
+)

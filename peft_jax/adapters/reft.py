@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from peft_jax.adapters.adapter import Adapter, affine
 from peft_jax.adapters.bottleneck import ACTIVATIONS, check_options, common
 from peft_jax.core.attachment import Attachment
+from peft_jax.core.method import Method
 from peft_jax.core.placing import Module, find_modules, place_attachments
 from peft_jax.core.reparametrised import node
 from peft_jax.core.select import Targets
@@ -179,3 +180,19 @@ def reft(
     if init not in ("zero", "default"):
         raise ValueError(f"unknown init {init!r}; there are zero and default")
     return place_attachments(params, key, make, "reft", adapter, modules)
+
+
+METHOD = Method(
+    name="reft",
+    function=reft,
+    nodes=(ReFT,),
+    at="modules",
+    title="LoReFT, NoReFT and DiReFT",
+    follows="Wu et al. 2024, arXiv:2404.03592, equations 2 and 3; pyreft; AdapterHub `ReftConfig`",
+    differs=(
+        "`init=zero` changes nothing at first; `default` draws as pyreft does. First and last "
+        "tokens are the row's own: virtual tokens are none of them, and a generated token is "
+        "neither"
+    ),
+    example={"rank": 2, "first": 3, "last": 2},
+)

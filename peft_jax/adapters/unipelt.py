@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import jax
 
-from peft_jax.adapters.bottleneck import bottleneck
-from peft_jax.adapters.prefix import prefix_tuning
+from peft_jax.adapters.bottleneck import Bottleneck, bottleneck
+from peft_jax.adapters.prefix import Offset, Prefix, prefix_tuning
+from peft_jax.core.method import Method
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
 
@@ -96,3 +97,33 @@ def mix_and_match(
         adapter=adapter,
         layout=layout,
     )
+
+
+METHOD = (
+    Method(
+        name="unipelt",
+        function=unipelt,
+        nodes=(Bottleneck, Prefix, Offset),
+        at="attention",
+        title="UniPELT",
+        follows="Mao et al. 2022, arXiv:2110.07577; AdapterHub `UniPELTConfig`",
+        differs=(
+            "Gates are by token, since a gate of the whole sequence sees later tokens of a causal "
+            "model; the logarithm of a prefix's gate is added to its scores"
+        ),
+        identity=False,
+        anywhere=False,
+        example={"rank": 2, "num_virtual_tokens": 3, "reduction_factor": 4},
+    ),
+    Method(
+        name="mix_and_match",
+        function=mix_and_match,
+        nodes=(Bottleneck, Prefix, Offset),
+        at="modules",
+        title="Mix-and-Match",
+        follows="He et al. 2021, arXiv:2110.04366; AdapterHub `MAMConfig`",
+        differs="A prefix and a scaled parallel adapter with the options of those two",
+        identity=False,
+        example={"num_virtual_tokens": 3, "size": 3},
+    ),
+)

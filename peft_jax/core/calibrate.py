@@ -26,7 +26,8 @@ from peft_jax.core.reparametrised import (
     node,
     place_nodes,
 )
-from peft_jax.core.select import EXPERTS, Targets
+from peft_jax.core.roles import is_expert
+from peft_jax.core.select import Targets
 from peft_jax.core.tree import map_places, places
 from peft_jax.core.weight import (
     Layout,
@@ -270,11 +271,11 @@ def calibrate(
         lead, n_in, _ = site.sizes
         square = {"covariance": n_in, "centred_covariance": n_in + 1}.get(statistic)
         shape = (*lead, n_in) if square is None else (*lead, square, square)
-        counts = {"tokens": jnp.zeros(lead), "calls": jnp.zeros(lead)}
         return Probe(
             **site.common(name=site.path),
             sink=jnp.zeros(shape),
-            **counts,
+            tokens=jnp.zeros(lead),
+            calls=jnp.zeros(lead),
             statistic=statistic,
             token_cap=cap,
         )
@@ -292,7 +293,7 @@ def calibrate(
         _check_apart(probes, within)
 
     def mean(path: str, probe: Probe) -> jax.Array:
-        n = count if path.rpartition("/")[2] in EXPERTS else jnp.maximum(probe.tokens, 1.0)
+        n = count if is_expert(path) else jnp.maximum(probe.tokens, 1.0)
         sink = _centred(probe.sink) if statistic == "centred_covariance" else probe.sink
         return sink / jnp.reshape(n, (*jnp.shape(n), *[1] * (sink.ndim - jnp.ndim(n))))
 
@@ -425,13 +426,13 @@ def calibrate_all(
     apply: Callable[..., Any],
     params: Any,
     batches: Iterable[Mapping[str, Any]],
-    statistics: Iterable[str],
+    statistics: Iterable[Statistic],
     **options: Any,
 ) -> dict[str, Calibrated]:
     """statistic -> what `calibrate` gives for it; `options` are its others."""
     return {
         name: calibrate(apply, params, batches, statistic=name, **options) for name in statistics
-    }  # type: ignore[arg-type]
+    }
 
 
 def gradients(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextvars
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,10 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.select import STACKS, number_layers
+from peft_jax.core.roles import stack_names
+from peft_jax.core.select import number_layers
 
 CAPTURED = "captured"  # the collection of Flax variables
-_LAYER = re.compile(rf"\b({'|'.join(STACKS)})/(\d+)\b")
 
 
 class Place(NamedTuple):
@@ -58,7 +59,12 @@ def input_of(path: str, index: int = 0) -> Place:
 
 def plain_path(path: str) -> str:
     """A path without the numbers of layers."""
-    return _LAYER.sub(r"\1", number_layers(path))
+    return _layer(stack_names()).sub(r"\1", number_layers(path))
+
+
+@functools.lru_cache(maxsize=8)
+def _layer(stacks: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"\b({'|'.join(stacks)})/(\d+)\b")
 
 
 class Recorder:
@@ -86,7 +92,7 @@ class Recorder:
 
     def put(self, name: str, path: str, value: Any) -> None:
         """Keep what a call of the module at this path gave."""
-        numbered, plain = _LAYER.search(number_layers(path)), plain_path(path)
+        numbered, plain = _layer(stack_names()).search(number_layers(path)), plain_path(path)
         if self.where.setdefault(name, plain) != plain:
             raise ValueError(
                 f"{self.wanted[name].path!r} names several modules: {self.where[name]} and {plain}"

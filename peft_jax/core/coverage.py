@@ -50,6 +50,12 @@ def tokens_of(statistics: Any, path: str) -> jax.Array | None:
     return getattr(statistics, "tokens", {}).get(path)
 
 
+def named(statistics: Any, name: str) -> Mapping[str, Any]:
+    """path -> the statistic `name`, of {name: {path: array}} or of that one alone."""
+    values = statistics or {}
+    return values.get(name, values)
+
+
 class _Count(NamedTuple):
     """Of a place's `total` matrices a method knows nothing of `missing`, the first of which is
     `first`.

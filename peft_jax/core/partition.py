@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from peft_jax.core.attachment import Attachment
+from peft_jax.core.method import Method
 from peft_jax.core.select import Targets, matches, matches_nothing, select
 from peft_jax.core.tree import data_fields, is_node, map_nodes, map_places, nodes_in, places
 from peft_jax.core.weight import Trainable, Weight
@@ -114,3 +115,14 @@ def count(params: Any) -> tuple[int, int]:
             else math.prod(x.shape)
         )
     return trained, total
+
+
+METHOD = Method(
+    name="full",
+    function=full,
+    nodes=(Trainable,),
+    at="matrices",
+    title="full fine-tuning",
+    follows="Full fine-tuning: every weight trains",
+    whole=True,
+)

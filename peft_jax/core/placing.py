@@ -12,16 +12,10 @@ import jax
 
 from peft_jax.core.attachment import Attachment, attach, is_list, module_at
 from peft_jax.core.reparametrised import MATRIX, per_layer
+from peft_jax.core.roles import Kind, described, hooks_of, role_of
 from peft_jax.core.select import VECTORS, Targets, by_pattern, layer_paths, matches, nearest
 from peft_jax.core.tree import places
 from peft_jax.core.weight import Axes, Layout, matrix_shape
-from peft_jax.models.blocks import hooks_of
-
-_TOKENS = (
-    "wte",
-    "word_embeddings",
-    "shared",
-)  # what models call the tokens' embedding, among others
 
 
 class Module(NamedTuple):
@@ -85,15 +79,7 @@ def token_embedding(params: Any, target: str | None = None) -> tuple[str, Any]:
     }
     found = {p: w for p, w in known.items() if target is None or matches(p + "/", target)}
     if len(found) > 1:
-
-        def name(p):
-            return p.rpartition("/")[2]
-
-        named = {
-            p: w
-            for p, w in found.items()
-            if ("tok" in name(p) and "type" not in name(p)) or name(p) in _TOKENS
-        }
+        named = {p: w for p, w in found.items() if _of_tokens(p)}
         found = named if len(named) == 1 else found
     if len(found) != 1:
         what = "no token embedding" if not found else f"several embeddings ({', '.join(found)})"
@@ -101,20 +87,24 @@ def token_embedding(params: Any, target: str | None = None) -> tuple[str, Any]:
     return next(iter(found.items()))
 
 
-def token_stack(
-    params: Any, target: str | None = None
-) -> tuple[Literal["decoder", "encoder", "encoder-decoder", "model"], str]:
+def _of_tokens(module: str) -> bool:
+    """Whether an embedding is the tokens': by its role, or by a name that says so."""
+    name = module.rpartition("/")[2]
+    return role_of(module) == "embedding" or ("tok" in name and "type" not in name)
+
+
+def token_stack(params: Any, target: str | None = None) -> tuple[Kind | Literal["model"], str]:
     """(what it is, path) of the module that tokens go into: a decoder's stack, an encoder's, the
     whole of an encoder-decoder of this package, or any other model.
     """
-    parent, _, name = token_embedding(params, target)[0].rpartition("/")
-    if name in ("embed_tokens", "wte") and parent:
-        return "decoder", parent
-    if parent.endswith("/embeddings"):
-        return "encoder", parent.rpartition("/")[0]
-    return (
-        "encoder-decoder" if name == "shared" and {"encoder", "decoder"} <= set(params) else "model"
-    ), ""
+    module = token_embedding(params, target)[0]
+    found = described(module)
+    if found is None or found.role != "embedding" or not found.record.kind:
+        return "model", ""
+    path, kind = module.removesuffix(found.name).removesuffix("/"), found.record.kind
+    if kind == "encoder-decoder":  # tokens go into all of it
+        return (kind if {"encoder", "decoder"} <= set(params) else "model"), ""
+    return (kind, path) if path else ("model", "")
 
 
 def module_paths(params: Any) -> list[str]:
@@ -128,7 +118,7 @@ def module_paths(params: Any) -> list[str]:
             return
         if path and not is_list(tree):
             found.append(path)
-        for name in [*tree, *(h for h in hooks_of(tree) if h not in tree)]:
+        for name in [*tree, *(h for h in hooks_of(path, tree) if h not in tree)]:
             walk(tree.get(name, {}), f"{path}/{name}" if path else name)
 
     walk(params, "")

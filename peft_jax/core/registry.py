@@ -7,14 +7,13 @@ registry's group, and a program hands it to `register`.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Generic, Protocol, TypeVar
-
-from peft_jax.core.select import nearest
 
 logger = logging.getLogger("peft_jax")
 
@@ -96,3 +95,9 @@ def _modules(package: str) -> Iterator[Any]:
     for found in pkgutil.iter_modules(home.__path__):
         if not found.name.startswith("_"):
             yield importlib.import_module(f"{package}.{found.name}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " Did you mean 'x'?" with a leading blank, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

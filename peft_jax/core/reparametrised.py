@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from peft_jax.core.roles import is_expert
 from peft_jax.core.select import (
-    EXPERTS,
     OUTPUT_EMBEDDING,
     Targets,
     by_pattern,
@@ -625,7 +625,8 @@ def axes_within(
     another vector one axis.
     """
     module, _, leaf = path.rpartition("/")
-    if path in (layout or {}) or leaf in ("kernel", "embedding", OUTPUT_EMBEDDING, *EXPERTS):
+    matrix = leaf in ("kernel", "embedding", OUTPUT_EMBEDDING) or is_expert(path)
+    if path in (layout or {}) or matrix:
         return (layout or {}).get(path, axes_of(path))
     kernel = f"{module}/kernel"
     outs = (

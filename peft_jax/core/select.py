@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,26 +11,13 @@ from typing import Any
 import jax
 
 from peft_jax.core.attachment import Attachment
+from peft_jax.core.registry import nearest
+from peft_jax.core.roles import is_expert, role_of, stack_names
 from peft_jax.core.tree import map_places, places
 from peft_jax.core.weight import Layout, matrix_shape
 
-# A module that holds the layers of a stack: `layers` [L, ...] where they are stacked, `layers_0`,
-# `layers_1`, ... where not.
-STACKS = ("layers", "layer", "h", "block")
-_NUMBERED = re.compile(rf"\b({'|'.join(STACKS)})_(\d+)\b")
-EXPERTS = ("gate_up_proj", "down_proj")  # weights of stacked experts, [E, in, out]
 # Beside an `embedding` [V, D]: what the tied head multiplies with in its place, [V, D].
 OUTPUT_EMBEDDING = "output_embedding"
-OUTPUT_HEADS = (
-    "lm_head",
-    "head",
-    "logits",
-    "unembed",
-    "output_projection",
-    "score",
-    "classifier",
-    "qa_outputs",
-)
 VECTORS = ("bias", "scale")
 Targets = str | Sequence[str]
 
@@ -121,20 +108,6 @@ def select_layers(
     return found
 
 
-def first_present(paths: Iterable[str], alternatives: Sequence[Sequence[str]]) -> Sequence[str]:
-    """The first of several lists of targets, one for each family of models, all of which name one
-    of `paths`.
-
-    The first list where none does, so that the error names what is usual.
-    """
-    paths = list(paths)
-
-    def there(target):
-        return any(matches(p, target) for p in paths)
-
-    return next((a for a in alternatives if all(map(there, a))), alternatives[0])
-
-
 def is_target(path: str, w: Any, targets: Targets, exclude: Targets = ()) -> bool:
     """Whether `targets` name the place at `path`, as `select` has it; for one array before its tree
     is whole.
@@ -168,7 +141,8 @@ def stack_at(path: str) -> int | None:
     none, or has it already (a list of NNX modules).
     """
     parts = path.split("/")
-    at = next((i for i, part in enumerate(parts, 1) if part in STACKS), None)
+    stacks = stack_names()
+    at = next((i for i, part in enumerate(parts, 1) if part in stacks), None)
     return None if at is not None and at < len(parts) and parts[at].isdigit() else at
 
 
@@ -196,7 +170,12 @@ def number_layers(path: str) -> str:
     """A path with the numbers of looped layers as parts of their own: `layers_3/mlp` becomes
     `layers/3/mlp`.
     """
-    return _NUMBERED.sub(r"\1/\2", path)
+    return _numbered(stack_names()).sub(r"\1/\2", path)
+
+
+@functools.lru_cache(maxsize=8)
+def _numbered(stacks: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"\b({'|'.join(stacks)})_(\d+)\b")
 
 
 def _named(path: str, name: str, target: str) -> bool:
@@ -213,22 +192,15 @@ def _ndim(path: str, w: Any) -> int:
 
 
 def _is_linear(path: str) -> bool:
-    *module, name = path.split("/")
-    last = module[-1] if module else ""
-    return (name == "kernel" and last not in OUTPUT_HEADS) or (
-        name in EXPERTS and last == "experts"
-    )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " Did you mean 'x'?" with a leading blank, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    module, _, leaf = path.rpartition("/")
+    if leaf == "kernel":
+        return role_of(module) not in ("head", "labels")
+    return is_expert(path)
 
 
 def matches_nothing(kind: str, target: str, candidates: list[str]) -> str:
     names = sorted({p.split("/")[-2] for p in candidates if "/" in p}) or sorted(candidates)
-    tied = target.rpartition(".")[2] == "lm_head" and any(
+    tied = role_of(target.replace(".", "/")) == "head" and any(
         p.endswith("/embedding") for p in candidates
     )
     more = (

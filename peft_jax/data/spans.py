@@ -119,7 +119,7 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     model = tokenizer.backend_tokenizer.model
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     if type(model).__name__ in ("WordPiece", "WordLevel"):
-        goes_on = getattr(model, "continuing_subword_prefix", None)
+        goes_on = getattr(model, "continuing_subword_prefix", None) or ""
 
         def of(piece: str) -> bytes:
             inside = bool(goes_on) and piece.startswith(goes_on)

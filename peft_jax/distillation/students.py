@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax.core.select import STACKS
-from peft_jax.models.families import Family, family_of, remade
+from peft_jax.core.roles import stack_names
+from peft_jax.models.families import family_of, remade
+from peft_jax.models.family import NOTHING
 
 _COUNTS = (
     "num_hidden_layers",
@@ -47,9 +48,7 @@ def take_layers(model: Any, params: Any, layers: int | Sequence[int]) -> tuple[A
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= total:
         raise ValueError(f"layers must be ascending numbers from 0 to {total - 1}, got {kept}")
     family = family_of(c.model_type)
-    if hf.get("scale_attn_by_inverse_layer_idx") or (
-        kept[0] != 0 and family.absent != Family._field_defaults["absent"]
-    ):
+    if hf.get("scale_attn_by_inverse_layer_idx") or (kept[0] != 0 and family.absent != NOTHING):
         raise ValueError(
             f"the layers of this {c.model_type} model depend on their place: keep the first, and "
             "all of them in order"
@@ -84,14 +83,15 @@ def _taken(tree: Any, kept: list[int]) -> Any:
     """A tree's stacks, stacked or looped, with the layers of these numbers."""
     if not isinstance(tree, Mapping):
         return tree
-    numbered = {name: re.fullmatch(rf"({'|'.join(STACKS)})_(\d+)", name) for name in tree}
+    stacks = stack_names()
+    numbered = {name: re.fullmatch(rf"({'|'.join(stacks)})_(\d+)", name) for name in tree}
     result = {}
     for name, part in tree.items():
         if (match := numbered[name]) is None:
             index = np.asarray(kept)
             result[name] = (
                 jax.tree.map(lambda a, i=index: a[i], part)
-                if name in STACKS
+                if name in stacks
                 else _taken(part, kept)
             )
         elif int(match[2]) in kept:

@@ -26,7 +26,8 @@ from peft_jax.core.placing import hidden_size
 from peft_jax.core.select import nearest
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
 from peft_jax.hub.peft import attach_peft
-from peft_jax.hub.peft.prompts import WHOLE_FORMATS, place_prefix, prefix_places
+from peft_jax.hub.peft.prefix_tuning import FORMAT as PREFIX_TUNING
+from peft_jax.hub.peft.prefix_tuning import place_prefix, prefix_places
 from peft_jax.hub.safetensors_io import CONFIG, open_checkpoint, write_adapter
 from peft_jax.low_rank.lora import LoRA
 
@@ -435,7 +436,7 @@ def _options_of(n: Bottleneck) -> dict[str, Any]:
 def _write_prefix(
     params: Any, nodes: Mapping[str, Any], name: str
 ) -> tuple[Tensors, dict[str, Any]]:
-    prompt = WHOLE_FORMATS["PREFIX_TUNING"].write(params, nodes, name)[0]["prompt_embeddings"]
+    prompt = PREFIX_TUNING.write(params, nodes, name)[0]["prompt_embeddings"]
     own = f"prefix_tuning.pool.prefix_tunings.{name}.self_prefix.control_trans"
     attention = prefix_places(params)[0][0].removesuffix("/core").replace("/", ".")
     options = {

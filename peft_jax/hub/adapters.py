@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from peft_jax.core.adapters import adapter_names, drop_adapters
@@ -17,9 +17,11 @@ from peft_jax.core.tree import places, stack_of
 from peft_jax.core.weight import Trainable
 from peft_jax.hub.adapterhub import load_adapterhub, save_adapterhub
 from peft_jax.hub.native import FORMAT, load_native, save_native
-from peft_jax.hub.peft import FORMATS, load_peft, save_peft
-from peft_jax.hub.peft.prompts import WHOLE_FORMATS, prefixes_fit, save_whole
+from peft_jax.hub.peft import load_peft, save_peft
+from peft_jax.hub.peft.formats import WholeFormat, format_of, whole_formats
 from peft_jax.hub.peft.tied import can_say
+from peft_jax.hub.peft.trainable_tokens import FORMAT as TOKENS
+from peft_jax.hub.peft.whole import save_whole
 from peft_jax.hub.safetensors_io import CONFIG
 
 logger = logging.getLogger("peft_jax")
@@ -93,40 +95,24 @@ def _named(params: Any, name: str) -> dict[str, Any]:
     return {p: n for p, n in found.items() if n is not None}
 
 
-def _whole(params: Any, nodes: Mapping[str, Any], name: str) -> str | None:
-    """PEFT's name of a method that is stored for the model as a whole, if that is what the nodes
+def _whole(params: Any, nodes: Mapping[str, Any], name: str) -> WholeFormat | None:
+    """PEFT's format of a method that is stored for the model as a whole, if that is what the nodes
     are.
     """
-
-    def of(kind):
-        return WHOLE_FORMATS[kind].nodes
-
     own = [
         n
         for n in nodes.values()
         if not (isinstance(n, Replacement) and n.saved_as in ("module", "base"))
     ]
-    found = next(
-        (
-            k
-            for k in WHOLE_FORMATS
-            if own and all(isinstance(n, of(k)) and _fits(k, n) for n in own)
-        ),
-        None,
-    )
-    return None if found == "PREFIX_TUNING" and not prefixes_fit(params, nodes, name) else found
-
-
-def _fits(kind: str, node: Any) -> bool:
-    fits: Callable[[Any], bool] | None = WHOLE_FORMATS[kind].fits
-    return fits is None or fits(node)
+    for kind in whole_formats() if own else ():
+        if all(kind.holds(n) for n in own):
+            return kind if kind.fit is None or kind.fit(params, nodes, name) else None
+    return None
 
 
 def _fitting(params: Any, nodes: Mapping[str, Any], name: str, task_type: str | None) -> str:
     mine = [n for n in nodes.values() if not isinstance(n, Replacement)]
-    kinds = {
-        next((k for k, f in FORMATS.items() if isinstance(n, f.nodes)), None) for n in mine
-    } - {"TRAINABLE_TOKENS"}
+    kinds = {format_of(n) for n in mine} - {TOKENS}
     biases_alone = not mine and any(getattr(n, "saved_as", "") == "bias" for n in nodes.values())
     one = len(kinds) <= 1 and None not in kinds and not biases_alone
     if _whole(params, nodes, name) or (one and can_say(params, nodes, task_type)):

@@ -12,17 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from peft_jax.core.select import EXPERTS, OUTPUT_EMBEDDING, number_layers, stack_at
-from peft_jax.models.families import FAMILIES
+from peft_jax.core.roles import FAMILIES, is_expert
+from peft_jax.core.select import OUTPUT_EMBEDDING, number_layers, stack_at
 
 _WEIGHT_LEAVES = ("kernel", "embedding", "scale", OUTPUT_EMBEDDING)
-_CONV1D = (
-    "c_attn",
-    "c_proj",
-    "c_fc",
-)  # GPT-2's layers of the class Conv1D, whose weights are [in, out]
-# What all layers share and Hugging Face keeps in the first one.
-_SHARED = re.compile(r"^(encoder|decoder)\.(relative_attention_bias)$")
 
 
 class Tensor(NamedTuple):
@@ -83,8 +76,7 @@ def stack_size(path: str, w: Any) -> int | None:
 def tensors_of(path: str, layers: int | None) -> list[Tensor]:
     """The tensors behind the leaf at `path`; `layers` is the number of stacked layers."""
     module, _, leaf = path.rpartition("/")
-    expert = leaf in EXPERTS and module.endswith("experts")
-    transposed = expert or (leaf == "kernel" and not is_conv1d(module))
+    transposed = is_expert(path) or (leaf == "kernel" and not is_conv1d(module))
     suffix = "weight" if leaf in _WEIGHT_LEAVES else leaf
     return [
         Tensor(f"{name}.{suffix}" if name else suffix, layer, transposed)
@@ -112,10 +104,10 @@ def expert_tensors(tensor: Tensor, experts: int) -> list[Tensor]:
     """The tensors of single experts, as checkpoints have them, for one of stacked experts; itself
     for any other.
     """
-    module, _, leaf = tensor.name.rpartition(".")
-    if leaf not in EXPERTS or not module.endswith(".experts"):
+    if not is_expert(tensor.name.replace(".", "/")):
         return [tensor]
-    parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+    module, _, leaf = tensor.name.rpartition(".")
+    parts = next(f.expert_parts[leaf] for f in FAMILIES.values() if leaf in f.expert_parts)
     return [
         tensor._replace(name=f"{module}.{e}.{name}.weight", expert=e, part=(i, len(parts)))
         for e in range(experts)
@@ -125,7 +117,8 @@ def expert_tensors(tensor: Tensor, experts: int) -> list[Tensor]:
 
 def is_conv1d(module: str) -> bool:
     """Whether the module at this path, or of this name, is one of Hugging Face's `Conv1D`."""
-    return re.split(r"[/.]", module)[-1] in _CONV1D
+    name = re.split(r"[/.]", module)[-1]
+    return any(name in family.conv1d for family in FAMILIES.values())
 
 
 def module_names(module: str, layers: int | None) -> list[tuple[str, int | None]]:
@@ -136,9 +129,12 @@ def module_names(module: str, layers: int | None) -> list[tuple[str, int | None]
     else:
         paths = [("/".join([*parts[:at], str(i), *parts[at:]]), i) for i in range(layers)]
 
-    def named(path):
-        return number_layers(path).replace("/", ".")
+    return [(_theirs(number_layers(path).replace("/", ".")), i) for path, i in paths]
 
-    return [
-        (_SHARED.sub(r"\1.block.0.layer.0.SelfAttention.\2", named(path)), i) for path, i in paths
-    ]
+
+def _theirs(name: str) -> str:
+    """Hugging Face's name of the module that is called so here."""
+    for family in FAMILIES.values():
+        for pattern, replacement in family.renamed:
+            name = re.sub(pattern, replacement, name)
+    return name

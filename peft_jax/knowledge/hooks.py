@@ -10,23 +10,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.attachment import Attachment
+from peft_jax.core.attachment import Attachment, module_at
 from peft_jax.core.prepare import cache_slots
 from peft_jax.core.reparametrised import node
+from peft_jax.core.roles import described, hooks_of, modules_by_role, role_of
 from peft_jax.core.tree import places
-
-_DOWN = {
-    "down_proj": "model/layers/mlp",
-    "c_proj": "transformer/h/mlp",
-}  # the module that writes, and the feed-forward
 
 
 class FeedForward(NamedTuple):
-    """Where a decoder's feed-forward stands: the stack of its layers, the module, the path of the
-    weight that writes, and the sum that adds what is made of its output to the hidden states.
+    """Where a decoder's feed-forward stands: the stack of its layers, the attention and the
+    feed-forward in it, the path of the weight that writes, and the sum that adds what is made of
+    its output to the hidden states.
     """
 
     stack: str
+    attention: str
     module: str
     weight: str
     residual: str
@@ -34,23 +32,39 @@ class FeedForward(NamedTuple):
 
 
 def feed_forward(params: Any) -> FeedForward:
-    """Of a tree with stacked layers, Llama's kin or GPT-2. Raises ValueError for others."""
+    """Of a decoder's tree with stacked layers. Raises ValueError for others."""
     known = places(params)
     if cache_slots(params):
         raise ValueError(
             "the tree has virtual tokens, which edits would count as a prompt's own; edit the "
             "model without them"
         )
-    for name, module in _DOWN.items():
-        path = f"{module}/{name}/kernel"
-        if path in known and known[path].ndim == 3:
+    for path, w in known.items():
+        if path.endswith("/kernel") and w.ndim == 3 and _writes(path.removesuffix("/kernel")):
+            module = path.rsplit("/", 2)[0]
+            stack = module.rpartition("/")[0]
+            inside = module_at(params, stack)
+            names = modules_by_role(stack, [*inside, *hooks_of(stack, inside)])
             return FeedForward(
-                module.rpartition("/")[0], module, path, f"{module}_residual", known[path].shape[0]
+                stack,
+                f"{stack}/{names['attention']}",
+                module,
+                path,
+                f"{stack}/{names['mlp_residual']}",
+                w.shape[0],
             )
     raise ValueError(
         "knowledge is edited in decoders with stacked layers and one feed-forward each (Llama's "
         "kin, GPT-2)"
     )
+
+
+def _writes(module: str) -> bool:
+    """Whether the module is the last of a decoder's feed-forward."""
+    found = described(module)
+    if found is None or (found.role, found.record.kind) != ("down", "decoder"):
+        return False
+    return role_of(module.rpartition("/")[0]) == "feed_forward"
 
 
 @node

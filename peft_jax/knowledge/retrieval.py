@@ -5,6 +5,7 @@ questions, some without the one that answers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -49,9 +50,11 @@ def with_passages(
         )
     if not 0.0 <= oracle_share <= 1.0:
         raise ValueError(f"oracle_share must lie in [0, 1], got {oracle_share}")
-    index, quiet = bm25s.BM25(), {"show_progress": False}
-    index.index(bm25s.tokenize(list(passages), stopwords=None, **quiet), **quiet)
-    asked = bm25s.tokenize([r.value["prompt"] for r in records], stopwords=None, **quiet)
+    index = bm25s.BM25()
+    quiet: dict[str, Any] = {"show_progress": False}
+    whole: dict[str, Any] = {"stopwords": None, **quiet}
+    index.index(bm25s.tokenize(list(passages), **whole), **quiet)
+    asked = bm25s.tokenize([r.value["prompt"] for r in records], **whole)
     found = np.asarray(index.retrieve(asked, k=each + 1, **quiet)[0])
     rng = None if seed is None else np.random.default_rng(seed)
     made = []

@@ -15,16 +15,13 @@ import numpy as np
 
 from peft_jax.core.attachment import attach
 from peft_jax.core.bind import Bound, bound_of
+from peft_jax.core.placing import token_embedding
 from peft_jax.core.sharding import fetch
-from peft_jax.core.tree import places
 from peft_jax.core.weight import materialize
 from peft_jax.data.spans import tokens_of, with_offsets
 from peft_jax.knowledge.hooks import KEY, Noise, Restore, feed_forward
 from peft_jax.knowledge.requests import Edit, edit_rows, joined
 from peft_jax.models.blocks import embedding_scale
-
-_EMBEDDINGS = ("model/embed_tokens", "transformer/wte")
-_ATTENTION = {"model/layers": "model/layers/self_attn", "transformer/h": "transformer/h/attn"}
 
 
 class Trace(NamedTuple):
@@ -58,11 +55,11 @@ def trace(
     `what` is restored: hidden states after layers, or what feed-forwards or attentions put out, in
     a `window` of layers around each one. Raises ValueError for models without stacked layers.
     """
-    stack = feed_forward(params).stack
+    place = feed_forward(params)
     module = {
-        "states": stack,
-        "feed_forward": feed_forward(params).module,
-        "attention": _ATTENTION[stack],
+        "states": place.stack,
+        "feed_forward": place.module,
+        "attention": place.attention,
     }[what]
     rows = edit_rows(tokenizer, [fact.question], [fact.target], [fact.place])
     n = int(rows.segment_ids.sum()) - int(rows.weights.sum())  # the prompt's tokens
@@ -70,8 +67,8 @@ def trace(
     target = int(rows.targets[0, n - 1])
     offsets = with_offsets(tokenizer, joined(fact.question, fact.target))["offset_mapping"]
     first, end = tokens_of(fact.question, offsets, fact.place)
-    embedding = next(p for p in _EMBEDDINGS if f"{p}/embedding" in places(params))
-    table = fetch(materialize(places(params)[f"{embedding}/embedding"])).astype(np.float32)
+    embedding, weight = token_embedding(params)
+    table = fetch(materialize(weight)).astype(np.float32)
     drawn = (
         noise
         * table.std()
@@ -85,7 +82,7 @@ def trace(
     run = functools.partial(apply.program(_probabilities, static_argnames="module"), apply)
     batch, layers = (
         jnp.broadcast_to(jnp.asarray(tokens), (samples + 1, n)),
-        feed_forward(params).layers,
+        place.layers,
     )
     nothing = np.zeros((layers, n), bool)
     clean, corrupted = fetch(run(blurred, batch, target, nothing, module=module))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from peft_jax.core.method import Method
 from peft_jax.core.partition import combine
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
 from peft_jax.core.select import Targets
@@ -231,3 +232,23 @@ def _zero_outside(
         return u.replace(e=jnp.where(active & (s < threshold), -p.e, u.e))
 
     return jax.tree.map(zero, updates, params, scores, is_leaf=_is_adalora)
+
+
+METHOD = Method(
+    name="adalora",
+    function=adalora,
+    nodes=(AdaLoRA,),
+    at="matrices",
+    title="AdaLoRA",
+    follows="Zhang et al. 2023, arXiv:2303.10512, equations 4 and 8 to 12; PEFT `AdaLoraConfig`",
+    differs=(
+        "The budget is an optax transformation, so that arrays keep their shapes; the scale "
+        "is alpha / (r + 1e-5), as in PEFT"
+    ),
+    optimizer=adalora_optimizer,
+    example={"init_rank": 2, "target_rank": 1},
+    variants=(
+        {"alpha": 5.0},
+        {"orthogonal": 0.1},
+    ),
+)

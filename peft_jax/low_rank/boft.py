@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes, scaled
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
@@ -116,3 +117,16 @@ def boft(
         layout=layout,
         modules_to_save=modules_to_save,
     )
+
+
+METHOD = Method(
+    name="boft",
+    function=boft,
+    nodes=(BOFT,),
+    at="matrices",
+    title="BOFT",
+    follows="Liu et al. 2024, arXiv:2311.06243, section 4; PEFT `BOFTConfig`",
+    differs="No multiplicative dropout of blocks",
+    example={"block_size": 4, "factors": 2},
+    variants=({"factors": 1},),
+)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
@@ -88,3 +89,22 @@ def c3a(
         layout=layout,
         modules_to_save=modules_to_save,
     )
+
+
+METHOD = Method(
+    name="c3a",
+    function=c3a,
+    nodes=(C3A,),
+    at="matrices",
+    title="C3A",
+    follows="Chen et al. 2025, arXiv:2407.19342; PEFT `C3AConfig`",
+    differs=(
+        "Starts as PEFT does by default, which changes the model a little; `init=zeros` does not"
+    ),
+    example={"block_size": 4, "init": "zeros"},
+    variants=(
+        {"init": "xavier_uniform"},
+        {"init": "gaussian"},
+        {"init": "kaiming_uniform"},
+    ),
+)

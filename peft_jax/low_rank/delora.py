@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
@@ -95,3 +96,19 @@ def delora(
         layout=layout,
         modules_to_save=modules_to_save,
     )
+
+
+METHOD = Method(
+    name="delora",
+    function=delora,
+    nodes=(DeLoRA,),
+    at="matrices",
+    title="DeLoRA",
+    follows="Bini et al. 2025, arXiv:2503.18225; PEFT `DeloraConfig`",
+    differs=(
+        "The base's norms are those at the time it was attached, saved with the adapter, as "
+        "in PEFT: a base that is pruned or quantized later keeps them"
+    ),
+    example={"rank": 2},
+    variants=({"strength": 3.0},),
+)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Site, check_dropout, node, place_nodes, scaled
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
@@ -124,3 +125,27 @@ def dora(
         modules_to_save=modules_to_save,
         patterns={"rank_pattern": ranks.rank_pattern, "alpha_pattern": ranks.alpha_pattern},
     )
+
+
+METHOD = Method(
+    name="dora",
+    function=dora,
+    nodes=(DoRA,),
+    at="matrices",
+    title="DoRA",
+    follows="Liu et al. 2024, arXiv:2402.09353, equation 5 and section 4.3; PEFT `use_dora`",
+    differs=(
+        "The norm is computed from the base in each call, as in PEFT, by products of rank r "
+        "without forming W + s A B; it has no gradient, in the merged array neither. Over "
+        "bfloat16 the norm stays float32"
+    ),
+    example={"rank": 2, "alpha": 4.0},
+    variants=(
+        {"alpha": 5.0},
+        {"rslora": True, "alpha": 3.0},
+        {"rank_pattern": {"w": 3}},
+        {"alpha_pattern": {"w": 7.0}},
+        {"init": "gaussian"},
+        {"dropout": 0.5},
+    ),
+)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout, static
@@ -115,3 +116,24 @@ def fourierft(
         modules_to_save=modules_to_save,
         patterns={"frequencies_pattern": pattern},
     )
+
+
+METHOD = Method(
+    name="fourierft",
+    function=fourierft,
+    nodes=(FourierFT,),
+    at="matrices",
+    title="FourierFT",
+    follows="Gao et al. 2024, arXiv:2405.03003; PEFT `FourierFTConfig`",
+    differs=(
+        "The spectrum starts at zero, where the paper and PEFT's default draw it, so that "
+        "nothing changes at first; places are PEFT's numbers. Layers stacked together have "
+        "one number of frequencies"
+    ),
+    example={"frequencies": 12},
+    variants=(
+        {"scale": 20.0},
+        {"seed": 1},
+        {"frequencies_pattern": {"w": 7}},
+    ),
+)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
@@ -115,3 +116,19 @@ def gralora(
         layout=layout,
         modules_to_save=modules_to_save,
     )
+
+
+METHOD = Method(
+    name="gralora",
+    function=gralora,
+    nodes=(GraLoRA,),
+    at="matrices",
+    title="GraLoRA",
+    follows="Jung et al. 2025, arXiv:2505.20355; PEFT `GraloraConfig`",
+    differs="The scale counts the hybrid rank, as in PEFT",
+    example={"rank": 4, "alpha": 4.0},
+    variants=(
+        {"blocks": 4},
+        {"hybrid_rank": 2},
+    ),
+)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import (
     Product,
     Reparametrised,
@@ -82,3 +83,16 @@ def hira(
         modules_to_save=modules_to_save,
         patterns={"rank_pattern": ranks.rank_pattern},
     )
+
+
+METHOD = Method(
+    name="hira",
+    function=hira,
+    nodes=(HiRA,),
+    at="matrices",
+    title="HiRA",
+    follows="Huang et al. 2025 (ICLR), W + W * (A B); PEFT `HiraConfig`",
+    differs="An embedding starts with A zero and B normal, as PEFT's",
+    example={"rank": 2},
+    variants=({"rank_pattern": {"w": 3}},),
+)

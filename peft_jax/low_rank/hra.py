@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout, static
@@ -99,3 +100,24 @@ def hra(
         layout=layout,
         modules_to_save=modules_to_save,
     )
+
+
+METHOD = Method(
+    name="hra",
+    function=hra,
+    nodes=(HRA,),
+    at="matrices",
+    title="HRA",
+    follows="Yuan et al. 2024, arXiv:2405.17484; PEFT `HRAConfig`",
+    differs=(
+        "The reflections are one product of rank r (compact WY). With `orthogonal` (PEFT's "
+        "`apply_GS`) the vectors start independent, where PEFT's start in equal pairs: "
+        "Gram-Schmidt makes rounding noise, or NaN, of those. That variant never starts as "
+        "the identity"
+    ),
+    example={"rank": 2},
+    variants=(
+        {"orthogonal": True},
+        {"orthogonal": True, "rank": 3},
+    ),
+)

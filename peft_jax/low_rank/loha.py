@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
@@ -107,3 +108,20 @@ def loha(
         modules_to_save=modules_to_save,
         patterns={"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern},
     )
+
+
+METHOD = Method(
+    name="loha",
+    function=loha,
+    nodes=(LoHa,),
+    at="matrices",
+    title="LoHa",
+    follows="FedPara, arXiv:2108.06098; PEFT `LoHaConfig`",
+    differs="PEFT's effective decomposition of convolutions is not there: a kernel is flattened",
+    example={"rank": 2},
+    variants=(
+        {"alpha": 5.0},
+        {"rank_pattern": {"w": 3}},
+        {"alpha_pattern": {"w": 7.0}},
+    ),
+)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout, static
@@ -110,3 +111,24 @@ def lokr(
         layout=layout,
         modules_to_save=modules_to_save,
     )
+
+
+METHOD = Method(
+    name="lokr",
+    function=lokr,
+    nodes=(LoKr,),
+    at="matrices",
+    title="LoKr",
+    follows="LyCORIS, arXiv:2309.14859; PEFT `LoKrConfig`",
+    differs=(
+        "W1 starts at zero; PEFT's `lycoris` start is not there, nor its decomposition of "
+        "convolutions"
+    ),
+    example={"rank": 1},
+    variants=(
+        {"alpha": 3.0},
+        {"decompose_both": True},
+        {"factor": 4},
+        {"rank": 40},
+    ),
+)

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.coverage import choose, ledger, reached, tokens_of
+from peft_jax.core.coverage import choose, ledger, named, reached, tokens_of
+from peft_jax.core.method import Method, Options
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, dropped, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.tree import map_places
@@ -161,7 +162,7 @@ def lora(
     init: str = "kaiming",
     adapter: str = "default",
     layout: Layout | None = None,
-    statistics: Mapping[str, jax.Array] | None = None,
+    statistics: Mapping[str, Any] | None = None,
 ) -> Any:
     """`params` with a LoRA node of rank `rank` at each place that `targets` name.
 
@@ -169,7 +170,8 @@ def lora(
     places, or single layers of stacked ones, that their keys match; `layers` restricts to these
     layer numbers. `init` is kaiming (PEFT's default), gaussian, orthogonal, pissa, pissa_niter_N,
     olora, or one that needs `statistics` of each place: eva (the inputs' centred_covariance, from
-    `calibrate`), corda_kpm and corda_ipm (their covariance) or lora_ga (the weights' `gradients`).
+    `calibrate`), corda_kpm and corda_ipm (their covariance) or lora_ga (the weights' `gradients`),
+    by itself or under its name.
     `bias` also trains biases, `modules_to_save` whole modules, as in PEFT; `adapter` names the
     adapter. `layout` (see `layout_of`) says which axes of a weight are inputs; without it a weight
     is [*leading, in, out]. Raises ValueError for a rank below 1, dropout outside [0, 1), or a
@@ -177,11 +179,11 @@ def lora(
     """
     ranks = Ranks(rank, alpha, rank_pattern or {}, alpha_pattern or {}, rslora)
     check_dropout(dropout)
+    known = named(statistics, starts.STATISTICS.get(init, ""))
 
     def make(site: Site, key: jax.Array) -> LoRA:
-        a, b, scale = ranks.factors(
-            site, key, init, (statistics or {}).get(site.path), tokens_of(statistics, site.path)
-        )
+        statistic, tokens = known.get(site.path), tokens_of(known, site.path)
+        a, b, scale = ranks.factors(site, key, init, statistic, tokens)
         return LoRA(
             **site.common(dropout=dropout, name=adapter),
             a=a,
@@ -203,6 +205,12 @@ def lora(
         modules_to_save=modules_to_save,
         patterns={"rank_pattern": ranks.rank_pattern, "alpha_pattern": ranks.alpha_pattern},
     )
+
+
+def statistics_of(options: Options) -> tuple[str, ...]:
+    """The name of the statistic that the start needs, if any."""
+    needed = starts.STATISTICS.get(options.get("init", ""))
+    return () if needed is None else (needed,)
 
 
 class Ranks:
@@ -306,3 +314,32 @@ def rebase(params: Any) -> Any:
         )
 
     return map_places(fold, params)
+
+
+METHOD = Method(
+    name="lora",
+    function=lora,
+    nodes=(LoRA,),
+    at="matrices",
+    title="LoRA",
+    follows="Hu et al. 2021, arXiv:2106.09685; rsLoRA, arXiv:2312.03732; PEFT `LoraConfig`",
+    differs=(
+        "An embedding starts with A zero and B normal for every random start, as PEFT's. "
+        "`orthogonal` on an embedding is that start too. PiSSA, OLoRA, CorDA and LoRA-GA "
+        "leave the base as it was and subtract what they start with (PEFT changes the base): "
+        "the base stays shared, and `rebase` folds it in. EVA does not redistribute ranks"
+    ),
+    needs=statistics_of,
+    example={"rank": 2, "alpha": 4.0},
+    variants=(
+        {"alpha": 5.0},
+        {"rslora": True, "alpha": 3.0},
+        {"rank_pattern": {"w": 3}},
+        {"alpha_pattern": {"w": 7.0}},
+        {"init": "gaussian"},
+        {"init": "orthogonal"},
+        {"init": "pissa"},
+        {"init": "pissa_niter_2"},
+        {"init": "olora"},
+    ),
+)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import (
     Additive,
     Product,
@@ -129,3 +130,20 @@ def miss(
         layout=layout,
         modules_to_save=modules_to_save,
     )
+
+
+METHOD = Method(
+    name="miss",
+    function=miss,
+    nodes=(MiSS, BatMiSS),
+    at="matrices",
+    title="MiSS",
+    follows="Kang and Yin 2024, arXiv:2409.15371; PEFT `MissConfig`",
+    differs="Blocks start at zero; inputs that the rank does not divide are padded",
+    example={"rank": 4},
+    variants=(
+        {"variant": "mini", "mini_rank": 2},
+        {"variant": "bat"},
+        {"rank": 5},
+    ),
+)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout, static
@@ -145,3 +146,25 @@ def oft(
         layout=layout,
         modules_to_save=modules_to_save,
     )
+
+
+METHOD = Method(
+    name="oft",
+    function=oft,
+    nodes=(OFT,),
+    at="matrices",
+    title="OFT",
+    follows=(
+        "Qiu et al. 2023, arXiv:2306.07280, and 2025, arXiv:2506.19847, equation 7; PEFT "
+        "`OFTConfig`"
+    ),
+    differs="Two terms of the Neumann series are I + 2 Q, and three are four, as PEFT has them",
+    example={"block_size": 4},
+    variants=(
+        {"terms": 0},
+        {"terms": 3},
+        {"share": True},
+        {"constrained": True},
+        {"constrained": True, "eps": 0.5},
+    ),
+)

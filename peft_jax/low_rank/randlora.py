@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.attachment import Shared
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import (
     Additive,
     Site,
@@ -125,3 +126,16 @@ def randlora(
         modules_to_save=modules_to_save,
     )
     return {**placed, f"shared_{group}": Shared(trained={}, fixed=shared)}
+
+
+METHOD = Method(
+    name="randlora",
+    function=randlora,
+    nodes=(RandLoRA,),
+    at="matrices",
+    title="RandLoRA",
+    follows="Albert et al. 2025, arXiv:2502.00987; PEFT `RandLoraConfig`",
+    differs="PEFT's `sparse` and `very_sparse` bases are not there",
+    example={"rank": 4, "alpha": 4.0},
+    variants=({"rank": 5},),
+)

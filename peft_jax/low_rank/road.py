@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout, static
@@ -119,3 +120,19 @@ def road(
         layout=layout,
         modules_to_save=modules_to_save,
     )
+
+
+METHOD = Method(
+    name="road",
+    function=road,
+    nodes=(RoAd,),
+    at="matrices",
+    title="RoAd",
+    follows="Liao and Monz 2024, arXiv:2409.00119, equation 4; PEFT `RoadConfig`",
+    differs="The bias is turned with the output, as in PEFT, in a merge too",
+    example={"group_size": 4},
+    variants=(
+        {"variant": "road_2"},
+        {"variant": "road_4"},
+    ),
+)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
@@ -78,3 +79,18 @@ def shira(
         layout=layout,
         modules_to_save=modules_to_save,
     )
+
+
+METHOD = Method(
+    name="shira",
+    function=shira,
+    nodes=(SHiRA,),
+    at="matrices",
+    title="SHiRA",
+    follows="Bhardwaj et al. 2024, arXiv:2406.13175; PEFT `ShiraConfig`",
+    differs=(
+        "Masks are random or by magnitude; those of the paper that need gradients are not there"
+    ),
+    example={"rank": 1},
+    variants=({"mask": "magnitude"},),
+)

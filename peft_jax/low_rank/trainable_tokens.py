@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import MATRIX, TRANSPOSED, Reparametrised, Site, node, place_nodes
-from peft_jax.core.select import OUTPUT_EMBEDDING, OUTPUT_HEADS, Targets
+from peft_jax.core.roles import role_of
+from peft_jax.core.select import OUTPUT_EMBEDDING, Targets
 from peft_jax.core.tree import places
 from peft_jax.core.weight import Axes, matmul, take
 
@@ -93,7 +95,20 @@ def _by_token(path: str) -> tuple[Axes, Axes] | None:
     """The axes of the weight at `path` as (tokens, features); None where it has no rows for
     tokens.
     """
-    *module, leaf = path.split("/")
+    module, _, leaf = path.rpartition("/")
     if leaf in ("embedding", OUTPUT_EMBEDDING):
         return MATRIX
-    return TRANSPOSED if leaf == "kernel" and module and module[-1] in OUTPUT_HEADS else None
+    head = leaf == "kernel" and role_of(module) in ("head", "labels")
+    return TRANSPOSED if head else None
+
+
+METHOD = Method(
+    name="trainable_tokens",
+    function=trainable_tokens,
+    nodes=(TrainableTokens,),
+    at="rows",
+    title="trainable tokens",
+    follows="PEFT `TrainableTokensConfig` (no paper)",
+    differs="Columns of an untied head train too",
+    example={"ids": [1, 3]},
+)

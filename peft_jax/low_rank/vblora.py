@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.attachment import Shared
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout, static
@@ -114,3 +115,21 @@ def vblora(
         modules_to_save=modules_to_save,
     )
     return {**placed, f"shared_{group}": Shared(trained={"bank": bank}, fixed={})}
+
+
+METHOD = Method(
+    name="vblora",
+    function=vblora,
+    nodes=(VBLoRA,),
+    at="matrices",
+    title="VB-LoRA",
+    follows="Li et al. 2024, arXiv:2405.15179, equation 3; PEFT `VBLoRAConfig`",
+    differs="The change is small and not zero at first, as in the paper",
+    identity=False,
+    example={"vectors": 8, "length": 4},
+    variants=(
+        {"rank": 3},
+        {"top_k": 3},
+        {"bank_bound": 0.3, "logits_std": 1.0},
+    ),
+)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.attachment import Shared
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import (
     Additive,
     Site,
@@ -113,3 +114,19 @@ def vera(
         modules_to_save=modules_to_save,
     )
     return {**placed, f"shared_{group}": Shared(trained={}, fixed=shared)}
+
+
+METHOD = Method(
+    name="vera",
+    function=vera,
+    nodes=(VeRA,),
+    at="matrices",
+    title="VeRA",
+    follows="Kopiczko et al. 2024, arXiv:2310.11454; PEFT `VeraConfig`",
+    differs="The projections are drawn with PyTorch's generator, to PEFT's numbers",
+    example={"rank": 4},
+    variants=(
+        {"seed": 1},
+        {"d_initial": 1.0},
+    ),
+)

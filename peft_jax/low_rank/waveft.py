@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout, static
@@ -153,3 +154,22 @@ def waveft(
         modules_to_save=modules_to_save,
         patterns={"frequencies_pattern": pattern},
     )
+
+
+METHOD = Method(
+    name="waveft",
+    function=waveft,
+    nodes=(WaveFT,),
+    at="matrices",
+    title="WaveFT",
+    follows="Bilican et al. 2025, arXiv:2505.12532; PEFT `WaveFTConfig`",
+    differs="Places are PEFT's numbers. Layers stacked together have one number of frequencies",
+    example={"frequencies": 12},
+    variants=(
+        {"scale": 5.0},
+        {"seed": 1},
+        {"frequencies_pattern": {"w": 7}},
+        {"transform": False},
+        {"wavelet": "haar"},
+    ),
+)

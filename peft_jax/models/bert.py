@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.roles import Roles
 from peft_jax.models.blocks import (
     ACTIVATIONS,
     AttentionCore,
@@ -27,6 +28,7 @@ from peft_jax.models.blocks import (
     split_heads,
 )
 from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_shared
+from peft_jax.models.family import ENCODER_TASKS, Family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -513,3 +515,104 @@ class Deberta(Encoder):
             return self.qa_outputs(hidden)
         x = self.pooler(hidden) if self.task == "sequence_classification" else hidden
         return self.classifier(self.drop(x, self.config.classifier_dropout))
+
+
+_SHARED: dict[str, Any] = {
+    "kind": "encoder",
+    "stack": ("layer",),
+    "embedding": ("embeddings/word_embeddings",),
+    "labels": ("classifier", "qa_outputs"),
+    "attention": ("attention",),
+    "o": ("attention/output/dense",),
+    "up": ("intermediate/dense",),
+    "down": ("output/dense",),
+    "norms": ("LayerNorm", "lm_head/layer_norm"),
+    "others": (
+        "pooler/dense",
+        "transform/dense",
+        "lm_head/dense",
+        "classifier/dense",
+        "classifier/out_proj",
+    ),
+    "core": ("core",),
+    "attention_residual": ("attention_residual",),
+    "mlp_residual": ("mlp_residual",),
+}
+BERT_ROLES = Roles(name="bert", q=("self/query",), k=("self/key",), v=("self/value",), **_SHARED)
+DEBERTA_ROLES = Roles(
+    name="deberta",
+    q=("query_proj",),
+    k=("key_proj",),
+    v=("value_proj",),
+    relative=("pos_key_proj", "pos_query_proj"),
+    **_SHARED,
+)
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+_BERT = Family(
+    name="bert",
+    class_name="Bert",
+    module=Bert,
+    config=bert_config,
+    tasks=ENCODER_TASKS,
+    roles=BERT_ROLES,
+    example=TINY,
+    prefix="bert",
+    embedding="bert/embeddings/word_embeddings",
+    head="cls.predictions.decoder",
+    heads=("cls", "classifier", "qa_outputs", "pooler"),
+    spare=r".*\.position_ids|cls\.predictions\.decoder\..*|cls\.seq_relationship\..*"
+    r"|bert\.pooler\..*",
+    without_kernel={"masked_lm": "cls.predictions.decoder", "feature_extraction": "pooler.dense"},
+)
+_ROBERTA = Family(
+    name="roberta",
+    class_name="Roberta",
+    module=Roberta,
+    config=bert_config,
+    tasks=ENCODER_TASKS,
+    roles=BERT_ROLES,
+    example={**TINY, "pad_token_id": 1, "type_vocab_size": 1},
+    prefix="roberta",
+    embedding="roberta/embeddings/word_embeddings",
+    head="lm_head.decoder",
+    heads=("lm_head", "classifier", "qa_outputs", "pooler"),
+    spare=r".*\.position_ids|lm_head\.decoder\..*|roberta\.pooler\..*",
+    without_kernel={"masked_lm": "lm_head.decoder", "feature_extraction": "pooler.dense"},
+)
+_DEBERTA = Family(
+    name="deberta-v2",
+    class_name="DebertaV2",
+    module=Deberta,
+    config=deberta_config,
+    tasks=ENCODER_TASKS,
+    roles=DEBERTA_ROLES,
+    example={
+        **TINY,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "pooler_hidden_size": 32,
+        "share_att_key": False,
+    },
+    prefix="deberta",
+    embedding="deberta/embeddings/word_embeddings",
+    head="cls.predictions.decoder",
+    heads=("cls", "classifier", "qa_outputs", "pooler"),
+    spare=r".*\.position_ids|deberta\.embeddings\.position_embeddings\..*"
+    r"|cls\.predictions\.decoder\..*|(lm|mask)_predictions\..*",
+    without_kernel={"masked_lm": "cls.predictions.decoder"},
+)
+FAMILY = (
+    _BERT,
+    _ROBERTA,
+    dataclasses.replace(_ROBERTA, name="xlm-roberta", class_name="XLMRoberta"),
+    dataclasses.replace(_ROBERTA, name="camembert", class_name="Camembert"),
+    _DEBERTA,
+)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -234,35 +234,6 @@ class AttentionOutput(nn.Module):
 
     def __call__(self, y: jax.Array, q: jax.Array) -> jax.Array:
         return y
-
-
-# Modules without parameters that something may be attached to, by the name of a module among their
-# neighbours.
-_CORES = ("q_proj", "qkv_proj", "query", "query_proj", "q_lin", "Wqkv", "c_attn", "q")
-_LAYERS = ("self_attn", "attention", "attn")
-_HOOKS = {
-    **dict.fromkeys(_CORES, ("core",)),
-    "c_attn": ("core", "output"),
-    **dict.fromkeys(_LAYERS, ("attention_residual", "mlp_residual")),
-    "SelfAttention": ("attention_residual",),
-    "EncDecAttention": ("attention_residual",),
-    "DenseReluDense": ("mlp_residual",),
-}
-
-
-def hooks_of(names: Collection[str]) -> list[str]:
-    """The modules without parameters beside modules of these names; Flax's own attention (with an
-    `out`) has no core.
-    """
-    return list(
-        dict.fromkeys(
-            h
-            for n, hooks in _HOOKS.items()
-            if n in names
-            for h in hooks
-            if h != "core" or "out" not in names
-        )
-    )
 
 
 def split_heads(x: jax.Array, head_dim: int) -> jax.Array:

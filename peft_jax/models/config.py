@@ -90,7 +90,8 @@ def rotary_config(hf: Any, parameters: Mapping[str, Any] | None, head_dim: int) 
     return RotaryConfig(**values)
 
 
-def _llama(hf: Any, **changes: Any) -> DecoderConfig:
+def llama_config(hf: Any, **changes: Any) -> DecoderConfig:
+    """Llama's configuration, with what a family has otherwise as `changes`."""
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     bias = bool(getattr(hf, "attention_bias", False))
     values: dict[str, Any] = dict(
@@ -131,15 +132,15 @@ def _sliding(hf: Any) -> dict[str, Any]:
 
 
 def _mistral(hf: Any) -> DecoderConfig:
-    return _llama(hf, **_sliding(hf))
+    return llama_config(hf, **_sliding(hf))
 
 
 def _qwen2(hf: Any) -> DecoderConfig:
-    return _llama(hf, qkv_bias=True, output_bias=False, **_sliding(hf))
+    return llama_config(hf, qkv_bias=True, output_bias=False, **_sliding(hf))
 
 
 def _qwen3(hf: Any) -> DecoderConfig:
-    return _llama(hf, qk_norm="head", **_sliding(hf))
+    return llama_config(hf, qk_norm="head", **_sliding(hf))
 
 
 def _gemma(hf: Any, **changes: Any) -> DecoderConfig:
@@ -153,7 +154,9 @@ def _gemma(hf: Any, **changes: Any) -> DecoderConfig:
         or "gelu_pytorch_tanh"
     )
     scale = float(hf.hidden_size) ** 0.5
-    return _llama(hf, activation=activation, norm_offset=1.0, embedding_scale=scale, **changes)
+    return llama_config(
+        hf, activation=activation, norm_offset=1.0, embedding_scale=scale, **changes
+    )
 
 
 def _gemma2(hf: Any, **changes: Any) -> DecoderConfig:
@@ -179,16 +182,16 @@ def _gemma3(hf: Any) -> DecoderConfig:
 
 
 def _phi3(hf: Any) -> DecoderConfig:
-    return _llama(hf, fused_projections=True, **_sliding(hf))
+    return llama_config(hf, fused_projections=True, **_sliding(hf))
 
 
 def _smollm3(hf: Any) -> DecoderConfig:
     sliding = _sliding(hf) if hf.use_sliding_window else {}
-    return _llama(hf, no_rope_layers=tuple(not keep for keep in hf.no_rope_layers), **sliding)
+    return llama_config(hf, no_rope_layers=tuple(not keep for keep in hf.no_rope_layers), **sliding)
 
 
 def _olmo2(hf: Any) -> DecoderConfig:
-    return _llama(hf, qk_norm="full", norm_position="post")
+    return llama_config(hf, qk_norm="full", norm_position="post")
 
 
 def _experts(hf: Any, number: int, **changes: Any) -> dict[str, Any]:
@@ -201,7 +204,7 @@ def _experts(hf: Any, number: int, **changes: Any) -> dict[str, Any]:
 
 
 def _mixtral(hf: Any) -> DecoderConfig:
-    return _llama(
+    return llama_config(
         hf, **_experts(hf, hf.num_local_experts, expert_size=hf.intermediate_size), **_sliding(hf)
     )
 
@@ -220,17 +223,17 @@ def _qwen_experts(hf: Any) -> dict[str, Any]:
 
 def _qwen2_moe(hf: Any) -> DecoderConfig:
     shared = dict(shared_expert_size=hf.shared_expert_intermediate_size)
-    return _llama(
+    return llama_config(
         hf, qkv_bias=hf.qkv_bias, output_bias=False, **_qwen_experts(hf), **shared, **_sliding(hf)
     )
 
 
 def _qwen3_moe(hf: Any) -> DecoderConfig:
-    return _llama(hf, qk_norm="head", **_qwen_experts(hf), **_sliding(hf))
+    return llama_config(hf, qk_norm="head", **_qwen_experts(hf), **_sliding(hf))
 
 
 DECODERS: dict[str, Callable[[Any], DecoderConfig]] = {
-    "llama": _llama,  # Llama 2 and 3.x, SmolLM2, TinyLlama, Yi, ...
+    "llama": llama_config,  # Llama 2 and 3.x, SmolLM2, TinyLlama, Yi, ...
     "mistral": _mistral,
     "qwen2": _qwen2,  # and 2.5
     "qwen3": _qwen3,

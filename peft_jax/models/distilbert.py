@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.roles import Roles
 from peft_jax.models.bert import encoder_values
 from peft_jax.models.blocks import (
     ACTIVATIONS,
@@ -22,6 +23,7 @@ from peft_jax.models.blocks import (
     split_heads,
 )
 from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_shared
+from peft_jax.models.family import ENCODER_TASKS, Family
 
 
 def distilbert_config(hf: Any) -> EncoderConfig:
@@ -182,3 +184,53 @@ class DistilBert(Encoder):
             else hidden
         )
         return self.classifier(self.drop(x, self.config.classifier_dropout))
+
+
+FAMILY = Family(
+    name="distilbert",
+    class_name="DistilBert",
+    module=DistilBert,
+    config=distilbert_config,
+    tasks=ENCODER_TASKS,
+    roles=Roles(
+        name="distilbert",
+        kind="encoder",
+        stack=("layer",),
+        embedding=("embeddings/word_embeddings",),
+        labels=("classifier", "qa_outputs"),
+        attention=("attention",),
+        q=("q_lin",),
+        k=("k_lin",),
+        v=("v_lin",),
+        o=("out_lin",),
+        feed_forward=("ffn",),
+        up=("lin1",),
+        down=("lin2",),
+        norms=("LayerNorm", "sa_layer_norm", "output_layer_norm", "vocab_layer_norm"),
+        others=("vocab_transform", "pre_classifier"),
+        core=("core",),
+        attention_residual=("attention_residual",),
+        mlp_residual=("mlp_residual",),
+    ),
+    example={
+        "vocab_size": 96,
+        "dim": 32,
+        "hidden_dim": 48,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 64,
+    },
+    prefix="distilbert",
+    embedding="distilbert/embeddings/word_embeddings",
+    head="vocab_projector",
+    heads=(
+        "pre_classifier",
+        "classifier",
+        "qa_outputs",
+        "vocab_transform",
+        "vocab_layer_norm",
+        "vocab_projector",
+    ),
+    spare=r".*\.position_ids|vocab_projector\.weight",
+    without_kernel={"masked_lm": "vocab_projector"},
+)

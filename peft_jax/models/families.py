@@ -1,27 +1,22 @@
 """The families of models: from a Hugging Face `model_type` to a module, its configuration, and how
 checkpoints name things.
+
+A family is a record in the file of its modules (`FAMILY`, see `family.py`), or a registered one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
-
-import flax.linen as nn
+from collections.abc import Mapping
+from typing import Any
 
 from peft_jax.core.attachment import module_at
-from peft_jax.core.select import OUTPUT_EMBEDDING, nearest
-from peft_jax.models.bert import Bert, Deberta, Roberta, bert_config, deberta_config
+from peft_jax.core.registry import nearest
+from peft_jax.core.roles import FAMILIES
+from peft_jax.core.select import OUTPUT_EMBEDDING
 from peft_jax.models.blocks import Task
-from peft_jax.models.config import DECODERS, decoder_config
-from peft_jax.models.decoder import Decoder
-from peft_jax.models.distilbert import DistilBert, distilbert_config
-from peft_jax.models.gpt2 import GPT2, gpt2_config
-from peft_jax.models.modernbert import ModernBert, modernbert_config
-from peft_jax.models.t5 import T5, t5_config
+from peft_jax.models.family import Family
 
 # The ends of Hugging Face's class names.
 _CLASSES: dict[str, Task] = {
@@ -35,186 +30,13 @@ _CLASSES: dict[str, Task] = {
     "ForQuestionAnswering": "question_answering",
     "Model": "feature_extraction",
 }
-_ENCODER_TASKS: tuple[Task, ...] = (
-    "masked_lm",
-    "sequence_classification",
-    "token_classification",
-    "question_answering",
-    "feature_extraction",
-)
-_DECODER_TASKS: tuple[Task, ...] = (
-    "causal_lm",
-    "sequence_classification",
-    "token_classification",
-    "feature_extraction",
-)
 
 
-class Family(NamedTuple):
-    """A family: its class of modules, the configuration out of Hugging Face's, Hugging Face's name
-    of it, and its tasks.
-
-    `prefix` is the module that holds everything but the head, `embedding` the path of the token
-    embedding, and `head` Hugging Face's name of the layer whose weight is the embedding where it is
-    tied. `absent` is a pattern of tensors that no checkpoint has, `spare` one of tensors that some
-    have and the model does not need (copies of tied weights, buffers). `without_kernel` names, by
-    task, the linear module of Hugging Face's class that may have no kernel here (a head that is the
-    embedding, an unused pooler), `float32` the ends of names of modules that transformers keeps in
-    float32 and treats apart.
+def register_family(family: Family) -> Family:
+    """Make a family known to `load`, to roles and to the matrix of families. Raises ValueError for
+    a `model_type` that another one has.
     """
-
-    module: type[nn.Module]
-    config: Callable[[Any], Any]
-    name: str
-    tasks: tuple[Task, ...]
-    prefix: str
-    embedding: str
-    head: str
-    absent: str = "$^"
-    spare: str = r".*\.position_ids"
-    look_ups: tuple[
-        str, ...
-    ] = ()  # Hugging Face's modules that look tokens up, where `embedding` is not the one
-    own_head: bool = False  # the head is the embedding unless the checkpoint has one
-    without_kernel: Mapping[Task, str] = MappingProxyType({})
-    float32: tuple[str, ...] = ()
-    disk: tuple[
-        tuple[str, str], ...
-    ] = ()  # (pattern, replacement): from names of tensors to those in checkpoints
-
-
-def _decoder(name: str) -> Family:
-    spare = r".*\.rotary_emb\.inv_freq"  # buffers of old Llama checkpoints
-    return Family(
-        Decoder,
-        decoder_config,
-        name,
-        _DECODER_TASKS,
-        "model",
-        "model/embed_tokens",
-        "lm_head",
-        spare=spare,
-        without_kernel={"causal_lm": "lm_head"},
-    )
-
-
-_ROBERTA = Family(
-    Roberta,
-    bert_config,
-    "Roberta",
-    _ENCODER_TASKS,
-    "roberta",
-    "roberta/embeddings/word_embeddings",
-    "lm_head.decoder",
-    spare=r".*\.position_ids|lm_head\.decoder\..*|roberta\.pooler\..*",
-    without_kernel={"masked_lm": "lm_head.decoder", "feature_extraction": "pooler.dense"},
-)
-_NAMES = {
-    ("gpt2", "causal_lm"): "GPT2LMHeadModel",
-    ("gemma3_text", "causal_lm"): "Gemma3ForCausalLM",
-}  # else the rule holds
-_DECODER_NAMES = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "gemma": "Gemma",
-    "gemma2": "Gemma2",
-    "gemma3_text": "Gemma3Text",
-    "phi3": "Phi3",
-    "smollm3": "SmolLM3",
-    "olmo2": "Olmo2",
-    "mixtral": "Mixtral",
-    "qwen2_moe": "Qwen2Moe",
-    "qwen3_moe": "Qwen3Moe",
-}
-FAMILIES: dict[str, Family] = {
-    **{model_type: _decoder(_DECODER_NAMES[model_type]) for model_type in DECODERS},
-    "mixtral": _decoder("Mixtral")._replace(
-        disk=(
-            (r"\.mlp\.(gate|experts)\.", r".block_sparse_moe.\1."),
-            (r"(\.experts\.\d+)\.gate_proj\.", r"\1.w1."),
-            (r"(\.experts\.\d+)\.up_proj\.", r"\1.w3."),
-            (r"(\.experts\.\d+)\.down_proj\.", r"\1.w2."),
-        )
-    ),
-    "bert": Family(
-        Bert,
-        bert_config,
-        "Bert",
-        _ENCODER_TASKS,
-        "bert",
-        "bert/embeddings/word_embeddings",
-        "cls.predictions.decoder",
-        spare=r".*\.position_ids|cls\.predictions\.decoder\..*|cls\.seq_relationship\..*|bert\.pooler\..*",
-        without_kernel={
-            "masked_lm": "cls.predictions.decoder",
-            "feature_extraction": "pooler.dense",
-        },
-    ),
-    "roberta": _ROBERTA,
-    "xlm-roberta": _ROBERTA._replace(name="XLMRoberta"),
-    "camembert": _ROBERTA._replace(name="Camembert"),
-    "distilbert": Family(
-        DistilBert,
-        distilbert_config,
-        "DistilBert",
-        _ENCODER_TASKS,
-        "distilbert",
-        "distilbert/embeddings/word_embeddings",
-        "vocab_projector",
-        spare=r".*\.position_ids|vocab_projector\.weight",
-        without_kernel={"masked_lm": "vocab_projector"},
-    ),
-    "deberta-v2": Family(
-        Deberta,
-        deberta_config,
-        "DebertaV2",
-        _ENCODER_TASKS,
-        "deberta",
-        "deberta/embeddings/word_embeddings",
-        "cls.predictions.decoder",
-        spare=r".*\.position_ids|deberta\.embeddings\.position_embeddings\..*|cls\.predictions\.decoder\..*|(lm|mask)_predictions\..*",
-        without_kernel={"masked_lm": "cls.predictions.decoder"},
-    ),
-    "modernbert": Family(
-        ModernBert,
-        modernbert_config,
-        "ModernBert",
-        _ENCODER_TASKS,
-        "model",
-        "model/embeddings/tok_embeddings",
-        "decoder",
-        r"model\.layers\.0\.attn_norm\..*",
-        r"decoder\.weight",
-        without_kernel={"masked_lm": "decoder"},
-    ),
-    "gpt2": Family(
-        GPT2,
-        gpt2_config,
-        "GPT2",
-        _DECODER_TASKS,
-        "transformer",
-        "transformer/wte",
-        "lm_head",
-        spare=r".*\.attn\.(bias|masked_bias)",
-        without_kernel={"causal_lm": "lm_head"},
-    ),
-    "t5": Family(
-        T5,
-        t5_config,
-        "T5",
-        ("seq2seq_lm",),
-        "",
-        "shared",
-        "lm_head",
-        own_head=True,
-        look_ups=("encoder.embed_tokens", "decoder.embed_tokens"),
-        spare=r"(encoder|decoder)\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
-        without_kernel={"seq2seq_lm": "lm_head"},
-        float32=("wo",),
-    ),
-}
+    return FAMILIES.register(family)
 
 
 def family_of(model_type: str) -> Family:
@@ -292,7 +114,8 @@ def task_of(hf_config: Any, task: Task | None = None) -> Task:
 def hf_class(model_type: str, task: Task) -> str:
     """The name of Hugging Face's class of such a model."""
     ends = {t: end for end, t in reversed(_CLASSES.items())}
-    return _NAMES.get((model_type, task), family_of(model_type).name + ends[task])
+    family = family_of(model_type)
+    return family.classes.get(task, family.class_name + ends[task])
 
 
 def remade(config: Any, hf: Mapping[str, Any]) -> Any:

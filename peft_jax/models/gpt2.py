@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.roles import Roles
 from peft_jax.models.attention import empty_cache, read_cache, write_cache
 from peft_jax.models.blocks import (
     ACTIVATIONS,
@@ -30,6 +31,7 @@ from peft_jax.models.blocks import (
     split_heads,
 )
 from peft_jax.models.decoder import cached_mask, last_of
+from peft_jax.models.family import DECODER_TASKS, Family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,3 +264,49 @@ class GPT2(Layers, nn.Module):
         return empty_cache(
             c.num_layers, batch, length, c.num_heads, c.head_dim, dtype or self.dtype
         )
+
+
+FAMILY = Family(
+    name="gpt2",
+    class_name="GPT2",
+    module=GPT2,
+    config=gpt2_config,
+    tasks=DECODER_TASKS,
+    roles=Roles(
+        name="gpt2",
+        kind="decoder",
+        stack=("h",),
+        embedding=("wte",),
+        head=("lm_head",),
+        labels=("score", "classifier"),
+        attention=("attn",),
+        qkv=("c_attn",),
+        o=("attn/c_proj",),
+        feed_forward=("mlp",),
+        up=("c_fc",),
+        down=("mlp/c_proj",),
+        norms=("ln_1", "ln_2", "ln_f"),
+        core=("core",),
+        attention_output=("output",),
+        attention_residual=("attention_residual",),
+        mlp_residual=("mlp_residual",),
+    ),
+    example={
+        "vocab_size": 96,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+    prefix="transformer",
+    embedding="transformer/wte",
+    head="lm_head",
+    heads=("lm_head", "score", "classifier", "qa_outputs"),
+    spare=r".*\.attn\.(bias|masked_bias)",
+    without_kernel={"causal_lm": "lm_head"},
+    conv1d=("c_attn", "c_proj", "c_fc"),
+    classes={"causal_lm": "GPT2LMHeadModel"},
+)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.select import STACKS
+from peft_jax.core.roles import stack_names
 
 
 def stacked(model: Any, params: Any) -> tuple[Any, Any]:
@@ -27,15 +27,17 @@ def unstack_layers(params: Any) -> Any:
     """A tree for `scan_layers=False`: `model/layers` [L, ...] becomes `model/layers_0` ...
     `model/layers_{L-1}`.
 
-    So does every other stack (see `STACKS`). Nodes (LoRA and the like) are split with their arrays,
-    since each array of a node keeps the leading layer axis. Raises ValueError where no layers are
-    stacked.
+    So does every other stack (see `Roles.stack`). Nodes (LoRA and the like) are split with their
+    arrays, since each array of a node keeps the leading layer axis. Raises ValueError where no
+    layers are stacked.
     """
+
+    stacks = stack_names()
 
     def split(tree: Mapping[str, Any]) -> dict[str, Any]:
         result = {}
         for name, part in tree.items():
-            if name in STACKS and isinstance(part, Mapping):
+            if name in stacks and isinstance(part, Mapping):
                 count = jax.tree.leaves(part)[0].shape[0]
                 result |= {
                     f"{name}_{i}": jax.tree.map(lambda a, i=i: a[i], part) for i in range(count)
@@ -46,7 +48,7 @@ def unstack_layers(params: Any) -> Any:
 
     whole = _walk(params, split)
     if jax.tree.structure(whole) == jax.tree.structure(params):
-        raise ValueError(f"these parameters are not stacked: there is none of {', '.join(STACKS)}")
+        raise ValueError(f"these parameters are not stacked: there is none of {', '.join(stacks)}")
     return whole
 
 
@@ -57,7 +59,7 @@ def stack_layers(params: Any) -> Any:
 
     def join(tree: Mapping[str, Any]) -> dict[str, Any]:
         result = dict(tree)
-        for stack in STACKS:
+        for stack in stack_names():
             found = [n for n in tree if re.fullmatch(rf"{stack}_\d+", n)]
             if found and stack not in tree:
                 names = sorted(found, key=lambda n: int(n.rsplit("_", 1)[1]))
@@ -76,7 +78,7 @@ def _walk(tree: Any, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> A
     """
     if not isinstance(tree, Mapping):
         return tree
-    stack = re.compile(rf"({'|'.join(STACKS)})(_\d+)?")
+    stack = re.compile(rf"({'|'.join(stack_names())})(_\d+)?")
     return {
         n: part if stack.fullmatch(n) else _walk(part, change) for n, part in change(tree).items()
     }

@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from peft_jax.models.bert import encoder_values
+from peft_jax.core.roles import Roles
+from peft_jax.models.bert import TINY, encoder_values
 from peft_jax.models.blocks import (
     ACTIVATIONS,
     AttentionCore,
@@ -25,6 +26,7 @@ from peft_jax.models.blocks import (
 )
 from peft_jax.models.config import rotary_config
 from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_shared
+from peft_jax.models.family import ENCODER_TASKS, Family
 from peft_jax.models.rotary import RotaryConfig, rotary_table, rotate, sequence_lengths
 
 
@@ -239,3 +241,45 @@ class ModernBert(Encoder):
         if self.task == "sequence_classification":
             hidden = hidden[:, 0] if c.classifier_pooling == "cls" else mean_of(hidden, segment_ids)
         return self.classifier(self.drop(self.head(hidden), c.classifier_dropout))
+
+
+FAMILY = Family(
+    name="modernbert",
+    class_name="ModernBert",
+    module=ModernBert,
+    config=modernbert_config,
+    tasks=ENCODER_TASKS,
+    roles=Roles(
+        name="modernbert",
+        kind="encoder",
+        stack=("layers",),
+        embedding=("embeddings/tok_embeddings",),
+        labels=("classifier",),
+        attention=("attn",),
+        qkv=("Wqkv",),
+        o=("attn/Wo",),
+        feed_forward=("mlp",),
+        gate_up=("Wi",),
+        down=("mlp/Wo",),
+        norms=("attn_norm", "mlp_norm", "final_norm", "norm"),
+        others=("head/dense",),
+        core=("core",),
+        attention_residual=("attention_residual",),
+        mlp_residual=("mlp_residual",),
+    ),
+    example={
+        **TINY,
+        "local_attention": 8,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
+    prefix="model",
+    embedding="model/embeddings/tok_embeddings",
+    head="decoder",
+    heads=("head", "classifier", "decoder"),
+    absent=r"model\.layers\.0\.attn_norm\..*",
+    spare=r"decoder\.weight",
+    without_kernel={"masked_lm": "decoder"},
+)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from peft_jax.core.roles import Roles
 from peft_jax.models.attention import Mask, empty_cache, make_mask, read_cache, write_cache
 from peft_jax.models.blocks import (
     ACTIVATIONS,
@@ -32,6 +33,7 @@ from peft_jax.models.blocks import (
     split_heads,
 )
 from peft_jax.models.encoder import encoder_shared
+from peft_jax.models.family import Family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -460,3 +462,62 @@ class T5(Layers, nn.Module):
             aligned=False,
             causal=False,
         )
+
+
+FAMILY = Family(
+    name="t5",
+    class_name="T5",
+    module=T5,
+    config=t5_config,
+    tasks=("seq2seq_lm",),
+    roles=Roles(
+        name="t5",
+        kind="encoder-decoder",
+        stack=("block", "layer"),  # a block's parts are numbered as layers are
+        embedding=("shared",),
+        head=("lm_head",),
+        attention=("SelfAttention",),
+        cross_attention=("EncDecAttention",),
+        q=("SelfAttention/q", "EncDecAttention/q"),
+        k=("SelfAttention/k", "EncDecAttention/k"),
+        v=("SelfAttention/v", "EncDecAttention/v"),
+        o=("SelfAttention/o", "EncDecAttention/o"),
+        feed_forward=("DenseReluDense",),
+        gate=("DenseReluDense/wi_0",),
+        up=("DenseReluDense/wi", "DenseReluDense/wi_1"),
+        down=("DenseReluDense/wo",),
+        relative=("relative_attention_bias",),
+        norms=("layer_norm", "final_layer_norm"),
+        core=("core",),
+        attention_residual=("attention_residual",),
+        mlp_residual=("mlp_residual",),
+    ),
+    example={
+        "vocab_size": 96,
+        "d_model": 32,
+        "d_kv": 12,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 16,
+        "decoder_start_token_id": 0,
+    },
+    prefix="",
+    embedding="shared",
+    head="lm_head",
+    heads=("lm_head",),
+    own_head=True,
+    look_ups=("encoder.embed_tokens", "decoder.embed_tokens"),
+    spare=r"(encoder|decoder)\.embed_tokens\.weight"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    without_kernel={"seq2seq_lm": "lm_head"},
+    float32=("wo",),
+    # all layers share it, and Hugging Face keeps it in the first one
+    renamed=(
+        (
+            r"^(encoder|decoder)\.(relative_attention_bias)$",
+            r"\1.block.0.layer.0.SelfAttention.\2",
+        ),
+    ),
+)

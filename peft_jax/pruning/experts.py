@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.bind import bind
-from peft_jax.core.select import EXPERTS
+from peft_jax.core.roles import is_expert, role_of
 from peft_jax.core.tree import is_node, map_places, places
 from peft_jax.models.decoder import Decoder
 from peft_jax.models.families import remade
@@ -91,8 +91,7 @@ def prune_experts(
     config["num_experts_per_tok"] = min(keep, model.config.experts_per_token)
 
     def place(path: str, w: jax.Array) -> jax.Array:
-        *_, module, leaf = path.split("/")
-        expert = (module == "experts" and leaf in EXPERTS) or (module, leaf) == ("gate", "weight")
+        expert = is_expert(path) or role_of(path.rpartition("/")[0]) == "router"
         return (
             jnp.take_along_axis(
                 w, jnp.asarray(kept).reshape(*kept.shape, *[1] * (w.ndim - 2)), axis=1

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from peft_jax.core.method import Method
 from peft_jax.core.packing import pack_padded, unpack_padded
 from peft_jax.core.reparametrised import (
     Product,
@@ -457,3 +458,30 @@ def _shifted(u: Sparse, p: Sparse, share: jax.Array) -> Sparse:
     edge = jnp.take_along_axis(flat, jnp.maximum(remove - 1, 0)[:, None], axis=-1)[:, 0]
     edge = jnp.where(remove > 0, edge, flat[:, 0] - 1e-6)
     return u.replace(scores=u.scores - edge.reshape(scores.shape[:-2])[..., None, None])
+
+
+METHOD = Method(
+    name="sparse",
+    function=sparse,
+    nodes=(Sparse,),
+    at="matrices",
+    title="gradual, iterative, SET, RigL, movement and straight-through pruning",
+    follows=(
+        "Zhu and Gupta, arXiv:1710.01878; SET, arXiv:1707.04780; RigL, arXiv:1911.11134; "
+        "movement pruning, arXiv:2005.07683; SR-STE, arXiv:2102.04010"
+    ),
+    differs=(
+        "Masks are in the optimizer's state, and pruned entries get no update; movement "
+        "pruning shifts scores so that zero is the threshold"
+    ),
+    identity=False,
+    whole=True,
+    optimizer=sparse_optimizer,
+    ends_otherwise=prunes_on_the_way,
+    example={"sparsity": 0.5, "straight_through": True},
+    variants=(
+        {"straight_through": False},
+        {"pattern": "2:4", "sparsity": None},
+        {"distribution": "erk", "decay": 1e-3},
+    ),
+)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.weight import Layout
@@ -122,3 +123,22 @@ def qalora(
 
     rest: dict[str, Any] = {"targets": targets, "exclude": exclude, "layout": layout, "bias": bias}
     return place_nodes(params, key, make, modules_to_save=modules_to_save, **rest)
+
+
+METHOD = Method(
+    name="qalora",
+    function=qalora,
+    nodes=(QALoRA,),
+    at="matrices",
+    title="QA-LoRA",
+    follows="Xu et al. 2023, arXiv:2309.14717; PEFT `use_qalora`",
+    differs=(
+        "Inputs are averaged over a block and multiplied by the number of blocks, as in PEFT; "
+        "the paper adds them, which differs by a constant factor"
+    ),
+    example={"rank": 2, "block_size": 8},
+    variants=(
+        {"alpha": 5.0},
+        {"block_size": 4},
+    ),
+)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.coverage import ledger
+from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
 from peft_jax.core.select import Targets
 from peft_jax.core.tree import is_node
@@ -89,8 +90,13 @@ class FakeQuantized(Reparametrised):
         return node.replace(input_scale=self.input_scale)
 
     def merge(self) -> Quantized:
-        axes = {"in_axes": self.in_axes, "out_axes": self.out_axes}
-        node = quantize_weight(self.name, self.base, weight_only(self.format), **axes)
+        node = quantize_weight(
+            self.name,
+            self.base,
+            weight_only(self.format),
+            in_axes=self.in_axes,
+            out_axes=self.out_axes,
+        )
         return node.replace(format=self.format, input_scale=self.input_scale)
 
 
@@ -150,3 +156,26 @@ def qat(
 
     rest: dict[str, Any] = {"targets": targets, "exclude": exclude, "layout": layout, "bias": bias}
     return place_nodes(params, key, make, modules_to_save=modules_to_save, **rest)
+
+
+METHOD = Method(
+    name="qat",
+    function=qat,
+    nodes=(FakeQuantized,),
+    at="matrices",
+    title="quantization-aware training",
+    follows="Jacob et al. 2017, arXiv:1712.05877; straight through, arXiv:1308.3432",
+    differs=(
+        "Formats are those of `quantize`; with `activations` the inputs are rounded as the "
+        "merged weight rounds them"
+    ),
+    identity=False,
+    whole=True,
+    needs=statistics_of,
+    layout=embedding_layout,
+    example={"format": "int8"},
+    variants=(
+        {"format": "int4", "options": {"block_size": 8}},
+        {"format": "nf4", "options": {"block_size": 16}},
+    ),
+)

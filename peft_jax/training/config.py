@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,13 +20,14 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from peft_jax.core.method import REQUIRED, Method, Option
 from peft_jax.core.select import nearest
 from peft_jax.data.records import Kind
 from peft_jax.distillation.divergence import Divergence, make_divergence
 from peft_jax.distillation.match import uld
 from peft_jax.knowledge.editing import METHODS as EDITING
 from peft_jax.knowledge.editing import Search
-from peft_jax.methods import ENDS_OTHERWISE, METHODS
+from peft_jax.methods import METHODS
 from peft_jax.models.blocks import Task
 from peft_jax.pruning.distribution import check_distribution, check_pattern, check_sparsity
 from peft_jax.pruning.prune import check_score
@@ -661,7 +661,8 @@ def _check(config: RunConfig) -> None:
         config.method.get("name", "lora"),
         config.train.patience or (config.train.eval_every and config.train.keep_best),
     )
-    if early and name in ENDS_OTHERWISE and ENDS_OTHERWISE[name](config.method):
+    ends_otherwise = METHODS[name].ends_otherwise
+    if early and ends_otherwise is not None and ends_otherwise(config.method):
         raise ConfigError(
             f"method {name} is done at the last step only: set train.keep_best=false and "
             "train.patience=0, since an earlier "
@@ -823,10 +824,8 @@ def check_quantize(config: QuantizeConfig) -> Format | None:
         raise ConfigError(f"option 'quantize': {error}") from error
 
 
-def check_method(method: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """(the method's function, its checked options). Raises ConfigError for an unknown name, option
-    or type.
-    """
+def check_method(method: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
+    """(the method, its checked options). Raises ConfigError for an unknown name, option or type."""
     options = dict(method)
     name = options.pop("name", "lora")
     if name not in METHODS:
@@ -853,13 +852,9 @@ def check_method(method: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[st
 GIVEN = ("layout", "model", "statistics")  # what a run, or its caller, gives a method
 
 
-def method_options(name: str) -> dict[str, inspect.Parameter]:
-    """A method's options: the keyword arguments of its function, with resolved annotations."""
-    function = METHODS[name]
-    hints = typing.get_type_hints(function)
-    parameters = inspect.signature(function).parameters.values()
-    keyword = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN]
-    return {p.name: p.replace(annotation=hints.get(p.name, Any)) for p in keyword}
+def method_options(name: str) -> dict[str, Option]:
+    """A method's options, those left out that a run gives it."""
+    return {n: o for n, o in METHODS[name].options.items() if n not in GIVEN}
 
 
 def describe() -> list[tuple[str, str, str]]:
@@ -885,9 +880,7 @@ def describe() -> list[tuple[str, str, str]]:
     walk(RunConfig(), "")
     for method in METHODS:
         for name, parameter in method_options(method).items():
-            default = (
-                "required" if parameter.default is parameter.empty else _shown(parameter.default)
-            )
+            default = "required" if parameter.default is REQUIRED else _shown(parameter.default)
             rows.append((f"method.{name}", default, f"option of {method}"))
     return rows
 

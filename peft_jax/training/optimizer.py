@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from peft_jax.core.method import options_of
 from peft_jax.core.select import VECTORS, layer_axes, matches, number_layers
 from peft_jax.core.tree import map_places, path_str, places
 from peft_jax.low_rank.lora import LoRA
-from peft_jax.methods import METHOD_OPTIMIZERS
+from peft_jax.methods import METHODS
 from peft_jax.quantization.adam8bit import adamw8bit
 from peft_jax.training.config import OptimizerConfig
 
@@ -85,9 +85,10 @@ def make_optimizer(
     if config.lora_plus_ratio != 1.0:
         parts.append(lora_plus(config.lora_plus_ratio))
     chain, options = optax.chain(*parts), dict(method or {})
-    if wrap := METHOD_OPTIMIZERS.get(options.pop("name", "")):
-        known = inspect.signature(wrap).parameters
-        return wrap(chain, steps, **{k: v for k, v in options.items() if k in known})
+    record = METHODS.get(options.pop("name", ""))
+    if record is not None and record.optimizer is not None:
+        known = options_of(record.optimizer)
+        return record.optimizer(chain, steps, **{k: v for k, v in options.items() if k in known})
     return optax.with_extra_args_support(chain)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 import shutil
 from collections.abc import Mapping
@@ -32,14 +31,12 @@ from peft_jax.distillation.objective import of_student
 from peft_jax.generation.generate import generate
 from peft_jax.hub import save, save_adapter
 from peft_jax.knowledge.inputs import entity_fusion, read_entities, reads_knowledge
-from peft_jax.low_rank.init import STATISTICS
 from peft_jax.low_rank.loftq import loftq
-from peft_jax.methods import METHOD_STATISTICS
 from peft_jax.models.layers import unstack_layers
 from peft_jax.models.tables import check_rows, first_position
 from peft_jax.pruning.masked import mask_updates
 from peft_jax.pruning.prune import sparsity_of
-from peft_jax.quantization.quantize import bits_per_weight, embedding_layout, quantize
+from peft_jax.quantization.quantize import bits_per_weight, quantize
 from peft_jax.quantization.quantized import Quantized
 from peft_jax.training.checkpoint import Checkpoints, fingerprint, weights_of
 from peft_jax.training.config import (
@@ -94,7 +91,8 @@ def add_method(config: RunConfig, setup: Setup, rows: Any = None) -> Any:
     Starts that need statistics take them from the training rows, which are made where they are not
     given.
     """
-    function, options = check_method(config.method)
+    method, options = check_method(config.method)
+    function: Any = method
     if is_loftq(config):
         q = config.quantize
         where = {
@@ -109,16 +107,13 @@ def add_method(config: RunConfig, setup: Setup, rows: Any = None) -> Any:
             )
         }
         function = loftq
-    elif statistic := STATISTICS.get(options.get("init", "")):
+    elif names := method.statistics(options):
         rows = make_rows(config, config.data.train, setup) if rows is None else rows
-        options["statistics"] = _statistics(config, setup, rows, statistic, options)
-    elif names := _named_statistics(config, options):
-        rows = make_rows(config, config.data.train, setup) if rows is None else rows
-        where = {**options, "layout": embedding_layout(setup.params)}
+        layout = {} if method.layout is None else {"layout": method.layout(setup.params)}
         options["statistics"] = {
-            name: _statistics(config, setup, rows, name, where) for name in names
+            name: _statistics(config, setup, rows, name, options | layout) for name in names
         }
-    if "model" in inspect.signature(function).parameters:
+    if method.takes_model:
         options["model"] = setup.model
     params = function(setup.params, jax.random.key(config.train.seed), **options)
     if (entities := config.data.knowledge.entities) is not None:
@@ -147,12 +142,6 @@ def _is_head(model: Any, path: str) -> bool:
     return model.task not in ("causal_lm", "masked_lm", "seq2seq_lm") and bool(
         set(path.split("/")) & set(model.heads)
     )
-
-
-def _named_statistics(config: RunConfig, options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The statistics that the configured method takes by their names."""
-    needs = METHOD_STATISTICS.get(config.method.get("name", "lora"))
-    return () if needs is None else needs(options)
 
 
 def _statistics(

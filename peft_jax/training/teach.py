@@ -36,9 +36,9 @@ from peft_jax.distillation.objective import (
     distillation,
 )
 from peft_jax.distillation.remote import remote_top_k
+from peft_jax.generation.ends import end_tokens
 from peft_jax.generation.generate import generate
 from peft_jax.hub import load_tokenizer, local_folder
-from peft_jax.hub.generation_config import end_tokens
 from peft_jax.models.tables import IDS, check_continued, check_rows, first_position
 from peft_jax.objectives.reading import Objective, over_positions
 from peft_jax.objectives.tokens import TOKENS

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import peft_jax
 from peft_jax.distillation.students import take_layers
-from peft_jax.hub.generation_config import end_of_turn, end_tokens
+from peft_jax.generation.ends import end_of_turn, end_tokens
 from peft_jax.pruning.structured import shrink
 from peft_jax.pruning.vocabulary import renumbered
 from tests.reference import tiny_llama_folder

@@ -22,7 +22,7 @@ import peft_jax
 from peft_jax import FP4, FP8, MXFP4, NF4, Int
 from peft_jax.core.sharding import make_mesh
 from peft_jax.hub.checkpoint import linear_modules
-from peft_jax.hub.quantized import quantization_config
+from peft_jax.hub.quantized import TOOLS
 from peft_jax.models.blocks import abstract_params
 from peft_jax.models.families import FAMILIES as OURS
 from peft_jax.models.families import hf_config_of
@@ -662,19 +662,18 @@ def test_a_head_quantized_on_purpose(tiny, tmp_path):
 
 def test_what_transformers_would_pass_over_is_refused():
     weight = peft_jax.quantize_weight("w", jnp.ones((64, 64)), NF4())
+    config = TOOLS["bitsandbytes"].config
     with pytest.raises(
         ValueError,
         match=r"layer.1.wo: transformers keeps it in float32; quantize with exclude='wo'",
     ):
-        quantization_config("bitsandbytes", {"layer.1.wo": weight}, [], ("wo",))
+        config({"layer.1.wo": weight}, [], ("wo",))
     with pytest.raises(
         ValueError,
         match="pre_classifier: transformers passes over it with classifier, which is not quantized",
     ):
-        quantization_config("bitsandbytes", {"pre_classifier": weight}, ["classifier"])
-    skipped = quantization_config("bitsandbytes", {"layers.11.q": weight}, ["layers.1", "k"])[
-        "llm_int8_skip_modules"
-    ]
+        config({"pre_classifier": weight}, ["classifier"], ())
+    skipped = config({"layers.11.q": weight}, ["layers.1", "k"], ())["llm_int8_skip_modules"]
     assert skipped == ["layers.1", "k"]
 
 
@@ -751,7 +750,7 @@ def broken(folder, out, change, config=None):
         (
             lambda t: None,
             {"quant_method": "hqq"},
-            "quant_method 'hqq' is not supported; supported: bitsandbytes, gptq",
+            "quant_method 'hqq' is not supported; supported: awq, bitsandbytes, compressed-tensors",
         ),
         (
             lambda t: t.update(

@@ -2,8 +2,6 @@
 PEFT.
 """
 
-import inspect
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,7 +23,6 @@ from tests.reference import (
     torch_logits,
     torch_model,
 )
-from tests.test_method_matrix import OPTIONS, WHOLE
 
 TOKENS = random_tokens(2, 10)
 Q = "model/layers/self_attn/q_proj/kernel"
@@ -219,8 +216,8 @@ def adapted(name, seed=0, adapter="default", params=None, **options):
     Weight that is an adapter.
     """
     where = {} if name == "trainable_tokens" else {"targets": "q_proj"}
-    given = OPTIONS.get(name, {}) | where | {"adapter": adapter} | options
-    known = inspect.signature(METHODS[name]).parameters
+    given = METHODS[name].example | where | {"adapter": adapter} | options
+    known = METHODS[name].options
     if not {"targets", "adapter"} <= set(known):
         return None
     try:
@@ -231,7 +228,7 @@ def adapted(name, seed=0, adapter="default", params=None, **options):
     return (perturb(tree, seed=seed, scale=0.05), paths[0]) if paths else None
 
 
-ADAPTERS = [name for name in METHODS if name not in WHOLE and adapted(name) is not None]
+ADAPTERS = [name for name in METHODS if not METHODS[name].whole and adapted(name) is not None]
 
 
 def update(tree, path):

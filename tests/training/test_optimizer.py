@@ -28,7 +28,6 @@ from peft_jax.training.loop import initial_state
 from peft_jax.training.optimizer import decay_mask, make_optimizer
 from tests.models.test_encoders import ENCODERS, T5_SIZES
 from tests.reference import FAMILIES, family_checkpoint, random_tokens, relative_error, torch_model
-from tests.test_method_matrix import OPTIONS
 
 BIASED = "llama3_tied_biased"
 
@@ -184,7 +183,7 @@ def by_name(params):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stacked_layers_decay_as_looped_ones(base, method):
-    options = OPTIONS.get(method, {})
+    options = METHODS[method].example
 
     def make(tree):
         return jax.eval_shape(lambda p: METHODS[method](p, jax.random.key(0), **options), tree)

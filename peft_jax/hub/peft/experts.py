@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core.select import EXPERTS
+from peft_jax.core.roles import expert_leaves
 from peft_jax.core.sharding import fetch
 from peft_jax.hub.names import module_names, stack_size
 from peft_jax.hub.peft.formats import Config, Tensors, number, pattern
@@ -71,7 +71,7 @@ def expert_tensors(nodes: Mapping[str, Any]) -> Tensors:
     tensors: Tensors = {}
     for path, node in nodes.items():
         module, _, leaf = path.rpartition("/")
-        names = [p for p in EXPERTS if f"{module}/{p}" in nodes]
+        names = [p for p in expert_leaves() if f"{module}/{p}" in nodes]
         for name, _, A, B in _by_layer(path, node):
             wrapped = name + ".base_layer" * (len(names) - 1 - names.index(leaf))
             tensors[f"{wrapped}.{_A}"] = A.swapaxes(1, 2).reshape(-1, A.shape[1])
@@ -91,7 +91,7 @@ def experts_config(nodes: Mapping[str, Any]) -> dict[str, Any]:
         )
 
     targets = sorted(
-        {named(path) for path in nodes}, key=lambda t: EXPERTS.index(t.rpartition(".")[2])
+        {named(path) for path in nodes}, key=lambda t: expert_leaves().index(t.rpartition(".")[2])
     )
     return {"target_parameters": targets, "lora_dropout": 0.0}
 
@@ -106,7 +106,7 @@ def attach_experts(
     """
     module, _, leaf = path.rpartition("/")
     wanted = {str(t).rpartition(".")[2] for t in config.get("target_parameters") or ()}
-    names = [p for p in EXPERTS if p in wanted]
+    names = [p for p in expert_leaves() if p in wanted]
     if leaf not in names:
         return w
     depth, found, scales = len(names) - 1 - names.index(leaf), [], []

@@ -21,12 +21,12 @@ from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import map_places, places, stack_of
 from peft_jax.core.weight import materialize
 from peft_jax.hub.names import embedding_name, stack_size, tensors_of
-from peft_jax.hub.peft.formats import FORMATS, Config, Format, Module, Tensors
+from peft_jax.hub.peft.formats import Config, Module, PeftFormat, Tensors, format_of
+from peft_jax.hub.peft.trainable_tokens import FORMAT as TOKENS
 from peft_jax.models.families import FAMILIES, tied_head, untie
 
 # with the rows of trainable tokens: the ids that a tied head takes from its embedding
 _IDS = "token_indices"
-_ROWS = FORMATS["TRAINABLE_TOKENS"].tensors
 # The modules that PEFT trains whole by itself, and expects in the file, by the adapter's task.
 _OWN_MODULES = {
     "SEQ_CLS": ("classifier", "score"),
@@ -169,10 +169,10 @@ def split_tie(
     tokens: dict[str, Tensors],
     extras: Tensors,
     config: Config,
-    kind: Format,
+    kind: PeftFormat | None,
 ) -> Any:
     """The tree that an adapter's tensors fit: with the head's own embedding where they tell it from
-    the look-up's.
+    the look-up's; `kind` is None where it has nodes in no module.
 
     Where they do not, what they repeat for the head is taken out.
     """
@@ -189,7 +189,7 @@ def split_tie(
         for found, name in ((modules, head), (tokens, head), (extras, f"{head}.weight")):
             found.pop(name, None)
         return params
-    rows = modules if kind.tensors == _ROWS else tokens
+    rows = modules if kind is TOKENS else tokens
     if embedding in rows and _same_rows(rows, embedding, head, config):
         rows[head] = {**rows[embedding], _IDS: _ids(rows[embedding], embedding, config)}
     return untie(params)
@@ -200,17 +200,17 @@ def _same_nodes(
     embedding: str,
     head: str,
     config: Config,
-    kind: Format,
+    kind: PeftFormat | None,
     shape: tuple[int, ...],
 ) -> bool:
     """Whether the adapter's updates of the embedding and of the head are each other's transpose, or
     there are none.
     """
-    if kind.tensors == _ROWS:
+    if kind is TOKENS:
         return _same_rows(modules, embedding, head, config)
     if embedding not in modules and head not in modules:
         return True
-    if kind.mirror is None or not {embedding, head} <= set(modules):
+    if kind is None or kind.mirror is None or not {embedding, head} <= set(modules):
         return False
     V, D = shape
     cls, fields = kind.read(modules[embedding], config, Module(embedding, V, D, True))
@@ -238,7 +238,7 @@ def _same_rows(tokens: Mapping[str, Tensors], embedding: str, head: str, config:
 
 
 def _ids(rows: Tensors, module: str, config: Config) -> np.ndarray:
-    return FORMATS["TRAINABLE_TOKENS"].read(rows, config, Module(module, 2**31, 0, True))[1]["ids"]
+    return TOKENS.read(rows, config, Module(module, 2**31, 0, True))[1]["ids"]
 
 
 def _same_weights(extras: Tensors, embedding: str, head: str, config: Config) -> bool:
@@ -260,8 +260,8 @@ def for_head(node: Any, path: str) -> Any:
     """The node at a tied embedding as PEFT has it at the head. Raises ValueError where a PEFT
     folder cannot say it.
     """
-    kind = next(f for f in FORMATS.values() if isinstance(node, f.nodes))
-    made = kind.mirror(node) if kind.mirror is not None else None
+    kind = format_of(node)
+    made = kind.mirror(node) if kind is not None and kind.mirror is not None else None
     if made is None:
         raise ValueError(
             f"{path} is the head too, and PEFT's {type(node).__name__} of an embedding cannot "
@@ -276,13 +276,13 @@ def can_say(params: Any, nodes: Mapping[str, Any], task_type: str | None) -> boo
     """Whether PEFT's format can say what these nodes do to a tied embedding."""
     tie = None if task_type == "FEATURE_EXTRACTION" else tie_of(params)
     node = nodes.get(tie[0]) if tie else None
-    if node is None or isinstance(node, (Attachment, *FORMATS["TRAINABLE_TOKENS"].nodes)):
+    if node is None or isinstance(node, (Attachment, *TOKENS.nodes)):
         return True
     if any(f.look_ups and f"{f.embedding}/embedding" in nodes for f in FAMILIES.values()):
         return False
     if isinstance(node, Replacement):
         return True
-    kind = next((f for f in FORMATS.values() if isinstance(node, f.nodes)), None)
+    kind = format_of(node)
     return (
         kind is not None
         and kind.mirror is not None
