@@ -37,6 +37,7 @@ from peft_jax.data.spans import (
     tokens_of,
 )
 from peft_jax.knowledge.hooks import KEY
+from peft_jax.models.operands import AttentionOperands
 
 logger = logging.getLogger("peft_jax")
 
@@ -193,13 +194,12 @@ class VisibleMatrix(Attachment):
     branches: jax.Array
     mentions: jax.Array
 
-    def around(
-        self, call: Callable[..., Any], q: Any, k: Any, v: Any, mask: Any, *rest: Any, **kwargs: Any
-    ) -> Any:
+    def around(self, call: Callable[..., Any], o: AttentionOperands) -> Any:  # type: ignore[override]
         b, m, place = self.branches, self.mentions, jnp.arange(self.branches.shape[-1])
-        if q.shape[1] != len(place):
+        mask, tokens = o.mask, o.query.shape[1]
+        if tokens != len(place):
             raise ValueError(
-                f"rows with triples have {len(place)} tokens, attention {q.shape[1]}: leave "
+                f"rows with triples have {len(place)} tokens, attention {tokens}: leave "
                 "virtual tokens out"
             )
 
@@ -219,7 +219,7 @@ class VisibleMatrix(Attachment):
             local = seen & (jnp.abs(near - far) < mask.width)
         behind = mask.kv_positions.shape[1] - len(place)  # a cache's slots, empty yet
         given = tuple(jnp.pad(x, [(0, 0)] * 3 + [(0, behind)]) for x in (seen, local))
-        return call(q, k, v, dataclasses.replace(mask, given=given, dense=True), *rest, **kwargs)
+        return call(o.replace(mask=dataclasses.replace(mask, given=given, dense=True)))
 
 
 @node

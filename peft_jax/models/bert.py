@@ -29,6 +29,7 @@ from peft_jax.models.blocks import (
 )
 from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_shared
 from peft_jax.models.family import ENCODER_TASKS, Family
+from peft_jax.models.operands import AttentionOperands, ScoreBias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,7 @@ class SelfAttention(Block):
         )
         return join_heads(
             AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(
-                q, k, v, shared["mask"]
+                AttentionOperands(q, k, v, shared["mask"])
             )
         )
 
@@ -214,8 +215,9 @@ class DisentangledSelfAttention(Block):
             split_heads(layer(x), c.head_dim)
             for layer in (self.query_proj, self.key_proj, self.value_proj)
         )
-        bias = self._positions(q, k, shared) if c.relative_attention else None
-        return join_heads(self.core(q, k, v, shared["mask"], False, bias))
+        scores = self._positions(q, k, shared) if c.relative_attention else None
+        bias = None if scores is None else ScoreBias(scores)
+        return join_heads(self.core(AttentionOperands(q, k, v, shared["mask"], bias=bias)))
 
     def _positions(self, q: jax.Array, k: jax.Array, shared: dict[str, Any]) -> jax.Array | None:
         """The terms with positions, [B, H, T, T], float32."""

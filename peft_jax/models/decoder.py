@@ -32,6 +32,7 @@ from peft_jax.models.blocks import (
 )
 from peft_jax.models.config import DecoderConfig
 from peft_jax.models.moe import SparseMLP
+from peft_jax.models.operands import AttentionOperands
 from peft_jax.models.rotary import rotary_table, rotate, sequence_lengths
 
 
@@ -101,7 +102,8 @@ class Attention(nn.Module):
         if cache is not None:
             cache = write_cache(cache, k, v, shared["index"])
             k, v = read_cache(cache, q.dtype, k.shape[1] if shared["mask"].aligned else None)
-        out = self.core(q, k, v, shared["mask"], self._flag("sliding", layer))
+        sliding = self._flag("sliding", layer)
+        out = self.core(AttentionOperands(q, k, v, shared["mask"], sliding))
         return self.o_proj(out.reshape(*out.shape[:-2], -1)), cache
 
     def _flag(self, name: str, layer: dict[str, jax.Array]) -> bool | jax.Array:

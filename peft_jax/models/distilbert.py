@@ -24,6 +24,7 @@ from peft_jax.models.blocks import (
 )
 from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_shared
 from peft_jax.models.family import ENCODER_TASKS, Family
+from peft_jax.models.operands import AttentionOperands
 
 
 def distilbert_config(hf: Any) -> EncoderConfig:
@@ -70,7 +71,7 @@ class SelfAttention(Block):
             for n in ("q_lin", "k_lin", "v_lin")
         )
         y = AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(
-            q, k, v, shared["mask"]
+            AttentionOperands(q, k, v, shared["mask"])
         )
         return self.dense(c.hidden_size, "out_lin")(join_heads(y))
 

@@ -32,6 +32,7 @@ from peft_jax.models.blocks import (
 )
 from peft_jax.models.decoder import cached_mask, last_of
 from peft_jax.models.family import DECODER_TASKS, Family
+from peft_jax.models.operands import AttentionOperands
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,8 @@ class Attention(Block):
             cache = write_cache(cache, k, v, shared["index"])
             k, v = read_cache(cache, q.dtype, k.shape[1] if shared["mask"].aligned else None)
         scale = c.head_dim**-0.5 if c.scale_attention else 1.0
-        y = AttentionCore(scale, None, self.implementation, name="core")(q, k, v, shared["mask"])
+        core = AttentionCore(scale, None, self.implementation, name="core")
+        y = core(AttentionOperands(q, k, v, shared["mask"]))
         y = self.drop(self.dense(c.hidden_size, "c_proj")(join_heads(y)))
         return AttentionOutput(name="output")(y, queries), cache
 

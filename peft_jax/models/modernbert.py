@@ -27,6 +27,7 @@ from peft_jax.models.blocks import (
 from peft_jax.models.config import rotary_config
 from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_shared
 from peft_jax.models.family import ENCODER_TASKS, Family
+from peft_jax.models.operands import AttentionOperands
 from peft_jax.models.rotary import RotaryConfig, rotary_table, rotate, sequence_lengths
 
 
@@ -107,7 +108,7 @@ class Attention(Block):
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(
-            q, k, v, shared["mask"], sliding
+            AttentionOperands(q, k, v, shared["mask"], sliding)
         )
         return self.drop(
             self.dense(c.hidden_size, "Wo", c.attention_bias)(join_heads(y)), c.attention_dropout

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from peft_jax.core.roles import Roles
 from peft_jax.models.attention import Mask, empty_cache, make_mask, read_cache, write_cache
@@ -34,6 +33,7 @@ from peft_jax.models.blocks import (
 )
 from peft_jax.models.encoder import encoder_shared
 from peft_jax.models.family import Family
+from peft_jax.models.operands import AttentionOperands, ScoreBias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,17 +109,15 @@ def bucket(
     return first + jnp.where(distance < exact, distance, far)
 
 
-@struct.dataclass
-class Relative:
-    """The bias of relative positions, `scores` [B or 1, H, T, S], with the table [buckets, H] and
-    positions that it is from.
-    """
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Relative(ScoreBias):
+    """The bias of relative positions, with the table [buckets, H] and positions that it is from."""
 
-    scores: jax.Array
     table: jax.Array
     positions: jax.Array
-    max_distance: int = struct.field(pytree_node=False)
-    bidirectional: bool = struct.field(pytree_node=False)
+    max_distance: int = dataclasses.field(metadata={"static": True})
+    bidirectional: bool = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(
@@ -132,7 +130,7 @@ class Relative:
         ).astype(jnp.float32)
         return cls(scores, table, positions, **options)
 
-    def with_prefix(self, length: int) -> Relative:
+    def with_keys_before(self, length: int) -> Relative:
         """The bias with `length` keys in front, at the positions before the first one."""
         options = {"max_distance": self.max_distance, "bidirectional": self.bidirectional}
         front = Relative.of(
@@ -140,7 +138,7 @@ class Relative:
         ).scores
         rows = max(front.shape[0], self.scores.shape[0])
         both = [jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (front, self.scores)]
-        return self.replace(scores=jnp.concatenate(both, axis=-1))  # type: ignore[attr-defined]
+        return dataclasses.replace(self, scores=jnp.concatenate(both, axis=-1))
 
 
 class Attention(Block):
@@ -168,7 +166,8 @@ class Attention(Block):
             elif cache is not None:
                 cache = write_cache(cache, k, v, index)
                 k, v = read_cache(cache, q.dtype)
-        y = AttentionCore(1.0, None, self.implementation, name="core")(q, k, v, mask, False, bias)
+        core = AttentionCore(1.0, None, self.implementation, name="core")
+        y = core(AttentionOperands(q, k, v, mask, bias=bias))
         return self.dense(c.hidden_size, "o", False)(join_heads(y)), cache
 
 
