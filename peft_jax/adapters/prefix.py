@@ -25,6 +25,7 @@ from peft_jax.core.reparametrised import node
 from peft_jax.core.roles import hooks_of, modules_by_role, role_of
 from peft_jax.core.select import Targets, nearest
 from peft_jax.core.weight import Layout, matrix_shape, static
+from peft_jax.models.cache import Inputs
 from peft_jax.models.operands import AttentionOperands
 
 _FLAX = {"query", "key", "value", "out"}
@@ -156,16 +157,15 @@ class Offset(Attachment):
     def moves(self, path: str) -> int:
         return self.length
 
-    def around(
-        self, call: Callable[..., Any], tokens, positions, segment_ids, cache, common: int = 0
-    ) -> Any:
+    def around(self, call: Callable[..., Any], inputs: Inputs) -> Any:  # type: ignore[override]
+        tokens, positions, cache = inputs.tokens, inputs.positions, inputs.cache
         if positions is None:
-            start = 0 if cache is None else cache["index"]
+            start = 0 if cache is None else cache.index
             rows = 1 if cache is None else tokens.shape[0]
             positions = jnp.broadcast_to(
                 start + jnp.arange(tokens.shape[1], dtype=jnp.int32), (rows, tokens.shape[1])
             )
-        return call(tokens, positions + self.length, segment_ids, cache, common)
+        return call(inputs.replace(positions=positions + self.length))
 
 
 def prefix_tuning(

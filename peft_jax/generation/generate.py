@@ -18,7 +18,7 @@ from peft_jax.data import unpadded
 from peft_jax.generation.ends import before_stop, end_tokens, ends_of, is_end, stopped, until
 from peft_jax.generation.programs import CHUNK, decode, next_tokens, prefill
 from peft_jax.generation.sampling import Sampling, make_sampling
-from peft_jax.models.attention import CACHE_DTYPES
+from peft_jax.models.cache import CACHE_DTYPES
 from peft_jax.models.tables import check_prompts
 
 

@@ -37,6 +37,7 @@ from peft_jax.data.spans import (
     tokens_of,
 )
 from peft_jax.knowledge.hooks import KEY
+from peft_jax.models.cache import Cache
 from peft_jax.models.operands import AttentionOperands
 
 logger = logging.getLogger("peft_jax")
@@ -326,10 +327,10 @@ def _reading(
     return out if kwargs.get("cache") is None else (out[0], _sentence_alone(out[1], branches))
 
 
-def _sentence_alone(cache: Any, branches: jax.Array) -> Any:
+def _sentence_alone(cache: Cache, branches: jax.Array) -> Any:
     """The cache without the triples of its first tokens, in which the segment 0 is seen by none."""
-    hidden = jnp.pad(branches > 0, [(0, 0), (0, cache["segment_ids"].shape[1] - branches.shape[1])])
-    return {**cache, "segment_ids": jnp.where(hidden, 0, cache["segment_ids"])}
+    hidden = jnp.pad(branches > 0, [(0, 0), (0, cache.length - branches.shape[1])])
+    return cache.replace(segment_ids=jnp.where(hidden, 0, cache.segment_ids))
 
 
 def _see(params: Any, branches: jax.Array, mentions: jax.Array) -> Any:

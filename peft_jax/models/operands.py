@@ -5,12 +5,13 @@ it and leaves the rest.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.models.attention import Mask
+from peft_jax.models.cache import Record
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +28,7 @@ class ScoreBias:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AttentionOperands:
+class AttentionOperands(Record):
     """Queries [B, T, H, d], keys and values [B, S, K, d], and who sees whom.
 
     `sliding` chooses the mask's local part, statically or by a traced boolean.
@@ -39,7 +40,3 @@ class AttentionOperands:
     mask: Mask
     sliding: bool | jax.Array = False
     bias: ScoreBias | None = None
-
-    def replace(self, **changes: Any) -> Self:
-        """These with some of them changed."""
-        return dataclasses.replace(self, **changes)
