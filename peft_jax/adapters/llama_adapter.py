@@ -23,6 +23,7 @@ from peft_jax.core.reparametrised import node
 from peft_jax.core.roles import first_fit, modules_by_role
 from peft_jax.core.weight import static
 from peft_jax.core.where import Named, Selection
+from peft_jax.models.operands import AttentionOperands
 
 
 @node
@@ -54,8 +55,8 @@ class AdaptionPrompt(Attachment):
         return self.replace(keys=project("k"), values=project("v"))
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        q, k = args[:2]
-        return self.added(call(*args, **kwargs), q, k.shape[-2])
+        o: AttentionOperands = args[0]
+        return self.added(call(o), o.query, o.key.shape[-2])
 
     def added(self, out: jax.Array, q: jax.Array, kv_heads: int) -> jax.Array:
         """`out` [B, T, H, d] with the prompt's part for the queries q [B, T, H, d]."""

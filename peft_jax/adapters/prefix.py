@@ -26,6 +26,8 @@ from peft_jax.core.roles import modules_by_role
 from peft_jax.core.select import Targets, nearest
 from peft_jax.core.weight import Layout, matrix_shape, static
 from peft_jax.core.where import Among, Selection
+from peft_jax.models.cache import Inputs
+from peft_jax.models.operands import AttentionOperands
 
 _FLAX = {"query", "key", "value", "out"}
 
@@ -99,6 +101,8 @@ class Prefix(Attachment):
         return run(self)
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.part == "both":
+            return self._around_core(call, *args)
         if self.part == "mask":
             mask = kwargs.get("mask")
             if mask is not None:
@@ -107,16 +111,20 @@ class Prefix(Attachment):
                 )
             return call(*args, **kwargs)
         keys, values = self.arrays()
-        if self.part != "both":
-            return _before(keys if self.part == "key" else values, call(*args, **kwargs))
-        q, k, v, mask, *rest = args
+        return _before(keys if self.part == "key" else values, call(*args, **kwargs))
+
+    def _around_core(self, call: Callable[..., Any], o: AttentionOperands) -> Any:
+        keys, values = self.arrays()
         visible = True if self.gate is None else (self.gate > 0).reshape(-1, 1, 1, 1)
-        mask = mask.with_prefix(
-            self.length, visible, self._bias(q), 0 if self.offset else -self.length
+        first = 0 if self.offset else -self.length
+        return call(
+            o.replace(
+                key=_before(keys, o.key),
+                value=_before(values, o.value),
+                mask=o.mask.with_prefix(self.length, visible, self._bias(o.query), first),
+                bias=None if o.bias is None else o.bias.with_keys_before(self.length),
+            )
         )
-        if len(rest) > 1 and rest[1] is not None:  # scores by position
-            rest[1] = _bias_with_prefix(rest[1], self.length)
-        return call(q, _before(keys, k), _before(values, v), mask, *rest, **kwargs)
 
     def _bias(self, q: jax.Array) -> jax.Array | None:
         """What the gate adds to the prefix's scores, [B, 1, T, P]: its logarithm, so that an open
@@ -130,17 +138,6 @@ class Prefix(Attachment):
         return jnp.broadcast_to(
             jax.nn.log_sigmoid(logits)[:, None], (q.shape[0], 1, q.shape[1], self.length)
         )
-
-
-def _bias_with_prefix(bias: Any, length: int) -> Any:
-    """A bias of scores with `length` keys in front: at the positions before the first, or at
-    none.
-    """
-    return (
-        bias.with_prefix(length)
-        if hasattr(bias, "with_prefix")
-        else jnp.pad(bias, [(0, 0)] * 3 + [(length, 0)])
-    )
 
 
 def _before(prefix: jax.Array, x: jax.Array) -> jax.Array:
@@ -161,16 +158,15 @@ class Offset(Attachment):
     def moves(self, path: str) -> int:
         return self.length
 
-    def around(
-        self, call: Callable[..., Any], tokens, positions, segment_ids, cache, common: int = 0
-    ) -> Any:
+    def around(self, call: Callable[..., Any], inputs: Inputs) -> Any:  # type: ignore[override]
+        tokens, positions, cache = inputs.tokens, inputs.positions, inputs.cache
         if positions is None:
-            start = 0 if cache is None else cache["index"]
+            start = 0 if cache is None else cache.index
             rows = 1 if cache is None else tokens.shape[0]
             positions = jnp.broadcast_to(
                 start + jnp.arange(tokens.shape[1], dtype=jnp.int32), (rows, tokens.shape[1])
             )
-        return call(tokens, positions + self.length, segment_ids, cache, common)
+        return call(inputs.replace(positions=positions + self.length))
 
 
 def prefix_tuning(

@@ -26,6 +26,7 @@ from peft_jax.core.tree import places
 from peft_jax.core.weight import static, take
 from peft_jax.core.where import Embedded, Selection
 from peft_jax.models.blocks import ScaledEmbed, embedding_scale, scaled
+from peft_jax.models.cache import Hidden, Inputs
 
 
 @node
@@ -34,8 +35,8 @@ class Prompt(Attachment):
     "decoder" or an "encoder" of this package, or any "model" of tokens [B, T].
 
     In a bank `gate` [B] is 0 for a row without a prompt: nothing sees its virtual tokens. An
-    encoder's rows are one sequence each. Where it is asked for a row's first state, that is the
-    first virtual token's, as PEFT has it.
+    encoder's rows are one sequence each; the state that stands first is the first virtual token's,
+    as PEFT has it.
     """
 
     gate: jax.Array | None = None
@@ -68,49 +69,37 @@ class Prompt(Attachment):
             else out[:, self.length :]
         )
 
-    def _encoder(
-        self,
-        call: Callable[..., Any],
-        tokens,
-        segment_ids,
-        token_type_ids,
-        positions,
-        pooled: bool = False,
-    ) -> Any:
-        P = self.length
+    def _encoder(self, call: Callable[..., Any], inputs: Inputs) -> Hidden:
+        P, tokens, positions = self.length, inputs.tokens, inputs.positions
 
         def whole(x, values):
             return None if x is None else self._before(jnp.broadcast_to(x, tokens.shape), values)
 
-        positions = None if positions is None else whole(positions + P, jnp.arange(P))
-        inputs = (
-            self._before(tokens, -1 - jnp.arange(P)),
-            whole(segment_ids, 1),
-            whole(token_type_ids, 0),
-            positions,
+        out = call(
+            inputs.replace(
+                tokens=self._before(tokens, -1 - jnp.arange(P)),
+                segment_ids=whole(inputs.segment_ids, 1),
+                token_type_ids=whole(inputs.token_type_ids, 0),
+                positions=None if positions is None else whole(positions + P, jnp.arange(P)),
+            )
         )
-        out = call(*inputs, pooled)
-        return out if pooled else out[:, P:]
+        return out._replace(states=out.states[:, P:])
 
     def _before(self, x: jax.Array, values: Any) -> jax.Array:
         """x [B, T] with `values` before each row."""
         values = jnp.broadcast_to(jnp.asarray(values).astype(x.dtype), (x.shape[0], self.length))
         return jnp.concatenate([values, x], axis=1)
 
-    def _decoder(
-        self, call: Callable[..., Any], tokens, positions, segment_ids, cache, common: int = 0
-    ) -> Any:
-        P = self.length
-        started = cache is not None and "prompted" in cache
-        cache = cache and {k: v for k, v in cache.items() if k != "prompted"}
-        positions = None if positions is None else positions + P
-        if started:
-            x, new = call(tokens, positions, segment_ids, cache, common)
-            return x, {**new, "prompted": jnp.int32(P)}
-        if cache is not None and (slots := cache["k"].shape[2]) < P + tokens.shape[1]:
+    def _decoder(self, call: Callable[..., Any], inputs: Inputs) -> Any:
+        P, tokens, segment_ids = self.length, inputs.tokens, inputs.segment_ids
+        cache = inputs.cache
+        positions = None if inputs.positions is None else inputs.positions + P
+        if cache is not None and not cache.empty:  # it begins with the prompt
+            return call(inputs.replace(positions=positions))
+        if cache is not None and cache.length < P + tokens.shape[1]:
             raise ValueError(
-                f"the cache has {slots} slots, and {tokens.shape[1]} tokens after a prompt of {P} "
-                f"need {P + tokens.shape[1]}"
+                f"the cache has {cache.length} slots, and {tokens.shape[1]} tokens after a prompt "
+                f"of {P} need {P + tokens.shape[1]}"
             )
         if segment_ids is None and (cache is not None or self.gate is not None):
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
@@ -119,9 +108,14 @@ class Prompt(Attachment):
         seen = -1 if self.gate is None else jnp.where(self.gate > 0, -1, 0)[:, None]
         segment_ids = None if segment_ids is None else self._before(segment_ids, seen)
         x, new = call(
-            self._before(tokens, -1 - jnp.arange(P)), positions, segment_ids, cache, common + P
+            inputs.replace(
+                tokens=self._before(tokens, -1 - jnp.arange(P)),
+                positions=positions,
+                segment_ids=segment_ids,
+                common=True,
+            )
         )
-        return x[:, P:], None if cache is None else {**new, "prompted": jnp.int32(P)}
+        return x[:, P:], new
 
 
 @node

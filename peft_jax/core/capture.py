@@ -35,12 +35,16 @@ class Place(NamedTuple):
 
 
 class _Input(NamedTuple):
-    """Takes a module's input, by its number; a value, so that programs of equal places are one."""
+    """Takes a module's input, or a field of it; a value, so that programs of equal places are
+    one.
+    """
 
     index: int
+    field: str | None
 
     def __call__(self, args: tuple[Any, ...], out: Any) -> jax.Array:
-        return args[self.index]
+        given = args[self.index]
+        return given if self.field is None else getattr(given, self.field)
 
 
 def _first_output(args: tuple[Any, ...], out: Any) -> jax.Array:
@@ -52,9 +56,9 @@ def output_of(path: str) -> Place:
     return Place(path, _first_output)
 
 
-def input_of(path: str, index: int = 0) -> Place:
-    """A module's input, by its number."""
-    return Place(path, _Input(index))
+def input_of(path: str, index: int = 0, *, field: str | None = None) -> Place:
+    """A module's input, by its number, or what is called `field` in it."""
+    return Place(path, _Input(index, field))
 
 
 def plain_path(path: str) -> str:

@@ -218,7 +218,5 @@ def places_of(params: Any, needs: set[str], *, embedded: bool = False) -> dict[s
     if embedded:
         found["embedded"] = input_of(stack)
     return found | {
-        n: input_of(f"{stack}/*core", i)
-        for i, n in enumerate(("query", "key", "value"))
-        if n in needs
+        n: input_of(f"{stack}/*core", field=n) for n in ("query", "key", "value") if n in needs
     }

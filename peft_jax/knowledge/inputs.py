@@ -36,6 +36,8 @@ from peft_jax.data.spans import (
     tokens_of,
 )
 from peft_jax.knowledge.hooks import KEY
+from peft_jax.models.cache import Cache
+from peft_jax.models.operands import AttentionOperands
 
 logger = logging.getLogger("peft_jax")
 
@@ -192,13 +194,12 @@ class VisibleMatrix(Attachment):
     branches: jax.Array
     mentions: jax.Array
 
-    def around(
-        self, call: Callable[..., Any], q: Any, k: Any, v: Any, mask: Any, *rest: Any, **kwargs: Any
-    ) -> Any:
+    def around(self, call: Callable[..., Any], o: AttentionOperands) -> Any:  # type: ignore[override]
         b, m, place = self.branches, self.mentions, jnp.arange(self.branches.shape[-1])
-        if q.shape[1] != len(place):
+        mask, tokens = o.mask, o.query.shape[1]
+        if tokens != len(place):
             raise ValueError(
-                f"rows with triples have {len(place)} tokens, attention {q.shape[1]}: leave "
+                f"rows with triples have {len(place)} tokens, attention {tokens}: leave "
                 "virtual tokens out"
             )
 
@@ -218,7 +219,7 @@ class VisibleMatrix(Attachment):
             local = seen & (jnp.abs(near - far) < mask.width)
         behind = mask.kv_positions.shape[1] - len(place)  # a cache's slots, empty yet
         given = tuple(jnp.pad(x, [(0, 0)] * 3 + [(0, behind)]) for x in (seen, local))
-        return call(q, k, v, dataclasses.replace(mask, given=given, dense=True), *rest, **kwargs)
+        return call(o.replace(mask=dataclasses.replace(mask, given=given, dense=True)))
 
 
 @node
@@ -325,10 +326,10 @@ def _reading(
     return out if kwargs.get("cache") is None else (out[0], _sentence_alone(out[1], branches))
 
 
-def _sentence_alone(cache: Any, branches: jax.Array) -> Any:
+def _sentence_alone(cache: Cache, branches: jax.Array) -> Any:
     """The cache without the triples of its first tokens, in which the segment 0 is seen by none."""
-    hidden = jnp.pad(branches > 0, [(0, 0), (0, cache["segment_ids"].shape[1] - branches.shape[1])])
-    return {**cache, "segment_ids": jnp.where(hidden, 0, cache["segment_ids"])}
+    hidden = jnp.pad(branches > 0, [(0, 0), (0, cache.length - branches.shape[1])])
+    return cache.replace(segment_ids=jnp.where(hidden, 0, cache.segment_ids))
 
 
 def _see(params: Any, branches: jax.Array, mentions: jax.Array) -> Any:

@@ -27,8 +27,10 @@ from peft_jax.models.blocks import (
     run_layers,
     split_heads,
 )
+from peft_jax.models.cache import Hidden, Inputs
 from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_shared
 from peft_jax.models.family import ENCODER_TASKS, Family
+from peft_jax.models.operands import AttentionOperands, ScoreBias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +179,7 @@ class SelfAttention(Block):
         )
         return join_heads(
             AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(
-                q, k, v, shared["mask"]
+                AttentionOperands(q, k, v, shared["mask"])
             )
         )
 
@@ -214,8 +216,9 @@ class DisentangledSelfAttention(Block):
             split_heads(layer(x), c.head_dim)
             for layer in (self.query_proj, self.key_proj, self.value_proj)
         )
-        bias = self._positions(q, k, shared) if c.relative_attention else None
-        return join_heads(self.core(q, k, v, shared["mask"], False, bias))
+        scores = self._positions(q, k, shared) if c.relative_attention else None
+        bias = None if scores is None else ScoreBias(scores)
+        return join_heads(self.core(AttentionOperands(q, k, v, shared["mask"], bias=bias)))
 
     def _positions(self, q: jax.Array, k: jax.Array, shared: dict[str, Any]) -> jax.Array | None:
         """The terms with positions, [B, H, T, T], float32."""
@@ -340,8 +343,8 @@ class Pooler(Block):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        x = self.drop(hidden[:, 0], self.dropout)
+    def __call__(self, first: jax.Array) -> jax.Array:
+        x = self.drop(first, self.dropout)
         return ACTIVATIONS[self.activation](self.dense(self.config.hidden_size, "dense")(x))
 
 
@@ -360,20 +363,17 @@ class BertStack(Block):
         if self.config.model_type == "bert" and self.task == "sequence_classification":
             self.pooler = Pooler(*fields)
 
-    def __call__(
-        self, tokens, segment_ids, token_type_ids, positions, pooled: bool = False
-    ) -> jax.Array:
-        """`pooled` says that the first token's state is what is wanted (a prompt then leaves its
-        own there, as PEFT's does).
-        """
+    def __call__(self, inputs: Inputs) -> Hidden:
+        tokens, positions = inputs.tokens, inputs.positions
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        x = self.embeddings(tokens, token_type_ids, positions)
-        return self.encoder(x, encoder_shared(tokens, segment_ids, positions))
+        x = self.embeddings(tokens, inputs.token_type_ids, positions)
+        x = self.encoder(x, encoder_shared(tokens, inputs.segment_ids, positions))
+        return Hidden(x, x[:, 0])
 
-    def pool(self, hidden: jax.Array) -> jax.Array:
+    def pool(self, first: jax.Array) -> jax.Array:
         """The sequence's vector [B, D]."""
-        return self.pooler(hidden)
+        return self.pooler(first)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Products with the word embeddings, [..., V]."""
@@ -432,10 +432,11 @@ class Bert(Encoder):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         return self.cls.shift(self.bert.attend(self.cls(hidden)).astype(jnp.float32))
 
-    def label_logits(self, hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def label_logits(self, hidden: Hidden, segment_ids: jax.Array | None) -> jax.Array:
         if self.task == "question_answering":
-            return self.qa_outputs(hidden)
-        pooled = self.bert.pool(hidden) if self.task == "sequence_classification" else hidden
+            return self.qa_outputs(hidden.states)
+        one = self.task == "sequence_classification"
+        pooled = self.bert.pool(hidden.first) if one else hidden.states
         return self.classifier(self.drop(pooled, self.config.classifier_dropout))
 
 
@@ -461,9 +462,9 @@ class RobertaClassifier(Block):
     """A dense layer over the first token, and the labels."""
 
     @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
+    def __call__(self, first: jax.Array) -> jax.Array:
         c = self.config
-        x = self.drop(hidden[:, 0], c.classifier_dropout)
+        x = self.drop(first, c.classifier_dropout)
         x = self.drop(jnp.tanh(self.dense(c.hidden_size, "dense")(x)), c.classifier_dropout)
         return self.dense(c.num_labels, "out_proj")(x)
 
@@ -485,12 +486,12 @@ class Roberta(Encoder):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         return self.lm_head.shift(self.roberta.attend(self.lm_head(hidden)).astype(jnp.float32))
 
-    def label_logits(self, hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def label_logits(self, hidden: Hidden, segment_ids: jax.Array | None) -> jax.Array:
         if self.task == "question_answering":
-            return self.qa_outputs(hidden)
+            return self.qa_outputs(hidden.states)
         if self.task == "sequence_classification":
-            return self.classifier(hidden)
-        return self.classifier(self.drop(hidden, self.config.classifier_dropout))
+            return self.classifier(hidden.first)
+        return self.classifier(self.drop(hidden.states, self.config.classifier_dropout))
 
 
 class Deberta(Encoder):
@@ -510,10 +511,11 @@ class Deberta(Encoder):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         return self.cls.shift(self.deberta.attend(self.cls(hidden)).astype(jnp.float32))
 
-    def label_logits(self, hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def label_logits(self, hidden: Hidden, segment_ids: jax.Array | None) -> jax.Array:
         if self.task == "question_answering":
-            return self.qa_outputs(hidden)
-        x = self.pooler(hidden) if self.task == "sequence_classification" else hidden
+            return self.qa_outputs(hidden.states)
+        one = self.task == "sequence_classification"
+        x = self.pooler(hidden.first) if one else hidden.states
         return self.classifier(self.drop(x, self.config.classifier_dropout))
 
 

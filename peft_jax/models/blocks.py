@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from peft_jax.core.bind import register_rule
 from peft_jax.core.bind.rules import embed as rows_of
 from peft_jax.core.capture import CAPTURED
-from peft_jax.models.attention import Mask, attention
+from peft_jax.models.attention import attention
+from peft_jax.models.operands import AttentionOperands
 
 Task = Literal[
     "causal_lm",
@@ -159,31 +160,24 @@ class Block(Layers, nn.Module):
 class AttentionCore(nn.Module):
     """Attention proper, a module of its own so that something can be attached to it (a prefix,
     say).
-
-    `bias` is added to the scores: [B or 1, H, T, S], or something that has it as `scores` (see
-    `t5.Relative`).
     """
 
     scale: float
     softcap: float | None = None
     implementation: str | None = None
 
-    def __call__(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        mask: Mask,
-        sliding: bool | jax.Array = False,
-        bias: Any = None,
-    ) -> jax.Array:
-        options = {
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "implementation": self.implementation,
-        }
+    def __call__(self, operands: AttentionOperands) -> jax.Array:
+        o = operands
         return attention(
-            q, k, v, mask, sliding=sliding, bias=getattr(bias, "scores", bias), **options
+            o.query,
+            o.key,
+            o.value,
+            o.mask,
+            sliding=o.sliding,
+            bias=None if o.bias is None else o.bias.scores,
+            scale=self.scale,
+            softcap=self.softcap,
+            implementation=self.implementation,
         )
 
 

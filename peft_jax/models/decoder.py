@@ -20,7 +20,7 @@ from jax.core import Tracer
 from peft_jax.core.bind import bind
 from peft_jax.core.capture import CAPTURED
 from peft_jax.core.in_turn import Chain
-from peft_jax.models.attention import Mask, empty_cache, make_mask, read_cache, write_cache
+from peft_jax.models.attention import Mask, make_mask
 from peft_jax.models.blocks import (
     ACTIVATIONS,
     REMAT_POLICIES,
@@ -30,8 +30,10 @@ from peft_jax.models.blocks import (
     ScaledEmbed,
     Task,
 )
+from peft_jax.models.cache import Cache, Inputs, Slots, empty_cache
 from peft_jax.models.config import DecoderConfig
 from peft_jax.models.moe import SparseMLP
+from peft_jax.models.operands import AttentionOperands
 from peft_jax.models.rotary import rotary_table, rotate, sequence_lengths
 
 
@@ -99,9 +101,10 @@ class Attention(nn.Module):
         q, k, v = self._project(x)
         q, k = self._rotate(q, k, shared, layer)
         if cache is not None:
-            cache = write_cache(cache, k, v, shared["index"])
-            k, v = read_cache(cache, q.dtype, k.shape[1] if shared["mask"].aligned else None)
-        out = self.core(q, k, v, shared["mask"], self._flag("sliding", layer))
+            cache = cache.write(k, v, shared["index"])
+            k, v = cache.read(q.dtype, k.shape[1] if shared["mask"].aligned else None)
+        sliding = self._flag("sliding", layer)
+        out = self.core(AttentionOperands(q, k, v, shared["mask"], sliding))
         return self.o_proj(out.reshape(*out.shape[:-2], -1)), cache
 
     def _flag(self, name: str, layer: dict[str, jax.Array]) -> bool | jax.Array:
@@ -261,13 +264,11 @@ class DecoderStack(nn.Module):
             self.layers = [block(c, kind, *rest) for kind in kinds]
         self.norm = RMSNorm(c.rms_norm_eps, c.norm_offset, self.dtype, self.param_dtype)
 
-    def __call__(self, tokens, positions, segment_ids, cache, common: int = 0):
-        """(hidden states [B, T, D], the new cache). See `cached_mask` for `common`."""
+    def __call__(self, inputs: Inputs) -> tuple[jax.Array, Cache | None]:
+        """(hidden states [B, T, D], the new cache)."""
         c = self.config
-        x = self.embed_tokens(tokens)
-        at = cached_mask(
-            tokens, positions, segment_ids, cache, window=c.sliding_window, common=common
-        )
+        x = self.embed_tokens(inputs.tokens)
+        at = cached_mask(inputs, window=c.sliding_window)
         shared = shared_inputs(c, at)
         if self.scan_layers:
             columns = zip(LayerKind._fields, zip(*layer_kinds(c), strict=True), strict=True)
@@ -282,8 +283,8 @@ class DecoderStack(nn.Module):
                 part = None if at.slots is None else jax.tree.map(lambda a, i=i: a[i], at.slots)
                 x, updated = layer(x, shared, {}, part)
                 new.append(updated)
-            new = {} if at.slots is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
-        return self.norm(at.within(x)), at.moved(new, tokens.shape[1])
+            new = None if at.slots is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+        return self.norm(at.within(x)), at.moved(new)
 
 
 def shared_inputs(c: DecoderConfig, at: Cached) -> dict[str, Any]:
@@ -320,7 +321,7 @@ class Cached(NamedTuple):
     index: Any  # of the cache's next slot
     kv_positions: jax.Array
     kv_segments: jax.Array | None
-    slots: Any
+    slots: Slots | None
 
     def lengths(self) -> jax.Array:
         """How long the sequence of each of the call's tokens is, with what is cached of it."""
@@ -339,32 +340,26 @@ class Cached(NamedTuple):
             self.index + self.positions.shape[1] <= self.kv_positions.shape[1], x, jnp.nan
         )
 
-    def moved(self, slots: Any, tokens: int) -> Any:
-        """The cache after `tokens` more tokens, whose keys and values are in `slots`; None where
-        there is none.
+    def moved(self, slots: Slots | None) -> Cache | None:
+        """The cache after the call's tokens, whose keys and values are in `slots`; None where there
+        is none.
         """
-        if self.slots is None:
+        if slots is None or self.kv_segments is None:
             return None
-        return {
-            **slots,
-            "index": jnp.asarray(self.index + tokens, jnp.int32),
-            "positions": self.kv_positions,
-            "segment_ids": self.kv_segments,
-        }
+        index = jnp.asarray(self.index + self.positions.shape[1], jnp.int32)
+        return Cache(slots, self.kv_positions, self.kv_segments, index)
 
 
-def cached_mask(
-    tokens, positions, segment_ids, cache, *, window: int | None, common: int
-) -> Cached:
+def cached_mask(inputs: Inputs, *, window: int | None) -> Cached:
     """Positions and visibility of tokens [B, T] among themselves, or among those in the cache.
 
     Raises ValueError for tokens that find no room in the cache, where its index is known while
-    tracing; see `Cached.within`. Into a cache that is known while tracing to be empty, tokens look
-    among themselves, not at slots that nothing is in. The first `common` tokens of each row are
-    seen by all its segments; they have the segment -1.
+    tracing; see `Cached.within`. Into an empty cache tokens look among themselves, not at slots
+    that nothing is in.
     """
-    B, T = tokens.shape
-    start = 0 if cache is None else cache["index"]
+    tokens, positions, segment_ids = inputs.tokens, inputs.positions, inputs.segment_ids
+    cache, (B, T) = inputs.cache, tokens.shape
+    start = 0 if cache is None else cache.index
     if positions is None:
         positions = jnp.broadcast_to(
             start + jnp.arange(T, dtype=jnp.int32), (B, T) if cache is not None else (1, T)
@@ -375,21 +370,25 @@ def cached_mask(
         segment_ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
         positions = jnp.broadcast_to(positions, (B, T))
         update = jax.lax.dynamic_update_slice_in_dim
-        kv_positions = update(cache["positions"], positions.astype(jnp.int32), start, axis=1)
-        kv_segments = update(cache["segment_ids"], segment_ids.astype(jnp.int32), start, axis=1)
-        slots = {name: x for name, x in cache.items() if name in ("k", "v", "k_scale", "v_scale")}
-    empty = cache is None or (not isinstance(start, Tracer) and int(start) == 0)
-    keys = (positions, segment_ids) if empty else (kv_positions, kv_segments)
+        kv_positions = update(cache.positions, positions.astype(jnp.int32), start, axis=1)
+        kv_segments = update(cache.segment_ids, segment_ids.astype(jnp.int32), start, axis=1)
+        slots = cache.slots
+    alone = cache is None or cache.empty
+    keys = (positions, segment_ids) if alone else (kv_positions, kv_segments)
     mask = make_mask(
-        positions, keys[0], segment_ids, keys[1], window=window, aligned=empty, common=common > 0
+        positions,
+        keys[0],
+        segment_ids,
+        keys[1],
+        window=window,
+        aligned=alone,
+        common=inputs.common,
     )
-    made = Cached(mask, positions, segment_ids, start, kv_positions, kv_segments, slots)
-    if cache is not None and not isinstance(start, Tracer) and start + T > kv_positions.shape[1]:
+    if cache is not None and not isinstance(start, Tracer) and start + T > cache.length:
         raise ValueError(
-            f"{T} tokens from slot {int(start)} on find no room in a cache of "
-            f"{kv_positions.shape[1]} slots"
+            f"{T} tokens from slot {int(start)} on find no room in a cache of {cache.length} slots"
         )
-    return made
+    return Cached(mask, positions, segment_ids, start, kv_positions, kv_segments, slots)
 
 
 class Decoder(nn.Module):
@@ -442,7 +441,7 @@ class Decoder(nn.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        cache: dict[str, jax.Array] | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """Logits [B, T, V] in float32 for integer tokens [B, T]; with a cache, (logits, new cache).
 
@@ -450,7 +449,7 @@ class Decoder(nn.Module):
         hidden states [B, T, D]. `positions` [B, T] default to 0, 1, 2, ...; `segment_ids` [B, T]
         keep packed sequences apart, 0 being padding.
         """
-        hidden, cache_out = self.model(tokens, positions, segment_ids, cache)
+        hidden, cache_out = self.model(Inputs(tokens, positions, segment_ids, cache=cache))
         if self.task == "causal_lm":
             logits = self.unembed(hidden)
         elif self.task == "feature_extraction":
@@ -468,12 +467,12 @@ class Decoder(nn.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        cache: dict[str, jax.Array] | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """The final normalised hidden states [B, T, D], which `unembed` turns into logits; with a
         cache, (these, new cache).
         """
-        hidden, cache_out = self.model(tokens, positions, segment_ids, cache)
+        hidden, cache_out = self.model(Inputs(tokens, positions, segment_ids, cache=cache))
         return hidden if cache is None else (hidden, cache_out)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -483,10 +482,8 @@ class Decoder(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def empty_cache(self, batch: int, length: int, dtype: Any = None) -> dict[str, jax.Array]:
-        """A fresh key/value cache for `batch` rows of at most `length` tokens; see
-        `attention.empty_cache`.
-        """
+    def empty_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
+        """A fresh key/value cache for `batch` rows of at most `length` tokens."""
         c = self.config
         return empty_cache(
             c.num_layers, batch, length, c.num_kv_heads, c.head_dim, dtype or self.dtype
@@ -506,9 +503,8 @@ class Decoder(nn.Module):
             def layer(
                 params: Any, x: jax.Array, positions: Any = None, segment_ids: Any = None
             ) -> jax.Array:
-                at = cached_mask(
-                    x[..., 0], positions, segment_ids, None, window=c.sliding_window, common=0
-                )
+                inputs = Inputs(x[..., 0], positions, segment_ids)
+                at = cached_mask(inputs, window=c.sliding_window)
                 return apply(params, x, shared_inputs(c, at), {}, None)[0]
 
             return layer
@@ -525,7 +521,7 @@ class Decoder(nn.Module):
         """What the first layer is given for tokens [B, T]: [B, T, D]."""
         return self.model.embed_tokens(tokens)
 
-    def outdated(self, cache: dict[str, jax.Array]) -> jax.Array | None:
+    def outdated(self, cache: Cache) -> jax.Array | None:
         """Whether one more token makes what is cached of its row [B] wrong, since all rotate in
         another way then: it has to be computed again, with that token. None for a model of which
         that is never so.
@@ -537,7 +533,7 @@ class Decoder(nn.Module):
         ]
         if not kinds:
             return None
-        length = jnp.where(cache["segment_ids"] == 0, 0, cache["positions"] + 1).max(-1)
+        length = jnp.where(cache.segment_ids == 0, 0, cache.positions + 1).max(-1)
         return functools.reduce(jnp.logical_or, (r.changes(length + 1) for r in kinds))
 
 

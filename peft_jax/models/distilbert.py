@@ -22,8 +22,10 @@ from peft_jax.models.blocks import (
     run_layers,
     split_heads,
 )
+from peft_jax.models.cache import Hidden, Inputs
 from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_shared
 from peft_jax.models.family import ENCODER_TASKS, Family
+from peft_jax.models.operands import AttentionOperands
 
 
 def distilbert_config(hf: Any) -> EncoderConfig:
@@ -70,7 +72,7 @@ class SelfAttention(Block):
             for n in ("q_lin", "k_lin", "v_lin")
         )
         y = AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(
-            q, k, v, shared["mask"]
+            AttentionOperands(q, k, v, shared["mask"])
         )
         return self.dense(c.hidden_size, "out_lin")(join_heads(y))
 
@@ -128,15 +130,14 @@ class DistilBertStack(Block):
         self.embeddings = Embeddings(*fields)
         self.transformer = LayerStack(*fields, self.scan_layers, self.remat, self.implementation)
 
-    def __call__(
-        self, tokens, segment_ids, token_type_ids, positions, pooled: bool = False
-    ) -> jax.Array:
+    def __call__(self, inputs: Inputs) -> Hidden:
         """As of `BertStack`; there are no types."""
+        tokens, positions = inputs.tokens, inputs.positions
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        return self.transformer(
-            self.embeddings(tokens, positions), encoder_shared(tokens, segment_ids, positions)
-        )
+        shared = encoder_shared(tokens, inputs.segment_ids, positions)
+        x = self.transformer(self.embeddings(tokens, positions), shared)
+        return Hidden(x, x[:, 0])
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Products with the word embeddings, [..., V]."""
@@ -175,13 +176,13 @@ class DistilBert(Encoder):
         x = self.vocab_layer_norm(ACTIVATIONS[self.config.activation](self.vocab_transform(hidden)))
         return self.vocab_projector(self.distilbert.attend(x).astype(jnp.float32))
 
-    def label_logits(self, hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def label_logits(self, hidden: Hidden, segment_ids: jax.Array | None) -> jax.Array:
         if self.task == "question_answering":
-            return self.qa_outputs(hidden)
+            return self.qa_outputs(hidden.states)
         x = (
-            nn.relu(self.pre_classifier(hidden[:, 0]))
+            nn.relu(self.pre_classifier(hidden.first))
             if self.task == "sequence_classification"
-            else hidden
+            else hidden.states
         )
         return self.classifier(self.drop(x, self.config.classifier_dropout))
 

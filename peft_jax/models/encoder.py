@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from peft_jax.models.attention import Mask, make_mask
 from peft_jax.models.blocks import Architecture, Layers, Task
+from peft_jax.models.cache import Hidden, Inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,6 @@ class Encoder(Layers, nn.Module):
     prefix: ClassVar[str] = ""  # the module that holds everything but the head
     heads: ClassVar[tuple[str, ...]] = ("classifier", "qa_outputs", "pooler")
     typed: ClassVar[bool] = True  # the call takes `token_type_ids`
-    first_pooled: ClassVar[bool] = True  # a sequence's vector is its first token's
 
     @property
     def stack_fields(self) -> tuple[Any, ...]:
@@ -131,13 +131,11 @@ class Encoder(Layers, nn.Module):
         zeros will do); `token_type_ids` [B, T] tell the first text from the second; `positions` [B,
         T] default to 0, 1, 2, ...
         """
-        hidden = self.hidden(
-            tokens, segment_ids=segment_ids, token_type_ids=token_type_ids, positions=positions
-        )
+        hidden = self._stack(Inputs(tokens, positions, segment_ids, token_type_ids))
         if self.task == "masked_lm":
-            return self.unembed(hidden)
+            return self.unembed(hidden.states)
         if self.task == "feature_extraction":
-            return hidden.astype(jnp.float32)
+            return hidden.states.astype(jnp.float32)
         labels = self.label_logits(hidden, segment_ids)
         return labels.astype(jnp.float32)
 
@@ -150,13 +148,16 @@ class Encoder(Layers, nn.Module):
         positions: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states [B, T, D]; `unembed` turns those of a masked language model into logits."""
-        pooled = self.task == "sequence_classification" and self.first_pooled
-        return getattr(self, self.prefix)(tokens, segment_ids, token_type_ids, positions, pooled)
+        return self._stack(Inputs(tokens, positions, segment_ids, token_type_ids)).states
+
+    @nn.nowrap
+    def _stack(self, inputs: Inputs) -> Hidden:
+        return getattr(self, self.prefix)(inputs)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 from hidden states [..., D]."""
         raise NotImplementedError
 
-    def label_logits(self, hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-        """Logits of the labels from hidden states [B, T, D]."""
+    def label_logits(self, hidden: Hidden, segment_ids: jax.Array | None) -> jax.Array:
+        """Logits of the labels."""
         raise NotImplementedError

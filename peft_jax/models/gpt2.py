@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.roles import Roles
-from peft_jax.models.attention import empty_cache, read_cache, write_cache
 from peft_jax.models.blocks import (
     ACTIVATIONS,
     Architecture,
@@ -30,8 +29,10 @@ from peft_jax.models.blocks import (
     layer_stack,
     split_heads,
 )
+from peft_jax.models.cache import Cache, Inputs, empty_cache
 from peft_jax.models.decoder import cached_mask, last_of
 from peft_jax.models.family import DECODER_TASKS, Family
+from peft_jax.models.operands import AttentionOperands
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,10 +111,11 @@ class Attention(Block):
         if c.scale_by_layer:
             q = q / (number + 1)
         if cache is not None:
-            cache = write_cache(cache, k, v, shared["index"])
-            k, v = read_cache(cache, q.dtype, k.shape[1] if shared["mask"].aligned else None)
+            cache = cache.write(k, v, shared["index"])
+            k, v = cache.read(q.dtype, k.shape[1] if shared["mask"].aligned else None)
         scale = c.head_dim**-0.5 if c.scale_attention else 1.0
-        y = AttentionCore(scale, None, self.implementation, name="core")(q, k, v, shared["mask"])
+        core = AttentionCore(scale, None, self.implementation, name="core")
+        y = core(AttentionOperands(q, k, v, shared["mask"]))
         y = self.drop(self.dense(c.hidden_size, "c_proj")(join_heads(y)))
         return AttentionOutput(name="output")(y, queries), cache
 
@@ -159,17 +161,17 @@ class GPT2Stack(Block):
         )
         self.ln_f = self.layer_norm()
 
-    def __call__(self, tokens, positions, segment_ids, cache, common: int = 0):
+    def __call__(self, inputs: Inputs) -> tuple[jax.Array, Cache | None]:
         """As of `DecoderStack`."""
         c = self.config
-        at = cached_mask(tokens, positions, segment_ids, cache, window=None, common=common)
+        at = cached_mask(inputs, window=None)
         shared = {
             "mask": at.mask,
             "index": at.index,
             "positions": at.positions,
             "segment_ids": at.segment_ids,
         }
-        x = self.drop(self.wte(tokens) + self.wpe(at.positions), c.embedding_dropout)
+        x = self.drop(self.wte(inputs.tokens) + self.wpe(at.positions), c.embedding_dropout)
         if not isinstance(self.h, list | tuple):
             x, new = self.h(x, shared, (jnp.arange(c.num_layers), at.slots))
         else:
@@ -178,8 +180,8 @@ class GPT2Stack(Block):
                 part = None if at.slots is None else jax.tree.map(lambda a, i=i: a[i], at.slots)
                 x, updated = layer(x, shared, (i, part))
                 new.append(updated)
-            new = {} if at.slots is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
-        return self.ln_f(at.within(x)), at.moved(new, tokens.shape[1])
+            new = None if at.slots is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+        return self.ln_f(at.within(x)), at.moved(new)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Products with the token embeddings, [..., V]."""
@@ -223,10 +225,10 @@ class GPT2(Layers, nn.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        cache: dict[str, jax.Array] | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """As of `Decoder`."""
-        hidden, cache_out = self.transformer(tokens, positions, segment_ids, cache)
+        hidden, cache_out = self.transformer(Inputs(tokens, positions, segment_ids, cache=cache))
         if self.task == "causal_lm":
             logits = self.unembed(hidden)
         elif self.task == "sequence_classification":
@@ -245,10 +247,10 @@ class GPT2(Layers, nn.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        cache: dict[str, jax.Array] | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """As of `Decoder`."""
-        hidden, cache_out = self.transformer(tokens, positions, segment_ids, cache)
+        hidden, cache_out = self.transformer(Inputs(tokens, positions, segment_ids, cache=cache))
         return hidden if cache is None else (hidden, cache_out)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -256,10 +258,8 @@ class GPT2(Layers, nn.Module):
         head = self.transformer.attend if self.config.tie_embeddings else self.lm_head
         return head(hidden).astype(jnp.float32)
 
-    def empty_cache(self, batch: int, length: int, dtype: Any = None) -> dict[str, jax.Array]:
-        """A fresh key/value cache for `batch` rows of at most `length` tokens; see
-        `attention.empty_cache`.
-        """
+    def empty_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
+        """A fresh key/value cache for `batch` rows of at most `length` tokens."""
         c = self.config
         return empty_cache(
             c.num_layers, batch, length, c.num_heads, c.head_dim, dtype or self.dtype

@@ -24,9 +24,11 @@ from peft_jax.models.blocks import (
     run_layers,
     split_heads,
 )
+from peft_jax.models.cache import Hidden, Inputs
 from peft_jax.models.config import rotary_config
 from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_shared
 from peft_jax.models.family import ENCODER_TASKS, Family
+from peft_jax.models.operands import AttentionOperands
 from peft_jax.models.rotary import RotaryConfig, rotary_table, rotate, sequence_lengths
 
 
@@ -107,7 +109,7 @@ class Attention(Block):
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(
-            q, k, v, shared["mask"], sliding
+            AttentionOperands(q, k, v, shared["mask"], sliding)
         )
         return self.drop(
             self.dense(c.hidden_size, "Wo", c.attention_bias)(join_heads(y)), c.attention_dropout
@@ -170,11 +172,10 @@ class ModernBertStack(Block):
         )
         self.final_norm = self.layer_norm(bias=c.norm_bias)
 
-    def __call__(
-        self, tokens, segment_ids, token_type_ids, positions, pooled: bool = False
-    ) -> jax.Array:
+    def __call__(self, inputs: Inputs) -> Hidden:
         """As of `BertStack`; there are no types."""
-        c = self.config
+        c, tokens, positions = self.config, inputs.tokens, inputs.positions
+        segment_ids = inputs.segment_ids
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         lengths = sequence_lengths(positions, segment_ids)
@@ -184,7 +185,8 @@ class ModernBertStack(Block):
             "local_rope": rotary_table(c.local_rotary, positions, lengths),
         }
         own = {"first": [i == 0 for i in range(c.num_layers)], "sliding": list(c.sliding_layers)}
-        return self.final_norm(run_layers(self.layers, self.embeddings(tokens), shared, own))
+        x = self.final_norm(run_layers(self.layers, self.embeddings(tokens), shared, own))
+        return Hidden(x, x[:, 0])
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Products with the word embeddings, [..., V]."""
@@ -218,11 +220,6 @@ class ModernBert(Encoder):
     prefix: ClassVar[str] = "model"
     heads: ClassVar[tuple[str, ...]] = ("head", "classifier")
 
-    @property
-    def first_pooled(self) -> bool:  # type: ignore[override]
-        """Whether a sequence's vector is its first token's."""
-        return self.config.classifier_pooling == "cls"
-
     def setup(self) -> None:
         c = self.config
         self.model = ModernBertStack(*self.stack_fields)
@@ -236,11 +233,12 @@ class ModernBert(Encoder):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         return self.decoder(self.model.attend(self.head(hidden)).astype(jnp.float32))
 
-    def label_logits(self, hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def label_logits(self, hidden: Hidden, segment_ids: jax.Array | None) -> jax.Array:
         c = self.config
+        x = hidden.states
         if self.task == "sequence_classification":
-            hidden = hidden[:, 0] if c.classifier_pooling == "cls" else mean_of(hidden, segment_ids)
-        return self.classifier(self.drop(self.head(hidden), c.classifier_dropout))
+            x = hidden.first if c.classifier_pooling == "cls" else mean_of(x, segment_ids)
+        return self.classifier(self.drop(self.head(x), c.classifier_dropout))
 
 
 FAMILY = Family(

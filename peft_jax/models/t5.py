@@ -16,10 +16,9 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from peft_jax.core.roles import Roles
-from peft_jax.models.attention import Mask, empty_cache, make_mask, read_cache, write_cache
+from peft_jax.models.attention import Mask, make_mask
 from peft_jax.models.blocks import (
     ACTIVATIONS,
     Architecture,
@@ -32,8 +31,10 @@ from peft_jax.models.blocks import (
     layer_stack,
     split_heads,
 )
+from peft_jax.models.cache import Cache, Record, Slots, empty_cache
 from peft_jax.models.encoder import encoder_shared
 from peft_jax.models.family import Family
+from peft_jax.models.operands import AttentionOperands, ScoreBias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,17 +110,15 @@ def bucket(
     return first + jnp.where(distance < exact, distance, far)
 
 
-@struct.dataclass
-class Relative:
-    """The bias of relative positions, `scores` [B or 1, H, T, S], with the table [buckets, H] and
-    positions that it is from.
-    """
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Relative(ScoreBias):
+    """The bias of relative positions, with the table [buckets, H] and positions that it is from."""
 
-    scores: jax.Array
     table: jax.Array
     positions: jax.Array
-    max_distance: int = struct.field(pytree_node=False)
-    bidirectional: bool = struct.field(pytree_node=False)
+    max_distance: int = dataclasses.field(metadata={"static": True})
+    bidirectional: bool = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(
@@ -132,7 +131,7 @@ class Relative:
         ).astype(jnp.float32)
         return cls(scores, table, positions, **options)
 
-    def with_prefix(self, length: int) -> Relative:
+    def with_keys_before(self, length: int) -> Relative:
         """The bias with `length` keys in front, at the positions before the first one."""
         options = {"max_distance": self.max_distance, "bidirectional": self.bidirectional}
         front = Relative.of(
@@ -140,7 +139,7 @@ class Relative:
         ).scores
         rows = max(front.shape[0], self.scores.shape[0])
         both = [jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (front, self.scores)]
-        return self.replace(scores=jnp.concatenate(both, axis=-1))  # type: ignore[attr-defined]
+        return dataclasses.replace(self, scores=jnp.concatenate(both, axis=-1))
 
 
 class Attention(Block):
@@ -160,15 +159,16 @@ class Attention(Block):
         q = split_heads(self.dense(width, "q", False)(x), c.head_dim)
         kv = [self.dense(width, name, False) for name in ("k", "v")]
         if source is None:
-            k, v = read_cache(cache, q.dtype)
+            k, v = cache.read(q.dtype)
         else:
             k, v = (split_heads(layer(source), c.head_dim) for layer in kv)
             if cache is not None and index is None:  # kept whole
-                cache = {"k": k.astype(cache["k"].dtype), "v": v.astype(cache["v"].dtype)}
+                cache = Slots(k.astype(cache.keys.dtype), v.astype(cache.values.dtype))
             elif cache is not None:
-                cache = write_cache(cache, k, v, index)
-                k, v = read_cache(cache, q.dtype)
-        y = AttentionCore(1.0, None, self.implementation, name="core")(q, k, v, mask, False, bias)
+                cache = cache.write(k, v, index)
+                k, v = cache.read(q.dtype)
+        core = AttentionCore(1.0, None, self.implementation, name="core")
+        y = core(AttentionOperands(q, k, v, mask, bias=bias))
         return self.dense(c.hidden_size, "o", False)(join_heads(y)), cache
 
 
@@ -219,6 +219,28 @@ class FeedForwardLayer(Block):
         return Residual(name="mlp_residual")(x, self.drop(y))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache(Record):
+    """Keys and values of the decoder's own tokens, and of what the encoder made."""
+
+    own: Slots
+    crossing: Slots
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SourceCache(Record):
+    """The cache of an encoder-decoder: the decoder's `own`, and of what the encoder made its
+    segments [B, T] and either itself, `encoded` [B, T, D], or its keys and values.
+    """
+
+    own: Cache
+    segment_ids: jax.Array
+    encoded: jax.Array | None = None
+    crossing: Slots | None = None
+
+
 class T5Block(Block):
     """One of the encoder's layers, or (`cross`) of the decoder's."""
 
@@ -228,7 +250,7 @@ class T5Block(Block):
     @nn.compact
     def __call__(self, x: jax.Array, shared: dict[str, Any], cache: Any) -> Any:
         fields = (self.config, self.dtype, self.param_dtype)
-        own, crossing = (None, None) if cache is None else (cache["self"], cache["cross"])
+        own, crossing = (None, None) if cache is None else (cache.own, cache.crossing)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         x, own = SelfLayer(*fields, self.implementation, name="layer_0")(x, shared, own)
         if self.cross:
@@ -237,7 +259,7 @@ class T5Block(Block):
             )
         x = FeedForwardLayer(*fields, name="layer_2" if self.cross else "layer_1")(x)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
-        return x, None if cache is None else {"self": own, "cross": crossing}
+        return x, None if cache is None else LayerCache(own, crossing)
 
 
 class Stack(Block):
@@ -383,64 +405,45 @@ class T5(Layers, nn.Module):
 
     def start(
         self, tokens: jax.Array, segment_ids: jax.Array, length: int, dtype: Any = None
-    ) -> dict[str, Any]:
+    ) -> SourceCache:
         """A cache for decoding at most `length` tokens from `tokens` [B, T]."""
         c = self.config
-        cache = empty_cache(
-            c.num_decoder_layers,
-            tokens.shape[0],
-            length,
-            c.num_heads,
-            c.head_dim,
-            dtype or self.dtype,
+        heads = (c.num_heads, c.head_dim)
+        own = empty_cache(
+            c.num_decoder_layers, tokens.shape[0], length, *heads, dtype or self.dtype
         )
         encoded, seen = self.encode(tokens, segment_ids)
-        return {**cache, "encoded": encoded, "encoded_segments": seen}
+        return SourceCache(own, seen, encoded)
 
     def decode(
-        self, tokens: jax.Array, *, positions: jax.Array, cache: dict[str, Any]
-    ) -> tuple[jax.Array, dict[str, Any]]:
+        self, tokens: jax.Array, *, positions: jax.Array, cache: SourceCache
+    ) -> tuple[jax.Array, SourceCache]:
         """(logits [B, U, V], new cache) of the decoder's next tokens [B, U] at these positions [B,
         U].
         """
-        index, update = cache["index"], jax.lax.dynamic_update_slice_in_dim
+        own, update = cache.own, jax.lax.dynamic_update_slice_in_dim
         segments = jnp.ones(tokens.shape, jnp.int32)
-        kv_positions = update(cache["positions"], positions.astype(jnp.int32), index, axis=1)
-        kv_segments = update(cache["segment_ids"], segments, index, axis=1)
-        encoded = cache.get("encoded")
-        own = {n: x for n, x in cache.items() if n in ("k", "v", "k_scale", "v_scale")}
-        if encoded is None:
-            crossing = {"k": cache["cross_k"], "v": cache["cross_v"]}
-        else:
-            layers = self.config.num_decoder_layers
-            blank = jnp.zeros((layers, 1), self.dtype)
-            crossing = {"k": blank, "v": blank}
+        kv_positions = update(own.positions, positions.astype(jnp.int32), own.index, axis=1)
+        kv_segments = update(own.segment_ids, segments, own.index, axis=1)
+        crossing = cache.crossing
+        if crossing is None:  # the first call makes them of what is `encoded`
+            blank = jnp.zeros((self.config.num_decoder_layers, 1), self.dtype)
+            crossing = Slots(blank, blank)
         shared = {
-            "encoded": encoded,
-            "cross_mask": self._cross_mask(
-                tokens, cache["encoded_segments"].shape[1], cache["encoded_segments"]
-            ),
+            "encoded": cache.encoded,
+            "cross_mask": self._cross_mask(tokens, cache.segment_ids.shape[1], cache.segment_ids),
             "mask": make_mask(
                 positions, kv_positions, segments, kv_segments, window=None, aligned=False
             ),
-            "index": index,
+            "index": own.index,
             "positions": positions,
             "segment_ids": segments,
         }
-        hidden, new = self.decoder(
-            self.shared(tokens), shared, positions, kv_positions, {"self": own, "cross": crossing}
-        )
-        kept = {
-            "cross_k": new["cross"]["k"],
-            "cross_v": new["cross"]["v"],
-            "encoded_segments": cache["encoded_segments"],
-        }
-        where = {
-            "index": jnp.asarray(index + tokens.shape[1], jnp.int32),
-            "positions": kv_positions,
-            "segment_ids": kv_segments,
-        }
-        return self.unembed(hidden), {**new["self"], **kept, **where}
+        layers = LayerCache(own.slots, crossing)
+        hidden, new = self.decoder(self.shared(tokens), shared, positions, kv_positions, layers)
+        index = jnp.asarray(own.index + tokens.shape[1], jnp.int32)
+        moved = Cache(new.own, kv_positions, kv_segments, index)
+        return self.unembed(hidden), SourceCache(moved, cache.segment_ids, None, new.crossing)
 
     @nn.nowrap
     def _cross_mask(self, tokens: jax.Array, length: int, segment_ids: jax.Array | None) -> Mask:

@@ -5,7 +5,7 @@ NaN, wraps or clamps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,28 @@ from peft_jax.core.attachment import Attachment
 from peft_jax.core.tree import places
 
 IDS = ("tokens", "decoder_tokens", "other_tokens")
+
+
+class Limits(NamedTuple):
+    """What a model has rows for, None where it does not say."""
+
+    vocabulary: int | None
+    positions: int | None
+    token_types: int
+    labels: int | None
+    task: str | None
+
+
+def limits_of(model: Any) -> Limits:
+    """Those of any model: what it has no `config` for is unknown."""
+    config = getattr(model, "config", None)
+    return Limits(
+        getattr(config, "vocab_size", None),
+        getattr(config, "learned_positions", None),
+        getattr(config, "type_vocab_size", 0),
+        getattr(config, "num_labels", None),
+        getattr(model, "task", None),
+    )
 
 
 def check_rows(
@@ -24,14 +46,13 @@ def check_rows(
     (`first_position`). What a model does not say of itself (one without a `config`, say) is not
     checked.
     """
-    c = getattr(model, "config", None)
+    types = limits_of(model).token_types
     for name in (*ids, *(["targets"] if "tokens" in ids else [])):
         if (values := getattr(rows, name, None)) is not None:
             check_ids(model, values, tokenizer=tokenizer, where=f"the rows' {name}")
     for name in ids:
         if (values := getattr(rows, name, None)) is not None and name != "decoder_tokens":
             _check_length(model, _length(rows, name), before)
-    types = getattr(c, "type_vocab_size", 0)
     if types > 1 and hasattr(rows, "token_type_ids"):
         _check_range(
             "the rows' token_type_ids",
@@ -44,7 +65,7 @@ def check_rows(
 
 def check_ids(model: Any, ids: Any, *, tokenizer: Any = None, where: str = "the prompts") -> None:
     """Raise ValueError for token ids that are no rows of the model's embedding."""
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    size = limits_of(model).vocabulary
     known = "" if tokenizer is None else f" and the tokenizer {len(tokenizer)} tokens"
     advice = (
         f"the model's embedding has {size} rows{known}: use the model's own tokenizer, or "
@@ -58,7 +79,7 @@ def check_prompts(model: Any, params: Any, ids: Sequence[Sequence[int]], max_tok
     positions.
     """
     check_ids(model, np.concatenate([np.asarray(row) for row in ids]))
-    known, longest, before = _positions(model), max(map(len, ids)), first_position(params)
+    known, longest, before = limits_of(model).positions, max(map(len, ids)), first_position(params)
     needed = before + longest + max_tokens - 1  # the last token is not read
     if known is not None and needed > known:
         said = f" after {before} virtual ones" if before else ""
@@ -75,7 +96,7 @@ def check_continued(model: Any, rows: Any, prompt_tokens: int, max_tokens: int) 
     """
     first = np.maximum(np.argmax(np.asarray(rows.weights) > 0, axis=1) + 1, prompt_tokens)
     longest = int(np.minimum(first, (rows.segment_ids == 1).sum(1)).max())
-    known = _positions(model)
+    known = limits_of(model).positions
     if known is not None and longest + max_tokens - 1 > known:
         raise ValueError(
             f"distill.on_policy writes {max_tokens} tokens after up to {longest}, and the model "
@@ -89,10 +110,6 @@ def first_position(params: Any) -> int:
     return sum(x.moves("") for x in places(params).values() if isinstance(x, Attachment))
 
 
-def _positions(model: Any) -> int | None:
-    return getattr(getattr(model, "config", None), "learned_positions", None)
-
-
 def _length(rows: Any, name: str) -> int:
     """How many positions the rows' tokens called `name` have: packed ones count anew in each
     segment.
@@ -104,7 +121,7 @@ def _length(rows: Any, name: str) -> int:
 
 
 def _check_length(model: Any, length: int, before: int = 0) -> None:
-    known = _positions(model)
+    known = limits_of(model).positions
     if known is not None and before + length > known:
         said = f", after {before} virtual ones," if before else ""
         raise ValueError(
@@ -116,13 +133,11 @@ def _check_length(model: Any, length: int, before: int = 0) -> None:
 
 def _check_labels(model: Any, rows: Any) -> None:
     """Labels of texts and words are classes, those of answers are places in the row."""
-    labels, classes = (
-        getattr(rows, "labels", None),
-        getattr(getattr(model, "config", None), "num_labels", None),
-    )
+    labels, limits = getattr(rows, "labels", None), limits_of(model)
+    classes = limits.labels
     if labels is None or classes is None or not np.issubdtype(labels.dtype, np.integer):
         return
-    if model.task == "question_answering":
+    if limits.task == "question_answering":
         length = rows.tokens.shape[1]
         _check_range("the rows' labels", labels, length, f"a row has {length} tokens")
     elif classes > 1:

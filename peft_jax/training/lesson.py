@@ -27,7 +27,7 @@ from peft_jax.distillation.objective import (
     distillation,
 )
 from peft_jax.distillation.section import FeatureConfig, OnPolicyConfig
-from peft_jax.models.generation_config import end_tokens
+from peft_jax.generation.ends import end_tokens
 from peft_jax.models.tables import IDS, check_continued, check_rows, first_position
 from peft_jax.objectives.reading import Objective, Reading
 from peft_jax.quantization.stage import QuantizeConfig, check_quantize

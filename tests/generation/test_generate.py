@@ -9,7 +9,7 @@ import torch
 import peft_jax
 from peft_jax.generation.programs import continuations, decode, prefill
 from peft_jax.generation.sampling import Sampling, likeliest, make_sampling, sample
-from peft_jax.models.attention import CACHE_DTYPES
+from peft_jax.models.cache import CACHE_DTYPES
 from peft_jax.training.evaluate import (
     bleu,
     exact_match,
@@ -74,9 +74,9 @@ def test_a_cache_in_eight_bits_stays_close(setup, kind, bytes_a_number):
     caches = [model.empty_cache(2, 16, dtype) for dtype in (None, CACHE_DTYPES[kind])]
     plain, quantized = (peft_jax.bind(model)(params, tokens, cache=c) for c in caches)
     assert relative_error(quantized[0], plain[0]) < (0.02 if kind == "int8" else 0.08)
-    assert quantized[1]["k"].dtype.itemsize == bytes_a_number
-    scale = quantized[1]["k_scale"]
-    assert scale.shape == quantized[1]["k"].shape[:-1]
+    assert quantized[1].slots.keys.dtype.itemsize == bytes_a_number
+    scale = quantized[1].slots.key_scales
+    assert scale.shape == quantized[1].slots.keys.shape[:-1]
     assert scale.dtype == jnp.bfloat16
     prompts = [[5, 6, 7], [8, 9]]
     rows = peft_jax.generate(model, params, prompts, max_tokens=6, cache_dtype=kind)
@@ -353,18 +353,14 @@ def test_a_prompt_looks_at_its_own_tokens_alone(family, tmp_path):
 
     logits, cache = jax.jit(known)(params)
     expected, old = jax.jit(lambda params, cache: apply(params, **rows, cache=cache))(
-        params, model.empty_cache(2, S)
+        params, model.empty_cache(2, S).replace(empty=False)
     )
     seen = segments[..., None] > 0
     assert relative_error(logits * seen, expected * seen) < 1e-6
-    for name in ("k", "v"):
-        assert (
-            relative_error(
-                cache[name][:, :, :T] * seen[..., None], old[name][:, :, :T] * seen[..., None]
-            )
-            < 1e-6
-        )
-    assert int(cache["index"]) == T
+    for name in ("keys", "values"):
+        ours, theirs = (getattr(c.slots, name)[:, :, :T] for c in (cache, old))
+        assert relative_error(ours * seen[..., None], theirs * seen[..., None]) < 1e-6
+    assert int(cache.index) == T
     assert f"{T},{S}]" not in str(jax.make_jaxpr(known)(params))
     step = {"tokens": random_tokens(2, 1, seed=1), "positions": positions[:, -1:] + 1}
     after, before = (jax.jit(apply)(params, **step, cache=c)[0] for c in (cache, old))

@@ -409,11 +409,13 @@ def test_a_prefix_in_an_encoder_is_seen_by_every_token(bases):
 
     from peft_jax.models.blocks import AttentionCore
     from peft_jax.models.encoder import encoder_mask
+    from peft_jax.models.operands import AttentionOperands
 
     core = AttentionCore(8**-0.5)
     mask = encoder_mask(TOKENS, None, np.arange(9)[None])
     first = jax.tree.map(lambda a: a[0], node)
-    out = first.around(lambda *a: core.apply({}, *a), q, k, v, mask, False, None)
+    operands = AttentionOperands(q, k, v, mask)
+    out = first.around(lambda o: core.apply({}, o), operands)
     keys, values = (
         np.concatenate(
             [np.broadcast_to(np.asarray(x).reshape(1, P, 4, 8), (2, P, 4, 8)), y], axis=1

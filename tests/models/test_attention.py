@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import peft_jax
+from peft_jax.core.attachment import Attachment, attach
+from peft_jax.core.reparametrised import node
 from peft_jax.models.attention import attention, make_mask
 from peft_jax.models.splash import splash_attention, splash_supports
 from tests.reference import FAMILIES, random_tokens, relative_error, torch_model
@@ -150,3 +152,36 @@ def test_a_kernel_that_needs_a_mask_keeps_none_where_layers_differ(monkeypatch):
     assert relative_error(out, expected) < 1e-5
     for a, b in zip(pull(out), pull_expected(out), strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+@node
+class Scaled(Attachment):
+    """Around an attention core: twice the values, and nothing else."""
+
+    def around(self, call, operands):
+        return call(operands.replace(value=2 * operands.value))
+
+
+@node
+class Apart(Attachment):
+    """Around a stack: positions twice as far apart."""
+
+    def around(self, call, inputs):
+        return call(inputs.replace(positions=2 * inputs.positions))
+
+
+def test_attachments_change_what_modules_are_called_with_by_name(tiny_folder):
+    """Against a model whose weights do the same, and a call that says the same."""
+    model, params = peft_jax.load(tiny_folder, scan_layers=False)
+    apply = jax.jit(peft_jax.bind(model))
+    tokens, positions = random_tokens(2, 6), np.arange(6)[None]
+    attention = params["model"]["layers_0"]["self_attn"]
+    twice = {**attention, "v_proj": jax.tree.map(lambda w: 2 * w, attention["v_proj"])}
+    layer = {**params["model"]["layers_0"], "self_attn": twice}
+    expected = apply({**params, "model": {**params["model"], "layers_0": layer}}, tokens)
+    scaled = attach(params, {"model/layers_0/self_attn/core": {"scaled": Scaled()}})
+    assert relative_error(apply(scaled, tokens), expected) < 1e-6
+    moved = attach(params, {"model": {"apart": Apart()}})
+    found = apply(moved, tokens, positions=positions)
+    np.testing.assert_array_equal(found, apply(params, tokens, positions=2 * positions))
+    assert relative_error(found, apply(params, tokens)) > 1e-3

@@ -20,13 +20,13 @@ from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import map_places, path_str, places
 from peft_jax.core.weight import Trainable, Weight, materialize
 from peft_jax.hub.checkpoint.parts import HEAD_TASKS, layer_modules, parts_of
+from peft_jax.hub.generation_config import FILE as GENERATION
 from peft_jax.hub.names import stack_size
 from peft_jax.hub.quantized import Tool, ways, writer
 from peft_jax.hub.safetensors_io import write_shards
 from peft_jax.low_rank.svd import Factorized
 from peft_jax.models.blocks import abstract_params
 from peft_jax.models.families import family_of, hf_config_of
-from peft_jax.models.generation_config import FILE as GENERATION
 from peft_jax.quantization.quantized import Quantized
 
 
