@@ -11,9 +11,6 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
-
 
 class ConfigError(ValueError):
     """A configuration that cannot be used, in one sentence."""
@@ -22,6 +19,9 @@ class ConfigError(ValueError):
 @typing.dataclass_transform(frozen_default=True)
 def configuration(cls: type) -> Any:
     """A frozen dataclass whose values are checked and which refuses unknown fields."""
+    from pydantic import ConfigDict  # not needed by who reads no configuration
+    from pydantic.dataclasses import dataclass
+
     return dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from jax.sharding import Mesh
-from rich.console import Console
 
 from peft_jax.core.options import ConfigError, settings_of
 from peft_jax.core.sharding import shard
+
+if typing.TYPE_CHECKING:
+    from rich.console import Console
 
 S = TypeVar("S")
 Batches = list[dict[str, Any]]

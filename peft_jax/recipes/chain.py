@@ -35,7 +35,7 @@ from peft_jax.recipes.plan import Entry, planned
 from peft_jax.recipes.run_config import RunConfig
 from peft_jax.recipes.setup import Setup, context_of, mesh_of, opened
 from peft_jax.training.checkpoint import fingerprint
-from peft_jax.training.loop import Result
+from peft_jax.training.loop import Result, check_batch
 from peft_jax.training.resume import refusal
 from peft_jax.training.stage import Interrupted
 
@@ -202,6 +202,8 @@ def _check(chain: Chain) -> None:
     other options; with resume=false it is taken away.
     """
     config, home = chain.config, Path(chain.config.output) / FOLDER
+    for run in (config, *(place.entry.config for place in chain.places)):
+        check_batch(run.train, run.data.sequence_length, chain.setup.mesh)
     if not config.resume:
         if jax.process_index() == 0:
             shutil.rmtree(home, ignore_errors=True)

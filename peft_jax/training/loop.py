@@ -198,6 +198,7 @@ class _Run:
             self.folder,
             steps=self.steps,
             start=int(state.step),
+            measured=self.evaluations,
             flops_per_token=flops_per_token,
             tensorboard=self.config.tensorboard,
             console=self.console,

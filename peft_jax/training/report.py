@@ -8,7 +8,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -92,6 +92,7 @@ class Reporter:
         *,
         steps: int,
         start: int,
+        measured: Collection[int] = (),
         flops_per_token: float,
         tensorboard: bool,
         console: Console,
@@ -114,7 +115,7 @@ class Reporter:
         self._task = self._progress.add_task("training", total=steps, completed=start, line="")
         if self._primary:
             folder.mkdir(parents=True, exist_ok=True)
-            _drop_after(folder / "metrics.jsonl", start)
+            _drop_after(folder / "metrics.jsonl", start, measured)
             self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
             if tensorboard:
                 from tensorboardX import SummaryWriter
@@ -173,16 +174,18 @@ class Reporter:
                 self._writer.add_scalar(f"{kind}/{name}", value, step)
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Rows of a run that is resumed from an earlier step are dropped, so that each step stands
-    once.
+def _drop_after(path: Path, step: int, measured: Collection[int]) -> None:
+    """Rows of a run that is resumed from an earlier step are dropped, and evaluations that its
+    checkpoint does not know (it has `measured` these), so that each stands once.
     """
     if not path.is_file():
         return
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step and step > 0:
+            row = json.loads(line)
+            known = row["kind"] == "train" or row["step"] in measured
+            if row["step"] <= step and step > 0 and known:
                 rows.append(line)
         except (json.JSONDecodeError, KeyError):
             continue  # the last line of a killed run may be cut

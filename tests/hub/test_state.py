@@ -34,7 +34,7 @@ TREES = {
         peft_jax.bottleneck(p, KEY, size=4), KEY, rank=2, adapter="second"
     ),
     "shared arrays": lambda p: peft_jax.vera(p, KEY, rank=4),
-    "attachments": lambda p: peft_jax.prefix_tuning(p, KEY, length=3),
+    "attachments": lambda p: peft_jax.prefix_tuning(p, KEY, num_virtual_tokens=3),
     "factors": lambda p: peft_jax.factorize(p, keep=0.5)[0],
     "trained whole": lambda p: peft_jax.full(p),
     "frozen": lambda p: peft_jax.freeze(peft_jax.lora(p, KEY, rank=2)),
