@@ -32,9 +32,9 @@ from peft_jax.core.tree import is_node, map_places
 from peft_jax.data import Record, batch_at, label_names, read_records
 from peft_jax.objectives.labels import LABELS
 from peft_jax.objectives.reading import cross_entropy
-from peft_jax.training.config import DataConfig
+from peft_jax.training.data import DataConfig, Subject
 from peft_jax.training.step import init_state, make_step
-from peft_jax.training.tasks import TASKS, Subject
+from peft_jax.training.tasks import TASKS
 
 # method -> (how it changes the tree, learning rates to choose from)
 METHODS: dict[str, tuple[Callable[[Any, jax.Array], Any], tuple[float, ...]]] = {

@@ -41,9 +41,9 @@ from peft_jax.knowledge.editing import Search, edit
 from peft_jax.knowledge.evaluation import answers_said, edit_scores
 from peft_jax.knowledge.requests import Edit
 from peft_jax.models.families import remade
-from peft_jax.training.config import parse_config
-from peft_jax.training.inject import run_injection
-from peft_jax.training.run import run_training
+from peft_jax.recipes.config import parse_config
+from peft_jax.recipes.inject import run_injection
+from peft_jax.recipes.train import run_training
 
 ROOT = Path(__file__).parents[1]
 Facts = list[dict[str, str]]

@@ -31,7 +31,6 @@ from peft_jax.core.select import select
 from peft_jax.core.sharding import make_mesh, shard, shardings
 from peft_jax.core.tree import places
 from peft_jax.core.weight import Trainable, Weight, einsum, materialize, matmul, take
-from peft_jax.distillation.students import take_layers
 from peft_jax.generation.generate import generate
 from peft_jax.hub import load, load_adapter, load_tokenizer, save, save_adapter
 from peft_jax.low_rank.adalora import adalora
@@ -68,6 +67,7 @@ from peft_jax.pruning.pattern import NM, Block
 from peft_jax.pruning.prune import compress, densify, prune, sparsity_of
 from peft_jax.pruning.sparse_training import sparse
 from peft_jax.pruning.structured import prune_structured, shrink, sizes_for
+from peft_jax.pruning.students import take_layers
 from peft_jax.pruning.vocabulary import prune_vocabulary
 from peft_jax.quantization.adam8bit import adamw8bit, scale_by_adam8bit
 from peft_jax.quantization.blocks import quantize_in_turn

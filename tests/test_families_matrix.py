@@ -1,9 +1,15 @@
-"""Techniques on every kind of model: identity at the start, gradients, merging, a quantized and a
-pruned base.
+"""Every family against its reference, what it says of its modules, and techniques on every kind of
+model: identity at the start, gradients, merging, a quantized and a pruned base.
 
 The method matrix holds each method to its properties on decoders and third-party models; this holds
-each kind of model to them with a method of every kind.
+each family to them with a method of every kind. Families whose modules have the same roles are one
+kind. Those of `docs/examples` are held to it as any other.
 """
+
+import importlib.util
+import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +17,130 @@ import numpy as np
 import pytest
 import torch
 import transformers as tr
+from safetensors.numpy import load_file, save_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import peft_jax
-from tests.models.test_encoders import T5_SIZES, torch_encoder
-from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
+from peft_jax.core.placing import modules_with_roles, token_stack
+from peft_jax.core.roles import FAMILIES, hooks_of
+from peft_jax.models.blocks import abstract_params
+from peft_jax.models.families import hf_class, register_family
+from tests.reference import perturb, random_tokens, relative_error
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+
+
+def example(name):
+    """The family of one of the example files."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.FAMILY
+
+
+STRANGERS = [example(path.stem) for path in sorted(EXAMPLES.glob("*.py"))]
+RECORDS = {f.name: f for f in [*FAMILIES.values(), *STRANGERS]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def strangers():
+    """The examples' families, known while this file runs."""
+    for family in STRANGERS:
+        register_family(family)
+    yield
+    for family in STRANGERS:
+        del FAMILIES._records[family.name]
+
+
+def their_config(record):
+    name = record.like or record.name
+    assert name in CONFIG_MAPPING, f"{name} has no reference: say `like`"
+    assert record.example, f"{name} has no example"
+    return CONFIG_MAPPING[name](**record.example)
+
+
+def our_tree(record, task):
+    """The shapes of a family's example."""
+    config = their_config(record)
+    return abstract_params(record.module(record.config(config), task=task))
+
+
+def their_model(record, task, folder):
+    """PyTorch's model of a family's example with a head for the task, in a folder as the family's
+    checkpoints are.
+    """
+    torch.manual_seed(0)
+    classes = {"gpt2": tr.GPT2LMHeadModel} if task == "causal_lm" else {}
+    cls = classes.get(record.name) or getattr(tr, hf_class(record.like or record.name, task))
+    model = cls._from_config(their_config(record), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    if record.like:
+        tensors = load_file(folder / "model.safetensors")
+        for pattern, new in record.like_names:
+            tensors = {re.sub(pattern, new, name): x for name, x in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": record.name}))
+    return model
+
 
 TOKENS, TARGETS = random_tokens(2, 10), random_tokens(2, 6, seed=1)
-KINDS = ["bert", "deberta_v3", "modernbert", "distilbert", "gpt2", "t5", "mixtral_sliding"]
-FEW = ("bert", "t5", "mixtral_sliding")
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_family_computes_what_its_reference_does(name, tmp_path):
+    record = RECORDS[name]
+    task = record.tasks[0]
+    theirs = their_model(record, task, tmp_path)
+    more = {"decoder_input_ids": torch.tensor(TARGETS)} if task == "seq2seq_lm" else {}
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS), **more).logits.numpy()
+    model, params = peft_jax.load(tmp_path, scan_layers=False)
+    ours = model.apply({"params": params}, TOKENS, *([TARGETS] if more else []))
+    assert relative_error(ours, expected) < 2e-5
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_family_says_what_its_modules_are(name):
+    record = RECORDS[name]
+    for task in record.tasks:
+        tree = our_tree(record, task)
+        for path, w in peft_jax.places(tree).items():
+            module, _, leaf = path.rpartition("/")
+            if leaf in ("kernel", "scale") or "experts" in module:
+                assert record.roles.role_of(module), f"{module} has no role"
+                assert leaf == "scale" or w.ndim > 1
+        assert f"{record.embedding}/embedding" in peft_jax.places(tree)
+        assert token_stack(tree) == (record.roles.kind, record.prefix)
+        found = modules_with_roles(tree)
+        wanted = ("stack", "attention", "core", "o", "attention_residual", "mlp_residual")
+        assert set(wanted) <= set(found)
+        assert {"down", "experts"} & set(found)
+        for core in found["core"]:
+            attention = core.rpartition("/")[0]
+            names = {p.rpartition("/")[2] for p in found.get("q", found.get("qkv"))}
+            assert core.rpartition("/")[2] in hooks_of(attention, names)
+
+
+# Roles that tell kinds of models apart.
+PLACED = ("q", "qkv", "gate", "gate_up", "experts", "relative", "attention_output")
+
+
+def kinds():
+    """One family of each kind."""
+    found = {}
+    for record in RECORDS.values():
+        tree = our_tree(record, record.tasks[0])
+        roles = frozenset(modules_with_roles(tree)) & set(PLACED)
+        found.setdefault((record.roles.name, roles), record.name)
+    return list(found.values())
+
+
+KINDS = kinds()
+FEW = ("bert", "t5", "mixtral", "walnut")
 METHODS = {
     "lora": lambda p, k: peft_jax.lora(p, k, rank=2),
     "dora": lambda p, k: peft_jax.dora(p, k, rank=2),
@@ -47,19 +169,12 @@ def bases(tmp_path_factory):
     def get(kind):
         if kind in known:
             return known[kind]
-        if kind == "t5":
-            torch.manual_seed(0)
-            tr.T5ForConditionalGeneration(
-                tr.T5Config(**T5_SIZES, feed_forward_proj="gated-gelu")
-            ).save_pretrained(root / kind)
-            folder = root / kind
-        elif kind in ("gpt2", "mixtral_sliding"):
-            folder = family_checkpoint(kind, root)[0]
-        else:
-            torch_encoder(kind, "token_classification").save_pretrained(root / kind)
-            folder = root / kind
-        model, params = peft_jax.load(folder)
-        apply, more = peft_jax.bind(model, strict=True), [TARGETS] if kind == "t5" else []
+        record = RECORDS[kind]
+        task = record.tasks[0] if record.roles.kind != "encoder" else "token_classification"
+        their_model(record, task, root / kind)
+        model, params = peft_jax.load(root / kind)
+        more = [TARGETS] if task == "seq2seq_lm" else []
+        apply = peft_jax.bind(model, strict=True)
         run = jax.jit(lambda p: apply(p, TOKENS, *more))
 
         @jax.jit

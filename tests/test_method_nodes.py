@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 import peft_jax
-from peft_jax.core.method import options_of
 from peft_jax.core.prepare import distribute
 from peft_jax.core.weight import materialize, matmul, ragged_matmul, take
+from peft_jax.core.where import options_of
 from peft_jax.methods import METHODS
 from tests.reference import perturb, relative_error
 
@@ -271,7 +271,7 @@ def test_a_factor_near_one_is_not_rounded_to_bfloat16(method):
     assert float(jnp.abs(share - 1).mean()) < 0.4
 
 
-@pytest.mark.parametrize("method", [n for n in ADAPTERS if n != "qalora"])
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_layers_left_out_are_as_they_were_bit_for_bit(method):
     """Product, array, merge and bias of a stacked layer that `layers` does not name."""
     base, x = {"layers": tree_of(array(2, IN, OUT))}, array(ROWS, IN, seed=1)

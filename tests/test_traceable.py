@@ -1,5 +1,5 @@
 """Every transform of a tree under `jax.jit`, `jax.eval_shape` and on a mesh gives what it gives
-outside of them.
+outside of them. Storage formats are gone through in tests/quantization/test_formats.py.
 """
 
 import functools
@@ -66,32 +66,7 @@ def check(transform, *args):
         assert off.mean() < 0.02
 
 
-FORMATS = {
-    "nf4": NF4(block_size=16),
-    "nf4_single": NF4(block_size=16, double=False),
-    "fp4": peft_jax.FP4(block_size=16),
-    "fp8": "fp8",
-    "mxfp4": "mxfp4",
-    "int8": "int8",
-    "int3": Int(bits=3, block_size=16),
-    "int2": Int(bits=2, block_size=16, symmetric=False),
-    "dynamic": Int(bits=8, activations="dynamic"),
-    "static": Int(bits=8, activations="static"),
-}
-
-
-def test_formats(base):
-    params, statistics = base
-    where = {"targets": "q_proj"}  # blocks of 32 do not divide the head's inputs
-    check(
-        lambda tree, of: {
-            name: peft_jax.quantize(tree, format, statistics={"max_abs": of["max_abs"]}, **where)
-            for name, format in FORMATS.items()
-        },
-        params,
-        statistics,
-    )
-    check(peft_jax.dequantize, peft_jax.quantize(params, FORMATS["nf4"]))
+BLOCKS = NF4(block_size=16)
 
 
 def test_roundings(base):
@@ -168,7 +143,7 @@ CHAINS = {
         )
     ),
     "prune, quantize, adapt": lambda tree, of, key: peft_jax.dora(
-        peft_jax.quantize(peft_jax.prune(tree, pattern="2:4"), FORMATS["nf4"]), key, rank=2
+        peft_jax.quantize(peft_jax.prune(tree, pattern="2:4"), BLOCKS), key, rank=2
     ),
     "factorize, adapt, into LoRA": lambda tree, of, key: peft_jax.lora(
         peft_jax.factorize(peft_jax.densify(peft_jax.prune(tree, 0.5)), keep=0.5)[0], key, rank=2
@@ -203,7 +178,7 @@ def keyed(chain):
 
 
 TRANSFORMS = {
-    "nf4": lambda tree, of: peft_jax.quantize(tree, FORMATS["nf4"]),
+    "nf4": lambda tree, of: peft_jax.quantize(tree, BLOCKS),
     "gptq": lambda tree, of: peft_jax.quantize(
         tree, Int(bits=4, block_size=16), rounding="gptq", statistics=of
     ),

@@ -9,7 +9,7 @@ up(f(down(x))) with what goes in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from peft_jax.core.placing import Module, find_modules, module_paths, place_atta
 from peft_jax.core.reparametrised import check_dropout, node
 from peft_jax.core.roles import first_fit
 from peft_jax.core.select import Targets, check_patterns, nearest
-from peft_jax.core.weight import Layout, static
+from peft_jax.core.weight import static
+from peft_jax.core.where import Modules, Selection
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -149,8 +150,6 @@ def bottleneck(
     placement: str = "houlsby",
     targets: Targets = (),
     parallel: bool | None = None,
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     reduction_factor: float = 16.0,
     size: int | None = None,
     size_pattern: Mapping[str, int] | None = None,
@@ -164,9 +163,7 @@ def bottleneck(
     dropout: float = 0.0,
     drop_layers: int = 0,
     init: Literal["zero", "bert", "houlsby"] = "zero",
-    adapter: str = "default",
-    width: int | None = None,
-    layout: Layout | None = None,
+    **where: Unpack[Modules],
 ) -> Any:
     """`params` with a bottleneck adapter beside each module that `placement` or `targets` name.
 
@@ -191,7 +188,8 @@ def bottleneck(
     check_options(activation, gating, init, dropout)
     if scaling is None:
         scaling = 4.0 if beside else 1.0
-    modules = find_modules(params, targets or place.usual(params), exclude, layers, layout, width)
+    at = Selection.of(bottleneck, where, targets=targets or place.usual(params))
+    modules = find_modules(params, **at.places, width=at.width)
     check_patterns(
         [f"{n}/" for m in modules for n in (m.path, *m.layers)], size_pattern=size_pattern or {}
     )
@@ -208,7 +206,7 @@ def bottleneck(
         fixed = scaling if isinstance(scaling, int | float) else 1.0
         learned = {"learned": 1, "channel": m.n_out}.get(str(scaling))
         return Bottleneck(
-            **common(m, adapter, dropout, drop_layers),
+            **common(m, at.adapter, dropout, drop_layers),
             down=draw(down, (*m.lead, n_in, r), "bert" if init == "zero" else init),
             up=draw(up, (*m.lead, r, m.n_out), init),
             down_bias=zeros(r),
@@ -226,7 +224,7 @@ def bottleneck(
 
     if scaling not in ("learned", "channel") and not isinstance(scaling, int | float):
         raise ValueError(f"scaling must be a number, 'learned' or 'channel', not {scaling!r}")
-    return place_attachments(params, key, make, "bottleneck", adapter, modules)
+    return place_attachments(params, key, make, "bottleneck", at.adapter, modules)
 
 
 def check_options(activation: str, gating: str, init: str, dropout: float) -> None:

@@ -8,8 +8,7 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,8 @@ from peft_jax.core.method import Method
 from peft_jax.core.placing import Module, find_modules, place_attachments
 from peft_jax.core.reparametrised import node
 from peft_jax.core.select import Targets, nearest
-from peft_jax.core.weight import Layout, static
+from peft_jax.core.weight import static
+from peft_jax.core.where import Modules, Selection
 
 
 @node
@@ -58,8 +58,6 @@ def compacter(
     *,
     placement: str = "houlsby",
     targets: Targets = (),
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     reduction_factor: float = 32.0,
     size: int | None = None,
     dimension: int = 4,
@@ -69,9 +67,7 @@ def compacter(
     init: Literal["zero", "glorot"] = "zero",
     dropout: float = 0.0,
     drop_layers: int = 0,
-    adapter: str = "default",
-    width: int | None = None,
-    layout: Layout | None = None,
+    **where: Unpack[Modules],
 ) -> Any:
     """`params` with a Compacter beside each module that `placement` (see `bottleneck`; pfeiffer
     makes it Compacter++) names.
@@ -90,8 +86,9 @@ def compacter(
     check_options(activation, "none", "zero", dropout)
     place, n = PLACEMENTS[placement], dimension
     beside = place.parallel and not targets
-    modules = find_modules(params, targets or place.usual(params), exclude, layers, layout, width)
-    group = f"compacter_{adapter}" if shared_rule else ""
+    at = Selection.of(compacter, where, targets=targets or place.usual(params))
+    modules = find_modules(params, **at.places, width=at.width)
+    group = f"compacter_{at.adapter}" if shared_rule else ""
 
     def factors(
         key: jax.Array, lead: tuple[int, ...], n_in: int, n_out: int, start: str
@@ -122,7 +119,7 @@ def compacter(
                 raise ValueError(f"dimension={n} does not divide the {value} {what} of {m.path}")
         down, up = jax.random.split(key)
         return Compacter(
-            **common(m, adapter, dropout, drop_layers),
+            **common(m, at.adapter, dropout, drop_layers),
             down=factors(down, m.lead, n_in, r, "glorot"),
             up=factors(up, m.lead, r, m.n_out, init),
             down_bias=jnp.zeros((*m.lead, r)),
@@ -132,7 +129,7 @@ def compacter(
             group=group,
         )
 
-    placed = place_attachments(params, key, make, "compacter", adapter, modules)
+    placed = place_attachments(params, key, make, "compacter", at.adapter, modules)
     if not shared_rule:
         return placed
     return {

@@ -4,18 +4,18 @@ scaled by learned vectors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes, scaled
-from peft_jax.core.roles import first_fit, names_of
+from peft_jax.core.roles import first_fit, module_of, names_of
 from peft_jax.core.select import Targets, is_target
 from peft_jax.core.tree import places
-from peft_jax.core.weight import Layout, static
+from peft_jax.core.weight import static
+from peft_jax.core.where import Beside, Selection
 
 
 @node
@@ -57,11 +57,7 @@ def ia3(
     *,
     targets: Targets = (),
     feedforward: Targets = (),
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Beside],
 ) -> Any:
     """`params` with an IA3 node at each place that `targets` name; of those that `feedforward`
     names too, the inputs are scaled.
@@ -72,31 +68,22 @@ def ia3(
     """
 
     feedforward = feedforward or names_of("down")
-    targets = targets or _usual_targets(params)
+    at = Selection.of(ia3, where, targets=targets or _usual_targets(params))
 
     def make(site: Site, key: jax.Array) -> IA3:
         inputs = is_target(site.path, site.base, feedforward)
         lead, n_in, n_out = site.sizes
         return IA3(
-            **site.common(name=adapter),
+            **site.common(name=at.adapter),
             scale=jnp.ones((*lead, n_in if inputs else n_out)),
             feedforward=inputs,
         )
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    return place_nodes(params, key, make, at)
 
 
 def _usual_targets(params: Any) -> tuple[str, ...]:
-    found = first_fit((p.rpartition("/")[0] for p in places(params)), _USUAL)
+    found = first_fit(map(module_of, places(params)), _USUAL)
     if found is None:
         raise ValueError(
             "no modules of this model are known to make keys, values and a feed-forward's output: "

@@ -6,7 +6,7 @@ the embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from peft_jax.core.method import Method
 from peft_jax.core.placing import token_embedding
 from peft_jax.core.reparametrised import node
 from peft_jax.core.weight import static
+from peft_jax.core.where import Embedded, Selection
 
 Net = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -86,8 +87,7 @@ def invertible(
     reduction_factor: float = 2.0,
     activation: str = "relu",
     inverse: bool = True,
-    adapter: str = "default",
-    embedding: str | None = None,
+    **where: Unpack[Embedded],
 ) -> Any:
     """`params` with an invertible adapter after the token embedding, and (`inverse`) its inverse
     where that is the head.
@@ -96,8 +96,9 @@ def invertible(
     nothing changes at first. Raises ValueError for an unknown activation and an embedding that is
     not found or has an invertible adapter of that name.
     """
+    at = Selection.of(invertible, where)
     check_options(activation, "none", "zero", 0.0)
-    D = token_embedding(params, embedding)[1].shape[-1]
+    D = token_embedding(params, at.embedding)[1].shape[-1]
     keys = jax.random.split(key)
 
     def net(key: jax.Array, n_in: int, n_out: int) -> Net:
@@ -110,9 +111,9 @@ def invertible(
         first=net(keys[0], D - half, half),
         second=net(keys[1], half, D - half),
         activation=activation,
-        name=adapter,
+        name=at.adapter,
     )
-    return place_invertible(params, coupling, embedding, inverse=inverse)
+    return place_invertible(params, coupling, at.embedding, inverse=inverse)
 
 
 def place_invertible(

@@ -9,7 +9,7 @@ heads, as in PEFT).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from peft_jax.core.placing import find_modules, hidden_size, module_paths, place
 from peft_jax.core.reparametrised import node
 from peft_jax.core.roles import first_fit, modules_by_role
 from peft_jax.core.weight import static
+from peft_jax.core.where import Named, Selection
 from peft_jax.models.operands import AttentionOperands
 
 
@@ -144,7 +145,7 @@ def adaption_prompt(
     adapter_len: int = 10,
     adapter_layers: int | None = None,
     layers: Sequence[int] | None = None,
-    adapter: str = "default",
+    **where: Unpack[Named],
 ) -> Any:
     """`params` with a prompt of `adapter_len` tokens in the attention of the last `adapter_layers`
     layers (all but the first two by default, one at least), or of `layers`.
@@ -152,6 +153,7 @@ def adaption_prompt(
     Raises ValueError for a model that is no decoder with projections of keys and values, or GPT-2's
     one for all three (PEFT has none for others either).
     """
+    adapter = Selection.of(adaption_prompt, where).adapter
     if adapter_len < 1:
         raise ValueError(f"adapter_len must be at least 1, got {adapter_len}")
     cls, place = prompted(params)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Replacement, replace_arrays
-from peft_jax.core.select import Targets, matches
+from peft_jax.core.select import Targets, matches, select
 from peft_jax.core.tree import places
 from peft_jax.core.weight import Weight
+from peft_jax.core.where import Excluding, Selection
 
 _NORMS = ("*norm*", "*Norm*", "*/ln_*")
 
@@ -18,36 +19,31 @@ def ln_tuning(
     key: Any = None,
     *,
     targets: Targets = _NORMS,
-    exclude: Targets = (),
-    adapter: str = "default",
+    **where: Unpack[Excluding],
 ) -> Any:
     """`params` with the scales and biases of the norms that `targets` name training. `key` is not
     used.
 
     Raises ValueError where they name no norm.
     """
-    wanted, unwanted = ([t] if isinstance(t, str) else list(t) for t in (targets, exclude))
     known = places(params)
+    if targets == _NORMS:
+        targets = [t for t in _NORMS if any(matches(p, t) for p in known)] or _NORMS
+    at = Selection.of(ln_tuning, where, targets=targets)
     norms = {p.rpartition("/")[0] for p in known if p.rpartition("/")[2] == "scale"}
 
-    def named(p, patterns):
-        return any(matches(p, t) for t in patterns)
+    def is_norm(path: str) -> bool:
+        module, _, leaf = path.rpartition("/")
+        w = known[path]
+        plain = not isinstance(w, Weight) or isinstance(w, Replacement)
+        return plain and module in norms and leaf in ("scale", "bias")
 
-    def plain(w):
-        return not isinstance(w, Weight) or isinstance(w, Replacement)
-
-    beside = {
-        p: w
-        for p, w in known.items()
-        if p.rpartition("/")[0] in norms and p.rpartition("/")[2] in ("scale", "bias")
-    }
-    chosen = {p for p, w in beside.items() if plain(w)}
-    chosen = {p for p in chosen if named(p, wanted) and not named(p, unwanted)}
+    chosen = [p for p in select(params, at.targets, at.exclude, min_ndim=0) if is_norm(p)]
     if not chosen:
         raise ValueError(
             f"targets {targets!r} name no norm; norms here: {', '.join(sorted(norms))}"
         )
-    return replace_arrays(params, dict.fromkeys(chosen, "norm"), name=adapter)
+    return replace_arrays(params, dict.fromkeys(chosen, "norm"), name=at.adapter)
 
 
 METHOD = Method(

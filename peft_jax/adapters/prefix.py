@@ -9,8 +9,8 @@ layers see what their window reaches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,13 @@ from peft_jax.adapters.adapter import affine
 from peft_jax.adapters.bottleneck import ACTIVATIONS
 from peft_jax.core.attachment import Attachment, Shared, attach, module_at
 from peft_jax.core.method import Method
-from peft_jax.core.placing import Module, find_modules, module_paths, token_stack
+from peft_jax.core.placing import Module, attention_cores, find_modules, module_paths, token_stack
 from peft_jax.core.placing import hidden_size as _hidden
 from peft_jax.core.reparametrised import node
-from peft_jax.core.roles import hooks_of, modules_by_role, role_of
+from peft_jax.core.roles import modules_by_role
 from peft_jax.core.select import Targets, nearest
 from peft_jax.core.weight import Layout, matrix_shape, static
+from peft_jax.core.where import Among, Selection
 from peft_jax.models.cache import Inputs
 from peft_jax.models.operands import AttentionOperands
 
@@ -178,11 +179,9 @@ def prefix_tuning(
     activation: str = "tanh",
     gating: Literal["none", "token"] = "none",
     targets: Targets = "*",
-    layers: Sequence[int] | None = None,
     init_std: float = 0.02,
     offset: bool = True,
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Among],
 ) -> Any:
     """`params` with a prefix in each attention that `targets` name (a decoder's, or Flax's own
     attention layers).
@@ -202,8 +201,10 @@ def prefix_tuning(
         )
     if gating not in ("none", "token"):
         raise ValueError(f"unknown gating {gating!r}; a prefix has none or token")
-    P, group = num_virtual_tokens, f"prefix_{adapter}" if projection else ""
-    found = _attentions(params, layout, targets, layers)
+    at = Selection.of(prefix_tuning, where, targets=targets)
+    P, adapter = num_virtual_tokens, at.adapter
+    group = f"prefix_{adapter}" if projection else ""
+    found = _attentions(params, at)
     nodes: dict[str, dict[str, Any]] = {}
     keys = iter(jax.random.split(key, 4 * len(found) + 3))
     h = 0
@@ -278,13 +279,6 @@ def offset_stack(params: Any) -> str | None:
     return path if kind == "decoder" else None
 
 
-def attention_cores(params: Any) -> list[str]:
-    """Paths of the attention cores of a model of this package."""
-    inside = {p: module_at(params, p) for p in module_paths(params)}
-    hooks = (f"{p}/{name}" for p, m in inside.items() for name in hooks_of(p, m))
-    return [p for p in hooks if role_of(p) == "core"]
-
-
 def kv_features(params: Any) -> int:
     """Features of a model's keys, all heads together."""
     return _sizes(params, _around(attention_cores(params)[0]), None)[1]
@@ -295,12 +289,8 @@ def _around(core: str) -> str:
     return core.rpartition("/")[0]
 
 
-def _attentions(
-    params: Any, layout: Layout | None, targets: Targets, layers: Sequence[int] | None
-) -> list[tuple[Module, str, int, int]]:
-    """(where, what, features of queries, features of keys) for each attention that `targets`
-    name.
-    """
+def _attentions(params: Any, at: Selection) -> list[tuple[Module, str, int, int]]:
+    """(where, what, features of queries, features of keys) for each attention that is selected."""
     cores = {_around(core): core for core in attention_cores(params)}
     flax = [p for p in module_paths(params) if set(module_at(params, p)) >= _FLAX]
     if not cores and not flax:
@@ -308,7 +298,7 @@ def _attentions(
             "no attention was found that a prefix can stand in (this package's, or Flax's with "
             "query, key, value, out)"
         )
-    named = {m.path: m for m in find_modules(params, targets, (), layers, layout)}
+    named = {m.path: m for m in find_modules(params, **at.places)}
     found = []
     for path in [*cores, *flax]:
         core = cores.get(path, path)
@@ -318,13 +308,12 @@ def _attentions(
                 (
                     m._replace(path=core),
                     "core" if path in cores else "flax",
-                    *_sizes(params, path, layout),
+                    *_sizes(params, path, at.layout),
                 )
             )
     if not found:
-        raise ValueError(
-            f"targets {targets!r} name no attention; attention here: {', '.join([*cores, *flax])}"
-        )
+        here = ", ".join([*cores, *flax])
+        raise ValueError(f"targets {at.targets!r} name no attention; attention here: {here}")
     return found
 
 

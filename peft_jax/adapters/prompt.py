@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from peft_jax.core.placing import token_embedding, token_stack
 from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import places
 from peft_jax.core.weight import static, take
+from peft_jax.core.where import Embedded, Selection
 from peft_jax.models.blocks import ScaledEmbed, embedding_scale, scaled
 from peft_jax.models.cache import Hidden, Inputs
 
@@ -324,9 +325,8 @@ def prompt_tuning(
     num_virtual_tokens: int = 20,
     init: Literal["random", "vocabulary", "text"] = "random",
     token_ids: Sequence[int] = (),
-    adapter: str = "default",
-    embedding: str | None = None,
     model: Any = None,
+    **where: Unpack[Embedded],
 ) -> Any:
     """`params` with a prompt of virtual tokens.
 
@@ -336,8 +336,9 @@ def prompt_tuning(
     embeddings (Gemma) has to be given. Raises ValueError for an unknown init, token ids outside the
     vocabulary, and a tree that has a prompt already.
     """
+    at = Selection.of(prompt_tuning, where)
     scale = embedding_scale(model)
-    P, weight = _length(num_virtual_tokens), token_embedding(params, embedding)[1]
+    P, weight = _length(num_virtual_tokens), token_embedding(params, at.embedding)[1]
     V, D = weight.shape
     if init == "random":
         sample = _rows_of(weight, jax.random.randint(key, (min(V, 256),), 0, V), scale)
@@ -350,7 +351,7 @@ def prompt_tuning(
     else:
         raise ValueError(f"unknown init {init!r}; there are random, vocabulary and text")
     return place_prompt(
-        params, VirtualTokens(embeddings=start, scale=scale, name=adapter), P, embedding
+        params, VirtualTokens(embeddings=start, scale=scale, name=at.adapter), P, at.embedding
     )
 
 
@@ -368,8 +369,7 @@ def p_tuning(
     encoder: Literal["mlp", "lstm"] = "mlp",
     hidden_size: int | None = None,
     num_layers: int = 2,
-    adapter: str = "default",
-    embedding: str | None = None,
+    **where: Unpack[Embedded],
 ) -> Any:
     """`params` with a prompt that an encoder makes: an MLP of three layers, or an LSTM of
     `num_layers` and an MLP of two.
@@ -378,7 +378,8 @@ def p_tuning(
     encoder, as PEFT does. Raises ValueError for an unknown encoder and a tree that has a prompt
     already.
     """
-    P, D = _length(num_virtual_tokens), token_embedding(params, embedding)[1].shape[-1]
+    at = Selection.of(p_tuning, where)
+    P, D = _length(num_virtual_tokens), token_embedding(params, at.embedding)[1].shape[-1]
     h = hidden_size or D
     keys = iter(jax.random.split(key, 4 + 8 * num_layers))
 
@@ -399,9 +400,9 @@ def p_tuning(
     start = jax.random.normal(next(keys), (P, D))
     return place_prompt(
         params,
-        EncodedTokens(embeddings=start, layers=layers, lstm=lstm, name=adapter),
+        EncodedTokens(embeddings=start, layers=layers, lstm=lstm, name=at.adapter),
         P,
-        embedding,
+        at.embedding,
     )
 
 
@@ -412,27 +413,27 @@ def multitask_prompt_tuning(
     num_virtual_tokens: int = 20,
     num_tasks: int = 1,
     num_ranks: int = 1,
-    adapter: str = "default",
-    embedding: str | None = None,
+    **where: Unpack[Embedded],
 ) -> Any:
     """`params` with a prompt that tasks share, each changing it by a matrix of rank `num_ranks`;
     rows say theirs by `adapter_ids`.
 
     Raises ValueError for a count below 1 and a tree that has a prompt already.
     """
+    at = Selection.of(multitask_prompt_tuning, where)
     if num_tasks < 1 or num_ranks < 1:
         raise ValueError(
             f"num_tasks and num_ranks must be at least 1, got {num_tasks} and {num_ranks}"
         )
-    P, D = _length(num_virtual_tokens), token_embedding(params, embedding)[1].shape[-1]
+    P, D = _length(num_virtual_tokens), token_embedding(params, at.embedding)[1].shape[-1]
     keys = jax.random.split(key, 3)
     tokens = TaskTokens(
         embeddings=jax.random.normal(keys[0], (P, D)),
         columns=0.02 * jax.random.normal(keys[1], (num_tasks, P, num_ranks)),
         rows=0.02 * jax.random.normal(keys[2], (num_tasks, num_ranks, D)),
-        name=adapter,
+        name=at.adapter,
     )
-    return place_prompt(params, tokens, P, embedding)
+    return place_prompt(params, tokens, P, at.embedding)
 
 
 def cpt(
@@ -443,9 +444,8 @@ def cpt(
     token_types: Sequence[int] = (),
     epsilon: float = 0.1,
     format_epsilon: float = 0.1,
-    adapter: str = "default",
-    embedding: str | None = None,
     model: Any = None,
+    **where: Unpack[Embedded],
 ) -> Any:
     """`params` with a prompt that starts as the context `token_ids` (examples, say), whose
     embeddings may move a little.
@@ -457,7 +457,8 @@ def cpt(
     its embeddings (Gemma) has to be given. Raises ValueError for ids outside the vocabulary, types
     of another length, and a tree that has a prompt already.
     """
-    weight = token_embedding(params, embedding)[1]
+    at = Selection.of(cpt, where)
+    weight = token_embedding(params, at.embedding)[1]
     V, D = weight.shape
     ids = _checked_ids(list(token_ids), V, "token_ids")
     types = list(token_types) or [2] * len(ids)
@@ -465,9 +466,9 @@ def cpt(
         raise ValueError(f"there are {len(types)} token_types for {len(ids)} token_ids")
     scale = embedding_scale(model)
     context = context_tokens(
-        _rows_of(weight, ids, scale), token_ids, types, epsilon, format_epsilon, adapter
+        _rows_of(weight, ids, scale), token_ids, types, epsilon, format_epsilon, at.adapter
     )
-    return place_prompt(params, context.replace(scale=scale), len(types), embedding)
+    return place_prompt(params, context.replace(scale=scale), len(types), at.embedding)
 
 
 def context_tokens(

@@ -7,8 +7,8 @@ constraint, and DiReFT (equation 3) makes h + W2^T (W1 h + b).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from peft_jax.core.placing import Module, find_modules, place_attachments
 from peft_jax.core.reparametrised import node
 from peft_jax.core.select import Targets
 from peft_jax.core.tree import places
-from peft_jax.core.weight import Layout, static
+from peft_jax.core.weight import static
+from peft_jax.core.where import Modules, Selection
 
 LAYERS = r"re:.*layers(_\d+)?"
 
@@ -128,13 +129,9 @@ def reft(
     last: int | None = None,
     activation: str = "linear",
     targets: Targets = LAYERS,
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     dropout: float = 0.0,
     init: Literal["zero", "default"] = "zero",
-    adapter: str = "default",
-    width: int | None = None,
-    layout: Layout | None = None,
+    **where: Unpack[Modules],
 ) -> Any:
     """`params` with an intervention after each layer, or each module that `targets` name.
 
@@ -148,7 +145,8 @@ def reft(
     if any(n is not None and n < 0 for n in (first, last)):
         raise ValueError(f"first and last count tokens, got {first} and {last}")
     check_options(activation, "none", "zero", dropout)
-    modules = find_modules(params, targets, exclude, layers, layout, width)
+    at = Selection.of(reft, where, targets=targets)
+    modules = find_modules(params, **at.places, width=at.width)
 
     def make(m: Module, key: jax.Array) -> ReFT:
         n = m.n_out
@@ -166,7 +164,7 @@ def reft(
         if init == "zero":
             source = jnp.zeros_like(source) if variant == "direft" else projection
         return ReFT(
-            **common(m, adapter, dropout, 0),
+            **common(m, at.adapter, dropout, 0),
             projection=projection,
             source=source,
             source_bias=jnp.zeros((*m.lead, rank)),
@@ -179,7 +177,7 @@ def reft(
 
     if init not in ("zero", "default"):
         raise ValueError(f"unknown init {init!r}; there are zero and default")
-    return place_attachments(params, key, make, "reft", adapter, modules)
+    return place_attachments(params, key, make, "reft", at.adapter, modules)
 
 
 METHOD = Method(

@@ -4,7 +4,7 @@ et al. 2021, arXiv:2110.04366).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 
@@ -12,7 +12,7 @@ from peft_jax.adapters.bottleneck import Bottleneck, bottleneck
 from peft_jax.adapters.prefix import Offset, Prefix, prefix_tuning
 from peft_jax.core.method import Method
 from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout
+from peft_jax.core.where import Among, Named, Selection
 
 
 def unipelt(
@@ -24,7 +24,7 @@ def unipelt(
     reduction_factor: float = 16.0,
     gating: Literal["token", "sequence"] = "token",
     targets: Targets = ("q_proj", "v_proj"),
-    adapter: str = "default",
+    **where: Unpack[Named],
 ) -> Any:
     """`params` with a gated LoRA on `targets`, a gated prefix in every layer and a gated adapter
     after every layer's feed- forward.
@@ -34,6 +34,7 @@ def unipelt(
     tokens: for encoders, not for generation. Raises ValueError as the methods do that it is made
     of.
     """
+    adapter = Selection.of(unipelt, where).adapter
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     if gating not in ("token", "sequence"):
@@ -74,18 +75,16 @@ def mix_and_match(
     size: int | None = None,
     reduction_factor: float = 2.0,
     targets: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Among],
 ) -> Any:
     """`params` with a prefix in every layer and a scaled parallel adapter beside every
     feed-forward, or the modules `targets`.
 
     Raises ValueError as the methods do that it is made of.
     """
+    Selection.of(mix_and_match, where)
     keys = jax.random.split(key)
-    params = prefix_tuning(
-        params, keys[0], num_virtual_tokens=num_virtual_tokens, adapter=adapter, layout=layout
-    )
+    params = prefix_tuning(params, keys[0], num_virtual_tokens=num_virtual_tokens, **where)
     return bottleneck(
         params,
         keys[1],
@@ -94,8 +93,7 @@ def mix_and_match(
         parallel=True,
         size=size,
         reduction_factor=reduction_factor,
-        adapter=adapter,
-        layout=layout,
+        **where,
     )
 
 

@@ -18,14 +18,14 @@ class _Command(click.Command):
     """A command whose help ends with every option and its default."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from peft_jax.training.config import describe
+        from peft_jax.recipes.config import describe
 
         with formatter.section("Options in CONFIG or as key=value"):
             formatter.write_dl([(f"{name}={default}", text) for name, default, text in describe()])
 
 
 def _config(config: str | None, overrides: tuple[str, ...]) -> Any:
-    from peft_jax.training.config import load_config
+    from peft_jax.recipes.config import load_config
 
     if config is not None and "=" in config:
         config, overrides = None, (config, *overrides)
@@ -50,8 +50,8 @@ def main() -> None:
 @_command
 def train(config: str | None, overrides: tuple[str, ...]) -> None:
     """Fine-tune: evaluate, train, evaluate again, sample and export."""
-    from peft_jax.training.run import run_training
-    from peft_jax.training.setup import start_distributed
+    from peft_jax.recipes.setup import start_distributed
+    from peft_jax.recipes.train import run_training
 
     parsed = _config(config, overrides)
     start_distributed()
@@ -61,8 +61,8 @@ def train(config: str | None, overrides: tuple[str, ...]) -> None:
 @_command
 def evaluate(config: str | None, overrides: tuple[str, ...]) -> None:
     """Measure the model (with model.adapter, if given) on the held-out data."""
-    from peft_jax.training.run import run_evaluation
-    from peft_jax.training.setup import start_distributed
+    from peft_jax.recipes.evaluate import run_evaluation
+    from peft_jax.recipes.setup import start_distributed
 
     parsed = _config(config, overrides)
     start_distributed()
@@ -75,7 +75,7 @@ def evaluate(config: str | None, overrides: tuple[str, ...]) -> None:
 @_command
 def generate(config: str | None, overrides: tuple[str, ...]) -> None:
     """Continue generate.prompts."""
-    from peft_jax.training.run import run_generation
+    from peft_jax.recipes.evaluate import run_generation
 
     parsed = _config(config, overrides)
     for prompt, text in zip(parsed.generate.prompts, run_generation(parsed), strict=True):
@@ -87,7 +87,7 @@ def quantize(config: str | None, overrides: tuple[str, ...]) -> None:
     """Quantize the model as `quantize` says: perplexity before and after, and a folder for
     transformers and vLLM.
     """
-    from peft_jax.training.run import run_quantization
+    from peft_jax.recipes.quantize import run_quantization
 
     run_quantization(_config(config, overrides))
 
@@ -97,7 +97,7 @@ def prune(config: str | None, overrides: tuple[str, ...]) -> None:
     """Prune the model as `prune` says: perplexity before and after, a table, a picture, and a
     folder for transformers.
     """
-    from peft_jax.training.run import run_pruning
+    from peft_jax.recipes.prune import run_pruning
 
     run_pruning(_config(config, overrides))
 
@@ -107,7 +107,7 @@ def teach(config: str | None, overrides: tuple[str, ...]) -> None:
     """Write what a teacher predicts of the training data, or completes, for students to learn from:
     see `distill`, `teach`.
     """
-    from peft_jax.training.teach import run_teaching
+    from peft_jax.recipes.teach import run_teaching
 
     run_teaching(_config(config, overrides))
 
@@ -117,7 +117,7 @@ def edit(config: str | None, overrides: tuple[str, ...]) -> None:
     """Write facts into the weights as `edit` says: scores before and after, and a PEFT folder that
     can be taken off again.
     """
-    from peft_jax.training.edit import run_editing
+    from peft_jax.recipes.edit import run_editing
 
     run_editing(_config(config, overrides))
 
@@ -127,8 +127,8 @@ def inject(config: str | None, overrides: tuple[str, ...]) -> None:
     """Put facts into the model as `inject` says: what it knows of them, and of other things, before
     and after.
     """
-    from peft_jax.training.inject import run_injection
-    from peft_jax.training.setup import start_distributed
+    from peft_jax.recipes.inject import run_injection
+    from peft_jax.recipes.setup import start_distributed
 
     parsed = _config(config, overrides)
     start_distributed()
@@ -139,8 +139,8 @@ def export(config: str | None, overrides: tuple[str, ...], merged: bool) -> None
     """Write the newest checkpoint of a run as a PEFT adapter, or merged into a Hugging Face model
     folder.
     """
-    from peft_jax.training.run import run_export
-    from peft_jax.training.setup import start_distributed
+    from peft_jax.recipes.export import run_export
+    from peft_jax.recipes.setup import start_distributed
 
     parsed = _config(config, overrides)
     start_distributed()
@@ -158,12 +158,10 @@ _command(
 def inspect(config: str | None, overrides: tuple[str, ...]) -> None:
     """Print the tree with the method in it: path, kind, shape, dtype, bytes and what trains."""
     from peft_jax.cli.inspect import tree_table
-    from peft_jax.training.run import add_method
-    from peft_jax.training.setup import set_up
+    from peft_jax.recipes.inspect import run_inspection
 
     parsed = _config(config, overrides)
-    setup = set_up(parsed)
-    Console(width=None if sys.stdout.isatty() else 160).print(tree_table(add_method(parsed, setup)))
+    Console(width=None if sys.stdout.isatty() else 160).print(tree_table(run_inspection(parsed)))
 
 
 def run() -> None:

@@ -38,6 +38,7 @@ from peft_jax.core.weight import (
     take,
     to_matrix,
 )
+from peft_jax.core.where import Selection
 
 Statistic = Literal[
     "covariance", "centred_covariance", "second_moment", "mean", "mean_abs", "max_abs"
@@ -280,9 +281,8 @@ def calibrate(
             token_cap=cap,
         )
 
-    probed = place_nodes(
-        params, jax.random.key(0), make, targets=targets, exclude=exclude, layout=layout
-    )
+    at = Selection(targets=targets, exclude=exclude, layout=layout)
+    probed = place_nodes(params, jax.random.key(0), make, at)
     inside = {p for p, w in places(probed).items() if isinstance(w, Probe)}
     sinks, rest = partition(map_places(lambda p, w: w if p in inside else _frozen(w), probed))
     largest = statistic == "max_abs"

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft_jax.core.attachment import Attachment, Shared
 from peft_jax.core.prepare import distribute
+from peft_jax.core.stage import Context, Stage, State
 from peft_jax.core.tree import data_fields, is_node, map_nodes, map_places, places
 from peft_jax.core.weight import Weight, materialize
 
@@ -89,3 +90,11 @@ def _return_shared(x: Any) -> Any:
         return map_nodes(_return_shared, x)
     changes = {f: _return_shared(getattr(x, f)) for f in data_fields(x)}
     return x.replace(**{**changes, **({"shared": None} if getattr(x, "group", "") else {})})
+
+
+def _run(section: None, state: State, context: Context) -> State:
+    params = context.placed(merge(state.params))
+    return state.replace(params=params, trained=False, numbers={})
+
+
+STAGE = Stage("merge", "adapters folded into the weights that they lie over", None, _run)

@@ -8,14 +8,12 @@ the method matrix read it, so that a new method is one file.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
-import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from peft_jax.core.where import Option, options_of
 
 Options = Mapping[str, Any]
-REQUIRED = inspect.Parameter.empty
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,33 +63,3 @@ class Method:
         `statistics` {name: {path: array}}.
         """
         return () if self.needs is None else self.needs(options)
-
-
-class Option(NamedTuple):
-    """A keyword argument: its type, its default (`REQUIRED` where there is none) and its help."""
-
-    annotation: Any
-    default: Any
-    help: str
-
-
-@functools.cache
-def options_of(function: Callable[..., Any]) -> dict[str, Option]:
-    """name -> option of a method's function: its keyword arguments after `params` and `key`.
-
-    Help is the text in `Annotated[type, text]`.
-    """
-    hints = typing.get_type_hints(function, include_extras=True)
-    parameters = inspect.signature(function).parameters.values()
-    return {
-        p.name: _option(hints.get(p.name, Any), p.default)
-        for p in parameters
-        if p.kind is p.KEYWORD_ONLY
-    }
-
-
-def _option(hint: Any, default: Any) -> Option:
-    if typing.get_origin(hint) is not typing.Annotated:
-        return Option(hint, default, "")
-    kind, *texts = typing.get_args(hint)
-    return Option(kind, default, next((t for t in texts if isinstance(t, str)), ""))

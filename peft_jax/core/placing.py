@@ -4,7 +4,6 @@ their parameters.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +12,16 @@ import jax
 from peft_jax.core.attachment import Attachment, attach, is_list, module_at
 from peft_jax.core.reparametrised import MATRIX, per_layer
 from peft_jax.core.roles import Kind, described, hooks_of, role_of
-from peft_jax.core.select import VECTORS, Targets, by_pattern, layer_paths, matches, nearest
+from peft_jax.core.select import (
+    VECTORS,
+    Candidate,
+    Targets,
+    by_pattern,
+    choose_layers,
+    is_linear,
+    layer_paths,
+    matches,
+)
 from peft_jax.core.tree import places
 from peft_jax.core.weight import Axes, Layout, matrix_shape
 
@@ -125,6 +133,22 @@ def module_paths(params: Any) -> list[str]:
     return found
 
 
+def modules_with_roles(params: Any) -> dict[str, list[str]]:
+    """role -> paths of the modules of a tree that have it."""
+    found: dict[str, list[str]] = {}
+    for path in module_paths(params):
+        if (role := role_of(path)) is not None:
+            found.setdefault(role, []).append(path)
+    return found
+
+
+def attention_cores(params: Any) -> list[str]:
+    """Paths of the attention cores of a model of this package."""
+    inside = {p: module_at(params, p) for p in module_paths(params)}
+    hooks = (f"{p}/{name}" for p, m in inside.items() for name in hooks_of(p, m))
+    return [p for p in hooks if role_of(p) == "core"]
+
+
 def find_modules(
     params: Any,
     targets: Targets,
@@ -140,49 +164,30 @@ def find_modules(
     default the token embedding's). Raises ValueError for a target that matches nothing and a layer
     that is not there.
     """
-    wanted, unwanted = ([t] if isinstance(t, str) else list(t) for t in (targets, exclude))
-    paths = module_paths(params)
-    named = {p: layers_of(params, p, layout) for p in paths}
+    known = {f"{p}/": layers_of(params, p, layout) for p in module_paths(params)}
 
-    def hits(p, n, t):
-        return any(matches(f"{name}/", t) for name in (p, n, _of_list(p)))
+    def linear(path: str) -> bool:
+        return "kernel" in module_at(params, path) and is_linear(f"{path}kernel")
 
-    for kind, patterns in (("target", wanted), ("exclude", unwanted)):
-        for pattern in patterns:
-            if not any(hits(p, n, pattern) for p, (_, names) in named.items() for n, _ in names):
-                last = sorted({p.rpartition("/")[2] for p in paths})
-                raise ValueError(
-                    f"{kind} {pattern!r} matches no module.{nearest(pattern, last)} Modules here: "
-                    f"{', '.join(last)}"
-                )
-    numbers = {i for _, names in named.values() for _, i in names if i is not None}
-    if layers is not None and (missing := set(layers) - numbers):
-        raise ValueError(
-            f"there is no layer {min(missing)}; layers here: {min(numbers, default=0)} to "
-            f"{max(numbers, default=0)}"
-        )
-    found = []
-    for path, (lead, names) in named.items():
-        flags = tuple(
-            any(hits(path, n, t) for t in wanted)
-            and not any(hits(path, n, t) for t in unwanted)
-            and (layers is None or i in layers)
-            for n, i in names
-        )
-        if any(flags):
-            n_in, n_out = _features(params, path, layout, width)
-            numbered = tuple(0 if i is None else i for _, i in names)
-            found.append(
-                Module(path, lead, tuple(n for n, _ in names), numbered, flags, n_in, n_out)
-            )
-    if not found:
-        raise ValueError(f"targets {wanted} with exclude {unwanted} leave no module")
-    return found
+    candidates = {
+        p: Candidate([(f"{n}/", i) for n, i in names], linear(p)) for p, (_, names) in known.items()
+    }
+    flags = choose_layers(candidates, targets, exclude, layers, what="module")
+    return [_module(params, p[:-1], *known[p], f, layout, width) for p, f in flags.items()]
 
 
-def _of_list(path: str) -> str:
-    """The path of the list that a module is in; the module's own where it is in none."""
-    return re.sub(r"(/\d+)+$", "", path)
+def _module(
+    params: Any,
+    path: str,
+    lead: tuple[int, ...],
+    names: list[tuple[str, int | None]],
+    flags: tuple[bool, ...],
+    layout: Layout | None,
+    width: int | None,
+) -> Module:
+    n_in, n_out = _features(params, path, layout, width)
+    numbers = tuple(0 if i is None else i for _, i in names)
+    return Module(path, lead, tuple(n for n, _ in names), numbers, flags, n_in, n_out)
 
 
 def layers_of(

@@ -41,6 +41,7 @@ from peft_jax.core.weight import (
     to_matrix,
     unrounded,
 )
+from peft_jax.core.where import Selection
 
 MATRIX: tuple[Axes, Axes] = ((-2,), (-1,))
 TRANSPOSED: tuple[Axes, Axes] = ((-1,), (-2,))
@@ -477,35 +478,25 @@ def place_nodes(
     params: Any,
     key: jax.Array,
     make: Callable[[Site, jax.Array], Weight],
+    at: Selection,
     *,
-    targets: Targets,
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
-    layout: Layout | None = None,
-    bias: str = "none",
-    modules_to_save: Targets = (),
     patterns: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
-    """`params` with `make(site, key)` at each place that `targets` name, and biases and whole
-    modules marked beside.
+    """`params` with `make(site, key)` at each place that is selected, and biases and whole modules
+    of the adapter marked beside.
 
     `layers` restricts to these layer numbers (PEFT's `layers_to_transform`), in stacked trees by a
     gate. Raises ValueError for a target, or a key of one of `patterns`, that matches nothing, or a
     layer that is not there.
     """
-    sites = find_sites(params, targets=targets, exclude=exclude, layers=layers, layout=layout)
+    sites = find_sites(params, **at.places)
     check_patterns([n for s in sites.values() for n in (s.path, *s.layers)], **(patterns or {}))
     keys = dict(zip(sites, jax.random.split(key, len(sites)), strict=True))
     made = {path: make(site, keys[path]) for path, site in sites.items()}
     for path, new in made.items():
         check_new(path, new)
-    name = next(
-        (n.name for n in made.values() if isinstance(n, Reparametrised) and not n.whole), "default"
-    )
     placed = map_places(lambda path, w: made.get(path, w), params)
-    return train_extras(
-        placed, list(sites), bias=bias, modules_to_save=modules_to_save, name=name, layout=layout
-    )
+    return train_extras(placed, list(sites), at)
 
 
 def check_new(path: str, new: Any) -> None:
@@ -521,18 +512,11 @@ def check_new(path: str, new: Any) -> None:
         )
 
 
-def train_extras(
-    params: Any,
-    paths: list[str],
-    *,
-    bias: str,
-    modules_to_save: Targets,
-    name: str,
-    layout: Layout | None = None,
-) -> Any:
+def train_extras(params: Any, paths: list[str], at: Selection) -> Any:
     """Biases ("all", or "lora_only": those beside `paths`) and whole modules as the adapter's own,
     as PEFT does.
     """
+    bias, modules_to_save, layout = at.bias, at.modules_to_save, at.layout
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias must be 'none', 'all' or 'lora_only', not {bias!r}")
     beside = {path.rpartition("/")[0] + "/bias" for path in paths}
@@ -545,7 +529,7 @@ def train_extras(
     wanted = {p: (True,) for p in biases if bias == "all" or (bias == "lora_only" and p in beside)}
     kinds = {p: "bias" for p in wanted} | {p: "module" for p in saved}
     chosen = wanted | {p: flags for p, (_, flags) in saved.items()}
-    return replace_arrays(params, kinds, name=name, chosen=chosen, layout=layout)
+    return replace_arrays(params, kinds, name=at.adapter, chosen=chosen, layout=layout)
 
 
 def replace_arrays(

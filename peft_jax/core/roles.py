@@ -93,8 +93,13 @@ def register_roles(roles: Roles) -> Roles:
     """Say what a model of one's own calls its modules: selection, sharding, placements and defaults
     of methods ask it then.
 
-    Raises ValueError for a name that other roles have.
+    Raises ValueError for a name that other roles have, and for one of a module with two roles.
     """
+    by_name: dict[str, str] = {}
+    for role in ROLES:
+        for name in getattr(roles, role):
+            if (other := by_name.setdefault(name, role)) != role:
+                raise ValueError(f"roles {roles.name!r}: {name!r} is both {other} and {role}")
     known = REGISTERED.get(roles.name)
     return known if known and vars(known) == vars(roles) else REGISTERED.register(roles)
 
@@ -137,6 +142,13 @@ def is_expert(path: str) -> bool:
     """Whether the place at `path` holds the weights of stacked experts."""
     module, _, leaf = path.rpartition("/")
     return leaf in _expert_leaves(known_roles()) and role_of(module) == "experts"
+
+
+def module_of(path: str) -> str:
+    """The path that says what the weight at `path` does: its module's, of stacked experts its
+    own.
+    """
+    return path if is_expert(path) else path.rpartition("/")[0]
 
 
 def expert_leaves() -> Names:

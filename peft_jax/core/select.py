@@ -6,7 +6,7 @@ import fnmatch
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -70,8 +70,6 @@ def select_layers(
 
     Targets may name layers ("layers.3.self_attn.q_proj"); `layers` restricts them to these numbers.
     """
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    unwanted = [exclude] if isinstance(exclude, str) else list(exclude)
     candidates = {}
     for p, w in places(params).items():
         if not isinstance(w, Attachment) and _ndim(p, w) >= min_ndim:
@@ -80,14 +78,48 @@ def select_layers(
                 if w.ndim >= 2
                 else ()
             )
-            candidates[p] = layer_paths(p, lead[0] if lead else None)
+            names = layer_paths(p, lead[0] if lead else None)
+            candidates[p] = Candidate(names, is_linear(p))
+    flags = choose_layers(candidates, targets, exclude, layers)
+    return {p: (tuple(name for name, _ in candidates[p].layers), f) for p, f in flags.items()}
+
+
+class Candidate(NamedTuple):
+    """What targets may name: (path, number) of each of its layers, and whether it is one of
+    "all-linear".
+    """
+
+    layers: list[tuple[str, int | None]]
+    linear: bool
+
+
+def choose_layers(
+    candidates: Mapping[str, Candidate],
+    targets: Targets,
+    exclude: Targets = (),
+    layers: Sequence[int] | None = None,
+    *,
+    what: str = "place",
+) -> dict[str, tuple[bool, ...]]:
+    """path -> which of its layers are chosen, for the candidates of which any is.
+
+    A candidate is a place, or a module, whose path then ends with a slash; the name of a list of
+    modules names those in it. `what` it is called in messages. Raises ValueError for a target that
+    matches nothing and a layer that is not there.
+    """
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    unwanted = [exclude] if isinstance(exclude, str) else list(exclude)
+
+    def named(path: str, name: str, target: str) -> bool:
+        if target == "all-linear":
+            return candidates[path].linear
+        return any(matches(n, target) for n in (path, name, _of_list(path)))
+
     for kind, patterns in (("target", wanted), ("exclude", unwanted)):
-        for pattern in patterns:
-            if not any(
-                _named(p, name, pattern) for p, names in candidates.items() for name, _ in names
-            ):
-                raise ValueError(matches_nothing(kind, pattern, list(candidates)))
-    numbers = {i for names in candidates.values() for _, i in names if i is not None}
+        for t in patterns:
+            if not any(named(p, n, t) for p, c in candidates.items() for n, _ in c.layers):
+                raise ValueError(matches_nothing(kind, t, list(candidates), what))
+    numbers = {i for c in candidates.values() for _, i in c.layers if i is not None}
     if layers is not None and (missing := set(layers) - numbers):
         raise ValueError(
             f"there is no layer {min(missing)}; layers here: {min(numbers, default=0)} to "
@@ -96,16 +128,21 @@ def select_layers(
 
     def chosen(path: str, name: str, number: int | None) -> bool:
         return (
-            any(_named(path, name, t) for t in wanted)
-            and not any(_named(path, name, t) for t in unwanted)
+            any(named(path, name, t) for t in wanted)
+            and not any(named(path, name, t) for t in unwanted)
             and (layers is None or number in layers)
         )
 
-    flags = {p: tuple(chosen(p, name, i) for name, i in names) for p, names in candidates.items()}
-    found = {p: (tuple(name for name, _ in candidates[p]), f) for p, f in flags.items() if any(f)}
+    flags = {p: tuple(chosen(p, n, i) for n, i in c.layers) for p, c in candidates.items()}
+    found = {p: f for p, f in flags.items() if any(f)}
     if not found:
-        raise ValueError(f"targets {wanted} with exclude {unwanted} leave no place")
+        raise ValueError(f"targets {wanted} with exclude {unwanted} leave no {what}")
     return found
+
+
+def _of_list(path: str) -> str:
+    """The path of the list that something is in; its own where it is in none."""
+    return re.sub(r"(/\d+)+(/?)$", r"\2", path)
 
 
 def is_target(path: str, w: Any, targets: Targets, exclude: Targets = ()) -> bool:
@@ -115,7 +152,7 @@ def is_target(path: str, w: Any, targets: Targets, exclude: Targets = ()) -> boo
     wanted, unwanted = ([t] if isinstance(t, str) else list(t) for t in (targets, exclude))
 
     def named(patterns):
-        return any(_named(path, path, t) for t in patterns)
+        return any(is_linear(path) if t == "all-linear" else matches(path, t) for t in patterns)
 
     return _ndim(path, w) >= 2 and named(wanted) and not named(unwanted)
 
@@ -178,27 +215,21 @@ def _numbered(stacks: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"\b({'|'.join(stacks)})_(\d+)\b")
 
 
-def _named(path: str, name: str, target: str) -> bool:
-    """Whether a target names a place, or its layer called `name`."""
-    return (
-        _is_linear(path)
-        if target == "all-linear"
-        else matches(path, target) or matches(name, target)
-    )
-
-
 def _ndim(path: str, w: Any) -> int:
     return min(w.ndim, 1) if path.rpartition("/")[2] in VECTORS else w.ndim
 
 
-def _is_linear(path: str) -> bool:
+def is_linear(path: str) -> bool:
+    """Whether "all-linear" names the place at `path`."""
     module, _, leaf = path.rpartition("/")
     if leaf == "kernel":
         return role_of(module) not in ("head", "labels")
     return is_expert(path)
 
 
-def matches_nothing(kind: str, target: str, candidates: list[str]) -> str:
+def matches_nothing(kind: str, target: str, candidates: list[str], what: str = "place") -> str:
+    """The message for a target that matches none of the candidates' paths."""
+    none = "nothing" if what == "place" else f"no {what}"
     names = sorted({p.split("/")[-2] for p in candidates if "/" in p}) or sorted(candidates)
     tied = role_of(target.replace(".", "/")) == "head" and any(
         p.endswith("/embedding") for p in candidates
@@ -210,7 +241,7 @@ def matches_nothing(kind: str, target: str, candidates: list[str]) -> str:
         else ""
     )
     return (
-        f"{kind} {target!r} matches nothing.{nearest(target, names)}{more} Modules here: "
+        f"{kind} {target!r} matches {none}.{nearest(target, names)}{more} Modules here: "
         f"{', '.join(names)}"
     )
 

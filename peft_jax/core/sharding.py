@@ -78,7 +78,7 @@ def rule_for(path: str, rules: Rules = ()) -> P | None:
     if leaf in ("embedding", OUTPUT_EMBEDDING) and module:
         return _ROWS
     if is_expert(path):
-        return P("expert", *_KERNELS[role_of(path) or "up"])
+        return P("expert", *_KERNELS[role_of(path) or ""])
     role = role_of(module)
     if leaf == "kernel":
         return _KERNELS.get(role or "")

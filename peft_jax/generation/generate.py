@@ -15,10 +15,11 @@ from peft_jax.core.bind import Bound, bound_of
 from peft_jax.core.prepare import with_adapter_ids
 from peft_jax.core.sharding import fetch
 from peft_jax.data import unpadded
-from peft_jax.generation.ends import before_stop, end_tokens, ends_of, is_end, stopped, until
+from peft_jax.generation.ends import before_stop, ends_of, is_end, stopped, until
 from peft_jax.generation.programs import CHUNK, decode, next_tokens, prefill
 from peft_jax.generation.sampling import Sampling, make_sampling
 from peft_jax.models.cache import CACHE_DTYPES
+from peft_jax.models.generation_config import end_tokens
 from peft_jax.models.tables import check_prompts
 
 

@@ -22,7 +22,8 @@ from peft_jax.adapters.invertible import Invertible, place_invertible
 from peft_jax.adapters.prefix import Prefix
 from peft_jax.adapters.reft import ReFT
 from peft_jax.core.attachment import Shared
-from peft_jax.core.placing import hidden_size
+from peft_jax.core.placing import hidden_size, layers_of, modules_with_roles
+from peft_jax.core.roles import role_of
 from peft_jax.core.select import nearest
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
 from peft_jax.hub.peft import attach_peft
@@ -115,14 +116,11 @@ def _read_bottleneck(params: Any, tensors: Tensors, options: Config, name: str, 
     nodes = {}
     for module, arrays in _parse(tensors, f".adapters.{theirs}.").items():
         layer, _, place = module.rpartition(".")
-        where = {"attention_adapters": "attention_residual", "output_adapters": "mlp_residual"}.get(
-            place
-        )
-        if where is None:
+        if place not in _RESIDUALS:
             raise ValueError(f"tensor group {module} has no counterpart in this model")
         node = _bottleneck(arrays, options, name, f"compacter_{name}" if shared else "")
         kind = "compacter" if isinstance(node, Compacter) else "bottleneck"
-        inside = _inside(options, where)
+        inside = _in_layer(params, _role(options, _RESIDUALS[place]))
         nodes[f"{layer.replace('.', '/')}/{inside}/{kind}"] = node
     params = put_nodes(params, join_layers(params, nodes, name))
     if shared:
@@ -133,8 +131,10 @@ def _read_bottleneck(params: Any, tensors: Tensors, options: Config, name: str, 
     return params
 
 
-def _inside(options: Config, where: str) -> str:
-    """The module of a layer that the adapter stands beside, by how its residuals lie."""
+def _role(options: Config, where: str) -> str:
+    """The role of the module of a layer that the adapter stands beside, by how its residuals
+    lie.
+    """
     if options.get("is_parallel") or (
         options.get("original_ln_before") and options.get("residual_before_ln", True) is True
     ):
@@ -155,7 +155,20 @@ def _inside(options: Config, where: str) -> str:
             "original_ln_before=False with original_ln_after=False drops the residual; not "
             "supported"
         )
-    return {"attention_residual": "self_attn/o_proj", "mlp_residual": "mlp/down_proj"}[where]
+    return {"attention_residual": "o", "mlp_residual": "down"}[where]
+
+
+def _in_layer(params: Any, role: str) -> str:
+    """The path of the module of this role from its layer on."""
+    path = modules_with_roles(params)[role][0]
+    return _layered(layers_of(params, path)[1][0][0])[1]
+
+
+def _layered(module: str) -> tuple[str, str]:
+    """(path of the layer, path from there on) of a module whose path has its layer's number."""
+    parts = module.split("/")
+    at = next((i for i, part in enumerate(parts, 1) if part.isdigit()), 0)
+    return "/".join(parts[:at]), "/".join(parts[at:])
 
 
 def _bottleneck(arrays: Tensors, options: Config, name: str, group: str) -> Any:
@@ -325,12 +338,15 @@ def _householder(arrays: Tensors) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 # saving
 
-_PLACES = {
-    "o_proj": "attention_adapters",
+_PLACES = {  # by the role of what an adapter stands beside
+    "o": "attention_adapters",
     "attention_residual": "attention_adapters",
-    "down_proj": "output_adapters",
+    "down": "output_adapters",
     "mlp_residual": "output_adapters",
 }
+
+
+_RESIDUALS = {"attention_adapters": "attention_residual", "output_adapters": "mlp_residual"}
 
 
 def save_adapterhub(
@@ -368,8 +384,10 @@ def save_adapterhub(
 
 def _write_bottleneck(split: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str, Any]]:
     tensors: Tensors = {}
-    modules = {p.rpartition("/")[0].rpartition("/")[2] for p in split}
-    if len({m in ("o_proj", "down_proj") for m in modules}) > 1 or not modules <= set(_PLACES):
+    roles = {p: role_of(p.rpartition("/")[0]) for p in split}
+    found = set(roles.values())
+    if len({r in ("o", "down") for r in found}) > 1 or not found <= set(_PLACES):
+        modules = {p.rpartition("/")[0].rpartition("/")[2] for p in split}
         raise ValueError(
             "AdapterHub places adapters after attention and feed-forward, not at "
             f"{', '.join(sorted(modules))}"
@@ -383,9 +401,8 @@ def _write_bottleneck(split: Mapping[str, Any], name: str) -> tuple[Tensors, dic
                 f"{path} has a gate for each token or no biases, which AdapterHub's format "
                 "cannot say"
             )
-        module = path.rpartition("/")[0].rpartition("/")
-        layer = module[0].removesuffix("/self_attn").removesuffix("/mlp").replace("/", ".")
-        own, at = f"{layer}.{_PLACES[module[2]]}.adapters.{name}.", 0 if n.before is None else 1
+        layer, at = _layered(path)[0].replace("/", "."), 0 if n.before is None else 1
+        own = f"{layer}.{_PLACES[str(roles[path])]}.adapters.{name}."
         arrays = {f"adapter_down.{at}.weight": n.down.T, f"adapter_down.{at}.bias": n.down_bias}
         arrays |= {"adapter_up.weight": n.up.T, "adapter_up.bias": n.up_bias}
         for part, norm in (
@@ -401,13 +418,13 @@ def _write_bottleneck(split: Mapping[str, Any], name: str) -> tuple[Tensors, dic
             else {"gate.weight": n.gating_weight.T, "gate.bias": n.gating_bias}
         )
         tensors |= {own + k: np.ascontiguousarray(v) for k, v in arrays.items()}
-    layers = {p.partition("/layers/")[2].partition("/")[0] for p in split}
-    places = {_PLACES[p.split("/")[-2]] for p in split}
+    layers = {_layered(p)[0] for p in split}
+    places = {_PLACES[str(role)] for role in found}
     if len(split) != len(layers) * len(places):
         raise ValueError(
             "AdapterHub has adapters at the same places of each layer, and this adapter has not"
         )
-    before = modules <= {"attention_residual", "mlp_residual"} and not first.parallel
+    before = found <= set(_RESIDUALS.values()) and not first.parallel
     return tensors, _options_of(first) | {
         "mh_adapter": "attention_adapters" in places,
         "output_adapter": "output_adapters" in places,
@@ -438,7 +455,7 @@ def _write_prefix(
 ) -> tuple[Tensors, dict[str, Any]]:
     prompt = PREFIX_TUNING.write(params, nodes, name)[0]["prompt_embeddings"]
     own = f"prefix_tuning.pool.prefix_tunings.{name}.self_prefix.control_trans"
-    attention = prefix_places(params)[0][0].removesuffix("/core").replace("/", ".")
+    attention = prefix_places(params)[0][0].rpartition("/")[0].replace("/", ".")
     options = {
         "architecture": "prefix_tuning",
         "flat": True,
@@ -455,12 +472,11 @@ def _write_lora(split: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str,
             f"AdapterHub's LoRA has one rank and alpha for all modules, this one {sorted(alphas)}"
         )
     rank, alpha = alphas.pop()
-    modules = {p.removesuffix("/kernel").rpartition("/")[2] for p in split}
-    places = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
-    if not modules <= set(places):
+    roles = {p.removesuffix("/kernel"): role_of(p.removesuffix("/kernel")) for p in split}
+    if others := [p for p, role in roles.items() if role not in ("q", "k", "v")]:
         raise ValueError(
-            "AdapterHub's LoRA adapts q_proj, k_proj and v_proj of a decoder, not "
-            f"{sorted(modules - set(places))[0]}"
+            "AdapterHub's LoRA adapts a decoder's projections of queries, keys and values, not "
+            f"{others[0].rpartition('/')[2]}"
         )
     tensors: Tensors = {}
     for path, n in split.items():
@@ -471,7 +487,7 @@ def _write_lora(split: Mapping[str, Any], name: str) -> tuple[Tensors, dict[str,
         "architecture": "lora",
         "r": rank,
         "alpha": alpha,
-        "attn_matrices": sorted(places[m] for m in modules),
+        "attn_matrices": sorted(str(role) for role in set(roles.values())),
     }
     return tensors, options | {
         "composition_mode": "add",

@@ -3,7 +3,8 @@ and JSON.
 
 `adapter_config.json` says where each node stands (layer by layer, so that stacked and looped trees
 share it), its class and its options; `adapter_model.safetensors` has its arrays. Classes are looked
-up among this package's own; nothing is executed.
+up among this package's own and those that are registered (`core/nodes.py`); a class that could not
+be read is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core.attachment import Shared
 from peft_jax.core.files import read_json
+from peft_jax.core.nodes import node_class, node_name
 from peft_jax.core.placing import hidden_size
 from peft_jax.core.select import OUTPUT_EMBEDDING
 from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import data_fields, is_node, places
-from peft_jax.core.weight import Node
 from peft_jax.hub.layers import join_layers, put_nodes, split_layers
 from peft_jax.hub.safetensors_io import CONFIG, open_checkpoint, write_adapter
 from peft_jax.models.families import untie
@@ -44,7 +46,10 @@ def save_native(
     base: Any,
     revision: Any,
 ) -> None:
-    """Write these nodes (place -> node) of the adapter `name`, and what it shares."""
+    """Write these nodes (place -> node) of the adapter `name`, and what it shares.
+
+    Raises ValueError naming the place of a node that no folder can hold.
+    """
     groups = {
         f"shared_{n.group}": params[f"shared_{n.group}"]
         for n in nodes.values()
@@ -88,8 +93,8 @@ def _describe(x: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
             if f not in left
         }
         return {
-            "class": type(x).__name__,
-            "options": {f: _plain(getattr(x, f)) for f in fixed},
+            "class": _named_class(x, path),
+            "options": {f: _plain(getattr(x, f), f"{path}.{f}") for f in fixed},
             "fields": data,
         }
     if x is None:
@@ -102,19 +107,22 @@ def _describe(x: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     return {"tensor": path}
 
 
-def _plain(x: Any) -> Any:
-    return [_plain(y) for y in x] if isinstance(x, tuple) else x
+def _named_class(x: Any, path: str) -> str:
+    try:
+        return node_name(type(x))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _classes() -> dict[str, type]:
-    """Names of this package's node classes."""
-    found, left = {}, [Node]
-    while left:
-        cls = left.pop()
-        left += cls.__subclasses__()
-        if cls.__module__.startswith("peft_jax."):
-            found[cls.__name__] = cls
-    return found
+def _plain(x: Any, path: str) -> Any:
+    """An option as JSON. Raises ValueError for what JSON would not give back."""
+    if isinstance(x, tuple):
+        return [_plain(y, path) for y in x]
+    if x is None or type(x) in (bool, int, float, str):
+        return x
+    raise ValueError(
+        f"{path} is {x!r}, and an option that is stored is a number, a string or a tuple of them"
+    )
 
 
 def load_native(params: Any, path: Path, name: str) -> Any:
@@ -163,14 +171,24 @@ def load_native(params: Any, path: Path, name: str) -> Any:
 
 def _check_lead(params: Any, place: str, node: Any) -> None:
     base = places(params).get(place)
-    if hasattr(node, "in_axes") and base is not None:
-        placed = node.replace(base=base)
-        if placed.shape != base.shape or placed.lead != tuple(
-            np.shape(jax.tree.leaves(node)[0])[: len(placed.lead)]
-        ):
-            raise ValueError(
-                f"the adapter's arrays at {place} do not fit a weight of shape {base.shape}"
-            )
+    if not hasattr(node, "in_axes") or base is None:
+        return
+    placed = node.replace(base=base)
+    lead = tuple(np.shape(jax.tree.leaves(node)[0])[: len(placed.lead)])
+    if placed.shape != base.shape or placed.lead != lead or _made_shape(placed) != base.shape:
+        raise ValueError(
+            f"the adapter's arrays at {place} do not fit a weight of shape {base.shape}"
+        )
+
+
+def _made_shape(node: Any) -> tuple[int, ...] | None:
+    """The shape of the array that a node makes; None where its arrays do not go together."""
+    if getattr(node, "group", ""):
+        return node.shape  # what it shares is handed out later
+    try:
+        return jax.eval_shape(lambda n: n.materialize(), node).shape
+    except (TypeError, ValueError, IndexError, ZeroDivisionError):
+        return None
 
 
 def _named(node: Any, name: str) -> Any:
@@ -194,9 +212,10 @@ def _restore(spec: Any, tensors: dict[str, np.ndarray], name: str, where: str) -
         return tuple(_restore(s, tensors, name, where) for s in spec["tuple"])
     if "dict" in spec:
         return {k: _restore(s, tensors, name, where) for k, s in spec["dict"].items()}
-    cls: Any = _classes().get(spec.get("class", ""))
-    if cls is None:
-        raise ValueError(f"{where} has a node of the unknown class {spec.get('class')!r}")
+    try:
+        cls: Any = node_class(str(spec.get("class", "")))
+    except ValueError as error:
+        raise ValueError(f"{where} has {error}") from error
     fields = {f.name: f for f in dataclasses.fields(cls)}
     options, data = spec.get("options") or {}, spec.get("fields") or {}
     if unknown := [k for k in (*options, *data) if k not in fields]:
@@ -206,9 +225,16 @@ def _restore(spec: Any, tensors: dict[str, np.ndarray], name: str, where: str) -
         {"base": None} if "base" in fields else {}
     )
     try:
-        return cls(**values)
+        made = cls(**values)
     except TypeError as error:
         raise ValueError(f"{where} is no whole {cls.__name__}: {error}") from error
+    for field in cls.trainable:
+        for array in jax.tree.leaves(getattr(made, field, None)):
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                raise ValueError(
+                    f"{where} has {field} of dtype {array.dtype}, and what trains is floating point"
+                )
+    return made
 
 
 def _tuples(x: Any) -> Any:

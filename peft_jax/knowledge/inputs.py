@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.adapters.prefix import attention_cores
 from peft_jax.core.attachment import Attachment, attach
 from peft_jax.core.bind import Bound, bound_of
-from peft_jax.core.placing import layers_of, token_embedding
+from peft_jax.core.placing import attention_cores, layers_of, token_embedding
 from peft_jax.core.reparametrised import node
 from peft_jax.core.tree import map_places
 from peft_jax.core.weight import static

@@ -9,8 +9,7 @@ as Hugging Face PEFT does) is the node's `penalty`, which the training step adds
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,8 @@ import optax
 from peft_jax.core.method import Method
 from peft_jax.core.partition import combine
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout, static
+from peft_jax.core.weight import static
+from peft_jax.core.where import Selection, Where
 
 
 @node
@@ -70,9 +69,6 @@ def adalora(
     init_rank: int = 12,
     target_rank: int = 8,
     alpha: float | None = None,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     dropout: float = 0.0,
     orthogonal: float = 0.5,
     warmup: int = 0,
@@ -80,9 +76,7 @@ def adalora(
     every: int = 1,
     beta1: float = 0.85,
     beta2: float = 0.85,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with an AdaLoRA node of rank `init_rank` at each place that `targets` name.
 
@@ -91,6 +85,7 @@ def adalora(
     `adalora_budget`. Raises ValueError for ranks that do not fall from `init_rank` to
     `target_rank`.
     """
+    at = Selection.of(adalora, where)
     if not 1 <= target_rank <= init_rank:
         raise ValueError(
             f"target_rank must lie between 1 and init_rank={init_rank}, got {target_rank}"
@@ -101,7 +96,7 @@ def adalora(
         lead, n_in, n_out = site.sizes
         k1, k2 = jax.random.split(key)
         return AdaLoRA(
-            **site.common(dropout=dropout, name=adapter),
+            **site.common(dropout=dropout, name=at.adapter),
             a=0.02 * jax.random.normal(k1, (*lead, n_in, init_rank)),
             e=jnp.zeros((*lead, init_rank)),
             b=0.02 * jax.random.normal(k2, (*lead, init_rank, n_out)),
@@ -111,16 +106,7 @@ def adalora(
             orthogonal=orthogonal,
         )
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    return place_nodes(params, key, make, at)
 
 
 class BudgetState(NamedTuple):

@@ -8,7 +8,7 @@ blocks of one factor mix what those of the one before kept apart (section 4).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,7 @@ import numpy as np
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes, scaled
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout
+from peft_jax.core.where import Selection, Where
 from peft_jax.low_rank.oft import cayley
 
 
@@ -82,18 +81,14 @@ def boft(
     *,
     block_size: int = 4,
     factors: int = 1,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a BOFT node of `factors` butterfly factors at each place that `targets` name.
 
     Raises ValueError where `block_size` (with several factors, times 2^(factors - 1), and even)
     does not divide a weight's inputs, naming the place.
     """
+    at = Selection.of(boft, where)
     if block_size < 2 or factors < 1 or (factors > 1 and block_size % 2):
         raise ValueError(
             f"block_size must be at least 2, and even with several factors, got {block_size}"
@@ -105,18 +100,9 @@ def boft(
             block_size * 2 ** (factors - 1), "block_size * 2^(factors - 1)", outputs=False
         )
         shape = (*lead, factors, n_in // block_size, block_size, block_size)
-        return BOFT(**site.common(name=adapter), r=jnp.zeros(shape), s=jnp.ones((*lead, n_out)))
+        return BOFT(**site.common(name=at.adapter), r=jnp.zeros(shape), s=jnp.ones((*lead, n_out)))
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    return place_nodes(params, key, make, at)
 
 
 METHOD = Method(

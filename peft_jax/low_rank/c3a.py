@@ -7,16 +7,14 @@ divided by the number of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, node, place_nodes
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout
+from peft_jax.core.where import Selection, Where
 
 
 @node
@@ -49,18 +47,14 @@ def c3a(
     *,
     block_size: int = 256,
     init: Literal["zeros", "gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform",
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a C3A node at each place that `targets` name. Only `init="zeros"` changes
     nothing at first.
 
     Raises ValueError where `block_size` does not divide a weight's sizes, naming the place.
     """
+    at = Selection.of(c3a, where)
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
 
@@ -77,18 +71,9 @@ def c3a(
             if init == "gaussian"
             else jax.random.uniform(key, shape, minval=-bound, maxval=bound)
         )
-        return C3A(**site.common(name=adapter), kernel=kernel)
+        return C3A(**site.common(name=at.adapter), kernel=kernel)
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    return place_nodes(params, key, make, at)
 
 
 METHOD = Method(

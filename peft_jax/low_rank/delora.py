@@ -7,16 +7,14 @@ when it was attached.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout
+from peft_jax.core.where import Selection, Where
 from peft_jax.low_rank.init import kaiming
 
 
@@ -59,19 +57,15 @@ def delora(
     *,
     rank: int = 8,
     strength: float = 15.0,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     dropout: float = 0.0,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a DeLoRA node of rank `rank` at each place that `targets` name; `strength` is
     lambda at the start.
 
     Raises ValueError for a rank below 1 or dropout outside [0, 1).
     """
+    at = Selection.of(delora, where)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     check_dropout(dropout)
@@ -79,23 +73,14 @@ def delora(
     def make(site: Site, key: jax.Array) -> DeLoRA:
         lead, n_in, n_out = site.sizes
         return DeLoRA(
-            **site.common(dropout=dropout, name=adapter),
+            **site.common(dropout=dropout, name=at.adapter),
             a=kaiming(key, (*lead, n_in, rank), n_in),
             b=jnp.zeros((*lead, rank, n_out)),
             strength=jnp.full((*lead, 1), strength, jnp.float32),
             norm=jnp.linalg.norm(site.matrix(), axis=-1),
         )
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    return place_nodes(params, key, make, at)
 
 
 METHOD = Method(

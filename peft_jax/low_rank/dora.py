@@ -6,16 +6,15 @@ through the norm (section 4.3). m starts as ||W||, so nothing changes at first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Site, check_dropout, node, place_nodes, scaled
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout
+from peft_jax.core.where import Biased, Selection
 from peft_jax.low_rank.lora import LoRA, Ranks
 
 
@@ -90,41 +89,26 @@ def dora(
     *,
     rank: int = 8,
     alpha: float | None = None,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     dropout: float = 0.0,
     rslora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
-    bias: Literal["none", "all", "lora_only"] = "none",
-    modules_to_save: Targets = (),
     init: Literal["kaiming", "gaussian"] = "kaiming",
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Biased],
 ) -> Any:
     """`params` with a DoRA node at each place that `targets` name; options as for `lora`."""
+    at = Selection.of(dora, where)
     ranks = Ranks(rank, alpha, rank_pattern or {}, alpha_pattern or {}, rslora)
     check_dropout(dropout)
 
     def make(site: Site, key: jax.Array) -> DoRA:
         a, b, scale = ranks.factors(site, key, init)
         norm = jnp.linalg.norm(site.matrix(), axis=-2)
-        common = site.common(dropout=dropout, name=adapter)
+        common = site.common(dropout=dropout, name=at.adapter)
         return DoRA(**common, a=a, b=b, scale=scale, magnitude=norm, rslora=rslora)
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        bias=bias,
-        modules_to_save=modules_to_save,
-        patterns={"rank_pattern": ranks.rank_pattern, "alpha_pattern": ranks.alpha_pattern},
-    )
+    patterns = {"rank_pattern": ranks.rank_pattern, "alpha_pattern": ranks.alpha_pattern}
+    return place_nodes(params, key, make, at, patterns=patterns)
 
 
 METHOD = Method(

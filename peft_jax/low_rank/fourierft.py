@@ -7,16 +7,16 @@ draws it; only the values train. The change is formed whole for each call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, node, place_nodes
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout, static
+from peft_jax.core.weight import static
+from peft_jax.core.where import Selection, Where
 from peft_jax.low_rank.torch_random import Generator
 
 
@@ -79,12 +79,7 @@ def fourierft(
     scale: float = 150.0,
     seed: int = 777,
     frequencies_pattern: Mapping[str, int] | None = None,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a FourierFT node of `frequencies` trained entries at each place that `targets`
     name.
@@ -92,30 +87,22 @@ def fourierft(
     `frequencies_pattern` overrides the number for the places that its keys match. The spectrum
     starts at zero.
     """
+    at = Selection.of(fourierft, where)
     pattern = frequencies_pattern or {}
 
     def make(site: Site, key: jax.Array) -> FourierFT:
         lead, n_in, n_out = site.sizes
         count = count_of(site, frequencies, pattern)
         return FourierFT(
-            **site.common(name=adapter),
+            **site.common(name=at.adapter),
             spectrum=jnp.zeros((*lead, count)),
             places=draw_places(lead, n_in * n_out, count, seed),
             scale=jnp.full(lead, scale, jnp.float32),
             seed=seed,
         )
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-        patterns={"frequencies_pattern": pattern},
-    )
+    patterns = {"frequencies_pattern": pattern}
+    return place_nodes(params, key, make, at, patterns=patterns)
 
 
 METHOD = Method(

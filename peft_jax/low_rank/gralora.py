@@ -6,16 +6,14 @@ With a hybrid rank, a plain LoRA of that rank is added. The scale is alpha / (r 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout
+from peft_jax.core.where import Selection, Where
 from peft_jax.low_rank.init import kaiming
 
 
@@ -69,18 +67,14 @@ def gralora(
     alpha: float = 64.0,
     blocks: int = 2,
     hybrid_rank: int = 0,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     dropout: float = 0.0,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a GraLoRA node of `blocks` x `blocks` blocks at each place that `targets` name.
 
     Raises ValueError where `blocks` does not divide the rank or a weight's sizes, naming the place.
     """
+    at = Selection.of(gralora, where)
     if rank < 1 or blocks < 1 or rank % blocks or hybrid_rank < 0:
         raise ValueError(
             f"rank must be a positive multiple of blocks={blocks} and hybrid_rank not negative, "
@@ -99,23 +93,14 @@ def gralora(
                 jnp.zeros((*lead, hybrid_rank, n_out)),
             )
         return GraLoRA(
-            **site.common(dropout=dropout, name=adapter),
+            **site.common(dropout=dropout, name=at.adapter),
             a=kaiming(k1, (*lead, blocks, n_in // blocks, rank), n_in // blocks),
             b=jnp.zeros((*lead, blocks, rank, n_out // blocks)),
             scale=jnp.full(lead, alpha / (rank + hybrid_rank), jnp.float32),
             hybrid=hybrid,
         )
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    return place_nodes(params, key, make, at)
 
 
 METHOD = Method(

@@ -6,8 +6,8 @@ The change takes the base's rank, not r, and is formed whole for each call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,7 @@ from peft_jax.core.reparametrised import (
     node,
     place_nodes,
 )
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout
+from peft_jax.core.where import Selection, Where
 from peft_jax.low_rank.lora import Ranks
 
 
@@ -53,36 +52,23 @@ def hira(
     key: jax.Array,
     *,
     rank: int = 32,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     dropout: float = 0.0,
     rank_pattern: Mapping[str, int] | None = None,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a HiRA node of rank `rank` at each place that `targets` name; see `lora` for
     the options.
     """
+    at = Selection.of(hira, where)
     ranks = Ranks(rank, None, rank_pattern or {}, {}, False)
     check_dropout(dropout)
 
     def make(site: Site, key: jax.Array) -> HiRA:
         a, b, _ = ranks.factors(site, key, "kaiming")
-        return HiRA(**site.common(dropout=dropout, name=adapter), a=a, b=b)
+        return HiRA(**site.common(dropout=dropout, name=at.adapter), a=a, b=b)
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-        patterns={"rank_pattern": ranks.rank_pattern},
-    )
+    patterns = {"rank_pattern": ranks.rank_pattern}
+    return place_nodes(params, key, make, at, patterns=patterns)
 
 
 METHOD = Method(

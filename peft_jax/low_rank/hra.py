@@ -9,16 +9,15 @@ and the vectors start independent, since equal ones span no r of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout, static
+from peft_jax.core.weight import static
+from peft_jax.core.where import Selection, Where
 from peft_jax.low_rank.init import kaiming
 
 
@@ -64,18 +63,14 @@ def hra(
     *,
     rank: int = 8,
     orthogonal: bool = False,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with an HRA node of `rank` reflections at each place that `targets` name.
 
     The rank is even, so that nothing changes at first; with `orthogonal`, which cannot start so, it
     is any up to the inputs.
     """
+    at = Selection.of(hra, where)
     if rank < 1 or (rank % 2 and not orthogonal):
         raise ValueError(f"rank must be even, so that the reflections cancel at first, got {rank}")
 
@@ -88,18 +83,9 @@ def hra(
             )
         each = 1 if orthogonal else 2
         u = jnp.repeat(kaiming(key, (*lead, n_in, rank // each), rank // each), each, axis=-1)
-        return HRA(**site.common(name=adapter), u=u, orthogonal=orthogonal)
+        return HRA(**site.common(name=at.adapter), u=u, orthogonal=orthogonal)
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    return place_nodes(params, key, make, at)
 
 
 METHOD = Method(

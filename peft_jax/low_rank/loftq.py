@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.reparametrised import Site, find_sites
-from peft_jax.core.select import Targets
 from peft_jax.core.tree import map_places, places
-from peft_jax.core.weight import Layout, from_matrix
+from peft_jax.core.weight import from_matrix
+from peft_jax.core.where import Selection
 from peft_jax.low_rank.init import start
 from peft_jax.low_rank.lora import LoRA, lora
 
@@ -30,10 +30,6 @@ def loftq(
     rank: int = 8,
     rank_pattern: Mapping[str, int] | None = None,
     steps: int = 5,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
-    layout: Layout | None = None,
     **options: Any,
 ) -> Any:
     """`quantize(params)` with LoRA nodes over it whose product makes up for the loss; `options` are
@@ -46,13 +42,8 @@ def loftq(
     """
     if steps < 1:
         raise ValueError(f"LoftQ needs at least one step, got steps={steps}")
-    where: dict[str, Any] = {
-        "targets": targets,
-        "exclude": exclude,
-        "layers": layers,
-        "layout": layout,
-    }
-    sites = find_sites(params, **where)
+    shared = {name: options[name] for name in options if hasattr(Selection, name)}
+    sites = find_sites(params, **Selection.of(lora, shared).places)
     used = {p: _used(s, s.pattern(rank, rank_pattern or {})) for p, s in sites.items()}
     factors: dict[str, Any] = {}
     base = params
@@ -65,7 +56,7 @@ def loftq(
         quantized = places(base)
         lost = {p: s.matrix() - s._replace(base=quantized[p]).matrix() for p, s in sites.items()}
         factors = {p: _factors(w, used[p], key) for p, w in lost.items()}
-    placed = lora(base, key, rank=rank, rank_pattern=rank_pattern, **where, **options)
+    placed = lora(base, key, rank=rank, rank_pattern=rank_pattern, **options)
 
     def begin(path: str, w: Any) -> Any:
         if path not in sites or not isinstance(w, LoRA):

@@ -7,16 +7,15 @@ call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, node, place_nodes
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout
+from peft_jax.core.where import Selection, Where
 from peft_jax.low_rank.init import kaiming
 
 
@@ -54,14 +53,9 @@ def loha(
     *,
     rank: int = 8,
     alpha: float | None = None,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a LoHa node of rank `rank` at each place that `targets` name; alpha defaults to
     the rank.
@@ -69,6 +63,7 @@ def loha(
     The patterns override both for the places that their keys match. Raises ValueError for a rank
     below 1.
     """
+    at = Selection.of(loha, where)
     rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
     for r in (rank, *rank_pattern.values()):
         if r < 1:
@@ -89,7 +84,7 @@ def loha(
             jnp.float32
         )  # layers may differ in rank
         return LoHa(
-            **site.common(name=adapter),
+            **site.common(name=at.adapter),
             a1=kaiming(k1, (*lead, n_in, r), n_in) * used[..., None, :],
             b1=kaiming(k2, (*lead, r, n_out), 1) * small * used[..., :, None],
             a2=jnp.zeros((*lead, n_in, r)),
@@ -97,17 +92,8 @@ def loha(
             scale=site.by_layer([a / r for a, r in zip(alphas, ranks, strict=True)]),
         )
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-        patterns={"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern},
-    )
+    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+    return place_nodes(params, key, make, at, patterns=patterns)
 
 
 METHOD = Method(

@@ -7,16 +7,15 @@ k]. The product with an input takes two small products and never forms the Krone
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, node, place_nodes
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout, static
+from peft_jax.core.weight import static
+from peft_jax.core.where import Selection, Where
 from peft_jax.low_rank.init import kaiming
 
 Factor = jax.Array | tuple[jax.Array, jax.Array]  # whole, or two factors of rank r
@@ -70,20 +69,16 @@ def lokr(
     *,
     rank: int = 8,
     alpha: float | None = None,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     decompose_both: bool = False,
     factor: int = -1,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a LoKr node at each place that `targets` name; alpha defaults to the rank.
 
     A factor of W2 (with `decompose_both` of W1 too) larger than twice the rank is held as two of
     rank `rank`. `factor` bounds W1's sizes. Raises ValueError for a rank below 1.
     """
+    at = Selection.of(lokr, where)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
 
@@ -98,19 +93,10 @@ def lokr(
             w2 = (kaiming(k2, (*lead, n, rank), n), kaiming(k3, (*lead, rank, k), rank))
         scale = jnp.full(lead, (rank if alpha is None else alpha) / rank, jnp.float32)
         return LoKr(
-            **site.common(name=adapter), w1=w1, w2=w2, scale=scale, rank=rank, factor=factor
+            **site.common(name=at.adapter), w1=w1, w2=w2, scale=scale, rank=rank, factor=factor
         )
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    return place_nodes(params, key, make, at)
 
 
 METHOD = Method(

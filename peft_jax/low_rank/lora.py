@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ import numpy as np
 from peft_jax.core.coverage import choose, ledger, named, reached, tokens_of
 from peft_jax.core.method import Method, Options
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, dropped, node, place_nodes
-from peft_jax.core.select import Targets
 from peft_jax.core.tree import map_places
-from peft_jax.core.weight import Axes, Layout, from_matrix, matmul, ragged_matmul, static, take
+from peft_jax.core.weight import Axes, from_matrix, matmul, ragged_matmul, static, take
+from peft_jax.core.where import Biased, Selection
 from peft_jax.low_rank import init as starts
 
 
@@ -150,19 +150,13 @@ def lora(
     *,
     rank: int = 8,
     alpha: float | None = None,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     dropout: float = 0.0,
     rslora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
-    bias: Literal["none", "all", "lora_only"] = "none",
-    modules_to_save: Targets = (),
     init: str = "kaiming",
-    adapter: str = "default",
-    layout: Layout | None = None,
     statistics: Mapping[str, Any] | None = None,
+    **where: Unpack[Biased],
 ) -> Any:
     """`params` with a LoRA node of rank `rank` at each place that `targets` name.
 
@@ -177,6 +171,7 @@ def lora(
     is [*leading, in, out]. Raises ValueError for a rank below 1, dropout outside [0, 1), or a
     target or pattern that matches nothing.
     """
+    at = Selection.of(lora, where)
     ranks = Ranks(rank, alpha, rank_pattern or {}, alpha_pattern or {}, rslora)
     check_dropout(dropout)
     known = named(statistics, starts.STATISTICS.get(init, ""))
@@ -185,7 +180,7 @@ def lora(
         statistic, tokens = known.get(site.path), tokens_of(known, site.path)
         a, b, scale = ranks.factors(site, key, init, statistic, tokens)
         return LoRA(
-            **site.common(dropout=dropout, name=adapter),
+            **site.common(dropout=dropout, name=at.adapter),
             a=a,
             b=b,
             scale=scale,
@@ -193,18 +188,8 @@ def lora(
             rslora=rslora,
         )
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        bias=bias,
-        modules_to_save=modules_to_save,
-        patterns={"rank_pattern": ranks.rank_pattern, "alpha_pattern": ranks.alpha_pattern},
-    )
+    patterns = {"rank_pattern": ranks.rank_pattern, "alpha_pattern": ranks.alpha_pattern}
+    return place_nodes(params, key, make, at, patterns=patterns)
 
 
 def statistics_of(options: Options) -> tuple[str, ...]:

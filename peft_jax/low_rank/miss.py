@@ -7,8 +7,7 @@ outputs and lets it act through the weight: W + W_block B + B.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,7 @@ from peft_jax.core.reparametrised import (
     node,
     place_nodes,
 )
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout
+from peft_jax.core.where import Selection, Where
 
 
 @node
@@ -87,19 +85,15 @@ def miss(
     rank: int = 64,
     variant: Literal["miss", "mini", "bat"] = "miss",
     mini_rank: int = 1,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     dropout: float = 0.0,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a MiSS node at each place that `targets` name. Blocks start at zero.
 
     Raises ValueError for a rank above a weight's inputs, or sizes that the variant cannot divide,
     naming the place.
     """
+    at = Selection.of(miss, where)
     if rank < 1 or mini_rank < 1:
         raise ValueError(f"rank and mini_rank must be at least 1, got {rank} and {mini_rank}")
     check_dropout(dropout)
@@ -110,7 +104,7 @@ def miss(
         lead, n_in, n_out = site.sizes
         if rank > n_in:
             raise ValueError(f"rank={rank} is larger than the {n_in} inputs of {site.path}")
-        common = site.common(dropout=dropout, name=adapter)
+        common = site.common(dropout=dropout, name=at.adapter)
         if variant == "bat":
             site.check_divides(rank, "rank")
             return BatMiSS(**common, block=jnp.zeros((*lead, n_out // rank, rank, rank)))
@@ -120,16 +114,7 @@ def miss(
             **common, block=jnp.zeros((*lead, rank, mini_rank if variant == "mini" else n_out))
         )
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    return place_nodes(params, key, make, at)
 
 
 METHOD = Method(

@@ -8,8 +8,7 @@ a ball of radius `eps`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,8 @@ import numpy as np
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout, static
+from peft_jax.core.weight import static
+from peft_jax.core.where import Selection, Where
 
 
 @node
@@ -105,12 +104,7 @@ def oft(
     constrained: bool = False,
     eps: float = 6e-5,
     share: bool = False,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with an OFT node at each place that `targets` name.
 
@@ -118,6 +112,7 @@ def oft(
     blocks of a weight one matrix. Raises ValueError where `block_size` does not divide a weight's
     inputs, naming the place.
     """
+    at = Selection.of(oft, where)
     if block_size < 2 or terms < 0 or terms == 1:
         raise ValueError(
             f"block_size must be at least 2 and terms 0 or at least 2, got {block_size} and {terms}"
@@ -128,7 +123,7 @@ def oft(
         site.check_divides(block_size, "block_size", outputs=False)
         blocks = 1 if share else n_in // block_size
         return OFT(
-            **site.common(name=adapter),
+            **site.common(name=at.adapter),
             skew=jnp.zeros((*lead, blocks, block_size * (block_size - 1) // 2)),
             block_size=block_size,
             terms=terms,
@@ -136,16 +131,7 @@ def oft(
             eps=eps,
         )
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    return place_nodes(params, key, make, at)
 
 
 METHOD = Method(

@@ -9,8 +9,7 @@ smaller side, to train less.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +24,7 @@ from peft_jax.core.reparametrised import (
     node,
     place_nodes,
 )
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout
+from peft_jax.core.where import Selection, Where
 
 
 @node
@@ -69,13 +67,8 @@ def randlora(
     *,
     rank: int = 32,
     alpha: float | None = None,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     dropout: float = 0.0,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a RandLoRA node at each place that `targets` name, and the shared bases at the
     top of the tree.
@@ -83,28 +76,24 @@ def randlora(
     alpha defaults to 20 times the rank, as in PEFT. Raises ValueError for a rank below 1 or dropout
     outside [0, 1).
     """
+    at = Selection.of(randlora, where)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     check_dropout(dropout)
-    group = f"randlora_{adapter}"
+    group = f"randlora_{at.adapter}"
     key, ka, kb = jax.random.split(key, 3)
 
     def make(site: Site, key: jax.Array) -> RandLoRA:
         lead, n_in, n_out = site.sizes
         n = math.ceil(min(n_in, n_out) / rank)
         return RandLoRA(
-            **site.common(dropout=dropout, name=adapter, group=group),
+            **site.common(dropout=dropout, name=at.adapter, group=group),
             lambdas=jnp.zeros((*lead, rank, n)),
             gamma=jnp.full((*lead, n, min(n_in, n_out)), 1 / max(n, min(n_in, n_out)), jnp.float32),
             scale=jnp.full(lead, (20 * rank if alpha is None else alpha) / rank, jnp.float32),
         )
 
-    sizes = [
-        s.sizes[1:]
-        for s in find_sites(
-            params, targets=targets, exclude=exclude, layers=layers, layout=layout
-        ).values()
-    ]
+    sizes = [s.sizes[1:] for s in find_sites(params, **at.places).values()]
     n_in, n_out = max(n for n, _ in sizes), max(n for _, n in sizes)
     small, large = min(n_in, n_out), max(n_in, n_out)
 
@@ -115,16 +104,7 @@ def randlora(
         "a": unit(ka, (rank, 1, small)),
         "b": unit(kb, (large, math.ceil(small / rank), rank)),
     }
-    placed = place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    placed = place_nodes(params, key, make, at)
     return {**placed, f"shared_{group}": Shared(trained={}, fixed=shared)}
 
 

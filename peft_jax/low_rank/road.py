@@ -6,16 +6,15 @@ angle and scale in a pair, road_2 gives each output its own, road_4 its own for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout, static
+from peft_jax.core.weight import static
+from peft_jax.core.where import Selection, Where
 
 _SHARE = {"road_1": 0.5, "road_2": 1, "road_4": 2}  # parameters of a kind an output
 
@@ -82,18 +81,14 @@ def road(
     *,
     variant: Literal["road_1", "road_2", "road_4"] = "road_1",
     group_size: int = 64,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a RoAd node at each place that `targets` name.
 
     A layer's bias is turned with its output. Raises ValueError where `group_size` (an even number)
     does not divide a weight's outputs.
     """
+    at = Selection.of(road, where)
     if group_size < 2 or group_size % 2:
         raise ValueError(f"group_size must be even, got {group_size}")
 
@@ -101,7 +96,7 @@ def road(
         lead, _, n_out = site.sizes
         site.check_divides(group_size, "group_size", inputs=False)
         shape = (*lead, int(n_out * _SHARE[variant]))
-        common = site.common(name=adapter)
+        common = site.common(name=at.adapter)
         return RoAd(
             **common,
             theta=jnp.zeros(shape),
@@ -110,16 +105,7 @@ def road(
             group_size=group_size,
         )
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    return place_nodes(params, key, make, at)
 
 
 METHOD = Method(

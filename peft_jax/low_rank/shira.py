@@ -6,16 +6,14 @@ r (in + out) entries, as many as LoRA of rank r would train, chosen at random or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, node, place_nodes
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout
+from peft_jax.core.where import Selection, Where
 from peft_jax.low_rank.fourierft import scatter
 
 
@@ -37,12 +35,7 @@ def shira(
     *,
     rank: int = 32,
     mask: Literal["random", "magnitude"] = "random",
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a SHiRA node of rank * (in + out) trained entries at each place that `targets`
     name.
@@ -50,6 +43,7 @@ def shira(
     `mask` chooses them at random (by `key`) or takes the largest. Raises ValueError where the
     weight has fewer.
     """
+    at = Selection.of(shira, where)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
 
@@ -67,18 +61,11 @@ def shira(
             else jax.random.uniform(key, shape)
         )
         places = jnp.sort(jax.lax.top_k(score, count)[1]).astype(jnp.int32)
-        return SHiRA(**site.common(name=adapter), values=jnp.zeros((*lead, count)), places=places)
+        return SHiRA(
+            **site.common(name=at.adapter), values=jnp.zeros((*lead, count)), places=places
+        )
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    return place_nodes(params, key, make, at)
 
 
 METHOD = Method(

@@ -8,7 +8,7 @@ columns train.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from peft_jax.core.roles import role_of
 from peft_jax.core.select import OUTPUT_EMBEDDING, Targets
 from peft_jax.core.tree import places
 from peft_jax.core.weight import Axes, matmul, take
+from peft_jax.core.where import Saved, Selection
 
 
 @node
@@ -62,8 +63,7 @@ def trainable_tokens(
     *,
     ids: Sequence[int],
     targets: Targets = "embed_tokens",
-    modules_to_save: Targets = (),
-    adapter: str = "default",
+    **where: Unpack[Saved],
 ) -> Any:
     """`params` with the rows `ids` of the embeddings that `targets` name training, from the values
     they have.
@@ -71,6 +71,8 @@ def trainable_tokens(
     Raises ValueError for repeated ids or ids outside the vocabulary, and for a target that is no
     embedding [V, D].
     """
+    layout = {p: axes for p in places(params) if (axes := _by_token(p)) is not None}
+    at = Selection.of(trainable_tokens, where, targets=targets, layout=layout)
     if not ids or len(set(ids)) != len(ids):
         raise ValueError(f"ids must be different token ids, at least one, got {list(ids)}")
 
@@ -80,15 +82,12 @@ def trainable_tokens(
             raise ValueError(f"{site.path} is no embedding of shape [V, D] and no output head")
         if not all(0 <= i < size for i in ids):
             raise ValueError(f"ids must lie between 0 and {size - 1}, got {list(ids)}")
-        where = jnp.asarray(ids, jnp.int32)
+        chosen = jnp.asarray(ids, jnp.int32)
         by_row = site.in_axes == MATRIX[0]
-        rows = take(site.base, where).astype(jnp.float32) if by_row else site.matrix()[where]
-        return TrainableTokens(**site.common(name=adapter), rows=rows, ids=where)
+        rows = take(site.base, chosen).astype(jnp.float32) if by_row else site.matrix()[chosen]
+        return TrainableTokens(**site.common(name=at.adapter), rows=rows, ids=chosen)
 
-    layout = {p: axes for p in places(params) if (axes := _by_token(p)) is not None}
-    return place_nodes(
-        params, key, make, targets=targets, layout=layout, modules_to_save=modules_to_save
-    )
+    return place_nodes(params, key, make, at)
 
 
 def _by_token(path: str) -> tuple[Axes, Axes] | None:

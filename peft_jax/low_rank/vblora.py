@@ -7,8 +7,7 @@ Each piece of length v of a row of A or column of B is a softmax over the k larg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 from peft_jax.core.attachment import Shared
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout, static
+from peft_jax.core.weight import static
+from peft_jax.core.where import Selection, Where
 
 
 @node
@@ -69,13 +68,8 @@ def vblora(
     top_k: int = 2,
     bank_bound: float = 0.02,
     logits_std: float = 0.1,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     dropout: float = 0.0,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a VB-LoRA node at each place that `targets` name, and the bank at the top of
     the tree.
@@ -84,12 +78,13 @@ def vblora(
     normal with `logits_std`. The change is small but not zero at first, as in the paper. Raises
     ValueError where `length` does not divide a weight's sizes, naming the place.
     """
+    at = Selection.of(vblora, where)
     if min(rank, vectors, length) < 1 or not 1 <= top_k <= vectors:
         raise ValueError(
             "rank, vectors and length must be at least 1, and top_k between 1 and vectors"
         )
     check_dropout(dropout)
-    group = f"vblora_{adapter}"
+    group = f"vblora_{at.adapter}"
     key, bank_key = jax.random.split(key)
 
     def make(site: Site, key: jax.Array) -> VBLoRA:
@@ -97,23 +92,14 @@ def vblora(
         site.check_divides(length, "length")
         ka, kb = jax.random.split(key)
         return VBLoRA(
-            **site.common(dropout=dropout, name=adapter, group=group),
+            **site.common(dropout=dropout, name=at.adapter, group=group),
             logits_a=logits_std * jax.random.normal(ka, (*lead, rank, n_in // length, vectors)),
             logits_b=logits_std * jax.random.normal(kb, (*lead, n_out // length, rank, vectors)),
             top_k=top_k,
         )
 
     bank = jax.random.uniform(bank_key, (vectors, length), jnp.float32, -bank_bound, bank_bound)
-    placed = place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    placed = place_nodes(params, key, make, at)
     return {**placed, f"shared_{group}": Shared(trained={"bank": bank}, fixed={})}
 
 

@@ -8,8 +8,7 @@ leave them out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,7 @@ from peft_jax.core.reparametrised import (
     node,
     place_nodes,
 )
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout
+from peft_jax.core.where import Selection, Where
 from peft_jax.low_rank.torch_random import Generator
 
 
@@ -70,13 +68,8 @@ def vera(
     rank: int = 256,
     seed: int = 0,
     d_initial: float = 0.1,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
     dropout: float = 0.0,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a VeRA node at each place that `targets` name, and the shared projections at
     the top of the tree.
@@ -84,35 +77,22 @@ def vera(
     `seed` draws the projections; d starts at `d_initial`, b at zero. Raises ValueError for a rank
     below 1 or dropout outside [0, 1).
     """
+    at = Selection.of(vera, where)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     check_dropout(dropout)
-    group = f"vera_{adapter}"
+    group = f"vera_{at.adapter}"
 
     def make(site: Site, key: jax.Array) -> VeRA:
         lead, _, n_out = site.sizes
-        common = site.common(dropout=dropout, name=adapter, group=group)
+        common = site.common(dropout=dropout, name=at.adapter, group=group)
         return VeRA(
             **common, d=jnp.full((*lead, rank), d_initial, jnp.float32), b=jnp.zeros((*lead, n_out))
         )
 
-    sizes = [
-        s.sizes[1:]
-        for s in find_sites(
-            params, targets=targets, exclude=exclude, layers=layers, layout=layout
-        ).values()
-    ]
+    sizes = [s.sizes[1:] for s in find_sites(params, **at.places).values()]
     shared = projections(rank, max(n for n, _ in sizes), max(n for _, n in sizes), seed)
-    placed = place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-    )
+    placed = place_nodes(params, key, make, at)
     return {**placed, f"shared_{group}": Shared(trained={}, fixed=shared)}
 
 

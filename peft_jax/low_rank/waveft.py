@@ -8,8 +8,8 @@ itself (the paper's SHiRA-like case).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ import numpy as np
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, node, place_nodes
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout, static
+from peft_jax.core.weight import static
+from peft_jax.core.where import Selection, Where
 from peft_jax.low_rank.fourierft import count_of, draw_places, scatter
 
 
@@ -114,12 +114,7 @@ def waveft(
     transform: bool = True,
     seed: int = 777,
     frequencies_pattern: Mapping[str, int] | None = None,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    layers: Sequence[int] | None = None,
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Where],
 ) -> Any:
     """`params` with a WaveFT node of `frequencies` trained entries at each place that `targets`
     name.
@@ -127,6 +122,7 @@ def waveft(
     `frequencies_pattern` overrides the number for the places that its keys match. The entries start
     at zero.
     """
+    at = Selection.of(waveft, where)
     pattern = frequencies_pattern or {}
     filters(wavelet)
 
@@ -134,7 +130,7 @@ def waveft(
         lead, n_in, n_out = site.sizes
         count = count_of(site, frequencies, pattern)
         return WaveFT(
-            **site.common(name=adapter),
+            **site.common(name=at.adapter),
             spectrum=jnp.zeros((*lead, count)),
             places=draw_places(lead, n_in * n_out, count, seed),
             scale=jnp.full(lead, scale, jnp.float32),
@@ -143,17 +139,8 @@ def waveft(
             seed=seed,
         )
 
-    return place_nodes(
-        params,
-        key,
-        make,
-        targets=targets,
-        exclude=exclude,
-        layers=layers,
-        layout=layout,
-        modules_to_save=modules_to_save,
-        patterns={"frequencies_pattern": pattern},
-    )
+    patterns = {"frequencies_pattern": pattern}
+    return place_nodes(params, key, make, at, patterns=patterns)
 
 
 METHOD = Method(

@@ -118,12 +118,28 @@ def hf_class(model_type: str, task: Task) -> str:
     return family.classes.get(task, family.class_name + ends[task])
 
 
+def introduce(model_type: str) -> None:
+    """Let transformers read the configs of a family that it does not know, by the class of the one
+    that the family is like. Raises ValueError for a `model_type` that neither knows.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type in CONFIG_MAPPING:
+        return
+    family = family_of(model_type)
+    base = CONFIG_MAPPING[family.like]
+    made = type(f"{family.class_name}Config", (base,), {"model_type": model_type})
+    AutoConfig.register(model_type, made)
+
+
 def remade(config: Any, hf: Mapping[str, Any]) -> Any:
     """A model's configuration from another Hugging Face config (plain data), with what that one
     does not say.
     """
     from transformers import AutoConfig
 
+    introduce(hf["model_type"])
     rest = {k: v for k, v in hf.items() if k != "model_type"}
     made = family_of(hf["model_type"]).config(AutoConfig.for_model(hf["model_type"], **rest))
     return dataclasses.replace(made, generation_config=config.generation_config)

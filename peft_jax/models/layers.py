@@ -92,3 +92,12 @@ def _stack(layers: list[Any]) -> Any:
             "layers differ in structure or shape and cannot be stacked; keep scan_layers=False"
         )
     return jax.tree.map(lambda *a: jnp.stack(a), *layers)
+
+
+def layer_by_layer(model: Any, params: Any, change: Callable[[Any, Any], Any]) -> Any:
+    """`change(model, params)` of the model with its layers looped; the tree that it gives is
+    stacked again where it was.
+    """
+    if not model.scan_layers:
+        return change(model, params)
+    return stack_layers(change(model.clone(scan_layers=False), unstack_layers(params)))

@@ -505,6 +505,7 @@ FAMILY = Family(
         "relative_attention_num_buckets": 8,
         "relative_attention_max_distance": 16,
         "decoder_start_token_id": 0,
+        "feed_forward_proj": "gated-gelu",
     },
     prefix="",
     embedding="shared",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.models.blocks import mean_of
-from peft_jax.objectives.reading import Apply, nll_and_hits
+from peft_jax.objectives.objective import NamedObjective
+from peft_jax.objectives.reading import Apply, Objective, nll_and_hits
 
 
 def contrast(
@@ -90,3 +92,17 @@ def embed_texts(
     mean = mean_of(hidden, segment_ids)
     square = jnp.square(mean).sum(-1, keepdims=True)
     return mean * jax.lax.rsqrt(jnp.maximum(square, 1e-18))  # a norm has no gradient at zero
+
+
+def _contrast(reading: None, temperature: float = 0.05, same: bool = False) -> Objective:
+    return functools.partial(contrast, temperature=temperature, same=same)
+
+
+OBJECTIVE = NamedObjective(
+    name="contrast",
+    tasks=("feature_extraction",),
+    make=_contrast,
+    follows="van den Oord et al. 2018, arXiv:1807.03748; SimCSE, arXiv:2104.08821",
+    reads=False,
+    example={"temperature": 0.5},
+)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from peft_jax.objectives.reading import Apply, Reading, as_they_are, inputs_of
+from peft_jax.objectives.objective import NamedObjective
+from peft_jax.objectives.reading import (
+    Apply,
+    Objective,
+    Reading,
+    as_they_are,
+    cross_entropy,
+    inputs_of,
+)
 
 
 def _logits(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: Any) -> jax.Array:
@@ -46,3 +55,28 @@ def squared_error(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: A
     values = apply(params, batch["tokens"], rng=rng, **inputs_of(batch))[:, 0]
     error = jnp.square(values - batch["labels"]) * weights
     return error.sum() / jnp.maximum(weights.sum(), 1e-9), {"weight": weights.sum()}
+
+
+def _label_cross_entropy(reading: Reading, chunk: int | None = None) -> Objective:
+    return functools.partial(cross_entropy, reading, chunk=chunk)
+
+
+def _squared_error(reading: None) -> Objective:
+    return squared_error
+
+
+OBJECTIVE = (
+    NamedObjective(
+        name="label_cross_entropy",
+        tasks=("sequence_classification", "token_classification", "question_answering"),
+        make=_label_cross_entropy,
+        follows="the mean negative log-likelihood of the labels that count",
+    ),
+    NamedObjective(
+        name="squared_error",
+        tasks=("sequence_classification",),
+        make=_squared_error,
+        follows="the mean squared error of the rows that count",
+        reads=False,
+    ),
+)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.bind import bound_of
 from peft_jax.models.moe import load_balancing_loss
+from peft_jax.objectives.objective import NamedObjective
 from peft_jax.objectives.reading import (
     Apply,
     Objective,
@@ -141,3 +142,17 @@ def masked_tokens(
 def masked_reading(**options: Any) -> Reading:
     """A masked language model's, with the options of `masked_tokens`."""
     return Reading(functools.partial(masked_tokens, **options), token_states, token_head)
+
+
+def _token_cross_entropy(
+    reading: Reading, chunk: int | None = None, router_loss: float | None = None
+) -> Objective:
+    return balanced(functools.partial(cross_entropy, reading, chunk=chunk), router_loss)
+
+
+OBJECTIVE = NamedObjective(
+    name="token_cross_entropy",
+    tasks=("causal_lm", "masked_lm", "seq2seq_lm"),
+    make=_token_cross_entropy,
+    follows="the mean negative log-likelihood of the tokens that count",
+)

@@ -14,7 +14,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.attachment import module_at
 from peft_jax.core.bind import bind
+from peft_jax.core.placing import modules_with_roles
 from peft_jax.core.roles import is_expert, role_of
 from peft_jax.core.tree import is_node, map_places, places
 from peft_jax.models.decoder import Decoder
@@ -42,13 +44,13 @@ def expert_importance(
     if score not in ("probability", "frequency"):
         raise ValueError(f"unknown score of experts {score!r}; there are probability and frequency")
     model, params = stacked(model, params)
+    mixture = modules_with_roles(params)["experts"][0].rpartition("/")[0]
     apply = bind(model)
 
     @jax.jit
     def run(params: Any, tokens: Any, inputs: Any) -> Any:
-        return apply(params, tokens, method="hidden", mutable=["router"], **inputs)[1]["router"][
-            "model"
-        ]["layers"]["mlp"]
+        sown = apply(params, tokens, method="hidden", mutable=["router"], **inputs)[1]["router"]
+        return module_at(sown, mixture)
 
     name, total, count = "probabilities" if score == "probability" else "chosen", 0.0, 0.0
     for batch in batches:

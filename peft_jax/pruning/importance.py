@@ -10,12 +10,14 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from peft_jax.core.attachment import Attachment
+from peft_jax.core.attachment import Attachment, attach, module_at
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate, collect, probing, seen_of
 from peft_jax.core.coverage import choose, ledger, reached
 from peft_jax.core.partition import partition
+from peft_jax.core.placing import modules_with_roles
 from peft_jax.core.reparametrised import node
+from peft_jax.core.tree import places
 from peft_jax.core.weight import static
 from peft_jax.models.decoder import Decoder
 from peft_jax.models.layers import stacked
@@ -52,50 +54,56 @@ def importance(
             "mixture smaller"
         )
     model, params = stacked(model, params)
+    at = parts_of(params)
 
-    def kernel(part, name):
-        return params["model"]["layers"][part][name]["kernel"].astype(jnp.float32)
+    def kernel(role):
+        return _array(params, f"{at[role]}/kernel")
 
     if score == "magnitude":
         return _magnitudes(model, params, kernel)
     batches, apply = list(batches), bind(model)
-    fused = model.config.fused_projections
-    readers = ["qkv_proj", "gate_up_proj"] if fused else ["q_proj", "gate_proj"]
-    second = calibrate(
-        apply, params, batches, statistic="second_moment", targets=["o_proj", "down_proj", *readers]
-    )
+    readers = ["qkv", "gate_up"] if model.config.fused_projections else ["q", "gate"]
+    targets = [at[role] for role in ("o", "down", *readers)]
+    second = calibrate(apply, params, batches, statistic="second_moment", targets=targets)
 
-    def of(module):
-        return second[f"model/layers/{module}/kernel"]
+    def of(role):
+        return second[f"{at[role]}/kernel"]
 
-    heads, units = of("self_attn/o_proj"), of("mlp/down_proj")
+    heads, units = of("o"), of("down")
     known = {
-        path: reached(
-            f"model/layers/{path}/kernel",
-            [of(path)],
+        role: reached(
+            f"{at[role]}/kernel",
+            [of(role)],
             (model.config.num_layers,),
             method=f"importance {score!r}",
             instead="'magnitude'",
         )
-        for path in ("self_attn/o_proj", "mlp/down_proj")
+        for role in ("o", "down")
     }
     if score == "fluctuation":
-        mean = calibrate(apply, params, batches, statistic="mean", targets=["o_proj", "down_proj"])
+        mean = calibrate(apply, params, batches, statistic="mean", targets=targets[:2])
 
-        def variance(total, path):
-            return total - jnp.square(mean[f"model/layers/{path}/kernel"])
+        def variance(total, role):
+            return total - jnp.square(mean[f"{at[role]}/kernel"])
 
-        heads = variance(heads, "self_attn/o_proj") * jnp.square(kernel("self_attn", "o_proj")).sum(
-            -1
-        )
-        units = variance(units, "mlp/down_proj") * jnp.square(kernel("mlp", "down_proj")).sum(-1)
-    channels = (jnp.sqrt(of(f"self_attn/{readers[0]}")) + jnp.sqrt(of(f"mlp/{readers[1]}"))).sum(0)
+        heads = variance(heads, "o") * jnp.square(kernel("o")).sum(-1)
+        units = variance(units, "down") * jnp.square(kernel("down")).sum(-1)
+    channels = (jnp.sqrt(of(readers[0])) + jnp.sqrt(of(readers[1]))).sum(0)
     found = {**_of_heads(model, heads), "units": jnp.sqrt(units)}
     plain = _magnitudes(model, params, kernel)
     for name, score_of in found.items():
-        there = known["mlp/down_proj" if name == "units" else "self_attn/o_proj"]
+        there = known["down" if name == "units" else "o"]
         found[name] = choose(there, score_of, plain[name])
     return {"layers": block_influence(model, params, batches), **found, "channels": channels}
+
+
+def parts_of(params: Any) -> dict[str, str]:
+    """role -> path of the module of a decoder's stacked layers that has it, norms left out."""
+    return {role: paths[0] for role, paths in modules_with_roles(params).items() if role != "norms"}
+
+
+def _array(params: Any, path: str) -> jax.Array:
+    return places(params)[path].astype(jnp.float32)
 
 
 def _of_heads(model: Decoder, energy: jax.Array) -> dict[str, jax.Array]:
@@ -107,25 +115,22 @@ def _of_heads(model: Decoder, energy: jax.Array) -> dict[str, jax.Array]:
 
 
 def _magnitudes(
-    model: Decoder, params: Any, kernel: Callable[[str, str], jax.Array]
+    model: Decoder, params: Any, kernel: Callable[[str], jax.Array]
 ) -> dict[str, jax.Array]:
     c, square = model.config, jnp.square
     if c.fused_projections:
-        gate_up = square(kernel("mlp", "gate_up_proj")).sum(-2).reshape(c.num_layers, 2, -1).sum(1)
-        query = square(kernel("self_attn", "qkv_proj")[..., : c.num_heads * c.head_dim]).sum(-2)
+        gate_up = square(kernel("gate_up")).sum(-2).reshape(c.num_layers, 2, -1).sum(1)
+        query = square(kernel("qkv")[..., : c.num_heads * c.head_dim]).sum(-2)
     else:
-        gate_up = square(kernel("mlp", "gate_proj")).sum(-2) + square(kernel("mlp", "up_proj")).sum(
-            -2
-        )
-        query = square(kernel("self_attn", "q_proj")).sum(-2)
-    layers = [w for w in jax.tree.leaves(params["model"]["layers"]) if w.ndim == 3]
+        gate_up = square(kernel("gate")).sum(-2) + square(kernel("up")).sum(-2)
+        query = square(kernel("q")).sum(-2)
+    at = parts_of(params)
+    layers = [w for w in jax.tree.leaves(module_at(params, at["stack"])) if w.ndim == 3]
     return {
         "layers": jnp.sqrt(sum(square(w.astype(jnp.float32)).sum((1, 2)) for w in layers)),
-        **_of_heads(model, query + square(kernel("self_attn", "o_proj")).sum(-1)),
-        "units": jnp.sqrt(gate_up + square(kernel("mlp", "down_proj")).sum(-1)),
-        "channels": jnp.sqrt(
-            square(params["model"]["embed_tokens"]["embedding"].astype(jnp.float32)).sum(0)
-        ),
+        **_of_heads(model, query + square(kernel("o")).sum(-1)),
+        "units": jnp.sqrt(gate_up + square(kernel("down")).sum(-1)),
+        "channels": jnp.sqrt(square(_array(params, f"{at['embedding']}/embedding")).sum(0)),
     }
 
 
@@ -179,8 +184,8 @@ def block_influence(model: Decoder, params: Any, batches: Iterable[Mapping[str, 
     is no batch.
     """
     model, params = stacked(model, params)
-    stack = params["model"]["layers"]
+    stack = parts_of(params)["stack"]
     probe = InfluenceProbe(sink=jnp.zeros(model.config.num_layers))
-    probed = {**params, "model": {**params["model"], "layers": {**stack, "influence": probe}}}
+    probed = attach(params, {stack: {"influence": probe}})
     total, count = collect(probing(bind(model)), *partition(probed), batches)
-    return total["model"]["layers"]["influence"].sink / count
+    return module_at(total, stack)["influence"].sink / count

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ from peft_jax.core.reparametrised import (
     node,
     place_nodes,
 )
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout, Weight, from_matrix, materialize, static, to_matrix
+from peft_jax.core.weight import Weight, from_matrix, materialize, static, to_matrix
+from peft_jax.core.where import Selection, Trained
 from peft_jax.pruning.distribution import allocate_sparsity, check_pattern
 from peft_jax.pruning.masked import Masked, masked
 from peft_jax.pruning.pattern import NM, Pattern, make_pattern, removed, select_kept
@@ -140,11 +140,7 @@ def sparse(
     rounds: int = 4,
     straight_through: bool = False,
     decay: float = 2e-4,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    bias: str = "none",
-    modules_to_save: Targets = (),
-    layout: Layout | None = None,
+    **where: Unpack[Trained],
 ) -> Any:
     """`params` with the weights that `targets` name trained whole and pruned on the way to
     `sparsity`. `key` is not used.
@@ -161,16 +157,17 @@ def sparse(
     `score`, `schedule`, `regrow`, `fraction`, `begin`, `final`, `every` and `rounds` are read by
     `sparse_optimizer`. Raises ValueError naming the place or option that does not fit.
     """
+    at = Selection.of(sparse, where)
     check_pattern(pattern, sparsity, distribution)
     found = make_pattern(pattern)
     _check(found, score, schedule, regrow, fraction, every, rounds, straight_through)
-    where: dict[str, Any] = {"targets": targets, "exclude": exclude, "layout": layout}
-    sites = find_sites(params, **where)
+    sites = find_sites(params, **at.places)
     if isinstance(found, NM):
         shares = {p: np.full(s.sizes[0], found.sparsity) for p, s in sites.items()}
     else:
         assert sparsity is not None
-        shares = allocate_sparsity(params, sparsity, distribution, **where)
+        among: dict[str, Any] = {"targets": at.targets, "exclude": at.exclude, "layout": at.layout}
+        shares = allocate_sparsity(params, sparsity, distribution, **among)
 
     def make(site: Site, key: jax.Array) -> Sparse:
         if isinstance(site.base, Weight) and not (
@@ -195,7 +192,7 @@ def sparse(
             decay=decay if straight_through else 0.0,
         )
 
-    return place_nodes(params, key, make, **where, bias=bias, modules_to_save=modules_to_save)
+    return place_nodes(params, key, make, at)
 
 
 def prunes_on_the_way(options: Mapping[str, Any]) -> bool:

@@ -18,8 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.attachment import module_at
 from peft_jax.core.bind import bind
 from peft_jax.core.calibrate import calibrate
+from peft_jax.core.roles import role_of
+from peft_jax.core.select import stack_at
 from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import is_node, map_places, places
 from peft_jax.models.blocks import abstract_params
@@ -27,19 +30,12 @@ from peft_jax.models.config import DecoderConfig
 from peft_jax.models.decoder import Decoder
 from peft_jax.models.families import remade
 from peft_jax.models.layers import stacked, unstack_layers
-from peft_jax.pruning.importance import importance
+from peft_jax.pruning.importance import importance, parts_of
 from peft_jax.pruning.vocabulary import renumbered
 
-_INTO = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "qkv_proj",
-    "gate_proj",
-    "up_proj",
-    "gate_up_proj",
-)  # read the hidden channels
-_OUT_OF = ("o_proj", "down_proj")  # write them
+# Roles of modules that read the hidden channels, and that write them.
+_ATTENTION, _FEED_FORWARD = ("q", "k", "v", "qkv"), ("gate", "up", "gate_up")
+_INTO, _OUT_OF = (*_ATTENTION, *_FEED_FORWARD), ("o", "down")
 
 
 def shrink(
@@ -89,7 +85,7 @@ def shrink(
     def place(path: str, w: jax.Array) -> jax.Array:
         for axis, index in rules(path):
             w = _pick(w, index, axis)
-        return w[kept["layers"]] if path.startswith("model/layers/") else w
+        return w if stack_at(path) is None else w[kept["layers"]]
 
     small = map_places(place, stacked(model, params)[1])
     return model.clone(config=config), unstack_layers(small) if looped else small
@@ -163,34 +159,42 @@ def _rules(
     units, channels = kept["units"], kept["channels"]
     n_q, n_kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     inner = {
-        "q_proj": q,
-        "k_proj": kv,
-        "v_proj": kv,
-        "qkv_proj": np.concatenate([q, n_q + kv, n_q + n_kv + kv], 1),
-        "o_proj": q,
-        "gate_proj": units,
-        "up_proj": units,
-        "down_proj": units,
-        "gate_up_proj": np.concatenate([units, c.intermediate_size + units], 1),
+        "q": q,
+        "k": kv,
+        "v": kv,
+        "qkv": np.concatenate([q, n_q + kv, n_q + n_kv + kv], 1),
+        "o": q,
+        "gate": units,
+        "up": units,
+        "down": units,
+        "gate_up": np.concatenate([units, c.intermediate_size + units], 1),
         "q_norm": q,
         "k_norm": kv,
     }
 
     def of(path: str) -> list[tuple[int, np.ndarray]]:
-        *_, module, leaf = path.split("/")
-        if c.num_experts and "/mlp/" in path:
+        module, _, leaf = path.rpartition("/")
+        role = role_of(module)
+        if c.num_experts and _in_feed_forward(module):
             return []
-        if module in _INTO:
-            return [(-1, inner[module]), *([(-2, channels)] if leaf == "kernel" else [])]
-        if module in _OUT_OF:
-            return [(-1, channels), *([(-2, inner[module])] if leaf == "kernel" else [])]
-        if module in ("q_norm", "k_norm"):
-            return [(-1, inner[module])] if c.qk_norm == "full" else []
-        if module == "embed_tokens":
+        if role in _INTO:
+            return [(-1, inner[role]), *([(-2, channels)] if leaf == "kernel" else [])]
+        if role in _OUT_OF:
+            return [(-1, channels), *([(-2, inner[role])] if leaf == "kernel" else [])]
+        if role in ("q_norm", "k_norm"):
+            return [(-1, inner[role])] if c.qk_norm == "full" else []
+        if role == "embedding":
             return [(-2, kept["tokens"]), (-1, channels)]
-        return [(-2, channels), (-1, kept["tokens"])] if module == "lm_head" else [(-1, channels)]
+        if role == "labels":
+            return [(-2, channels)] if leaf == "kernel" else []
+        return [(-2, channels), (-1, kept["tokens"])] if role == "head" else [(-1, channels)]
 
     return of
+
+
+def _in_feed_forward(module: str) -> bool:
+    parts = module.split("/")
+    return any(role_of("/".join(parts[:i])) == "feed_forward" for i in range(1, len(parts)))
 
 
 def _expanded(numbers: np.ndarray, size: int) -> np.ndarray:
@@ -312,8 +316,8 @@ def _best_heads(scores: np.ndarray, keys: np.ndarray, heads: int, c: DecoderConf
 def _compensated(
     model: Decoder, params: Any, batches: Any, kept: Mapping[str, Any]
 ) -> tuple[Decoder, Any]:
-    """The model with biases that hold what the removed inputs of o_proj and down_proj give on
-    average.
+    """The model with biases that hold what the removed inputs of the modules that write the hidden
+    channels give on average.
     """
     c, looped = model.config, not model.scan_layers
     if c.model_type != "llama":
@@ -322,40 +326,45 @@ def _compensated(
             "config cannot say"
         )
     model, tree = stacked(model, params)
-    means = calibrate(bind(model), tree, batches, statistic="mean", targets=list(_OUT_OF))
+    at = parts_of(tree)
+    targets = [at[role] for role in _OUT_OF]
+    means = calibrate(bind(model), tree, batches, statistic="mean", targets=targets)
     heads = _query_heads(
         kept.get("heads"),
         _by_layer("kv_heads", kept.get("kv_heads"), c.num_layers, c.num_kv_heads, "llama"),
         c,
     )
     units = _by_layer("units", kept.get("units"), c.num_layers, c.intermediate_size, "llama")
-    stay = {"o_proj": _expanded(heads, c.head_dim), "down_proj": units}
+    stay = {"o": _expanded(heads, c.head_dim), "down": units}
 
-    def with_bias(path: str, module: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        kernel, name = module["kernel"], path.rpartition("/")[2]
+    def bias_of(path: str, role: str) -> jax.Array:
+        module = module_at(tree, path)
+        kernel = module["kernel"]
         bias = module.get("bias", jnp.zeros((kernel.shape[0], kernel.shape[-1]), kernel.dtype))
-        if name in stay:
+        if role in stay:
             gone = np.ones(kernel.shape[:2], bool)
-            np.put_along_axis(gone, stay[name], False, 1)
+            np.put_along_axis(gone, stay[role], False, 1)
             lost = jnp.einsum(
                 "li,lio->lo",
                 jnp.where(gone, means[f"{path}/kernel"], 0.0),
                 kernel.astype(jnp.float32),
             )
             bias = (bias + lost).astype(kernel.dtype)
-        return {**module, "bias": bias}
+        return bias
 
-    layers = dict(tree["model"]["layers"])
-    for part in ("self_attn", "mlp"):
-        modules = layers[part].items()
-        layers[part] = {
-            n: with_bias(f"model/layers/{part}/{n}", m) if n.endswith("_proj") else m
-            for n, m in modules
-        }
-    tree = {**tree, "model": {**tree["model"], "layers": layers}}
+    biases = {path: bias_of(path, r) for r, path in at.items() if r in (*_INTO, *_OUT_OF)}
+    tree = _with_biases(tree, biases)
     config = remade(c, json.loads(c.hf_config) | {"attention_bias": True, "mlp_bias": True})
     model = model.clone(config=config, scan_layers=not looped)
     return model, unstack_layers(tree) if looped else tree
+
+
+def _with_biases(tree: Any, biases: Mapping[str, jax.Array], path: str = "") -> Any:
+    """The tree with these biases of modules, by their paths."""
+    if not isinstance(tree, Mapping):
+        return tree
+    inside = {n: _with_biases(x, biases, f"{path}/{n}" if path else n) for n, x in tree.items()}
+    return {**inside, "bias": biases[path]} if path in biases else inside
 
 
 def sizes_for(model: Decoder, keep: float, by: Literal["layers", "width"]) -> dict[str, int]:
@@ -374,7 +383,7 @@ def sizes_for(model: Decoder, keep: float, by: Literal["layers", "width"]) -> di
         for p, w in places(abstract_params(model.clone(scan_layers=True))).items()
     }
     total = sum(leaves.values())
-    layer = sum(n for p, n in leaves.items() if p.startswith("model/layers/")) // c.num_layers
+    layer = sum(n for p, n in leaves.items() if stack_at(p) is not None) // c.num_layers
     rest = total - layer * c.num_layers
     room = (keep * total - rest) / c.num_layers  # for each layer, if all stay
     if by == "layers":
@@ -385,13 +394,11 @@ def sizes_for(model: Decoder, keep: float, by: Literal["layers", "width"]) -> di
             )
         return {"layers": count}
 
-    def of(names):
-        return sum(n for p, n in leaves.items() if p.split("/")[-2] in names) // c.num_layers
+    def of(*roles):
+        found = (n for p, n in leaves.items() if role_of(p.rpartition("/")[0]) in roles)
+        return sum(found) // c.num_layers
 
-    attention, mlp = (
-        of(("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")),
-        of(("gate_proj", "up_proj", "gate_up_proj", "down_proj")),
-    )
+    attention, mlp = of(*_ATTENTION, "o"), of(*_FEED_FORWARD, "down")
     share = max(0.0, (room - (layer - attention - mlp)) / (attention + mlp))
     group = c.num_heads // c.num_kv_heads
     fits = [k for k in range(1, c.num_kv_heads + 1) if c.hidden_size % (k * group) == 0] or [

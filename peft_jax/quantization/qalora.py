@@ -9,15 +9,14 @@ Face PEFT, then meets A [blocks, r] and B [r, out].
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Additive, Site, check_dropout, node, place_nodes
-from peft_jax.core.select import Targets
-from peft_jax.core.weight import Layout
+from peft_jax.core.where import Biased, Selection
 from peft_jax.quantization.formats import Int
 from peft_jax.quantization.quantized import Quantized
 
@@ -87,13 +86,8 @@ def qalora(
     rank: int = 8,
     alpha: float | None = None,
     block_size: int | None = None,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
     dropout: float = 0.0,
-    bias: str = "none",
-    modules_to_save: Targets = (),
-    adapter: str = "default",
-    layout: Layout | None = None,
+    **where: Unpack[Biased],
 ) -> Any:
     """`params` with a QALoRA node at each place that `targets` name.
 
@@ -101,6 +95,7 @@ def qalora(
     quantized. `alpha` defaults to the rank. Raises ValueError naming a place whose inputs it does
     not divide, or that has no blocks to take it from.
     """
+    at = Selection.of(qalora, where)
     check_dropout(dropout)
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
@@ -115,14 +110,13 @@ def qalora(
         site.check_divides(size, "block_size", outputs=False)
         bound = (n_in // size) ** -0.5
         return QALoRA(
-            **site.common(dropout=dropout, name=adapter),
+            **site.common(dropout=dropout, name=at.adapter),
             a=jax.random.uniform(key, (*lead, n_in // size, rank), jnp.float32, -bound, bound),
             b=jnp.zeros((*lead, rank, n_out), jnp.float32),
             scale=jnp.full(lead, (rank if alpha is None else alpha) / rank, jnp.float32),
         )
 
-    rest: dict[str, Any] = {"targets": targets, "exclude": exclude, "layout": layout, "bias": bias}
-    return place_nodes(params, key, make, modules_to_save=modules_to_save, **rest)
+    return place_nodes(params, key, make, at)
 
 
 METHOD = Method(

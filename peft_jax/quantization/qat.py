@@ -9,7 +9,7 @@ rounded too. `merge` gives the quantized weights, with the very outputs of train
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from peft_jax.core.coverage import ledger
 from peft_jax.core.method import Method
 from peft_jax.core.reparametrised import Product, Reparametrised, Site, node, place_nodes
-from peft_jax.core.select import Targets
 from peft_jax.core.tree import is_node
-from peft_jax.core.weight import Layout, matmul, ragged_matmul, row_groups, static
+from peft_jax.core.weight import matmul, ragged_matmul, row_groups, static
+from peft_jax.core.where import Selection, Trained
 from peft_jax.quantization.formats import Format, make_format
 from peft_jax.quantization.quantize import (
     Statistics,
@@ -124,11 +124,7 @@ def qat(
     format: str = "int4",
     options: Mapping[str, Any] | None = None,
     statistics: Statistics | None = None,
-    targets: Targets = "all-linear",
-    exclude: Targets = (),
-    bias: str = "none",
-    modules_to_save: Targets = (),
-    layout: Layout | None = None,
+    **where: Unpack[Trained],
 ) -> Any:
     """`params` with the weights that `targets` name trained as they will be once quantized to
     `format` with `options`.
@@ -137,8 +133,9 @@ def qat(
     `quantize`. `key` is not used. Raises ValueError naming the place where the format does not fit,
     statistics are missing, or the weight is no array.
     """
+    layout = {**embedding_layout(params), **(where.get("layout") or {})}
+    at = Selection.of(qat, {**where, "layout": layout})
     chosen = make_format(format, **(options or {}))
-    layout = {**embedding_layout(params), **(layout or {})}
 
     def make(site: Site, key: jax.Array) -> FakeQuantized:
         site.check_whole("are quantized together")
@@ -154,8 +151,7 @@ def qat(
             scale = static_scale(site.path, (statistics or {})["max_abs"][site.path], chosen)
         return FakeQuantized(**site.common(name=site.path), format=chosen, input_scale=scale)
 
-    rest: dict[str, Any] = {"targets": targets, "exclude": exclude, "layout": layout, "bias": bias}
-    return place_nodes(params, key, make, modules_to_save=modules_to_save, **rest)
+    return place_nodes(params, key, make, at)
 
 
 METHOD = Method(

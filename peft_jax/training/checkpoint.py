@@ -120,7 +120,10 @@ class Checkpoints:
         if self.newest() is None:
             return
         if why := refusal(
-            self.position()["identity"], self._identity, self._resume_with, self.folder
+            self.position()["identity"],
+            self._identity,
+            self._resume_with,
+            f"the checkpoint in {self.folder}",
         ):
             raise ValueError(why)
 

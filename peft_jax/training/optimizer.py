@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from peft_jax.core.method import options_of
 from peft_jax.core.select import VECTORS, layer_axes, matches, number_layers
 from peft_jax.core.tree import map_places, path_str, places
+from peft_jax.core.where import options_of
 from peft_jax.low_rank.lora import LoRA
 from peft_jax.methods import METHODS
 from peft_jax.quantization.adam8bit import adamw8bit

@@ -209,7 +209,10 @@ def test_tasks_of_a_multitask_prompt_go_by_row(base):
             lambda p: peft_jax.adaption_prompt(p, KEY, adapter_layers=9),
             "between 1 and the 3 layers, got 9",
         ),
-        (lambda p: peft_jax.adaption_prompt(p["lm_head"], KEY), "attention with k_proj and v_proj"),
+        (
+            lambda p: peft_jax.adaption_prompt(p["lm_head"], KEY),
+            "attention with projections of keys and values",
+        ),
         (lambda p: peft_jax.prompt_tuning(p["lm_head"], KEY), "no token embedding"),
     ],
 )

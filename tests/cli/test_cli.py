@@ -13,8 +13,11 @@ from click.testing import CliRunner
 
 import peft_jax
 from peft_jax.cli import USER_ERRORS, main
-from peft_jax.training.config import ConfigError, describe, load_config, parse_config, to_dict
-from peft_jax.training.setup import first_batches, make_rows, set_up
+from peft_jax.core.options import ConfigError
+from peft_jax.recipes.config import describe, load_config, parse_config
+from peft_jax.recipes.run_config import to_dict
+from peft_jax.recipes.setup import set_up, subject_in
+from peft_jax.training.rows import first_batches, make_rows
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -312,7 +315,8 @@ def test_static_activations_are_calibrated_for_quantization_aware_training(optio
     assert error is None, out
     config = load_config(None, [*options, method])
     setup = set_up(config)
-    batches = first_batches(config, make_rows(config, config.data.train, setup), 8)
+    subject = subject_in(config, setup)
+    batches = first_batches(subject, make_rows(subject, config.data.train), 8)
     where = {"targets": ["q_proj", "down_proj"], "statistic": "max_abs"}
     largest = peft_jax.calibrate(peft_jax.bind(setup.model), setup.params, batches, **where)
     found = peft_jax.places(peft_jax.load(tmp_path / "run" / "model")[1])

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
+from peft_jax.core.options import ConfigError
 from peft_jax.data import (
     Record,
     encode,
@@ -19,7 +20,6 @@ from peft_jax.data import (
     read_records,
 )
 from peft_jax.data.records import MalformedRecordError
-from peft_jax.training.config import ConfigError
 from peft_jax.training.tasks import wanted_labels
 
 WORDS = [

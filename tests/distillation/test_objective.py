@@ -24,8 +24,8 @@ from peft_jax.distillation.objective import (
     distillation,
     of_student,
 )
-from peft_jax.distillation.students import take_layers
 from peft_jax.objectives.tokens import TOKENS, next_token
+from peft_jax.pruning.students import take_layers
 from peft_jax.training.config import TrainConfig
 from peft_jax.training.loop import initial_state, on_devices, train
 from peft_jax.training.step import make_step

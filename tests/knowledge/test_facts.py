@@ -6,8 +6,8 @@ import pytest
 
 from peft_jax.data import Record, read_records
 from peft_jax.knowledge.facts import question_of, read_templates, verbalise
-from peft_jax.training.config import parse_config
-from peft_jax.training.run import run_training
+from peft_jax.recipes.config import parse_config
+from peft_jax.recipes.train import run_training
 
 TEMPLATES = {
     "capital": [

@@ -18,8 +18,8 @@ from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.core.weight import ragged_matmul
 from peft_jax.models.moe import load_balancing_loss, mixture
 from peft_jax.objectives.tokens import next_token
-from peft_jax.training.config import PruneConfig
-from peft_jax.training.prune import Report
+from peft_jax.pruning.report import Report
+from peft_jax.pruning.stage import PruneConfig
 from tests.reference import family_checkpoint, perturb, relative_error
 
 N, D, F, E, K = 24, 16, 12, 4, 2

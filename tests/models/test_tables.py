@@ -14,12 +14,15 @@ from peft_jax.cli import USER_ERRORS
 from peft_jax.data.encode import Rows
 from peft_jax.data.labelled import LabelledRows
 from peft_jax.models.tables import check_continued, check_prompts, check_rows, first_position
-from peft_jax.training.config import TrainConfig, parse_config
+from peft_jax.recipes.config import parse_config
+from peft_jax.recipes.evaluate import run_evaluation, run_generation
+from peft_jax.recipes.inject import run_injection
+from peft_jax.recipes.prune import run_pruning
+from peft_jax.recipes.teach import run_teaching
+from peft_jax.recipes.train import run_training
+from peft_jax.training.config import TrainConfig
 from peft_jax.training.evaluate import perplexity
-from peft_jax.training.inject import run_injection
 from peft_jax.training.loop import train
-from peft_jax.training.run import run_evaluation, run_generation, run_pruning, run_training
-from peft_jax.training.teach import run_teaching
 from tests.models.test_encoders import ENCODERS
 from tests.reference import FAMILIES, family_checkpoint, tiny_llama_folder
 

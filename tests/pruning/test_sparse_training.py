@@ -14,8 +14,9 @@ import pytest
 import peft_jax
 from peft_jax.objectives.tokens import next_token
 from peft_jax.pruning.sparse_training import Sparse, sparse, sparse_optimizer
-from peft_jax.training.config import OptimizerConfig, TrainConfig, check_method
+from peft_jax.training.config import OptimizerConfig, TrainConfig
 from peft_jax.training.loop import initial_state, train
+from peft_jax.training.method import check_method
 from peft_jax.training.optimizer import make_optimizer
 from peft_jax.training.step import make_step
 from tests.reference import family_checkpoint, random_tokens

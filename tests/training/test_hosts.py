@@ -19,9 +19,10 @@ from safetensors.numpy import load_file
 
 import peft_jax
 from peft_jax.core.sharding import make_mesh, shard
-from peft_jax.training.config import RunConfig
-from peft_jax.training.run import export
-from peft_jax.training.setup import Setup, start_distributed
+from peft_jax.core.stage import State
+from peft_jax.recipes.export import export
+from peft_jax.recipes.run_config import RunConfig
+from peft_jax.recipes.setup import Setup, start_distributed
 from tests.reference import perturb
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +107,8 @@ def write_all(folder, tiny_folder, mesh=None):
     model, base = peft_jax.load(tiny_folder)
     placed = (lambda tree: shard(tree, mesh)) if mesh is not None else lambda tree: tree
     trees = {name: placed(perturb(add(base, jax.random.key(0)))) for name, add in ADAPTERS.items()}
-    config, setup = RunConfig(output=str(folder)), Setup(model, None, None, mesh, tiny_folder)
+    config = RunConfig(output=str(folder))
+    setup = Setup(State(model, None), None, mesh, tiny_folder)
     writers = {
         name: functools.partial(peft_jax.save_adapter, folder / name, tree)
         for name, tree in trees.items()

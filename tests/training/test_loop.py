@@ -21,8 +21,10 @@ from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.data import pack
 from peft_jax.data.encode import Example
 from peft_jax.objectives.tokens import next_token
+from peft_jax.recipes.config import load_config
+from peft_jax.recipes.setup import calibration_batches
 from peft_jax.training.checkpoint import Checkpoints, weights_of
-from peft_jax.training.config import OptimizerConfig, RunConfig, TrainConfig, load_config
+from peft_jax.training.config import OptimizerConfig, TrainConfig
 from peft_jax.training.loop import (
     TrainingDivergedError,
     _lowest,
@@ -32,8 +34,7 @@ from peft_jax.training.loop import (
 )
 from peft_jax.training.optimizer import make_optimizer, make_schedule
 from peft_jax.training.report import active_parameters
-from peft_jax.training.run import train_steps
-from peft_jax.training.setup import calibration_batches
+from peft_jax.training.stage import train_steps
 from tests.reference import family_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -190,9 +191,7 @@ def test_epochs_see_every_row():
     rows = tiny_rows(46, 16)._make(x[:23] for x in tiny_rows(200, 16))
 
     def steps(epochs, batch):
-        return train_steps(
-            RunConfig(train=TrainConfig(epochs=epochs, batch_size=batch, steps=None)), rows
-        )
+        return train_steps(TrainConfig(epochs=epochs, batch_size=batch, steps=None), rows)
 
     assert [steps(1, 16), steps(2, 23), steps(3, 23), steps(0.1, 23)] == [2, 2, 3, 1]
 
@@ -379,8 +378,8 @@ def test_sigterm_saves_and_ends_cleanly(tiny_folder, tmp_path, uninterrupted):
 
 
 def test_calibration_on_text_that_nobody_chose_is_said(monkeypatch, caplog):
-    monkeypatch.setattr("peft_jax.training.setup.make_rows", lambda *_: None)
-    monkeypatch.setattr("peft_jax.training.setup.first_batches", lambda *_: [])
+    monkeypatch.setattr("peft_jax.recipes.setup.make_rows", lambda *_: None)
+    monkeypatch.setattr("peft_jax.recipes.setup.first_batches", lambda *_: [])
 
     def run(*overrides):
         return calibration_batches(load_config(None, overrides), None, 1)

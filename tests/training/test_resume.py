@@ -13,9 +13,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from peft_jax.training.config import ConfigError, RunConfig, parse_config
-from peft_jax.training.resume import ALTERS, LEAVES, changed, settings
-from peft_jax.training.run import run_training
+from peft_jax.core.options import ConfigError
+from peft_jax.recipes.config import parse_config
+from peft_jax.recipes.run_config import ALTERS, LEAVES, RunConfig, settings
+from peft_jax.recipes.train import run_training
+from peft_jax.training.resume import changed
 
 
 def fields(section, prefix=""):
@@ -142,7 +144,7 @@ def test_what_is_wanted_is_taken_and_what_alters_nothing_needs_no_word(run):
 
 
 def test_skipped_steps_are_said_in_the_last_line_and_in_the_results(run, monkeypatch):
-    console, module = Console(file=io.StringIO(), width=200), sys.modules[run_training.__module__]
+    console, module = Console(file=io.StringIO(), width=200), sys.modules["peft_jax.training.stage"]
     trained = module.train
     monkeypatch.setattr(module, "train", lambda *a, **k: trained(*a, **k)._replace(skipped=1))
     result = run(

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 import peft_jax
 from peft_jax.core.bind import Bound
+from peft_jax.core.options import ConfigError
 from peft_jax.data import (
     MalformedRecordError,
     Record,
@@ -31,10 +32,13 @@ from peft_jax.objectives.contrast import contrast, embed_texts
 from peft_jax.objectives.labels import ANSWERS, LABELS, squared_error
 from peft_jax.objectives.reading import cross_entropy
 from peft_jax.objectives.tokens import TOKENS, masked_reading
+from peft_jax.recipes.config import parse_config
+from peft_jax.recipes.evaluate import run_evaluation, run_generation
+from peft_jax.recipes.train import run_training
 from peft_jax.training import metrics
-from peft_jax.training.config import ConfigError, DataConfig, parse_config
-from peft_jax.training.run import run_evaluation, run_generation, run_training
-from peft_jax.training.tasks import TASKS, Subject, answers, predict
+from peft_jax.training.data import DataConfig, Subject
+from peft_jax.training.predictions import answers, predict
+from peft_jax.training.tasks import TASKS
 from tests.models.test_encoders import ENCODERS, T5_SIZES, torch_encoder
 from tests.reference import VOCAB, relative_error
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core.files import read_json
-from peft_jax.models.families import family_of
+from peft_jax.models.families import introduce
 
 BASE = Path(__file__).parent.parent.parent / "assets" / "base"
 
@@ -53,10 +53,8 @@ def read_config(folder: Path) -> Any:
     if "model_type" not in raw:
         raise ValueError(f"{folder / 'config.json'} has no model_type")
     from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    if raw["model_type"] not in CONFIG_MAPPING_NAMES:
-        family_of(raw["model_type"])
+    introduce(raw["model_type"])
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 

@@ -18,9 +18,9 @@ from peft_jax.core.sharding import Rules, shard
 from peft_jax.core.tree import places
 from peft_jax.hub.checkpoint.folder import default_dtype, local_folder, read_config
 from peft_jax.hub.checkpoint.parts import Parts, listed
-from peft_jax.hub.generation_config import read_generation_config
 from peft_jax.models.blocks import Task, fresh_params
 from peft_jax.models.families import family_of, task_of
+from peft_jax.models.generation_config import read_generation_config
 
 logger = logging.getLogger("peft_jax")
 

@@ -23,7 +23,6 @@ from peft_jax.core.tree import map_places, places
 from peft_jax.hub.checkpoint.folder import default_dtype, local_folder, read_config
 from peft_jax.hub.checkpoint.fresh import fresh_head, labelled
 from peft_jax.hub.checkpoint.parts import HEAD_TASKS, Parts, layer_modules, listed, parts_of
-from peft_jax.hub.generation_config import read_generation_config
 from peft_jax.hub.names import Tensor, stack_size, tensors_of
 from peft_jax.hub.quantized import QuantizedReader
 from peft_jax.hub.safetensors_io import Checkpoint, open_checkpoint
@@ -31,6 +30,7 @@ from peft_jax.low_rank.svd import Factorized
 from peft_jax.models.blocks import Task, abstract_params
 from peft_jax.models.families import FAMILIES, family_of, task_of, untie
 from peft_jax.models.family import Family
+from peft_jax.models.generation_config import read_generation_config
 
 logger = logging.getLogger("peft_jax")
 

@@ -20,13 +20,13 @@ from peft_jax.core.sharding import fetch
 from peft_jax.core.tree import map_places, path_str, places
 from peft_jax.core.weight import Trainable, Weight, materialize
 from peft_jax.hub.checkpoint.parts import HEAD_TASKS, layer_modules, parts_of
-from peft_jax.hub.generation_config import FILE as GENERATION
 from peft_jax.hub.names import stack_size
-from peft_jax.hub.quantized import Tool, writer
+from peft_jax.hub.quantized import Tool, ways, writer
 from peft_jax.hub.safetensors_io import write_shards
 from peft_jax.low_rank.svd import Factorized
 from peft_jax.models.blocks import abstract_params
 from peft_jax.models.families import family_of, hf_config_of
+from peft_jax.models.generation_config import FILE as GENERATION
 from peft_jax.quantization.quantized import Quantized
 
 
@@ -37,17 +37,19 @@ def save(
     *,
     tokenizer: Any = None,
     max_shard_bytes: int = 5 * 10**9,
+    tool: str | None = None,
 ) -> None:
     """Write a Hugging Face folder (configs, safetensors in shards, tokenizer) that `transformers`
     loads.
 
     `params` must hold arrays: `merge` trees with adapters first. Pruned weights are written with
     their zeros. Factorized weights are written as their factors (`<name>_u`, `<name>_v`), which
-    `load` reads and `transformers` does not. Quantized weights are written as bitsandbytes writes
-    them (NF4, FP4) or as compressed-tensors (the others). The folder appears only when all is
-    written. On several hosts all of them call this, since tensor by tensor is gathered from them,
-    and the first one writes. Raises ValueError naming the first node that is neither, or that its
-    format cannot hold or `transformers` not read.
+    `load` reads and `transformers` does not. Quantized weights are written as `tool` does, or as
+    the one that holds their formats (`peft_jax.hub.quantized.TOOLS`): bitsandbytes,
+    compressed-tensors; "peft_jax" holds all of them, for `load` alone. The folder appears only when
+    all is written. On several hosts all of them call this, since tensor by tensor is gathered from
+    them, and the first one writes. Raises ValueError naming the first node that is neither, or that
+    the tool cannot hold or `transformers` not read.
     """
     params = _joined(map_places(_saved_as, resolve(params)), model)
     for path, leaf in places(params).items():
@@ -73,9 +75,9 @@ def save(
     quantized = {path: w for path, w in known.items() if isinstance(w, Quantized)}
     write = None
     if quantized:
-        tool = writer(quantized.values())
-        config["quantization_config"] = _quantization_config(tool, model, known)
-        write = tool.write
+        chosen = writer(quantized.values(), tool)
+        config["quantization_config"] = _quantization_config(chosen, model, known)
+        write = chosen.write
     tensors = _export(params, model, write)
     if jax.process_index() != 0:
         return write_shards(None, tensors, max_shard_bytes)
@@ -173,7 +175,7 @@ def _quantization_config(tool: Tool, model: Any, known: Mapping[str, Any]) -> di
         try:
             tool.write(_layer_of(w, None if stack_size(path, w) is None else 0))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {error}; {ways()}") from error
     linear = linear_modules(model, known)
     modules = {
         name: quantized[path]

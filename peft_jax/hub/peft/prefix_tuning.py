@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.adapters.prefix import Offset, Prefix, attention_cores, offset_stack
+from peft_jax.adapters.prefix import Offset, Prefix, offset_stack
 from peft_jax.core.attachment import attach
-from peft_jax.core.placing import layers_of, token_stack
+from peft_jax.core.placing import attention_cores, layers_of, token_stack
 from peft_jax.core.prepare import distribute
 from peft_jax.core.roles import role_of
 from peft_jax.core.tree import places

@@ -2,6 +2,6 @@
 
 from peft_jax.hub.quantized.reader import QuantizedReader
 from peft_jax.hub.quantized.tool import TOOLS, Parts, Tool
-from peft_jax.hub.quantized.writer import writer
+from peft_jax.hub.quantized.writer import ways, writer
 
-__all__ = ["TOOLS", "Parts", "QuantizedReader", "Tool", "writer"]
+__all__ = ["TOOLS", "Parts", "QuantizedReader", "Tool", "ways", "writer"]

@@ -18,7 +18,7 @@ from peft_jax.hub.quantized.integers import (
     without_zero,
     words_as_bytes,
 )
-from peft_jax.hub.quantized.tool import Parts, Read, Tool, expect
+from peft_jax.hub.quantized.tool import Parts, Read, Tool, expect, held_formats
 from peft_jax.quantization.formats import FP8, MXFP4, Format, Int
 from peft_jax.quantization.quantized import Quantized
 
@@ -322,8 +322,8 @@ def _config(
     for name, w in modules.items():
         if is_conv1d(name):
             raise ValueError(
-                f"{name} is a Conv1D in transformers, which reads no compressed-tensors there; use "
-                "nf4 or fp4"
+                f"{name} is a Conv1D in transformers, which reads no compressed-tensors there; "
+                f"{held_formats(without=TOOL.name)}"
             )
         by_format.setdefault(w.format, []).append(name)
     groups, names = {}, set()

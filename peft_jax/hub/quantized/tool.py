@@ -30,6 +30,7 @@ class Parts(NamedTuple):
     scale: Any
     zero: np.ndarray | None = None
     order: np.ndarray | None = None
+    smooth: np.ndarray | None = None
     input_scale: np.ndarray | None = None
 
 
@@ -60,26 +61,39 @@ class Tool:
     configuration); `settle` gives the configuration as a checkpoint bears it out. `reads` and
     `writes` are the storage formats that its folders can hold. `write` gives the tensors of one
     matrix by suffix, `config` the `quantization_config` of a folder; both raise ValueError for
-    what cannot be said.
+    what cannot be said. This package's `own` folders hold every format, and are written only where
+    they are asked for, since no other tool reads them.
     """
 
     name: str
     marks: tuple[str, ...]
     tensors: tuple[str, ...]
     read: Callable[[Read, frozenset[str], tuple[int, int], Mapping[str, Any]], Parts]
-    reads: tuple[type[Format], ...]
+    reads: tuple[type[Format], ...] = ()
     settle: Callable[[Checkpoint, Mapping[str, Any]], Mapping[str, Any]] = _as_said
     writes: tuple[type[Format], ...] = ()
     write: Callable[[Quantized], dict[str, np.ndarray]] | None = None
     config: (
         Callable[[Mapping[str, Quantized], Sequence[str], Sequence[str]], dict[str, Any]] | None
     ) = None
+    own: bool = False
 
     def holds(self, format: Format) -> bool:
         """Whether a folder of this tool can be written with a storage format."""
-        return type(format) in self.writes
+        return self.own or type(format) in self.writes
 
 
 TOOLS: Registry[Tool] = Registry(
     "checkpoint tool", ("peft_jax.hub.quantized",), "TOOL", "peft_jax.checkpoint_tools"
 )
+
+
+def writing_tools() -> list[Tool]:
+    """The tools whose folders are written for others to read."""
+    return [tool for tool in TOOLS.values() if tool.write is not None and not tool.own]
+
+
+def held_formats(without: str = "") -> str:
+    """Which tool holds which formats, in words; without the tool of that name."""
+    tools = [tool for tool in writing_tools() if tool.name != without]
+    return ", ".join(f"{t.name} holds {' and '.join(f.kind for f in t.writes)}" for t in tools)

@@ -4,27 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from peft_jax.hub.quantized.tool import TOOLS, Tool
+from peft_jax.hub.quantized.tool import TOOLS, Tool, held_formats, writing_tools
+from peft_jax.quantization.formats import Format
 from peft_jax.quantization.quantized import Quantized
 
 
-def writer(weights: Iterable[Quantized]) -> Tool:
-    """The tool that writes all of the weights. Raises ValueError where none can."""
-    formats = {w.format for w in weights}
-    for tool in TOOLS.values():
-        if all(tool.holds(f) for f in formats):
+def writer(weights: Iterable[Quantized], name: str | None = None) -> Tool:
+    """The tool called `name`, or the first that writes all of the weights for others to read.
+
+    Raises ValueError for a tool that cannot hold their formats, or where none can.
+    """
+    formats = sorted({w.format for w in weights}, key=_name)
+    if name is not None:
+        return _named(name, formats)
+    for tool in writing_tools():
+        if all(map(tool.holds, formats)):
             return tool
-    held = "; ".join(f"{t.name} holds {_listed(t)}" for t in TOOLS.values() if t.writes)
     for format in formats:
-        if not any(tool.holds(format) for tool in TOOLS.values()):
-            raise ValueError(
-                f"no checkpoint format holds {format.name} ({held}); call peft_jax.dequantize first"
-            )
-    raise ValueError(
-        f"{' beside '.join(sorted(f.name for f in formats))} fits no checkpoint format ({held}); "
-        "quantize all alike or dequantize some"
-    )
+        if not any(tool.holds(format) for tool in writing_tools()):
+            raise ValueError(f"no tool's folders hold {format.name}: {held_formats()}; {ways()}")
+    names = " beside ".join(map(_name, formats))
+    raise ValueError(f"{names} fits no checkpoint format: {held_formats()}; {ways()}")
 
 
-def _listed(tool: Tool) -> str:
-    return ", ".join(f.kind for f in tool.writes)
+def _named(name: str, formats: list[Format]) -> Tool:
+    tool = TOOLS.find(name)
+    if tool.write is None:
+        raise ValueError(f"{name} folders are read and not written: {held_formats()}")
+    for format in formats:
+        if not tool.holds(format):
+            raise ValueError(f"{name} folders hold no {format.name}: {held_formats()}; {ways()}")
+    return tool
+
+
+def _name(format: Format) -> str:
+    return format.name
+
+
+def ways() -> str:
+    """What can be done with weights that no tool can hold."""
+    own = next(tool.name for tool in TOOLS.values() if tool.own)
+    return f"save with tool={own!r}, which peft_jax.load alone reads, or peft_jax.dequantize first"

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import peft_jax
-from peft_jax.training.config import ConfigError, parse_config
-from peft_jax.training.edit import run_editing
+from peft_jax.core.options import ConfigError
+from peft_jax.recipes.config import parse_config
+from peft_jax.recipes.edit import run_editing
 
 
 def configuration(tiny_folder, tmp_path, **section):

@@ -15,21 +15,26 @@ from rich.console import Console
 
 from peft_jax.core.bind import Bound
 from peft_jax.core.files import write_json
+from peft_jax.core.options import ConfigError
 from peft_jax.core.sharding import fetch
 from peft_jax.data import Record, evaluation_batches, unpadded
+from peft_jax.data.source import SourceConfig
 from peft_jax.knowledge.evaluation import all_likeliest
 from peft_jax.knowledge.facts import question_of
 from peft_jax.knowledge.inputs import reads_knowledge
 from peft_jax.knowledge.requests import Edit
 from peft_jax.objectives.tokens import TOKENS
-from peft_jax.training.config import ConfigError, RunConfig, SourceConfig
-from peft_jax.training.edit import ADAPTER, write_edits
+from peft_jax.recipes.edit import ADAPTER, edited_tree
+from peft_jax.recipes.plan import without_stages
+from peft_jax.recipes.run_config import RunConfig
+from peft_jax.recipes.setup import Setup, set_up, subject_in
+from peft_jax.recipes.train import run_training
+from peft_jax.training.data import DataConfig, Subject, facts_of, templates_of
 from peft_jax.training.evaluate import perplexity
 from peft_jax.training.loop import on_devices
 from peft_jax.training.report import before_and_after
-from peft_jax.training.run import run_training
-from peft_jax.training.setup import Setup, read_source, set_up, subject_of, templates_of, text_rows
-from peft_jax.training.tasks import facts_of, objective_of, rows_of
+from peft_jax.training.rows import read_source, text_rows
+from peft_jax.training.tasks import objective_of, rows_of
 
 
 def run_injection(config: RunConfig, console: Console | None = None) -> dict[str, dict[str, float]]:
@@ -41,6 +46,7 @@ def run_injection(config: RunConfig, console: Console | None = None) -> dict[str
     is that of `inject.retained`. Returns the numbers before and after, which also stand in
     `output`/injection.json. Raises ConfigError for data of another kind.
     """
+    without_stages(config, "inject")
     if config.data.kind != "facts":
         raise ConfigError("inject needs data.kind=facts, and data.templates to say them in words")
     if config.inject.unseen and config.data.train.part != "known":
@@ -57,7 +63,8 @@ def run_injection(config: RunConfig, console: Console | None = None) -> dict[str
     if config.inject.by == "training":
         params = run_training(config, console, setup).params
     else:
-        params = write_edits(config, setup, facts_as_edits(config), out / ADAPTER)
+        edits = facts_as_edits(config.data)
+        params = edited_tree(config, setup, edits, console, out / ADAPTER)
     after = knowledge_of(config, setup, params)
     if jax.process_index() == 0:
         console.print(before_and_after(before, after))
@@ -74,47 +81,45 @@ def knowledge_of(config: RunConfig, setup: Setup, params: Any) -> dict[str, floa
     }
     if config.inject.unseen:
         asked["unseen"] = dataclasses.replace(train, phrasing="held_out", part="unseen")
-    found = {
-        name: recall(config, setup, params, read_source(config, source, "causal_lm"))
-        for name, source in asked.items()
-    }
-    return found | retained(config, setup, params, config.inject.retained)
+    data, subject = config.data, subject_in(config, setup)
+
+    def known(source: SourceConfig) -> float:
+        return recall(subject, params, read_source(data, source, "causal_lm", subject.seed))
+
+    found = {name: known(source) for name, source in asked.items()}
+    return found | retained(subject, params, config.inject.retained)
 
 
-def retained(
-    config: RunConfig, setup: Setup, params: Any, source: SourceConfig | None
-) -> dict[str, float]:
+def retained(subject: Subject, params: Any, source: SourceConfig | None) -> dict[str, float]:
     """The perplexity of texts on other things; nothing without any."""
     if source is None:
         return {}
-    rows = text_rows(config, source, setup)
-    objective = objective_of(config, subject_of(config, setup))
     found = perplexity(
-        setup.model,
+        subject.model,
         params,
-        rows,
-        batch_size=config.train.batch_size,
-        mesh=setup.mesh,
-        objective=objective,
+        text_rows(subject, source),
+        batch_size=subject.batch_size,
+        mesh=subject.mesh,
+        objective=objective_of(subject),
     )
     return {"perplexity": found["perplexity"]}
 
 
-def recall(config: RunConfig, setup: Setup, params: Any, records: Sequence[Record]) -> float:
+def recall(subject: Subject, params: Any, records: Sequence[Record]) -> float:
     """The share of completions of which each token is the likeliest one (the end is not asked for),
     as LAMA's precision at 1 (Petroni et al. 2019), of answers of several tokens too.
     """
-    data = dataclasses.replace(config.data, packing=False)
-    rows = rows_of(subject_of(dataclasses.replace(config, data=data), setup), records)
-    end = setup.tokenizer.eos_token_id
+    data = dataclasses.replace(subject.data, packing=False)
+    rows = rows_of(subject._replace(data=data), records)
+    end = subject.tokenizer.eos_token_id
     rows = unpadded(
         rows._replace(weights=np.where(rows.targets == end, 0.0, rows.weights).astype(np.float32))
     )
-    apply = reads_knowledge(setup.model)
+    apply = reads_knowledge(subject.model)
     said = apply.program(_said)
     found = [
-        fetch(said(apply, params, on_devices(b, setup.mesh)))
-        for b in evaluation_batches(rows, config.train.batch_size)
+        fetch(said(apply, params, on_devices(b, subject.mesh)))
+        for b in evaluation_batches(rows, subject.batch_size)
     ]
     return float(np.concatenate(found)[: len(rows.tokens)].mean())
 
@@ -124,12 +129,12 @@ def _said(apply: Bound, params: Any, batch: Any) -> jax.Array:
     return all_likeliest(logits, batch["targets"], batch["weights"])
 
 
-def facts_as_edits(config: RunConfig) -> list[Edit]:
+def facts_as_edits(data: DataConfig) -> list[Edit]:
     """Each fact of data.train as an edit, in the words of the first template that ends with the
     object.
     """
-    templates = templates_of(config)
+    templates = templates_of(data)
     return [
-        Edit(*question_of(fact, templates, config.data.held_out), fact.value["object"])
-        for fact in facts_of(config.data, config.data.train)
+        Edit(*question_of(fact, templates, data.held_out), fact.value["object"])
+        for fact in facts_of(data, data.train)
     ]

@@ -9,8 +9,8 @@ import torch
 import transformers as tr
 
 import peft_jax
-from peft_jax.distillation.students import spaced, take_layers
 from peft_jax.hub.checkpoint import load_fresh
+from peft_jax.pruning.students import spaced, take_layers
 from tests.reference import relative_error
 
 SMALL = {

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import peft_jax
-from peft_jax.training.config import ConfigError, parse_config
-from peft_jax.training.inject import run_injection
-from peft_jax.training.run import run_evaluation, run_generation
+from peft_jax.core.options import ConfigError
+from peft_jax.recipes.config import parse_config
+from peft_jax.recipes.evaluate import run_evaluation, run_generation
+from peft_jax.recipes.inject import run_injection
 
 FACTS = [
     {"subject": s, "relation": r, "object": o}

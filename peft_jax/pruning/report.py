@@ -1,107 +1,28 @@
-"""What the configuration's `prune` section does to a loaded model, and what `peft-jax prune` tells
-of it.
-"""
+"""What pruning did to a model: a table, curves of sensitivity, a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from peft_jax.core.bind import bind
-from peft_jax.core.calibrate import gradients
 from peft_jax.core.coverage import ledger, tokens_in_words
 from peft_jax.core.in_turn import output_errors
 from peft_jax.core.select import layer_paths
 from peft_jax.core.sharding import fetch
-from peft_jax.distillation.students import take_layers
+from peft_jax.core.stage import Batches
 from peft_jax.objectives.reading import Objective
-from peft_jax.pruning.blocks import prune_in_turn
-from peft_jax.pruning.experts import prune_experts
-from peft_jax.pruning.prune import densify, prune, sparsity_of
-from peft_jax.pruning.scores import NEEDS, of_gradients
+from peft_jax.pruning.prune import densify, sparsity_of
+from peft_jax.pruning.scores import of_gradients
 from peft_jax.pruning.sensitivity import sensitivity
-from peft_jax.pruning.structured import prune_structured, sizes_for
-from peft_jax.training.config import ConfigError, PruneConfig
+from peft_jax.pruning.stage import PruneConfig, gradients_of, loss_of, options_of
 
-Batches = list[dict[str, np.ndarray]]
-Loss = Callable[[Any, Any], jax.Array]
 Curves = Mapping[str, Mapping[float, float]]
-
-
-def shrunk(config: PruneConfig, model: Any, params: Any, batches: Batches) -> tuple[Any, Any]:
-    """(model, params) made smaller as the section says; as they are where it says nothing."""
-    sizes = dict(config.keep)
-    if config.importance == "spaced":
-        if config.keep_parameters is not None or set(sizes) != {"layers"}:
-            raise ConfigError(
-                "prune.importance=spaced takes layers alone, as prune.keep={layers: 6}"
-            )
-        return take_layers(model, params, sizes["layers"])
-    if (experts := sizes.pop("experts", None)) is not None:
-        model, params = prune_experts(model, params, batches, experts)
-    if config.keep_parameters is not None:
-        sizes |= sizes_for(model, config.keep_parameters, config.by)
-    if not sizes:
-        return model, params
-    return prune_structured(
-        model, params, batches, score=config.importance, compensate=config.compensate, **sizes
-    )
-
-
-def sparsified(
-    config: PruneConfig, model: Any, params: Any, batches: Batches, seed: int, objective: Objective
-) -> Any:
-    """`params`, with looped layers, masked as the section says; scores of gradients are those of
-    `objective`.
-    """
-    options = dict(_options(config, seed), **config.score_options)
-    options |= {
-        "distribution": config.distribution,
-        "distribution_options": config.distribution_options,
-    }
-    if of_gradients(config.score):
-        return prune(
-            params,
-            config.sparsity,
-            statistics=_gradients(config, _loss_of(objective, model), params, batches),
-            **options,
-        )
-    return prune_in_turn(bind(model), params, batches, config.sparsity, **options)
-
-
-def _options(config: PruneConfig, seed: int) -> dict[str, Any]:
-    return {
-        "score": config.score,
-        "pattern": config.pattern,
-        "targets": config.targets,
-        "exclude": config.exclude,
-        "seed": seed,
-    }
-
-
-def _loss_of(objective: Objective, model: Any) -> Loss:
-    apply = bind(model)
-    return lambda params, batch: objective(apply, params, batch, None)[0]
-
-
-def _gradients(config: PruneConfig, loss: Loss, params: Any, batches: Batches) -> dict[str, Any]:
-    return {
-        name: gradients(
-            loss,
-            params,
-            batches,
-            targets=config.targets,
-            exclude=config.exclude,
-            square=name == "squared_gradient",
-        )
-        for name in NEEDS[config.score]
-    }
 
 
 def _row(share: np.ndarray, error: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
@@ -130,7 +51,7 @@ class Report:
 
     def __init__(
         self,
-        config: PruneConfig,
+        section: PruneConfig,
         model: Any,
         before: Any,
         after: Any,
@@ -141,23 +62,27 @@ class Report:
         """`model` with looped layers, its trees before and after. Sensitivity is of the one before,
         in `objective`.
         """
-        where: dict[str, Any] = {"targets": config.targets, "exclude": config.exclude}
+        where: dict[str, Any] = {"targets": section.targets, "exclude": section.exclude}
         with ledger() as book:
             errors = output_errors(bind(model), before, after, batches, **where)
         shares = sparsity_of(after, **where)
         self.tokens = {p: tokens_in_words(book.tokens[p]) for p in shares}
         self.weights = {p: _row(shares[p], fetch(errors[p]), fetch(book.tokens[p])) for p in shares}
         self.curves: Curves = {}
-        if config.sensitivity and config.pattern is None:
-            options = {**_options(config, seed), **config.score_options}
-            loss = _loss_of(objective, model)
-            of = _gradients(config, loss, before, batches) if of_gradients(config.score) else None
+        if section.sensitivity and section.pattern is None:
+            options = {**options_of(section, seed), **section.score_options}
+            loss = loss_of(objective, model)
+            of = (
+                gradients_of(section, loss, before, batches)
+                if of_gradients(section.score)
+                else None
+            )
             self.curves = sensitivity(
                 bind(model),
                 loss,
                 densify(before),
                 batches,
-                config.sensitivity,
+                section.sensitivity,
                 statistics=of,
                 **options,
             )

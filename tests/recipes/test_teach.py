@@ -1,5 +1,6 @@
 """Whole runs with teachers from YAML, and `peft-jax teach`: files, an endpoint, texts."""
 
+import functools
 import http.server
 import json
 import threading
@@ -11,11 +12,16 @@ import torch
 import transformers as tr
 
 import peft_jax
+from peft_jax.core.options import ConfigError
 from peft_jax.data import read_records
-from peft_jax.training.config import ConfigError, parse_config
-from peft_jax.training.run import run_evaluation, run_export, run_training
-from peft_jax.training.setup import make_rows, set_up
-from peft_jax.training.teach import lesson, run_teaching
+from peft_jax.recipes.config import parse_config
+from peft_jax.recipes.evaluate import run_evaluation
+from peft_jax.recipes.export import run_export
+from peft_jax.recipes.setup import set_up, subject_in, teacher_of
+from peft_jax.recipes.teach import run_teaching
+from peft_jax.recipes.train import run_training
+from peft_jax.training.lesson import lesson
+from peft_jax.training.rows import make_rows
 from tests.reference import relative_error
 
 MESH = {"data": 1, "fsdp": 2, "tensor": 4}
@@ -329,7 +335,7 @@ def test_an_endpoint_tells_what_the_model_itself_would(
     )
     remote, local = (open_cache(tmp_path / n) for n in ("remote", "local"))
     config = configuration(tiny_folder, texts, tmp_path / "x")
-    counted = make_rows(config, config.data.train, set_up(config)).weights > 0
+    counted = make_rows(subject_in(config, set_up(config)), config.data.train).weights > 0
     np.testing.assert_array_equal(remote.ids[:][counted], local.ids[:][counted])
     assert relative_error(remote.log_probs[:][counted], local.log_probs[:][counted]) < 1e-4
     with pytest.raises(ValueError, match=r"refused with status 404: .*no such model"):
@@ -400,7 +406,10 @@ def test_what_cannot_be_taught_is_refused(tiny_folder, stranger, texts, tmp_path
     def made(**section):
         config = configuration(tiny_folder, texts, tmp_path, distill=section)
         setup = set_up(config)
-        return lesson(config, setup, setup.params, make_rows(config, config.data.train, setup))
+        subject = subject_in(config, setup)
+        rows = make_rows(subject, config.data.train)
+        opened = functools.partial(teacher_of, config)
+        return lesson(config.distill, subject, setup.params, rows, opened)
 
     with pytest.raises(ConfigError, match="uld compares different tokenizers"):
         made(teachers=[{"path": str(tiny_folder)}], divergence="uld")

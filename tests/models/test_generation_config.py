@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import peft_jax
-from peft_jax.distillation.students import take_layers
-from peft_jax.generation.ends import end_of_turn, end_tokens
+from peft_jax.models.generation_config import end_of_turn, end_tokens
 from peft_jax.pruning.structured import shrink
+from peft_jax.pruning.students import take_layers
 from peft_jax.pruning.vocabulary import renumbered
 from tests.reference import tiny_llama_folder
 

@@ -1,0 +1,25 @@
+"""Where records come from, as the configuration says it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from peft_jax.core.options import configuration, option
+
+
+@configuration
+class SourceConfig:
+    path: str = option(
+        "builtin:python-docs",
+        "builtin:NAME, a .jsonl/.json/.csv/.parquet/.txt file, or a hub dataset id",
+    )
+    split: str = option("train", "split of a built-in or hub dataset")
+    limit: int | None = option(None, "use at most this many records")
+    phrasing: Literal["train", "held_out"] | None = option(
+        None,
+        "of facts: the templates to train with, or those held out; by default train for "
+        "data.train, held_out elsewhere",
+    )
+    part: Literal["known", "unseen"] | None = option(
+        None, "of facts: those of the known or the unseen subjects; by default all"
+    )

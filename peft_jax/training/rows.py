@@ -1,0 +1,132 @@
+"""The rows of a source: its records, those of its task, with what is replayed or read beside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from peft_jax.core.options import ConfigError
+from peft_jax.core.stage import Batches
+from peft_jax.data import Record, read_records
+from peft_jax.data.batches import batch_at
+from peft_jax.data.source import SourceConfig
+from peft_jax.knowledge.facts import relation_questions, verbalise
+from peft_jax.knowledge.retrieval import passages_of, with_passages
+from peft_jax.models.blocks import Task
+from peft_jax.training.data import DataConfig, Subject, facts_of, templates_of
+from peft_jax.training.tasks import TASKS, rows_of
+
+
+def read_source(data: DataConfig, source: SourceConfig, task: Task, seed: int) -> list[Record]:
+    """The records of one source. Raises ConfigError for a kind that the task does not take."""
+    kinds = TASKS[task].kinds
+    kind = data.kind or kinds[0]
+    if kind not in kinds:
+        raise ConfigError(
+            f"option 'data.kind': a {task} model learns from {' or '.join(kinds)} records, "
+            f"not {kind}"
+        )
+    training = source is data.train
+    if kind == "facts":
+        asking = not training if source.phrasing is None else source.phrasing == "held_out"
+        records = facts_of(data, source)
+        if task == "sequence_classification":
+            return relation_questions(records)
+        facts, ways = _ruled(data, records), templates_of(data)
+        records = verbalise(facts, ways, held_out=data.held_out, asking=asking)
+    else:
+        records = read_records(
+            source.path,
+            kind=kind,
+            split=source.split,
+            columns=data.columns,
+            delimiter=data.delimiter,
+            on_error=data.on_error,
+            limit=source.limit,
+        )
+    return _with_passages(data, records, seed if training else None)
+
+
+def _ruled(data: DataConfig, facts: list[Record]) -> list[Record]:
+    """Facts with the number of their relation's rule, where there are any."""
+    if not data.knowledge.allowed_weight:
+        return facts
+    relations = list(dict.fromkeys(f.value["relation"] for f in facts_of(data, data.train)))
+    number = {relation: n for n, relation in enumerate(relations, 1)}
+    return [
+        f._replace(value={**f.value, "rule": number.get(f.value["relation"], 0)}) for f in facts
+    ]
+
+
+def _with_passages(data: DataConfig, records: list[Record], seed: int | None) -> list[Record]:
+    """Completions with the passages that are read before them, where there are any."""
+    k = data.knowledge
+    if k.passages is None:
+        return records
+    if "prompt" not in records[0].value:
+        raise ConfigError(
+            "data.knowledge.passages are read before prompts: of facts and completions"
+        )
+    if k.passages_kind == "facts":
+        passages = passages_of(facts_of(data, k.passages), templates_of(data))
+    else:
+        source = k.passages
+        texts = read_records(source.path, kind="text", split=source.split, limit=source.limit)
+        passages = [p.strip() for t in texts for p in t.value["text"].split("\n\n") if p.strip()]
+    return with_passages(
+        records, passages, each=k.passages_each, oracle_share=k.oracle_share, seed=seed
+    )
+
+
+def records_of(subject: Subject, source: SourceConfig) -> list[Record]:
+    """The records of one source, as the subject's model learns from them."""
+    return read_source(subject.data, source, subject.model.task, subject.seed)
+
+
+def make_rows(subject: Subject, source: SourceConfig) -> Any:
+    """The rows of one source, as the model's task has them; those of data.train with what is
+    replayed beside them.
+    """
+    data, times = subject.data, subject.passes
+    rows = rows_of(subject, records_of(subject, source))
+    if data.replay is None or source is not data.train:
+        return rows
+    other, share = text_rows(subject, data.replay), data.replay_share
+    count = round(times * len(rows.tokens) * share / (1.0 - share))
+    rng = np.random.default_rng(subject.seed)
+    chosen = np.concatenate(
+        [rng.permutation(len(other.tokens)) for _ in range(-(-count // len(other.tokens)))]
+    )[:count]
+    seen = rows._make(np.tile(x, (times, *[1] * (x.ndim - 1))) for x in rows)
+    return _beside(seen, other, chosen)
+
+
+def text_rows(subject: Subject, source: SourceConfig) -> Any:
+    """The rows of plain text, whatever kind the data is of."""
+    if subject.model.task not in ("causal_lm", "masked_lm"):
+        raise ConfigError(
+            f"plain text is nothing for a {subject.model.task} model: leave data.replay and "
+            "inject.retained out"
+        )
+    plain = subject._replace(data=subject.data.as_text())
+    return rows_of(plain, records_of(plain, source))
+
+
+def _beside(rows: Any, other: Any, chosen: np.ndarray) -> Any:
+    """Rows and the chosen ones of others after them; fields that the others lack are zero there."""
+
+    def none(values):
+        return np.zeros((len(chosen), *values.shape[1:]), values.dtype)
+
+    def more(name, values):
+        return getattr(other, name)[chosen] if hasattr(other, name) else none(values)
+
+    return rows._make(
+        np.concatenate([values, more(name, values)]) for name, values in rows._asdict().items()
+    )
+
+
+def first_batches(subject: Subject, rows: Any, count: int) -> Batches:
+    """The batches that training on these rows begins with."""
+    return [batch_at(rows, i, subject.batch_size, seed=subject.seed) for i in range(count)]
