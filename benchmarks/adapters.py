@@ -19,6 +19,8 @@ import numpy as np
 from measure import LENGTH, best_time, heading, held_out_loss, publish, rows_of
 
 import peft_jax
+from peft_jax.adapters import bottleneck, fuse_adapters, ia3, prefix_tuning
+from peft_jax.core import set_adapter
 from peft_jax.data.batches import batch_at
 from peft_jax.objectives.tokens import next_token
 from peft_jax.training.config import OptimizerConfig
@@ -28,9 +30,9 @@ from peft_jax.training.step import init_state, make_step
 ROWS, SIZE = 64, 32
 KINDS = {
     "LoRA, rank 8": lambda p, k: peft_jax.lora(p, k, rank=8),
-    "bottleneck, 32 units": lambda p, k: peft_jax.bottleneck(p, k, size=32, init="bert"),
-    "prefix, 20 tokens": lambda p, k: peft_jax.prefix_tuning(p, k, num_virtual_tokens=20),
-    "IA3": lambda p, k: peft_jax.ia3(p, k),
+    "bottleneck, 32 units": lambda p, k: bottleneck(p, k, size=32, init="bert"),
+    "prefix, 20 tokens": lambda p, k: prefix_tuning(p, k, num_virtual_tokens=20),
+    "IA3": lambda p, k: ia3(p, k),
 }
 
 
@@ -62,9 +64,9 @@ def _measure_bank(model: Any, params: Any, make: Any, rounds: int) -> tuple[list
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 4000, (ROWS, LENGTH)))
     ids = jnp.arange(ROWS) % SIZE
     trees = [_moved(make(params, jax.random.key(i)), i) for i in range(SIZE)]
-    many = peft_jax.bank(trees[0], SIZE)
+    many = peft_jax.core.bank(trees[0], SIZE)
     for i, tree in enumerate(trees):
-        many = peft_jax.set_adapter(many, i, tree)
+        many = set_adapter(many, i, tree)
     contenders = [
         lambda: apply(params, tokens),
         lambda: apply(trees[0], tokens),
@@ -78,7 +80,7 @@ def _measure_bank(model: Any, params: Any, make: Any, rounds: int) -> tuple[list
         jax.block_until_ready(run())
     compiled = apply._cache_size()
     times = [[best_time(run, 1) for run in contenders] for _ in range(rounds)]
-    swapped = peft_jax.set_adapter(many, 5, trees[1])
+    swapped = set_adapter(many, 5, trees[1])
     jax.block_until_ready(apply(swapped, tokens, adapter_ids=ids[::-1]))
     assert apply._cache_size() == compiled, "putting an adapter in compiled again"
     return [statistics.median(column) for column in zip(*times, strict=True)], error
@@ -117,7 +119,7 @@ def fusion(args: argparse.Namespace) -> str:
     for seed in range(args.seeds):
         tree = base
         for i, task in enumerate(TASKS):
-            fresh = peft_jax.bottleneck(
+            fresh = bottleneck(
                 base, jax.random.key(10 * seed + i), placement="pfeiffer", size=64, adapter=task
             )
             trained = _train(apply, fresh, data[task][0], args.steps, 9e-3, seed)
@@ -130,7 +132,7 @@ def fusion(args: argparse.Namespace) -> str:
                 "model": {**tree["model"], "layers": {**layers, "mlp_residual": beside}},
             }
         for task in TASKS:
-            fused = peft_jax.fuse_adapters(tree, jax.random.key(seed), list(TASKS))
+            fused = fuse_adapters(tree, jax.random.key(seed), list(TASKS))
             measure(
                 "fusion, trained on the task",
                 _train(apply, fused, data[task][0], args.steps, 1e-3, seed),

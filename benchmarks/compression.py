@@ -21,6 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from peft_jax.pruning import prune_in_turn
+from peft_jax.quantization import Int, quantize_in_turn
+
 HIDDEN, UNITS, HEADS, VOCABULARY = 512, 1408, 8, 4096
 ROWS, LENGTH, BATCH, BLOCK, DAMPING = 32, 256, 8, 64, 0.01
 METHODS = {"gptq": "GPTQ, int4", "sparsegpt": "SparseGPT, 50%"}
@@ -67,14 +70,12 @@ def ours(method: str, depth: int) -> tuple[float, int]:
     before, start = peak(), time.perf_counter()
     where: dict[str, Any] = {"exclude": "lm_head"}
     if method == "gptq":
-        format = peft_jax.Int(bits=4, block_size=BLOCK)
-        tree = peft_jax.quantize_in_turn(
+        format = Int(bits=4, block_size=BLOCK)
+        tree = quantize_in_turn(
             peft_jax.bind(model), params, batches, format, damping=DAMPING, **where
         )
     else:
-        tree = peft_jax.prune_in_turn(
-            peft_jax.bind(model), params, batches, 0.5, score="sparsegpt", **where
-        )
+        tree = prune_in_turn(peft_jax.bind(model), params, batches, 0.5, score="sparsegpt", **where)
     jax.block_until_ready(tree)
     return time.perf_counter() - start, peak() - before
 

@@ -27,6 +27,7 @@ import optax
 from measure import heading, held_out, perplexity_of, publish
 
 import peft_jax
+from peft_jax.core import count, full
 from peft_jax.data import batch_at
 from peft_jax.data.encode import Rows
 from peft_jax.distillation.cache import CacheHeader, open_cache, write_cache
@@ -35,6 +36,7 @@ from peft_jax.distillation.objective import OnPolicy, Teacher, beside_teachers, 
 from peft_jax.generation.programs import continuations
 from peft_jax.models.blocks import fresh_params
 from peft_jax.objectives.tokens import TOKENS, next_token
+from peft_jax.pruning import prune_structured
 from peft_jax.training.step import init_state, make_step
 
 SIZES = {"layers": 5, "kv_heads": 4, "units": 352, "channels": 160}  # 39% of the base's parameters
@@ -60,7 +62,7 @@ class Bench:
         train, self.held = held_out(data, self.tokenizer)
         self.rows = as_rows(train)
         calibration = [{"tokens": jnp.asarray(train[16 * i : 16 * (i + 1)])} for i in range(4)]
-        self.student, self.pruned = peft_jax.prune_structured(
+        self.student, self.pruned = prune_structured(
             self.teacher, self.theirs, calibration, **SIZES
         )
         self.prompts = self.held[:256, :32]
@@ -78,7 +80,7 @@ class Bench:
         rows: Rows | None = None,
     ) -> Any:
         """The student's tree after `steps` steps from the tree `start`."""
-        tree = peft_jax.full(start)
+        tree = full(start)
         tree = beside_teachers(tree, [self.theirs]) if teach else tree
         schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps)
         optimizer = optax.chain(
@@ -195,7 +197,7 @@ def table(args: argparse.Namespace) -> str:
 
 
 def _text(b: Bench, found: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> str:
-    sizes = [peft_jax.count(p)[1] for p in (b.pruned, b.theirs)]
+    sizes = [count(p)[1] for p in (b.pruned, b.theirs)]
     heads = {
         "perplexity": "held-out perplexity",
         "sampled": "teacher's nats, sampled",
@@ -251,7 +253,7 @@ def _memory(objective: Any, model: Any, tree: Any, batch: Any) -> tuple[int, int
 def cost(args: argparse.Namespace) -> str:
     teacher, theirs = peft_jax.load("builtin:base")
     some = [{"tokens": np.zeros((1, 8), np.int32)}]
-    student, ours = peft_jax.prune_structured(teacher, theirs, some, score="magnitude", **SIZES)
+    student, ours = prune_structured(teacher, theirs, some, score="magnitude", **SIZES)
     tokens = held_out(Path(args.data), peft_jax.load_tokenizer("builtin:base"))[1][:16]
     batch = {
         "tokens": tokens,
@@ -264,9 +266,9 @@ def cost(args: argparse.Namespace) -> str:
     own = distillation(TOKENS, [Teacher(None)], chunk=chunk)
     lora = peft_jax.lora(theirs, jax.random.key(0), rank=8)
     rows = {
-        "student alone": (learn, student, peft_jax.full(ours)),
-        "student and teacher": (taught, student, beside_teachers(peft_jax.full(ours), [theirs])),
-        "teacher alone, trained": (learn, teacher, peft_jax.full(theirs)),
+        "student alone": (learn, student, full(ours)),
+        "student and teacher": (taught, student, beside_teachers(full(ours), [theirs])),
+        "teacher alone, trained": (learn, teacher, full(theirs)),
         "LoRA alone": (learn, teacher, lora),
         "LoRA, its base the teacher": (own, teacher, beside_teachers(lora, [None])),
         "LoRA, a copy of its base the teacher": (
@@ -283,8 +285,8 @@ def cost(args: argparse.Namespace) -> str:
         f"Bytes of a compiled step, AdamW, batch 16 x 256, vocabulary 4,096, logits {chunk} tokens "
         "at a time (all of them\n"
         f"in float32 would be {_mib(16 * 256 * 4096 * 4)} a model). Teacher "
-        f"{_mib(4 * peft_jax.count(theirs)[1])}, student "
-        f"{_mib(4 * peft_jax.count(ours)[1])} of parameters.\n"
+        f"{_mib(4 * count(theirs)[1])}, student "
+        f"{_mib(4 * count(ours)[1])} of parameters.\n"
     )
     return (
         heading("What distillation costs")

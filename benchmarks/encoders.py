@@ -28,6 +28,8 @@ import optax
 from measure import heading, publish
 
 import peft_jax
+from peft_jax.adapters import bitfit, bottleneck
+from peft_jax.core import Trainable, count, full
 from peft_jax.core.tree import is_node, map_places
 from peft_jax.data import Record, batch_at, label_names, read_records
 from peft_jax.objectives.labels import LABELS
@@ -38,20 +40,20 @@ from peft_jax.training.tasks import TASKS
 
 # method -> (how it changes the tree, learning rates to choose from)
 METHODS: dict[str, tuple[Callable[[Any, jax.Array], Any], tuple[float, ...]]] = {
-    "full": (lambda p, k: peft_jax.full(p), (3e-4, 1e-3, 3e-3)),
+    "full": (lambda p, k: full(p), (3e-4, 1e-3, 3e-3)),
     "lora": (
         lambda p, k: peft_jax.lora(p, k, rank=8, alpha=16, targets=["Wqkv", "Wo", "Wi"]),
         (5e-4, 2e-3, 5e-3),
     ),
     "pfeiffer": (
-        lambda p, k: peft_jax.bottleneck(p, k, placement="pfeiffer", size=24),
+        lambda p, k: bottleneck(p, k, placement="pfeiffer", size=24),
         (2e-3, 5e-3, 1e-2),
     ),
     "houlsby": (
-        lambda p, k: peft_jax.bottleneck(p, k, placement="houlsby", size=12),
+        lambda p, k: bottleneck(p, k, placement="houlsby", size=12),
         (2e-3, 5e-3, 1e-2),
     ),
-    "bitfit": (lambda p, k: peft_jax.bitfit(p), (3e-3, 1e-2, 3e-2)),
+    "bitfit": (lambda p, k: bitfit(p), (3e-3, 1e-2, 3e-2)),
     "head": (lambda p, k: p, (3e-3, 1e-2, 3e-2)),
 }
 
@@ -143,7 +145,7 @@ class Bench:
             return 0.02 * jax.random.normal(jax.random.fold_in(key, len(path)), w.shape)
 
         return map_places(
-            lambda p, w: peft_jax.Trainable(fresh(p, w), saved_as="module") if head(p, w) else w,
+            lambda p, w: Trainable(fresh(p, w), saved_as="module") if head(p, w) else w,
             params,
         )
 
@@ -183,7 +185,7 @@ def bench(
     return {
         "rate": rate,
         "test": [b.accuracy(params, problem.test) for params, _ in runs],
-        "trained": peft_jax.count(trunk)[0],
+        "trained": count(trunk)[0],
         "seconds": statistics.median(t for _, t in runs),
     }
 

@@ -34,6 +34,7 @@ from measure import heading, held_out, perplexity_of, publish
 from rich.console import Console
 
 import peft_jax
+from peft_jax.core import calibrate
 from peft_jax.core.partition import freeze
 from peft_jax.core.tree import map_places
 from peft_jax.data import builtin, read_records
@@ -445,7 +446,7 @@ def edits(args: argparse.Namespace) -> None:
         for rows in (train, said(some, templates, tokenizer))
         for i in range(64)
     ]
-    covariances = peft_jax.calibrate(apply, params, batches, targets=["down_proj"])
+    covariances = calibrate(apply, params, batches, targets=["down_proj"])
     kept = Path(args.found) if args.found else None
     found: dict[str, Any] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
     about = {

@@ -16,7 +16,9 @@ import numpy as np
 from measure import best_time, heading, held_out_loss, publish, rows_of
 
 import peft_jax
+from peft_jax.core import calibrate, places, select
 from peft_jax.data.batches import batch_at
+from peft_jax.low_rank import factorize
 
 ROWS = 4
 
@@ -32,14 +34,14 @@ def svd() -> str:
     )
     apply = peft_jax.bind(model)
     batches = [batch_at(text, i, ROWS, seed=0) for i in range(16)]
-    covariances = peft_jax.calibrate(apply, params, batches)
+    covariances = calibrate(apply, params, batches)
     kinds = {
         "SVD": {},
         "ASVD": {"statistics": covariances, "whitening": "scale"},
         "SVD-LLM": {"statistics": covariances},
         "SVD-LLM, by energy": {"statistics": covariances, "allocation": "energy"},
     }
-    linear = sum(peft_jax.places(params)[p].size for p in peft_jax.select(params))
+    linear = sum(places(params)[p].size for p in select(params))
 
     def bytes_of(tree):
         return sum(x.nbytes for x in jax.tree.leaves(tree))
@@ -56,17 +58,14 @@ def svd() -> str:
         f"| 100% | {' | '.join([f'{whole:.2f}'] * len(kinds))} | 1.00 (1.00) | 1.00 (1.00) |"
     )
     total = sum(x.size for x in jax.tree.leaves(params))
-    embedding = peft_jax.places(params)["model/embed_tokens/embedding"].size
+    embedding = places(params)["model/embed_tokens/embedding"].size
     for keep in (0.9, 0.8, 0.6, 0.4):
         row = []
         for options in kinds.values():
-            tree, _ = peft_jax.factorize(params, keep=keep, **options)
+            tree, _ = factorize(params, keep=keep, **options)
             row.append(f"{math.exp(held_out_loss(apply, *peft_jax.partition(tree), held_out)):.2f}")
-        tree, _ = peft_jax.factorize(params, keep=keep)
-        kept = sum(
-            sum(x.size for x in jax.tree.leaves(peft_jax.places(tree)[p]))
-            for p in peft_jax.select(params)
-        )
+        tree, _ = factorize(params, keep=keep)
+        kept = sum(sum(x.size for x in jax.tree.leaves(places(tree)[p])) for p in select(params))
         size, expected = bytes_of(tree) / bytes_of(params), 1 - (linear - kept) / total
         seconds = best_time(lambda tree=tree: run(tree, big)) / dense_time
         flops = (kept + embedding) / (

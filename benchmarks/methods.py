@@ -18,6 +18,7 @@ import jax
 from measure import LENGTH, heading, held_out_loss, publish, rows_of
 
 import peft_jax
+from peft_jax.core import count
 from peft_jax.data.batches import batch_at
 from peft_jax.methods import METHODS
 from peft_jax.objectives.tokens import next_token
@@ -172,7 +173,7 @@ def _train(
     loss = held_out_loss(apply, state.trainable, frozen, test)
     return (
         loss,
-        peft_jax.count(params)[0],
+        count(params)[0],
         statistics.median(times),
         memory.temp_size_in_bytes if memory else 0,
     )

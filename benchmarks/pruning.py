@@ -25,9 +25,20 @@ import optax
 from measure import best_time, heading, held_out, perplexity_of, publish
 
 import peft_jax
+from peft_jax.core import count, full, gradients, matmul, places
+from peft_jax.models import stack_layers
 from peft_jax.models.config import decoder_config
 from peft_jax.models.decoder import Decoder
 from peft_jax.objectives.tokens import next_token
+from peft_jax.pruning import (
+    Masked,
+    compress,
+    densify,
+    mask_updates,
+    prune_in_turn,
+    prune_structured,
+    sizes_for,
+)
 from peft_jax.training.config import OptimizerConfig
 from peft_jax.training.optimizer import make_optimizer
 from peft_jax.training.step import init_state, make_step
@@ -78,23 +89,17 @@ class Base:
             return next_token(self.apply, params, batch, jax.random.key(0))[0]
 
         def of(square):
-            return peft_jax.gradients(
-                loss, self.params, [batch_of(p) for p in parts], square=square
-            )
+            return gradients(loss, self.params, [batch_of(p) for p in parts], square=square)
 
         self.statistics = {"gradient": of(False), "squared_gradient": of(True)}
 
     def prune(self, score: str, **options: Any) -> Any:
         if score in CALIBRATED or options.get("distribution") == "owl":
-            return peft_jax.prune_in_turn(
-                self.apply, self.params, self.batches, score=score, **options
-            )
+            return prune_in_turn(self.apply, self.params, self.batches, score=score, **options)
         return peft_jax.prune(self.params, score=score, statistics=self.statistics, **options)
 
     def perplexity(self, params: Any) -> float:
-        return perplexity_of(
-            self.scanned, peft_jax.stack_layers(peft_jax.densify(params)), self.held
-        )
+        return perplexity_of(self.scanned, stack_layers(densify(params)), self.held)
 
 
 def table(args: argparse.Namespace) -> str:
@@ -153,28 +158,26 @@ def recover(args: argparse.Namespace) -> str:
     ]
     methods = {
         "LoRA, updates masked": (
-            lambda t, key: peft_jax.mask_updates(peft_jax.lora(t, key, rank=8, alpha=16)),
+            lambda t, key: mask_updates(peft_jax.lora(t, key, rank=8, alpha=16)),
             1e-3,
         ),
-        "full fine-tuning of what is kept": (lambda t, key: peft_jax.full(t), FULL_RATE),
+        "full fine-tuning of what is kept": (lambda t, key: full(t), FULL_RATE),
     }
     for score, sparsity in (("magnitude", 0.5), ("sparsegpt", 0.5)):
-        pruned = peft_jax.stack_layers(base.prune(score, sparsity=sparsity))
+        pruned = stack_layers(base.prune(score, sparsity=sparsity))
         lost = perplexity_of(base.scanned, pruned, base.held)
         zeros = {
-            p: np.asarray(w.kept())
-            for p, w in peft_jax.places(pruned).items()
-            if isinstance(w, peft_jax.Masked)
+            p: np.asarray(w.kept()) for p, w in places(pruned).items() if isinstance(w, Masked)
         }
         for name, (make, rate) in methods.items():
             found, kept, trained = [], True, 0
             for seed in range(args.seeds):
                 params = make(pruned, jax.random.key(seed))
-                trained = peft_jax.count(params)[0]
-                merged = peft_jax.densify(
+                trained = count(params)[0]
+                merged = densify(
                     peft_jax.merge(fine_tune(base.scanned, params, few, args.steps, seed, rate))
                 )
-                arrays = {p: np.asarray(w) for p, w in peft_jax.places(merged).items()}
+                arrays = {p: np.asarray(w) for p, w in places(merged).items()}
                 kept &= all((arrays[p][~zeros[p]].view(np.uint32) == 0).all() for p in zeros)
                 found.append(perplexity_of(base.scanned, merged, base.held))
             back = [(lost - p) / (lost - dense) for p in found]
@@ -235,8 +238,8 @@ def structured(args: argparse.Namespace) -> str:
     batches = [{"tokens": jax.random.randint(jax.random.key(1), (4, 128), 3, 4096)}]
     models = {"as it is": (model, params)}
     for by in ("layers", "width"):
-        models[f"30% fewer parameters by {by}"] = peft_jax.prune_structured(
-            model, params, batches, **peft_jax.sizes_for(model, 0.7, by)
+        models[f"30% fewer parameters by {by}"] = prune_structured(
+            model, params, batches, **sizes_for(model, 0.7, by)
         )
     rows = {name: sizes_and_times(*m) for name, m in models.items()}
     base = rows["as it is"]
@@ -272,7 +275,7 @@ def structured(args: argparse.Namespace) -> str:
 
 def shrunk(args: argparse.Namespace) -> str:
     base = Base(Path(args.data), args.batches)
-    few, tree = base.train[: len(base.train) // 20], peft_jax.stack_layers(base.params)
+    few, tree = base.train[: len(base.train) // 20], stack_layers(base.params)
     lines = [
         "| by | importance | parameters | perplexity | after 5% of the text |",
         "|---|---|---|---|---|",
@@ -283,14 +286,10 @@ def shrunk(args: argparse.Namespace) -> str:
         ("width", "activation"),
         ("width", "fluctuation"),
     ):
-        sizes = peft_jax.sizes_for(base.scanned, 0.7, by)
-        small, less = peft_jax.prune_structured(
-            base.scanned, tree, base.batches, score=score, **sizes
-        )
-        tuned = fine_tune(small, peft_jax.full(less), few, args.steps, 0, FULL_RATE)
-        shares = (
-            f"{peft_jax.count(less)[1]:,} ({peft_jax.count(less)[1] / peft_jax.count(tree)[1]:.2f})"
-        )
+        sizes = sizes_for(base.scanned, 0.7, by)
+        small, less = prune_structured(base.scanned, tree, base.batches, score=score, **sizes)
+        tuned = fine_tune(small, full(less), few, args.steps, 0, FULL_RATE)
+        shares = f"{count(less)[1]:,} ({count(less)[1] / count(tree)[1]:.2f})"
         values = [perplexity_of(small, t, base.held) for t in (less, peft_jax.merge(tuned))]
         lines.append(f"| {by} | {score} | {shares} | {values[0]:.1f} | {values[1]:.1f} |")
         print(lines[-1], flush=True)
@@ -312,12 +311,12 @@ def sizes_and_times(model: Any, params: Any) -> dict[str, float]:
         peft_jax.save(folder, model, params)
         size = sum(p.stat().st_size for p in Path(folder).glob("*.safetensors"))
     products = sum(
-        w.size for w in peft_jax.places(params).values() if w.ndim > 1
+        w.size for w in places(params).values() if w.ndim > 1
     )  # a tied embedding counts as the head
     attention = (
         c.num_layers * 2 * 2 * c.num_heads * c.head_dim * length / 2
     )  # forward, causal, for each token
-    trainable, frozen = peft_jax.partition(peft_jax.full(params))
+    trainable, frozen = peft_jax.partition(full(params))
     optimizer = optax.adamw(1e-4)
     state = init_state(trainable, optimizer, 0)
     step = jax.jit(make_step(next_token, peft_jax.bind(model), optimizer))
@@ -338,7 +337,7 @@ def sizes_and_times(model: Any, params: Any) -> dict[str, float]:
 
     short, long = generate(32), generate(96)
     return {
-        "parameters": peft_jax.count(params)[1],
+        "parameters": count(params)[1],
         "bytes": size,
         "step": seconds,
         "speed": 8 * 64 / (long - short),
@@ -356,9 +355,9 @@ def product(args: argparse.Namespace) -> str:
     forms = {
         "dense": dense,
         "50% masked": peft_jax.prune(dense, 0.5),
-        "2:4, values and places": peft_jax.compress(peft_jax.prune(dense, pattern="2:4")),
+        "2:4, values and places": compress(peft_jax.prune(dense, pattern="2:4")),
         **{
-            f"blocks of 128x128, {s:.0%} gone": peft_jax.compress(
+            f"blocks of 128x128, {s:.0%} gone": compress(
                 peft_jax.prune(dense, s, pattern="128x128", compare="output")
             )
             for s in (0.5, 0.75, 0.875)
@@ -369,7 +368,7 @@ def product(args: argparse.Namespace) -> str:
         "| weight | bytes, of dense bfloat16 | product with 512 tokens, ms | of dense |",
         "|---|---|---|---|",
     ]
-    run = jax.jit(lambda x, w: peft_jax.matmul(x, w))
+    run = jax.jit(lambda x, w: matmul(x, w))
 
     def size(w):
         return sum(a.nbytes for a in jax.tree.leaves(w))

@@ -34,11 +34,25 @@ import optax
 from measure import heading, held_out, held_out_loss, perplexity_of, publish, rows_of
 
 import peft_jax
-from peft_jax import FP4, FP8, MXFP4, NF4, Int
+from peft_jax.core import places, select
 from peft_jax.data import read_records
 from peft_jax.data.batches import batch_at
+from peft_jax.low_rank import loftq
+from peft_jax.models import stack_layers
 from peft_jax.models.decoder import Decoder
 from peft_jax.objectives.tokens import next_token
+from peft_jax.quantization import (
+    FP4,
+    FP8,
+    MXFP4,
+    NF4,
+    Int,
+    Quantized,
+    adamw8bit,
+    bits_per_weight,
+    quantize_in_turn,
+    quantize_weight,
+)
 from peft_jax.training.config import OptimizerConfig
 from peft_jax.training.optimizer import make_optimizer
 from peft_jax.training.step import init_state, make_step
@@ -79,8 +93,8 @@ def random_params(shapes: Any, quantized: bool) -> Any:
     """
     from peft_jax.core.tree import map_places
 
-    paths = set(peft_jax.select(shapes, ["all-linear", "embed_tokens"])) if quantized else set()
-    names = list(peft_jax.places(shapes))
+    paths = set(select(shapes, ["all-linear", "embed_tokens"])) if quantized else set()
+    names = list(places(shapes))
 
     def one(path: str, leaf: Any) -> Any:
         w = 0.02 * jax.random.normal(jax.random.key(names.index(path)), leaf.shape, leaf.dtype)
@@ -88,7 +102,7 @@ def random_params(shapes: Any, quantized: bool) -> Any:
         if path not in paths:
             return w
         axes = {"in_axes": (-1,), "out_axes": (-2,)} if path.endswith("embedding") else {}
-        return peft_jax.quantize_weight(path, w, NF4(), **axes)
+        return quantize_weight(path, w, NF4(), **axes)
 
     return map_places(one, shapes)
 
@@ -100,7 +114,7 @@ def run_step(kind: str, repeats: int) -> dict[str, float]:
     held = sum(x.nbytes for x in jax.tree.leaves(params))
     params = peft_jax.lora(params, jax.random.key(0), rank=8, alpha=16)
     trainable, frozen = peft_jax.partition(params)
-    optimizer = peft_jax.adamw8bit(1e-4) if kind == "qlora" else optax.adamw(1e-4)
+    optimizer = adamw8bit(1e-4) if kind == "qlora" else optax.adamw(1e-4)
     state = init_state(trainable, optimizer, 0)
     objective = functools.partial(next_token, chunk=128)
     tokens = (
@@ -262,7 +276,7 @@ def table(args: argparse.Namespace) -> str:
     train, held = held_out(Path(args.data), peft_jax.load_tokenizer("builtin:base"))
     batches = [{"tokens": jnp.asarray(train[16 * i : 16 * (i + 1)])} for i in range(args.batches)]
     scanned = model.clone(scan_layers=True)
-    dense = perplexity_of(scanned, peft_jax.stack_layers(params), held)
+    dense = perplexity_of(scanned, stack_layers(params), held)
     lines = [
         "| bits | format | rounding | bits a weight | perplexity |",
         "|---|---|---|---|---|",
@@ -272,10 +286,10 @@ def table(args: argparse.Namespace) -> str:
         label = label_of(rounding, options)
         if not re.search(args.plans, f"{name} {label}"):
             continue
-        quantized = peft_jax.quantize_in_turn(
+        quantized = quantize_in_turn(
             peft_jax.bind(model), params, batches, format, rounding=rounding, **options
         )
-        value = perplexity_of(scanned, peft_jax.stack_layers(quantized), held)
+        value = perplexity_of(scanned, stack_layers(quantized), held)
         lines.append(f"| {bits} | {name} | {label} | {mean_bits(quantized):.3f} | {value:.3f} |")
         print(lines[-1], flush=True)
     note = (
@@ -295,8 +309,8 @@ def table(args: argparse.Namespace) -> str:
 
 def mean_bits(tree: Any) -> float:
     """Mean bits a quantized weight takes, over the places."""
-    nodes = [w for w in peft_jax.places(tree).values() if isinstance(w, peft_jax.Quantized)]
-    return statistics.mean(peft_jax.bits_per_weight(w) for w in nodes)
+    nodes = [w for w in places(tree).values() if isinstance(w, Quantized)]
+    return statistics.mean(bits_per_weight(w) for w in nodes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -333,7 +347,7 @@ def calibrated(args: argparse.Namespace) -> str:
     rows = {name: text_rows(text, tokenizer, 16 * args.batches) for name, text in texts.items()}
 
     def value(tree):
-        return perplexity_of(scanned, peft_jax.stack_layers(tree), held)
+        return perplexity_of(scanned, stack_layers(tree), held)
 
     lines = [
         f"| | {' | '.join(f'{b} bits, {name}' for b in (4, 3) for name in texts)} |",
@@ -352,7 +366,7 @@ def calibrated(args: argparse.Namespace) -> str:
                     for i in range(args.batches)
                 ]
                 start = time.perf_counter()
-                tree = peft_jax.quantize_in_turn(
+                tree = quantize_in_turn(
                     peft_jax.bind(model), params, batches, format, rounding=rounding, **options
                 )
                 cells.append(f"{value(tree):.1f}")
@@ -406,7 +420,7 @@ def qlora(args: argparse.Namespace) -> str:
         "QLoRA, int2 with zero points": lambda key: peft_jax.lora(
             peft_jax.quantize(half, INT2), key, rank=8, alpha=16
         ),
-        "LoftQ, int2 with zero points": lambda key: peft_jax.loftq(
+        "LoftQ, int2 with zero points": lambda key: loftq(
             half, key, quantize=lambda tree: peft_jax.quantize(tree, INT2), rank=8, alpha=16
         ),
     }

@@ -21,6 +21,7 @@ import torch
 from peft.tuners.boft.layer import BOFTLayer
 
 import peft_jax
+from peft_jax.core import Weight, materialize, places
 from peft_jax.core.attachment import Attachment, Shared
 from peft_jax.core.prepare import distribute
 from tests.reference import FAMILIES, perturb, random_tokens, relative_error, torch_model
@@ -113,9 +114,9 @@ def torch_logits(model: Any, **more: Any) -> np.ndarray:
 
 def weights(moved: Any, method: Any, formula: Any) -> Any:
     """(path, the changed matrix, the formula's, the base) for each Weight of the method."""
-    for path, w in peft_jax.places(distribute(moved)).items():
-        if isinstance(w, method.nodes) and isinstance(w, peft_jax.Weight):
-            before = np.asarray(peft_jax.materialize(w.base), np.float64)
+    for path, w in places(distribute(moved)).items():
+        if isinstance(w, method.nodes) and isinstance(w, Weight):
+            before = np.asarray(materialize(w.base), np.float64)
             yield path, w.materialize(), formula(as_numpy(w), before), before
 
 

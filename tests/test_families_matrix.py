@@ -22,11 +22,24 @@ from safetensors.numpy import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import peft_jax
+from peft_jax.adapters import (
+    adaption_prompt,
+    bottleneck,
+    ia3,
+    ln_tuning,
+    prefix_tuning,
+    prompt_tuning,
+    unipelt,
+)
+from peft_jax.core import full, materialize
 from peft_jax.core.placing import modules_with_roles, token_stack
 from peft_jax.core.roles import FAMILIES, hooks_of
 from peft_jax.knowledge.hooks import feed_forward
+from peft_jax.low_rank import dora, trainable_tokens
 from peft_jax.models.blocks import abstract_params
 from peft_jax.models.families import hf_class, register_family
+from peft_jax.pruning import Masked, mask_updates, prune_structured
+from peft_jax.quantization import Int, dequantize
 from tests.reference import perturb, random_tokens, relative_error
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
@@ -111,12 +124,12 @@ def test_a_family_says_what_its_modules_are(name):
     record = RECORDS[name]
     for task in record.tasks:
         tree = our_tree(record, task)
-        for path, w in peft_jax.places(tree).items():
+        for path, w in peft_jax.core.places(tree).items():
             module, _, leaf = path.rpartition("/")
             if leaf in ("kernel", "scale") or "experts" in module:
                 assert record.roles.role_of(module), f"{module} has no role"
                 assert leaf == "scale" or w.ndim > 1
-        assert f"{record.embedding}/embedding" in peft_jax.places(tree)
+        assert f"{record.embedding}/embedding" in peft_jax.core.places(tree)
         assert token_stack(tree) == (record.roles.kind, record.prefix)
         found = modules_with_roles(tree)
         wanted = ("stack", "attention", "core", "o", "attention_residual", "mlp_residual")
@@ -129,10 +142,10 @@ def test_a_family_says_what_its_modules_are(name):
 
 
 DEFAULTS = {
-    "ia3": lambda p: peft_jax.ia3(p, KEY),
-    "unipelt": lambda p: peft_jax.unipelt(p, KEY, rank=2, num_virtual_tokens=3),
-    "trainable_tokens": lambda p: peft_jax.trainable_tokens(p, KEY, ids=[5, 7]),
-    "houlsby": lambda p: peft_jax.bottleneck(p, KEY, placement="houlsby", size=3),
+    "ia3": lambda p: ia3(p, KEY),
+    "unipelt": lambda p: unipelt(p, KEY, rank=2, num_virtual_tokens=3),
+    "trainable_tokens": lambda p: trainable_tokens(p, KEY, ids=[5, 7]),
+    "houlsby": lambda p: bottleneck(p, KEY, placement="houlsby", size=3),
 }
 
 
@@ -159,10 +172,10 @@ def test_techniques_ask_for_roles_and_not_for_names(twins):
     """What Llama's modules get, those of Walnut get, which has other names for all of them."""
     outputs, places = {}, {}
     for name, (model, params) in twins.items():
-        smaller = peft_jax.prune_structured(
+        smaller = prune_structured(
             model, params, (), layers=1, kv_heads=1, units=32, channels=16, score="magnitude"
         )
-        prompted = perturb(peft_jax.adaption_prompt(smaller[1], KEY, adapter_len=3))
+        prompted = perturb(adaption_prompt(smaller[1], KEY, adapter_len=3))
         outputs[name] = jax.jit(peft_jax.bind(smaller[0]))(prompted, TOKENS)
         found = feed_forward(params)
         places[name] = (found.attention, found.weight, found.residual, prefix_places(params)[0])
@@ -193,14 +206,14 @@ KINDS = kinds()
 FEW = ("bert", "t5", "mixtral", "walnut")
 METHODS = {
     "lora": lambda p, k: peft_jax.lora(p, k, rank=2),
-    "dora": lambda p, k: peft_jax.dora(p, k, rank=2),
-    "ia3": lambda p, k: peft_jax.ia3(p, k),
-    "houlsby": lambda p, k: peft_jax.bottleneck(p, k, placement="houlsby", size=3),
-    "pfeiffer": lambda p, k: peft_jax.bottleneck(p, k, placement="pfeiffer", size=3),
-    "prefix_tuning": lambda p, k: peft_jax.prefix_tuning(p, k, num_virtual_tokens=3),
-    "prompt_tuning": lambda p, k: peft_jax.prompt_tuning(p, k, num_virtual_tokens=3),
-    "ln_tuning": lambda p, k: peft_jax.ln_tuning(p),
-    "full": lambda p, k: peft_jax.full(p),
+    "dora": lambda p, k: dora(p, k, rank=2),
+    "ia3": lambda p, k: ia3(p, k),
+    "houlsby": lambda p, k: bottleneck(p, k, placement="houlsby", size=3),
+    "pfeiffer": lambda p, k: bottleneck(p, k, placement="pfeiffer", size=3),
+    "prefix_tuning": lambda p, k: prefix_tuning(p, k, num_virtual_tokens=3),
+    "prompt_tuning": lambda p, k: prompt_tuning(p, k, num_virtual_tokens=3),
+    "ln_tuning": lambda p, k: ln_tuning(p),
+    "full": lambda p, k: full(p),
 }
 NOT_IDENTITY = ("prefix_tuning", "prompt_tuning")
 CASES = [
@@ -267,25 +280,23 @@ def test_a_method_on_a_kind_of_model(bases, kind, method):
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_and_pruned_bases(bases, kind):
     _, base, run, gradient = bases(kind)
-    small = peft_jax.quantize(base, peft_jax.Int(bits=8, block_size=4), targets="all-linear")
-    assert relative_error(run(small), run(peft_jax.dequantize(small))) < 1e-5
+    small = peft_jax.quantize(base, Int(bits=8, block_size=4), targets="all-linear")
+    assert relative_error(run(small), run(dequantize(small))) < 1e-5
     assert relative_error(run(small), run(base)) < 0.2
     zeros = peft_jax.prune(base, 0.5, targets="all-linear")
     over = perturb(peft_jax.lora(small, jax.random.key(0), rank=2))
     _, out = gradient(*peft_jax.partition(over))
     assert relative_error(run(peft_jax.merge(over)), out) < 5e-5
-    kept = peft_jax.merge(
-        perturb(peft_jax.mask_updates(peft_jax.lora(zeros, jax.random.key(0), rank=2)))
-    )
+    kept = peft_jax.merge(perturb(mask_updates(peft_jax.lora(zeros, jax.random.key(0), rank=2))))
 
     def zero(w):
-        return np.asarray(peft_jax.materialize(w)) == 0
+        return np.asarray(materialize(w)) == 0
 
     def gone(tree):
-        return {p: zero(w) for p, w in peft_jax.places(tree).items() if hasattr(w, "shape")}
+        return {p: zero(w) for p, w in peft_jax.core.places(tree).items() if hasattr(w, "shape")}
 
     before, after = gone(zeros), gone(kept)
-    pruned = [p for p, w in peft_jax.places(zeros).items() if isinstance(w, peft_jax.Masked)]
+    pruned = [p for p, w in peft_jax.core.places(zeros).items() if isinstance(w, Masked)]
     assert pruned
     for path in pruned:
         assert before[path].mean() == pytest.approx(0.5, abs=0.02)

@@ -17,11 +17,13 @@ import pytest
 from flax import nnx
 
 import peft_jax
+from peft_jax.core import Weight, layout_of, matmul, nnx_params, places, unmerge
 from peft_jax.core.method import Method
 from peft_jax.core.prepare import distribute
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.methods import METHODS
 from peft_jax.models.layers import stack_layers, unstack_layers
+from peft_jax.quantization import NF4, Int
 from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
 from tests.third_party import VOCAB, WIDTH, ListedModel, VisionModel, linen_model, nnx_model
 
@@ -40,9 +42,9 @@ def compressed(params):
     """
     params = peft_jax.prune(params, 0.5, targets=["gate_proj", "down_proj"])
     formats = {
-        "*/self_attn/*": peft_jax.NF4(block_size=16),
+        "*/self_attn/*": NF4(block_size=16),
         "embed_tokens": "int8",
-        "lm_head": peft_jax.Int(bits=4, block_size=8),
+        "lm_head": Int(bits=4, block_size=8),
         "*/mlp/*": "int8",
     }
     params = peft_jax.quantize(
@@ -119,7 +121,7 @@ def base_model(name: str, root: Path) -> Base:
     layout, tokens = None, random_tokens(2, 8, vocab=VOCAB)
     if name in ("linen", "nnx"):
         model, params = linen_model() if name == "linen" else nnx_model()
-        layout = peft_jax.layout_of(model, tokens)
+        layout = layout_of(model, tokens)
     else:
         family = {"gemma2": "gemma2_caps", "biased": "llama3_tied_biased"}.get(name, "llama2")
         folder, tokens, _ = family_checkpoint(family, root)
@@ -155,7 +157,7 @@ def layout_for(method, layout):
 
 
 def is_compressed(base: Base) -> bool:
-    return any(isinstance(w, peft_jax.Weight) for w in peft_jax.places(base.params).values())
+    return any(isinstance(w, Weight) for w in places(base.params).values())
 
 
 def once(case):
@@ -196,25 +198,21 @@ def test_merged_equals_unmerged(case):
 def test_unmerge_restores(case):
     if (not case.method.identity and case.method.whole) or is_compressed(case.base):
         pytest.skip("a compressed base is not recovered from its merge with a dense update")
-    back = peft_jax.unmerge(peft_jax.merge(case.moved), case.moved)
+    back = unmerge(peft_jax.merge(case.moved), case.moved)
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(case.moved), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_matmul_equals_materialized(case):
-    for path, w in peft_jax.places(distribute(case.moved)).items():
-        if (
-            not isinstance(w, peft_jax.Weight)
-            or not path.endswith("kernel")
-            or not hasattr(w, "in_axes")
-        ):
+    for path, w in places(distribute(case.moved)).items():
+        if not isinstance(w, Weight) or not path.endswith("kernel") or not hasattr(w, "in_axes"):
             continue
         while w.ndim > len(w.in_axes) + len(w.out_axes):
             w = jax.tree.map(lambda a: a[0], w)
         x = jax.random.normal(jax.random.key(0), (3, *(w.shape[a] for a in w.in_axes)))
         axes = {"in_axes": w.in_axes, "out_axes": w.out_axes}
-        expected = peft_jax.matmul(x, w.materialize(), **axes)
-        assert relative_error(peft_jax.matmul(x, w, **axes), expected) < 1e-5
+        expected = matmul(x, w.materialize(), **axes)
+        assert relative_error(matmul(x, w, **axes), expected) < 1e-5
 
 
 def test_eager_equals_jitted(case):
@@ -331,8 +329,8 @@ def listed_model(kind: str) -> Base:
         if kind == "listed"
         else jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
     )
-    params, apply = peft_jax.nnx_params(model), peft_jax.bind(model)
-    return Base(model, params, peft_jax.layout_of(model), given, apply, apply(params, given))
+    params, apply = nnx_params(model), peft_jax.bind(model)
+    return Base(model, params, layout_of(model), given, apply, apply(params, given))
 
 
 @pytest.mark.parametrize(("kind", "method"), IN_LISTED + [("images", n) for n in SEEN])

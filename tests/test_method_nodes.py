@@ -23,6 +23,8 @@ from peft_jax.core.prepare import distribute
 from peft_jax.core.weight import materialize, matmul, ragged_matmul, take
 from peft_jax.core.where import options_of
 from peft_jax.methods import METHODS
+from peft_jax.pruning import mask_updates
+from peft_jax.quantization import Int
 from tests.reference import perturb, relative_error
 
 IN, OUT, ROWS = 16, 24, 64
@@ -155,7 +157,7 @@ def test_product_merge_and_gradients_agree(case):
 
 CHANGES = {
     "pruned": lambda p: peft_jax.prune(p, 0.5),
-    "int2": lambda p: peft_jax.quantize(p, peft_jax.Int(bits=2, block_size=8)),
+    "int2": lambda p: peft_jax.quantize(p, Int(bits=2, block_size=8)),
 }
 
 
@@ -245,7 +247,7 @@ def test_a_small_update_over_bfloat16_where_the_weight_is_formed(method, kind):
     def effect(dtype):
         params = tree_of(base.astype(dtype))
         params = attached(method, peft_jax.prune(params, 0.5) if kind == "masked" else params, {})
-        params = peft_jax.mask_updates(params) if kind == "masked" else params
+        params = mask_updates(params) if kind == "masked" else params
 
         def run(p):
             return products[kind](x.astype(dtype), node_of(p)).astype(jnp.float32)

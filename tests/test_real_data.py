@@ -12,9 +12,11 @@ from click.testing import CliRunner
 
 import peft_jax
 from peft_jax.cli import main
+from peft_jax.core import full
 from peft_jax.core.files import write_json
 from peft_jax.data.encode import Example, fit, pack
 from peft_jax.hub.safetensors_io import save_tensors
+from peft_jax.pruning import densify, prune_in_turn
 from peft_jax.training.config import TrainConfig
 from peft_jax.training.evaluate import perplexity
 from peft_jax.training.loop import train
@@ -163,7 +165,7 @@ def test_lora_wins_most_of_what_full_fine_tuning_wins_on_shakespeare(stories, sh
     before = perplexity(model, params, test, batch_size=16)["loss"]
     after = {}
     for name, tree, rate in (
-        ("full", peft_jax.full(params), 2e-3),
+        ("full", full(params), 2e-3),
         (
             "lora",
             peft_jax.lora(
@@ -237,9 +239,7 @@ def test_pruning_keeps_the_published_order(shared_data, monkeypatch):
         return -jax.numpy.take_along_axis(log, tokens[:, 1:, None], -1)
 
     def loss(score, sparsity=None, **options):
-        tree = peft_jax.densify(
-            peft_jax.prune_in_turn(apply, params, batches, sparsity, score=score, **options)
-        )
+        tree = densify(prune_in_turn(apply, params, batches, sparsity, score=score, **options))
         return float(np.mean([losses(tree, part).mean() for part in held]))
 
     for sparsity in (0.5, 0.6, 0.7):

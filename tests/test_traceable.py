@@ -11,10 +11,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import peft_jax
-from peft_jax import NF4, Int
+from peft_jax.low_rank import dora, factorize
+from peft_jax.pruning import compress, densify, mask_from_zeros, mask_updates
 from peft_jax.pruning.distribution import DISTRIBUTIONS
 from peft_jax.pruning.prune import PROCEDURES
 from peft_jax.pruning.scores import SCORES
+from peft_jax.quantization import NF4, Int
 from peft_jax.quantization.rounding import ROUNDINGS
 
 SHAPES = {"layers/q_proj/kernel": (2, 32, 16), "lm_head/kernel": (16, 32)}
@@ -120,17 +122,15 @@ def test_what_pruned_weights_become(base):
         peft_jax.prune(params, pattern="2:4"),
         peft_jax.prune(params, 0.5, pattern="8x8"),
     )
-    check(lambda tree: (peft_jax.densify(tree), peft_jax.compress(tree)), groups)
-    dense = jax.jit(lambda tree: peft_jax.densify(peft_jax.compress(tree)))(
-        blocks
-    )  # with room for all blocks
-    jax.tree.map(np.testing.assert_array_equal, dense, peft_jax.densify(blocks))
+    check(lambda tree: (densify(tree), compress(tree)), groups)
+    dense = jax.jit(lambda tree: densify(compress(tree)))(blocks)  # with room for all blocks
+    jax.tree.map(np.testing.assert_array_equal, dense, densify(blocks))
 
 
 def test_low_rank(base):
     params, statistics = base
     check(
-        lambda tree, of: peft_jax.factorize(tree, keep=0.5, statistics=of["covariance"])[0],
+        lambda tree, of: factorize(tree, keep=0.5, statistics=of["covariance"])[0],
         params,
         statistics,
     )
@@ -138,15 +138,15 @@ def test_low_rank(base):
 
 CHAINS = {
     "prune, adapt, merge": lambda tree, of, key: peft_jax.merge(
-        peft_jax.mask_updates(
+        mask_updates(
             peft_jax.lora(peft_jax.prune(tree, 0.5, score="sparsegpt", statistics=of), key, rank=2)
         )
     ),
-    "prune, quantize, adapt": lambda tree, of, key: peft_jax.dora(
+    "prune, quantize, adapt": lambda tree, of, key: dora(
         peft_jax.quantize(peft_jax.prune(tree, pattern="2:4"), BLOCKS), key, rank=2
     ),
     "factorize, adapt, into LoRA": lambda tree, of, key: peft_jax.lora(
-        peft_jax.factorize(peft_jax.densify(peft_jax.prune(tree, 0.5)), keep=0.5)[0], key, rank=2
+        factorize(densify(peft_jax.prune(tree, 0.5)), keep=0.5)[0], key, rank=2
     ),
 }
 
@@ -165,9 +165,9 @@ def test_chains_of_three(base, chain):
 def test_what_needs_values_says_so(base):
     params, _ = base
     with pytest.raises(ValueError, match="factorize runs with keep alone under"):
-        jax.eval_shape(lambda tree: peft_jax.factorize(tree, error=0.1)[0], params)
+        jax.eval_shape(lambda tree: factorize(tree, error=0.1)[0], params)
     with pytest.raises(ValueError, match="mask_from_zeros does not run under"):
-        jax.jit(peft_jax.mask_from_zeros)(params)
+        jax.jit(mask_from_zeros)(params)
 
 
 def keyed(chain):

@@ -155,7 +155,7 @@ def linen_model():
 
 def nnx_model():
     """(model, params)."""
-    from peft_jax import nnx_params
+    from peft_jax.core import nnx_params
 
     model = NNXModel(nnx.Rngs(0))
     return model, nnx_params(model)

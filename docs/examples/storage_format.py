@@ -71,4 +71,4 @@ if __name__ == "__main__":
     peft_jax.save("nf3", model, params, tool="peft_jax")
     model, params = peft_jax.load("nf3")
     params = peft_jax.lora(params, jax.random.key(0), rank=8)
-    print(peft_jax.count(params), "of 3-bit weights under a LoRA")
+    print(peft_jax.core.count(params), "of 3-bit weights under a LoRA")

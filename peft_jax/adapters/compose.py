@@ -3,7 +3,7 @@ attention, or weighed by a router.
 
 AdapterFusion: Pfeiffer et al. 2021 (arXiv:2005.00247), section 3. The router: X-LoRA (Buehler and
 Buehler 2024, arXiv:2402.07148), with a gate at each module from that module's own input. Adapters
-of one shape whose rows differ are a bank (`peft_jax.bank`).
+of one shape whose rows differ are a bank (`peft_jax.core.bank`).
 """
 
 from __future__ import annotations

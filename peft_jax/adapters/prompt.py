@@ -296,7 +296,7 @@ def place_prompt(params: Any, tokens: Virtual, length: int, embedding: str | Non
     """`params` with a prompt of `length` tokens. Raises ValueError where there is one already."""
     if old := [p for p, w in places(params).items() if isinstance(w, Prompt)]:
         raise ValueError(
-            f"the tree has a prompt already, {old[0]}; a bank holds several (peft_jax.bank)"
+            f"the tree has a prompt already, {old[0]}; a bank holds several (peft_jax.core.bank)"
         )
     path, _ = token_embedding(params, embedding)
     kind, stack = token_stack(params, embedding)

@@ -25,7 +25,7 @@ def merge(params: Any) -> Any:
     if filled := [p for p, x in places(params).items() if _fills_zeros(x)]:
         logger.warning(
             f"merging fills the zeros of {len(filled)} pruned weights, {filled[0]} the first; "
-            "peft_jax.mask_updates(params) "
+            "peft_jax.pruning.mask_updates(params) "
             "before training keeps them"
         )
     whole = distribute(params)

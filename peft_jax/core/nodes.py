@@ -45,7 +45,7 @@ def node_name(cls: type[Node]) -> str:
     if _REGISTERED.get(name) is not cls:
         raise ValueError(
             f"the class {name} is not of this package, and a folder with it could not be read: "
-            "call peft_jax.register_node with it first"
+            "call peft_jax.core.register_node with it first"
         )
     return name
 
@@ -54,7 +54,7 @@ def node_class(name: str) -> type[Node]:
     """The class that folders call `name`. Raises ValueError for an unknown one."""
     found = _REGISTERED.get(name) or _own_classes().get(name)
     if found is None:
-        hint = "; import what registers it (peft_jax.register_node)" if "." in name else ""
+        hint = "; import what registers it (peft_jax.core.register_node)" if "." in name else ""
         raise ValueError(f"a node of the unknown class {name!r}{hint}")
     return found
 

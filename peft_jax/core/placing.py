@@ -157,8 +157,8 @@ def find_modules(
     layout: Layout | None = None,
     width: int | None = None,
 ) -> list[Module]:
-    """The modules that `targets` name, in the order of the tree; targets as in `peft_jax.select`,
-    but of modules. The name of a list of modules names those in it.
+    """The modules that `targets` name, in the order of the tree; targets as in
+    `peft_jax.core.select`, but of modules. The name of a list of modules names those in it.
 
     A module with a `kernel` has that one's features, any other the hidden states' (`width`, by
     default the token embedding's). Raises ValueError for a target that matches nothing and a layer

@@ -200,7 +200,7 @@ class Reparametrised(Weight):
                     f"{type(self).__name__} made for in_axes={self.in_axes}, "
                     f"out_axes={self.out_axes} lies in a module that "
                     f"multiplies with in_axes={in_axes}, out_axes={out_axes}; pass "
-                    "layout=peft_jax.layout_of(model, ...)"
+                    "layout=peft_jax.core.layout_of(model, ...)"
                 )
             return self.transposed(x, in_axes=in_axes, out_axes=out_axes, precision=precision)
         into, out = (tuple(self.shape[a] for a in axes) for axes in (in_axes, out_axes))

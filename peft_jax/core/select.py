@@ -235,7 +235,7 @@ def matches_nothing(kind: str, target: str, candidates: list[str], what: str = "
         p.endswith("/embedding") for p in candidates
     )
     more = (
-        " The head is the embedding; peft_jax.untie(params) gives it one of its own, "
+        " The head is the embedding; peft_jax.models.untie(params) gives it one of its own, "
         "output_embedding."
         if tied
         else ""

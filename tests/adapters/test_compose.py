@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 import peft_jax
+from peft_jax.adapters import (
+    average_adapters,
+    bottleneck,
+    fuse_adapters,
+    reft,
+    route_adapters,
+    stack_adapters,
+)
 from peft_jax.adapters.compose import Fusion
+from peft_jax.core import Attachment, matmul
 from peft_jax.models.layers import unstack_layers
 from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
 
@@ -27,7 +36,7 @@ def several(base):
     """The base with three bottleneck adapters after each layer, all different."""
     tree = base[1]
     for i, name in enumerate(NAMES):
-        tree = peft_jax.bottleneck(
+        tree = bottleneck(
             tree, jax.random.key(i), placement="pfeiffer", size=4, init="bert", adapter=name
         )
     return perturb(tree)
@@ -40,15 +49,14 @@ def only(tree, *names):
     return {
         k: only(x, *names)
         for k, x in tree.items()
-        if not isinstance(x, peft_jax.Attachment) or x.name in names
+        if not isinstance(x, Attachment) or x.name in names
     }
 
 
 def test_a_stack_applies_its_adapters_in_order(base, several):
     _, _, run = base
     one, other = (
-        peft_jax.stack_adapters(several, order)
-        for order in (["first", "second"], ["second", "first"])
+        stack_adapters(several, order) for order in (["first", "second"], ["second", "first"])
     )
     assert (
         relative_error(run(only(one, "stacked"), TOKENS), run(only(other, "stacked"), TOKENS))
@@ -66,12 +74,12 @@ def test_a_stack_applies_its_adapters_in_order(base, several):
 
 def test_averages_of_outputs_and_of_weights(base, several):
     _, _, run = base
-    alone = peft_jax.average_adapters(several, {"first": 1.0, "second": 0.0})
+    alone = average_adapters(several, {"first": 1.0, "second": 0.0})
     assert (
         relative_error(run(only(alone, "averaged"), TOKENS), run(only(several, "first"), TOKENS))
         < 1e-5
     )
-    mean = peft_jax.average_adapters(several, {"first": 0.25, "third": 0.75}, of="weights")
+    mean = average_adapters(several, {"first": 0.25, "third": 0.75}, of="weights")
 
     def get(tree, name):
         return tree["model"]["layers"]["mlp_residual"][f"bottleneck_{name}"]
@@ -85,7 +93,7 @@ def test_averages_of_weights_keep_the_layers(base):
     tree = base[1]
     for i, name in enumerate(NAMES):
         layers = [1] if name == "third" else [0, 2]
-        tree = peft_jax.bottleneck(
+        tree = bottleneck(
             tree,
             jax.random.key(i),
             size=4,
@@ -95,7 +103,7 @@ def test_averages_of_weights_keep_the_layers(base):
             drop_layers=2,
             targets="mlp",
         )
-    mean = peft_jax.average_adapters(tree, {"first": 0.5, "second": 1.5}, of="weights")
+    mean = average_adapters(tree, {"first": 0.5, "second": 1.5}, of="weights")
 
     def get(tree, name):
         return tree["model"]["layers"]["mlp"][f"bottleneck_{name}"]
@@ -114,15 +122,15 @@ def test_averages_of_weights_keep_the_layers(base):
         match="adapt different layers, so that their weights have no average; average "
         "their outputs",
     ):
-        peft_jax.average_adapters(tree, {"first": 0.5, "third": 0.5}, of="weights")
+        average_adapters(tree, {"first": 0.5, "third": 0.5}, of="weights")
 
 
 def test_a_fusion_is_the_papers_formula_and_starts_as_the_mean(base, several):
     model, _, run = base
-    fused = peft_jax.fuse_adapters(several, KEY, list(NAMES))
+    fused = fuse_adapters(several, KEY, list(NAMES))
     trained, _ = peft_jax.partition(fused)
     assert len(jax.tree.leaves(trained)) == 5, "the adapters are frozen"
-    mean = peft_jax.average_adapters(several, dict.fromkeys(NAMES, 1 / 3))
+    mean = average_adapters(several, dict.fromkeys(NAMES, 1 / 3))
     assert relative_error(run(fused, TOKENS), run(mean, TOKENS)) < 1e-2, "queries start small"
     node: Fusion = jax.tree.map(
         lambda a: a[0], perturb(fused)["model"]["layers"]["mlp_residual"]["bottleneck_fused"]
@@ -152,7 +160,7 @@ def test_a_router_weighs_adapters_by_token_and_starts_even(base):
             tree, jax.random.key(i), rank=2, targets=["q_proj", "down_proj"], adapter=name
         )
     tree = perturb(tree)
-    routed = peft_jax.route_adapters(tree, KEY, NAMES[:2])
+    routed = route_adapters(tree, KEY, NAMES[:2])
     trained, _ = peft_jax.partition(routed)
     assert len(jax.tree.leaves(trained)) == 4
     even = jax.tree.map(lambda x: x * 0 if x is not None else None, trained)
@@ -161,7 +169,7 @@ def test_a_router_weighs_adapters_by_token_and_starts_even(base):
     assert relative_error(run(perturb(routed, scale=1.0), TOKENS), run(tree, TOKENS)) > 1e-4
     with pytest.raises(ValueError, match="depends on its input"):
         peft_jax.merge(routed)
-    whole = peft_jax.route_adapters(tree, KEY, NAMES[:2], by="sequence")
+    whole = route_adapters(tree, KEY, NAMES[:2], by="sequence")
     node = jax.tree.map(
         lambda a: a[0],
         perturb(whole, scale=1.0)["model"]["layers"]["self_attn"]["q_proj"]["kernel"],
@@ -174,18 +182,18 @@ def test_a_router_weighs_adapters_by_token_and_starts_even(base):
     expected = x @ node.base + sum(
         2 * weights[..., i : i + 1] * (np.asarray(x) @ d) for i, d in enumerate(deltas)
     )
-    assert relative_error(peft_jax.matmul(x, node), expected) < 1e-5
+    assert relative_error(matmul(x, node), expected) < 1e-5
     with pytest.raises(ValueError, match="by token or by sequence, not 'row'"):
-        peft_jax.route_adapters(tree, KEY, NAMES[:2], by="row")
+        route_adapters(tree, KEY, NAMES[:2], by="row")
 
 
 @pytest.mark.parametrize("compose", ["stack", "average", "fuse"])
 def test_compositions_in_looped_layers_and_on_disk(base, several, compose, tmp_path):
     model, params, run = base
     made = {
-        "stack": lambda: peft_jax.stack_adapters(several, NAMES, into="it"),
-        "average": lambda: peft_jax.average_adapters(several, dict.fromkeys(NAMES, 0.5), into="it"),
-        "fuse": lambda: perturb(peft_jax.fuse_adapters(several, KEY, NAMES, into="it")),
+        "stack": lambda: stack_adapters(several, NAMES, into="it"),
+        "average": lambda: average_adapters(several, dict.fromkeys(NAMES, 0.5), into="it"),
+        "fuse": lambda: perturb(fuse_adapters(several, KEY, NAMES, into="it")),
     }[compose]()
     expected = run(made, TOKENS)
     looped = model.clone(scan_layers=False)
@@ -201,21 +209,21 @@ def test_compositions_in_looped_layers_and_on_disk(base, several, compose, tmp_p
 def test_bad_requests_are_refused_by_name(base, several):
     _, params, _ = base
     with pytest.raises(ValueError, match="no adapter beside modules named 'fourth'"):
-        peft_jax.stack_adapters(several, ["first", "fourth"])
+        stack_adapters(several, ["first", "fourth"])
     with pytest.raises(ValueError, match="two adapters at least"):
-        peft_jax.fuse_adapters(several, KEY, ["first"])
+        fuse_adapters(several, KEY, ["first"])
     with pytest.raises(ValueError, match="two adapters at least"):
-        peft_jax.route_adapters(several, KEY, ["first"])
+        route_adapters(several, KEY, ["first"])
     with pytest.raises(ValueError, match="no LoRAs named first, second"):
-        peft_jax.route_adapters(several, KEY, NAMES[:2])
+        route_adapters(several, KEY, NAMES[:2])
     with pytest.raises(ValueError, match="of outputs or of weights, not 'things'"):
-        peft_jax.average_adapters(several, {"first": 1.0}, of="things")
-    elsewhere = peft_jax.bottleneck(several, KEY, size=4, targets="o_proj", adapter="fourth")
+        average_adapters(several, {"first": 1.0}, of="things")
+    elsewhere = bottleneck(several, KEY, size=4, targets="o_proj", adapter="fourth")
     with pytest.raises(ValueError, match="has no adapter"):
-        peft_jax.average_adapters(elsewhere, {"first": 0.5, "fourth": 0.5})
-    larger = peft_jax.bottleneck(several, KEY, size=5, placement="pfeiffer", adapter="fourth")
+        average_adapters(elsewhere, {"first": 0.5, "fourth": 0.5})
+    larger = bottleneck(several, KEY, size=5, placement="pfeiffer", adapter="fourth")
     with pytest.raises(ValueError, match="differ in kind, options or shapes"):
-        peft_jax.average_adapters(larger, {"first": 0.5, "fourth": 0.5}, of="weights")
-    both = peft_jax.reft(peft_jax.reft(params, KEY, adapter="a"), KEY, adapter="b")
+        average_adapters(larger, {"first": 0.5, "fourth": 0.5}, of="weights")
+    both = reft(reft(params, KEY, adapter="a"), KEY, adapter="b")
     with pytest.raises(ValueError, match="a fusion is of bottleneck adapters"):
-        peft_jax.fuse_adapters(both, KEY, ["a", "b"])
+        fuse_adapters(both, KEY, ["a", "b"])

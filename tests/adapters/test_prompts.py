@@ -9,19 +9,28 @@ import pytest
 import transformers
 
 import peft_jax
+from peft_jax.adapters import (
+    adaption_prompt,
+    cpt,
+    multitask_prompt_tuning,
+    p_tuning,
+    prefix_tuning,
+    prompt_tuning,
+    reft,
+    unipelt,
+)
+from peft_jax.core import Attachment
 from peft_jax.knowledge.hooks import feed_forward
 from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
 
 KEY = jax.random.key(0)
 METHODS = {
-    "prompt": lambda p: peft_jax.prompt_tuning(p, KEY, num_virtual_tokens=4, init="vocabulary"),
-    "prefix": lambda p: peft_jax.prefix_tuning(p, KEY, num_virtual_tokens=4),
-    "prefix_without_offset": lambda p: peft_jax.prefix_tuning(
-        p, KEY, num_virtual_tokens=4, offset=False
-    ),
-    "unipelt": lambda p: peft_jax.unipelt(p, KEY, rank=2, num_virtual_tokens=4, reduction_factor=8),
-    "adaption": lambda p: peft_jax.adaption_prompt(p, KEY, adapter_len=4),
-    "reft": lambda p: peft_jax.reft(p, KEY, rank=2, first=2, last=2),
+    "prompt": lambda p: prompt_tuning(p, KEY, num_virtual_tokens=4, init="vocabulary"),
+    "prefix": lambda p: prefix_tuning(p, KEY, num_virtual_tokens=4),
+    "prefix_without_offset": lambda p: prefix_tuning(p, KEY, num_virtual_tokens=4, offset=False),
+    "unipelt": lambda p: unipelt(p, KEY, rank=2, num_virtual_tokens=4, reduction_factor=8),
+    "adaption": lambda p: adaption_prompt(p, KEY, adapter_len=4),
+    "reft": lambda p: reft(p, KEY, rank=2, first=2, last=2),
 }
 TOKENS = random_tokens(2, 12)
 SIZES = dict(
@@ -69,9 +78,7 @@ def test_cached_decoding_is_as_the_whole_pass(case):
     model, params, run, method = case
     if method == "reft":
         params = perturb(
-            peft_jax.reft(
-                jax.tree.map(lambda x: x, peft_jax.merge(_base_of(params))), KEY, rank=2, first=2
-            )
+            reft(jax.tree.map(lambda x: x, peft_jax.merge(_base_of(params))), KEY, rank=2, first=2)
         )
     apply, whole = peft_jax.bind(model), run(params, TOKENS)
     cache = model.empty_cache(2, 20)
@@ -86,7 +93,7 @@ def _base_of(params):
     """The tree without what stands beside its modules."""
     if not isinstance(params, dict):
         return params
-    return {k: _base_of(x) for k, x in params.items() if not isinstance(x, peft_jax.Attachment)}
+    return {k: _base_of(x) for k, x in params.items() if not isinstance(x, Attachment)}
 
 
 def test_generation_continues_as_the_whole_pass(case):
@@ -130,7 +137,7 @@ def test_a_closed_gate_leaves_the_base(base):
             else x
         )
 
-    closed = jax.tree.map(close, gated, is_leaf=lambda x: isinstance(x, peft_jax.Attachment))
+    closed = jax.tree.map(close, gated, is_leaf=lambda x: isinstance(x, Attachment))
     assert relative_error(run(gated, TOKENS), run(params, TOKENS)) > 1e-2
     assert relative_error(run(closed, TOKENS), run(params, TOKENS)) < 1e-5
 
@@ -151,7 +158,7 @@ def test_local_layers_see_the_prefix_within_their_window(base):
 def test_prompts_start_from_text_and_from_the_vocabulary(base):
     _, params, _ = base
     table = params["model"]["embed_tokens"]["embedding"]
-    text = peft_jax.prompt_tuning(params, KEY, num_virtual_tokens=5, init="text", token_ids=[7, 8])
+    text = prompt_tuning(params, KEY, num_virtual_tokens=5, init="text", token_ids=[7, 8])
     np.testing.assert_array_equal(
         text["model"]["embed_tokens"]["tokens_default"].embeddings,
         table[jnp.asarray([7, 8, 7, 8, 7])],
@@ -163,7 +170,7 @@ def test_prompts_start_from_text_and_from_the_vocabulary(base):
 def test_tasks_of_a_multitask_prompt_go_by_row(base):
     model, params, run = base
     tree = perturb(
-        peft_jax.multitask_prompt_tuning(params, KEY, num_virtual_tokens=3, num_tasks=3), scale=0.3
+        multitask_prompt_tuning(params, KEY, num_virtual_tokens=3, num_tasks=3), scale=0.3
     )
     out = run(tree, TOKENS, adapter_ids=jnp.asarray([2, 0]))
     assert relative_error(out[:1], run(tree, TOKENS[:1], adapter_ids=jnp.asarray([2]))) < 1e-5
@@ -180,40 +187,40 @@ def test_tasks_of_a_multitask_prompt_go_by_row(base):
             lambda p: METHODS["prefix"](METHODS["prefix"](p)),
             "prefix 'default' already; give this one another name",
         ),
-        (lambda p: peft_jax.prompt_tuning(p, KEY, init="words"), "unknown init 'words'"),
+        (lambda p: prompt_tuning(p, KEY, init="words"), "unknown init 'words'"),
         (
-            lambda p: peft_jax.prompt_tuning(p, KEY, init="text", token_ids=[999]),
+            lambda p: prompt_tuning(p, KEY, init="text", token_ids=[999]),
             "token_ids must be ids below 96",
         ),
         (
-            lambda p: peft_jax.prompt_tuning(p, KEY, num_virtual_tokens=0),
+            lambda p: prompt_tuning(p, KEY, num_virtual_tokens=0),
             "num_virtual_tokens must be at least 1",
         ),
-        (lambda p: peft_jax.p_tuning(p, KEY, encoder="gru"), "unknown encoder 'gru'"),
+        (lambda p: p_tuning(p, KEY, encoder="gru"), "unknown encoder 'gru'"),
         (
-            lambda p: peft_jax.multitask_prompt_tuning(p, KEY, num_tasks=0),
+            lambda p: multitask_prompt_tuning(p, KEY, num_tasks=0),
             "num_tasks and num_ranks",
         ),
         (
-            lambda p: peft_jax.cpt(p, KEY, token_ids=[3, 4], token_types=[1]),
+            lambda p: cpt(p, KEY, token_ids=[3, 4], token_types=[1]),
             "1 token_types for 2 token_ids",
         ),
-        (lambda p: peft_jax.prefix_tuning(p, KEY, activation="rleu"), "Did you mean 'relu'"),
-        (lambda p: peft_jax.prefix_tuning(p, KEY, gating="sequence"), "unknown gating 'sequence'"),
-        (lambda p: peft_jax.prefix_tuning(p, KEY, targets="mlp"), "name no attention"),
+        (lambda p: prefix_tuning(p, KEY, activation="rleu"), "Did you mean 'relu'"),
+        (lambda p: prefix_tuning(p, KEY, gating="sequence"), "unknown gating 'sequence'"),
+        (lambda p: prefix_tuning(p, KEY, targets="mlp"), "name no attention"),
         (
-            lambda p: peft_jax.prefix_tuning({"embed": p["model"]["embed_tokens"]}, KEY),
+            lambda p: prefix_tuning({"embed": p["model"]["embed_tokens"]}, KEY),
             "no attention was found",
         ),
         (
-            lambda p: peft_jax.adaption_prompt(p, KEY, adapter_layers=9),
+            lambda p: adaption_prompt(p, KEY, adapter_layers=9),
             "between 1 and the 3 layers, got 9",
         ),
         (
-            lambda p: peft_jax.adaption_prompt(p["lm_head"], KEY),
+            lambda p: adaption_prompt(p["lm_head"], KEY),
             "attention with projections of keys and values",
         ),
-        (lambda p: peft_jax.prompt_tuning(p["lm_head"], KEY), "no token embedding"),
+        (lambda p: prompt_tuning(p["lm_head"], KEY), "no token embedding"),
     ],
 )
 def test_bad_requests_are_refused_by_name(base, make, message):
@@ -273,9 +280,7 @@ def test_first_and_last_are_tokens_and_no_virtual_ones(root, family, virtual):
     params, run = ended(family, root)
     last = 1 if family == "t5" else 2
     params = METHODS[virtual](params) if virtual != "none" else params
-    params = peft_jax.reft(
-        params, KEY, rank=2, first=2, last=3, targets=ENDS[family], layers=[last]
-    )
+    params = reft(params, KEY, rank=2, first=2, last=3, targets=ENDS[family], layers=[last])
     before = run(params)
     virtual_ones = before.shape[1] - 12  # T5's encoder keeps them
     moved = np.abs(np.asarray(run(_intervened(params)) - before)).max((0, 2)) > 1e-6
@@ -302,7 +307,7 @@ def test_a_generated_token_is_neither_first_nor_last(root, family):
     model, _ = peft_jax.load(root / family)
     apply = jax.jit(peft_jax.bind(model))
     edited = _intervened(
-        peft_jax.reft(params, KEY, rank=2, first=2, last=3, targets=ENDS[family], layers=[2])
+        reft(params, KEY, rank=2, first=2, last=3, targets=ENDS[family], layers=[2])
     )
     cache = model.empty_cache(2, 12)
     logits, cache = apply(edited, TOKENS[:, :6], cache=cache)

@@ -13,7 +13,10 @@ from click.testing import CliRunner
 
 import peft_jax
 from peft_jax.cli import USER_ERRORS, main
+from peft_jax.core import calibrate, places
 from peft_jax.core.options import ConfigError
+from peft_jax.pruning import sparsity_of
+from peft_jax.quantization import Quantized
 from peft_jax.recipes.config import describe, load_config, parse_config
 from peft_jax.recipes.run_config import to_dict
 from peft_jax.recipes.setup import set_up, subject_in
@@ -298,8 +301,8 @@ def test_training_over_a_quantized_base(options, tmp_path, method, quantized, me
         assert "fractional zero points" in str(error)
         return
     assert error is None
-    nodes = peft_jax.places(peft_jax.load(tmp_path / "run" / "model")[1]).values()
-    assert any(isinstance(w, peft_jax.Quantized) for w in nodes) == (merged == "codes")
+    nodes = places(peft_jax.load(tmp_path / "run" / "model")[1]).values()
+    assert any(isinstance(w, Quantized) for w in nodes) == (merged == "codes")
 
 
 def test_static_activations_are_calibrated_for_quantization_aware_training(options, tmp_path):
@@ -318,8 +321,8 @@ def test_static_activations_are_calibrated_for_quantization_aware_training(optio
     subject = subject_in(config, setup)
     batches = first_batches(subject, make_rows(subject, config.data.train), 8)
     where = {"targets": ["q_proj", "down_proj"], "statistic": "max_abs"}
-    largest = peft_jax.calibrate(peft_jax.bind(setup.model), setup.params, batches, **where)
-    found = peft_jax.places(peft_jax.load(tmp_path / "run" / "model")[1])
+    largest = calibrate(peft_jax.bind(setup.model), setup.params, batches, **where)
+    found = places(peft_jax.load(tmp_path / "run" / "model")[1])
     for path, x in largest.items():
         assert found[path].format.activations == "static"
         np.testing.assert_allclose(found[path].input_scale, x.max(-1) / 127.5, rtol=1e-5)
@@ -331,8 +334,8 @@ def test_quantize_shows_both_perplexities_and_writes_a_folder(options, tmp_path)
     assert error is None, out
     assert "before:" in out
     assert "bits a quantized weight" in out
-    nodes = peft_jax.places(peft_jax.load(tmp_path / "run" / "model")[1]).values()
-    assert any(isinstance(w, peft_jax.Quantized) for w in nodes)
+    nodes = places(peft_jax.load(tmp_path / "run" / "model")[1]).values()
+    assert any(isinstance(w, Quantized) for w in nodes)
     numbers = json.loads((tmp_path / "run" / "quantization.json").read_text())
     assert len(numbers["tokens"]) == 21
     assert len(set(numbers["tokens"].values())) == 1  # all tokens go through each dense weight
@@ -342,7 +345,7 @@ def test_quantize_shows_both_perplexities_and_writes_a_folder(options, tmp_path)
 
 def zeros_of(folder):
     """Mean share of zeros of the linear layers of a model folder."""
-    shares = peft_jax.sparsity_of(peft_jax.load(folder)[1])
+    shares = sparsity_of(peft_jax.load(folder)[1])
     return sum(s.mean() for s in shares.values()) / len(shares)
 
 

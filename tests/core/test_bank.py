@@ -6,6 +6,26 @@ import numpy as np
 import pytest
 
 import peft_jax
+from peft_jax.adapters import (
+    adaption_prompt,
+    bottleneck,
+    compacter,
+    ia3,
+    prefix_tuning,
+    prompt_tuning,
+    reft,
+)
+from peft_jax.core import (
+    bank,
+    bank_adapter,
+    clear_adapter,
+    layout_of,
+    places,
+    run_parallel,
+    select,
+    set_adapter,
+)
+from peft_jax.low_rank import dora
 from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
 from tests.third_party import VOCAB, linen_model, nnx_model
 
@@ -25,11 +45,9 @@ def setting(tmp_path_factory):
         )
         for i in range(SIZE)
     ]
-    banked = peft_jax.bank(
-        peft_jax.lora(params, jax.random.key(9), rank=SIZE, targets=TARGETS), SIZE
-    )
+    banked = bank(peft_jax.lora(params, jax.random.key(9), rank=SIZE, targets=TARGETS), SIZE)
     for i, tree in enumerate(trees):
-        banked = peft_jax.set_adapter(banked, i, tree)
+        banked = set_adapter(banked, i, tree)
     return model, params, trees, banked, tokens
 
 
@@ -40,7 +58,7 @@ def test_each_row_equals_its_adapter_alone(setting):
     for row, i in enumerate(IDS.tolist()):
         alone = apply(params if i < 0 else trees[i], tokens[row : row + 1])
         assert relative_error(out[row : row + 1], alone) < 1e-5
-    taken = peft_jax.bank_adapter(banked, 2)
+    taken = bank_adapter(banked, 2)
     assert relative_error(apply(taken, tokens), apply(trees[2], tokens)) < 1e-5
 
 
@@ -48,7 +66,7 @@ def test_replacing_an_adapter_compiles_nothing(setting):
     model, params, trees, banked, tokens = setting
     apply = jax.jit(peft_jax.bind(model))
     apply(banked, tokens, adapter_ids=IDS)
-    other = peft_jax.clear_adapter(peft_jax.set_adapter(banked, 0, trees[1]), 2)
+    other = clear_adapter(set_adapter(banked, 0, trees[1]), 2)
     out = apply(other, tokens, adapter_ids=IDS[::-1])
     assert apply._cache_size() == 1
     assert (
@@ -90,7 +108,7 @@ def test_a_step_trains_the_adapters_of_its_rows_alone(setting):
         jax.grad(lambda t: next_token(apply, peft_jax.combine(t, frozen), batch, None)[0])
     )(trainable)
     path = "model/layers/self_attn/q_proj/kernel"
-    size = jnp.abs(peft_jax.places(grads)[path].adapters.b).max((0, 2, 3))
+    size = jnp.abs(places(grads)[path].adapters.b).max((0, 2, 3))
     np.testing.assert_array_equal(size > 0, [True, False, True, True])
 
 
@@ -98,11 +116,11 @@ def test_a_step_trains_the_adapters_of_its_rows_alone(setting):
 def test_in_models_that_know_nothing_of_it(make):
     model, params = make()
     tokens = random_tokens(3, 8, vocab=VOCAB)
-    layout = peft_jax.layout_of(model, tokens)
-    targets = [p for p in peft_jax.select(params) if "conv" not in p]
+    layout = layout_of(model, tokens)
+    targets = [p for p in select(params) if "conv" not in p]
     lora = perturb(peft_jax.lora(params, jax.random.key(0), rank=2, targets=targets, layout=layout))
-    banked = peft_jax.bank(lora, 2)
-    banked = peft_jax.set_adapter(banked, 1, lora)
+    banked = bank(lora, 2)
+    banked = set_adapter(banked, 1, lora)
     apply = jax.jit(peft_jax.bind(model))
     out = apply(banked, tokens, adapter_ids=jnp.asarray([1, -1, 1]))
     assert relative_error(out[jnp.asarray([0, 2])], apply(lora, tokens)[jnp.asarray([0, 2])]) < 1e-5
@@ -114,33 +132,33 @@ def test_bad_requests_are_refused_by_name(setting):
     with pytest.raises(ValueError, match="needs apply"):
         peft_jax.bind(model)(banked, tokens)
     with pytest.raises(ValueError, match="index must lie between 0 and 3, got 4"):
-        peft_jax.set_adapter(banked, 4, trees[0])
+        set_adapter(banked, 4, trees[0])
     wide = peft_jax.lora(params, jax.random.key(0), rank=9, targets="q_proj")
     with pytest.raises(
         ValueError,
         match=r"an array \(3, 32, 9\) at model/layers/self_attn/q_proj/kernel, the bank .*resize",
     ):
-        peft_jax.set_adapter(banked, 0, wide)
+        set_adapter(banked, 0, wide)
     other = peft_jax.lora(params, jax.random.key(0), rank=2, targets="k_proj")
     with pytest.raises(ValueError, match="k_proj/kernel, which the bank lacks"):
-        peft_jax.set_adapter(banked, 0, other)
+        set_adapter(banked, 0, other)
     with pytest.raises(ValueError, match="no adapter named 'other'"):
-        peft_jax.set_adapter(banked, 0, trees[0], adapter="other")
+        set_adapter(banked, 0, trees[0], adapter="other")
     with pytest.raises(ValueError, match="is no one weight"):
         peft_jax.merge(banked)
 
 
 KINDS = {
     "lora": lambda p, k: peft_jax.lora(p, k, rank=2),
-    "dora": lambda p, k: peft_jax.dora(p, k, rank=2, targets=["q_proj", "down_proj"]),
-    "ia3": lambda p, k: peft_jax.ia3(p, k),
-    "bottleneck": lambda p, k: peft_jax.bottleneck(
+    "dora": lambda p, k: dora(p, k, rank=2, targets=["q_proj", "down_proj"]),
+    "ia3": lambda p, k: ia3(p, k),
+    "bottleneck": lambda p, k: bottleneck(
         p, k, size=3, init="bert", gating="token", ln_before=True
     ),
-    "reft": lambda p, k: peft_jax.reft(p, k, rank=2, first=2),
-    "prefix": lambda p, k: peft_jax.prefix_tuning(p, k, num_virtual_tokens=3),
-    "prompt": lambda p, k: peft_jax.prompt_tuning(p, k, num_virtual_tokens=3),
-    "adaption": lambda p, k: peft_jax.adaption_prompt(p, k, adapter_len=3),
+    "reft": lambda p, k: reft(p, k, rank=2, first=2),
+    "prefix": lambda p, k: prefix_tuning(p, k, num_virtual_tokens=3),
+    "prompt": lambda p, k: prompt_tuning(p, k, num_virtual_tokens=3),
+    "adaption": lambda p, k: adaption_prompt(p, k, adapter_len=3),
 }
 
 
@@ -149,9 +167,9 @@ def test_banks_of_every_kind(setting, kind):
     """Each row as alone, an adapter replaced without compiling, one taken out, rows generated."""
     model, params, _, _, tokens = setting
     trees = [perturb(KINDS[kind](params, jax.random.key(i)), seed=i, scale=0.3) for i in range(3)]
-    banked = peft_jax.bank(trees[0], 3)
+    banked = bank(trees[0], 3)
     for i in (1, 2):
-        banked = peft_jax.set_adapter(banked, i, trees[i])
+        banked = set_adapter(banked, i, trees[i])
     apply = jax.jit(peft_jax.bind(model))
     ids = jnp.asarray([2, 0, -1, 1, 0, 2], jnp.int32)
     out = apply(banked, tokens, adapter_ids=ids)
@@ -163,10 +181,10 @@ def test_banks_of_every_kind(setting, kind):
             < 1e-5
         )
     compiled = apply._cache_size()
-    swapped = apply(peft_jax.set_adapter(banked, 0, trees[2]), tokens, adapter_ids=ids)
+    swapped = apply(set_adapter(banked, 0, trees[2]), tokens, adapter_ids=ids)
     assert apply._cache_size() == compiled
     assert relative_error(swapped[1:2], apply(trees[2], tokens[1:2])) < 1e-5
-    taken = peft_jax.bank_adapter(banked, 1)
+    taken = bank_adapter(banked, 1)
     assert relative_error(apply(taken, tokens), apply(trees[1], tokens)) < 1e-5
     prompts = tokens[:2, :4].tolist()
     generated = peft_jax.generate(model, banked, prompts, max_tokens=3, adapter_ids=[1, 2])
@@ -178,39 +196,31 @@ def test_banks_of_every_kind(setting, kind):
 def test_the_same_rows_through_several_adapters(setting):
     model, _, trees, banked, tokens = setting
     apply = jax.jit(peft_jax.bind(model))
-    out = peft_jax.run_parallel(apply, banked, tokens, [3, 1])
+    out = run_parallel(apply, banked, tokens, [3, 1])
     assert out.shape[:2] == (2, ROWS)
     assert relative_error(out[1], apply(trees[1], tokens)) < 1e-5
 
 
 def test_what_a_bank_cannot_hold_is_refused(setting):
     _, params, _, _, _ = setting
-    shared = peft_jax.compacter(params, jax.random.key(0), size=4, dimension=2)
+    shared = compacter(params, jax.random.key(0), size=4, dimension=2)
     with pytest.raises(ValueError, match="shares arrays with other places"):
-        peft_jax.bank(shared, 2)
+        bank(shared, 2)
     with pytest.raises(ValueError, match="size must be at least 1"):
-        peft_jax.bank(shared, 0)
+        bank(shared, 0)
     with pytest.raises(ValueError, match="no adapter named 'x'"):
-        peft_jax.bank(shared, 2, adapter="x")
-    narrow = peft_jax.bank(peft_jax.bottleneck(params, jax.random.key(0), size=3), 2)
-    wide = peft_jax.bottleneck(params, jax.random.key(0), size=5)
+        bank(shared, 2, adapter="x")
+    narrow = bank(bottleneck(params, jax.random.key(0), size=3), 2)
+    wide = bottleneck(params, jax.random.key(0), size=5)
     with pytest.raises(ValueError, match="resize it first"):
-        peft_jax.set_adapter(narrow, 0, wide)
+        set_adapter(narrow, 0, wide)
     with pytest.raises(ValueError, match="activation='tanh', the bank 'swish'"):
-        peft_jax.set_adapter(
-            narrow, 0, peft_jax.bottleneck(params, jax.random.key(0), size=3, activation="tanh")
-        )
+        set_adapter(narrow, 0, bottleneck(params, jax.random.key(0), size=3, activation="tanh"))
     with pytest.raises(ValueError, match="other arrays than the bank's"):
-        peft_jax.set_adapter(
-            narrow, 0, peft_jax.bottleneck(params, jax.random.key(0), size=3, bias=False)
-        )
-    prefix = peft_jax.bank(
-        peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=4), 2
-    )
+        set_adapter(narrow, 0, bottleneck(params, jax.random.key(0), size=3, bias=False))
+    prefix = bank(prefix_tuning(params, jax.random.key(0), num_virtual_tokens=4), 2)
     with pytest.raises(ValueError, match="length=2, the bank 4"):
-        peft_jax.set_adapter(
-            prefix, 0, peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=2)
-        )
+        set_adapter(prefix, 0, prefix_tuning(params, jax.random.key(0), num_virtual_tokens=2))
 
 
 @pytest.mark.parametrize("method", ["lora", "bottleneck"])
@@ -224,7 +234,7 @@ def test_adapters_in_a_bank_drop_out_in_training(setting, method):
         getattr(peft_jax, method)(params, jax.random.key(0), dropout=0.5, **where), seed=0
     )
     apply = jax.jit(peft_jax.bind(model))
-    banked = peft_jax.bank(one, 2)
+    banked = bank(one, 2)
     twice = jnp.concatenate([tokens[:1], tokens[:1]])
     ids = jnp.asarray([1, 1])
     plain = apply(banked, twice, adapter_ids=ids)
@@ -238,9 +248,9 @@ def test_adapters_in_a_bank_drop_out_in_training(setting, method):
 
 def test_adapter_drop_reaches_a_bank(setting):
     model, params, _, _, tokens = setting
-    one = perturb(peft_jax.bottleneck(params, jax.random.key(0), drop_layers=3), seed=0)
+    one = perturb(bottleneck(params, jax.random.key(0), drop_layers=3), seed=0)
     apply = jax.jit(peft_jax.bind(model))
-    banked, ids = peft_jax.bank(one, 2), jnp.zeros(ROWS, jnp.int32)
+    banked, ids = bank(one, 2), jnp.zeros(ROWS, jnp.int32)
     for seed in range(3):
         key = jax.random.key(seed)
         assert (

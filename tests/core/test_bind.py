@@ -11,6 +11,18 @@ import pytest
 from flax import nnx
 
 import peft_jax
+from peft_jax.adapters import bottleneck
+from peft_jax.core import (
+    Attachment,
+    MissingRuleError,
+    count,
+    drop_adapters,
+    layout_of,
+    matmul,
+    nnx_params,
+    places,
+    register_rule,
+)
 from peft_jax.core.weight import Weight, static
 from tests.reference import perturb, relative_error
 from tests.third_party import Gate, LinenNormed, ListedModel, VisionModel, linen_model, nnx_model
@@ -40,7 +52,7 @@ def test_dense_computes_as_flax_does(dtype, bias):
 def test_precision_of_nnx_is_honoured():
     layer = nnx.Linear(4, 5, precision="highest", dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     x = jnp.ones((2, 4))
-    lora = peft_jax.lora(peft_jax.nnx_params(layer), jax.random.key(2), rank=2, targets="kernel")
+    lora = peft_jax.lora(nnx_params(layer), jax.random.key(2), rank=2, targets="kernel")
     assert peft_jax.bind(layer)(lora, x).dtype == jnp.bfloat16
     text = jax.make_jaxpr(lambda p: peft_jax.bind(layer)(p, x))(lora).pretty_print()
     assert text.count("HIGHEST") == 2 * text.count("dot_general")
@@ -58,7 +70,7 @@ def test_bound_equals_vanilla_without_nodes():
 
 def test_every_layer_of_a_linen_model_through_its_rule(caplog):
     model, params = linen_model()
-    layout = peft_jax.layout_of(model, TOKENS)
+    layout = layout_of(model, TOKENS)
     lora = small(params, layout=layout)
     apply = peft_jax.bind(model)
     with caplog.at_level(logging.WARNING, "peft_jax"):
@@ -74,7 +86,7 @@ def test_every_layer_of_a_linen_model_through_its_rule(caplog):
 
 def test_every_layer_of_an_nnx_model_through_its_rule(caplog):
     model, params = nnx_model()
-    lora = small(params, layout=peft_jax.layout_of(model))
+    lora = small(params, layout=layout_of(model))
     apply = peft_jax.bind(model, strict=True)
     out = apply(lora, TOKENS)
     assert relative_error(out, apply(peft_jax.merge(lora), TOKENS)) < 1e-5
@@ -86,16 +98,16 @@ def test_strict_makes_the_fallback_an_error_and_a_rule_mends_it(monkeypatch):
 
     monkeypatch.setattr(rules, "RULES", dict(rules.RULES))
     model, params = linen_model()
-    lora = small(params, layout=peft_jax.layout_of(model, TOKENS))
+    lora = small(params, layout=layout_of(model, TOKENS))
     with pytest.raises(
-        peft_jax.MissingRuleError, match=r"no rule for Gate.__call__ at blocks/gate: the weights w"
+        MissingRuleError, match=r"no rule for Gate.__call__ at blocks/gate: the weights w"
     ):
         peft_jax.bind(model, strict=True)(lora, TOKENS)
 
     def gate(module, params, x):
-        return x * nn.sigmoid(peft_jax.matmul(x, params["w"]))
+        return x * nn.sigmoid(matmul(x, params["w"]))
 
-    peft_jax.register_rule(Gate, gate)
+    register_rule(Gate, gate)
     out = peft_jax.bind(model, strict=True)(lora, TOKENS)
     assert relative_error(out, model.apply({"params": peft_jax.merge(lora)}, TOKENS)) < 1e-5
 
@@ -161,7 +173,7 @@ def test_vmapped_modules_map_over_the_node():
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Halve(peft_jax.Attachment):
+class Halve(Attachment):
     """Multiplies what comes out by `factor`, after adding `shift` to what goes in."""
 
     trainable = ("factor",)
@@ -181,7 +193,7 @@ def test_attachments_act_around_the_call(kind):
         params = layer.init(jax.random.key(0), x)["params"]
     else:
         layer = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-        params = peft_jax.nnx_params(layer)
+        params = nnx_params(layer)
     plain = peft_jax.bind(layer)(params, x + 1)
     tree = {**params, "a_halve": Halve(jnp.asarray(0.5), shift=1.0)}
     assert relative_error(peft_jax.bind(layer)(tree, x), plain / 2) < 1e-6
@@ -217,9 +229,9 @@ def test_dropout_is_off_without_rng_and_differs_by_layer_with_it():
 def test_dropout_masks_differ_between_stacked_layers():
     x = jnp.ones((4, 8))
     layers = {"kernel": jnp.stack([jnp.eye(8)] * 2)}
-    node = peft_jax.places(
-        peft_jax.lora(layers, jax.random.key(0), rank=2, targets="kernel", dropout=0.5)
-    )["kernel"]
+    node = places(peft_jax.lora(layers, jax.random.key(0), rank=2, targets="kernel", dropout=0.5))[
+        "kernel"
+    ]
     node = node.replace(b=jnp.ones_like(node.b), a=jnp.ones_like(node.a))
     from peft_jax.core.prepare import with_rng
 
@@ -235,7 +247,7 @@ def test_what_is_no_module_is_refused():
     with pytest.raises(TypeError, match="needs a Flax Linen or NNX module"):
         peft_jax.bind(lambda x: x)
     with pytest.raises(TypeError, match="needs a Flax Linen or NNX module class"):
-        peft_jax.register_rule(int, lambda: None)
+        register_rule(int, lambda: None)
 
 
 def test_weights_have_defaults_for_all_but_materialize():
@@ -259,7 +271,7 @@ def test_weights_have_defaults_for_all_but_materialize():
         )
         < 1e-6
     )
-    assert peft_jax.count(tree)[0] == 0
+    assert count(tree)[0] == 0
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
@@ -281,7 +293,7 @@ def test_an_attachment_at_a_subclass_acts_once(kind):
                 return 2 * super().__call__(x)
 
         layer = Scaled(4, 3, rngs=nnx.Rngs(0))
-        params = peft_jax.nnx_params(layer)
+        params = nnx_params(layer)
     apply = peft_jax.bind(layer)
     halved = apply({**params, "halve": Halve(jnp.asarray(0.5))}, x)
     assert relative_error(halved, apply(params, x) / 2) < 1e-6
@@ -289,7 +301,7 @@ def test_an_attachment_at_a_subclass_acts_once(kind):
 
 def listed(seed=0):
     model = ListedModel(nnx.Rngs(seed))
-    return model, peft_jax.nnx_params(model)
+    return model, nnx_params(model)
 
 
 def test_parameters_in_lists_and_in_values_are_those_of_the_tree():
@@ -302,7 +314,7 @@ def test_parameters_in_lists_and_in_values_are_those_of_the_tree():
             return x @ self.many[0] @ self.many[1] @ self.named["w"]
 
     model, x = Held(), jnp.ones((1, 2))
-    params = peft_jax.nnx_params(model)
+    params = nnx_params(model)
     apply = peft_jax.bind(model)
     assert relative_error(apply(jax.tree.map(lambda w: 2 * w, params), x), 8 * model(x)) < 1e-6
     lora = small(params)
@@ -325,21 +337,17 @@ def test_trees_of_an_nnx_model_may_be_states_or_have_numbers_as_text():
 
 def test_lists_of_modules_have_layers_with_numbers():
     _, params = listed()
-    tree = peft_jax.bottleneck(params, jax.random.key(0), size=3, targets="layers", layers=[1])
-    assert [p for p in peft_jax.places(tree) if "bottleneck" in p] == [
-        "layers/1/bottleneck_default"
-    ]
+    tree = bottleneck(params, jax.random.key(0), size=3, targets="layers", layers=[1])
+    assert [p for p in places(tree) if "bottleneck" in p] == ["layers/1/bottleneck_default"]
     lora = peft_jax.lora(params, jax.random.key(0), rank=2, targets="up", layers=[1])
-    assert [p for p, w in peft_jax.places(lora).items() if isinstance(w, Weight)] == [
-        "layers/1/up/kernel"
-    ]
-    back = peft_jax.drop_adapters(tree, ["default"])
+    assert [p for p, w in places(lora).items() if isinstance(w, Weight)] == ["layers/1/up/kernel"]
+    back = drop_adapters(tree, ["default"])
     assert jax.tree.structure(back) == jax.tree.structure(params)
 
 
 def test_an_adapter_in_a_list_is_saved_and_loaded(tmp_path):
     model, params = listed()
-    tree = perturb(peft_jax.bottleneck(params, jax.random.key(0), size=3, targets="layers"))
+    tree = perturb(bottleneck(params, jax.random.key(0), size=3, targets="layers"))
     peft_jax.save_adapter(tmp_path, tree)
     apply = peft_jax.bind(model)
     np.testing.assert_array_equal(
@@ -355,9 +363,7 @@ def test_compressed_weights_in_lists():
         peft_jax.quantize(params, "int8", targets=targets),
         peft_jax.prune(params, 0.5, targets=targets),
     ):
-        assert any(
-            isinstance(w, Weight) for p, w in peft_jax.places(tree).items() if p.startswith("mixes")
-        )
+        assert any(isinstance(w, Weight) for p, w in places(tree).items() if p.startswith("mixes"))
         assert relative_error(apply(tree, TOKENS), apply(peft_jax.merge(tree), TOKENS)) < 1e-5
 
 
@@ -377,7 +383,7 @@ def test_methods_beside_call_use_the_weights_of_their_module():
             return self.embedder.encode(ids)
 
     model = Whole(nnx.Rngs(0))
-    params = peft_jax.nnx_params(model)
+    params = nnx_params(model)
     lora = small(params)
     apply = peft_jax.bind(model)
     assert (
@@ -388,7 +394,7 @@ def test_methods_beside_call_use_the_weights_of_their_module():
         ValueError, match="embedder/bottleneck_default stands beside no module that has __call__"
     ):
         apply(
-            peft_jax.bottleneck(params, jax.random.key(0), size=2, targets="embedder", width=4),
+            bottleneck(params, jax.random.key(0), size=2, targets="embedder", width=4),
             jnp.arange(3),
         )
 
@@ -412,7 +418,7 @@ def test_batch_statistics_of_a_linen_model():
 def test_batch_statistics_and_dropout_of_an_nnx_model():
     model, twin = VisionModel(nnx.Rngs(0)), VisionModel(nnx.Rngs(0))
     images = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
-    params = peft_jax.nnx_params(model)
+    params = nnx_params(model)
     apply = peft_jax.bind(model)
     out, state = apply(params, images, mutable=nnx.BatchStat)
     assert relative_error(out, twin(images)) < 1e-6

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import peft_jax
+from peft_jax.core import calibrate, nnx_params
 from peft_jax.core.bind import Bound, bound_of
 from peft_jax.core.capture import capture, output_of
 from peft_jax.data import Rows
@@ -28,13 +29,13 @@ ONES = np.ones(TOKENS.shape, np.int32)
 def shifted():
     """(model, params, what the model makes of TOKENS by NumPy: hidden states and logits)."""
     model = ShiftedModel(nnx.Rngs(0))
-    w = jax.tree.map(np.asarray, peft_jax.nnx_params(model))
+    w = jax.tree.map(np.asarray, nnx_params(model))
 
     def expected(shift):
         hidden = w["embed"]["embedding"][TOKENS] + np.asarray(shift)
         return hidden, hidden @ w["head"]["kernel"] + w["head"]["bias"]
 
-    return model, peft_jax.nnx_params(model), expected
+    return model, nnx_params(model), expected
 
 
 def nll_of(logits):
@@ -63,7 +64,7 @@ def captured(model, apply, params):
 
 def calibrated(model, apply, params):
     options = {"statistic": "mean", "targets": ["head/kernel"]}
-    return peft_jax.calibrate(apply, params, [{"tokens": TOKENS}], **options)["head/kernel"]
+    return calibrate(apply, params, [{"tokens": TOKENS}], **options)["head/kernel"]
 
 
 def answered(model, apply, params):

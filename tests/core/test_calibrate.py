@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import peft_jax
+from peft_jax.core import gradients
 from peft_jax.core.calibrate import calibrate, capped
 from peft_jax.core.weight import materialize, matmul, ragged_matmul
 from peft_jax.pruning.importance import block_influence
@@ -156,7 +157,7 @@ def test_gradients_of_half_precision_are_added_up_in_float32(square):
         jnp.asarray(1.0 + np.random.default_rng(0).random((1000, 2, 2)), jnp.bfloat16)
     )
     params = {"kernel": jnp.zeros((2, 2), jnp.bfloat16)}
-    found = peft_jax.gradients(
+    found = gradients(
         lambda p, x: jnp.sum(materialize(p["kernel"]) * x), params, inputs, square=square
     )["kernel"]
     expected = (inputs.astype(np.float64) ** (2 if square else 1)).mean(0)

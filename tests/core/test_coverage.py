@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 import peft_jax
+from peft_jax.core import gradients, output_errors
 from peft_jax.core.calibrate import calibrate_all
 from peft_jax.core.coverage import Calibrated, ledger
 from peft_jax.core.weight import materialize, matmul, ragged_matmul
+from peft_jax.low_rank import factorize
+from peft_jax.pruning import allocate_sparsity, prune_in_turn
 from peft_jax.pruning.importance import importance
+from peft_jax.quantization import NF4, Int, allocate_bits, quantize_in_turn
 from tests.reference import family_checkpoint, random_tokens
 
 E, SEEN, IN, OUT, TOKENS = 8, 2, 32, 16, 48
@@ -54,7 +58,7 @@ def statistics(params):
         return (apply(p, batch["tokens"]) ** 2).mean()
 
     for name in ("gradient", "squared_gradient"):
-        values = peft_jax.gradients(loss, params, batches, square=name.startswith("squared"))
+        values = gradients(loss, params, batches, square=name.startswith("squared"))
         found[name] = Calibrated(values, found["covariance"].tokens)
     return found
 
@@ -73,11 +77,11 @@ def filled(statistics):
 
 
 def matrices(tree):
-    places = peft_jax.places(tree)
+    places = peft_jax.core.places(tree)
     return {path: np.asarray(materialize(places[path])) for path in (EXPERTS, USED, IDLE)}
 
 
-def quantized(rounding, format=peft_jax.Int(bits=3, block_size=8), **options):  # noqa: B008 - immutable
+def quantized(rounding, format=Int(bits=3, block_size=8), **options):  # noqa: B008 - immutable
     def run(p, s, rounding=rounding, **o):
         return matrices(peft_jax.quantize(p, format, rounding=rounding, statistics=s, **o))
 
@@ -107,14 +111,14 @@ def pruned(score, compare="matrix", **options):
 
 def factorized(whitening, name):
     def run(p, s):
-        return matrices(peft_jax.factorize(p, keep=0.5, statistics=s, whitening=whitening)[0])
+        return matrices(factorize(p, keep=0.5, statistics=s, whitening=whitening)[0])
 
     return lambda p, s: run(p, s["covariance"]), lambda p: run(p, None), name, "plain SVD"
 
 
 def adapted(init, statistic="covariance"):
     def run(p, s, init):
-        places = peft_jax.places(
+        places = peft_jax.core.places(
             peft_jax.lora(p, jax.random.key(7), rank=2, init=init, statistics=s)
         )
 
@@ -133,10 +137,10 @@ def adapted(init, statistic="covariance"):
 
 METHODS = {
     "gptq": quantized("gptq"),
-    "gptq_nf4": quantized("gptq", peft_jax.NF4(block_size=8, double=False)),
+    "gptq_nf4": quantized("gptq", NF4(block_size=8, double=False)),
     "gptq_order": quantized("gptq", activation_order="dynamic"),
-    "awq": quantized("awq", peft_jax.Int(bits=4, block_size=8, symmetric=False)),
-    "smoothquant": quantized("smoothquant", peft_jax.Int(bits=8)),
+    "awq": quantized("awq", Int(bits=4, block_size=8, symmetric=False)),
+    "smoothquant": quantized("smoothquant", Int(bits=8)),
     "wanda": pruned("wanda", "output"),
     "wanda_nm": pruned("wanda", "output", pattern="2:4"),
     "ria": pruned("ria"),
@@ -196,9 +200,9 @@ def test_eva_needs_as_many_tokens_as_its_rank(params, statistics):
 
 
 def test_budgets_weigh_what_calibration_does_not_reach_by_its_own_error(params, statistics, caplog):
-    formats = [peft_jax.Int(bits=2, block_size=8), peft_jax.Int(bits=8, block_size=8)]
+    formats = [Int(bits=2, block_size=8), Int(bits=8, block_size=8)]
     where = {"bits": 9.0, "targets": ["used", "idle"]}
-    chosen = peft_jax.allocate_bits(
+    chosen = allocate_bits(
         {**params, "idle": {"kernel": params["idle"]["kernel"] * 1e-3}},
         formats,
         statistics=statistics["covariance"],
@@ -208,7 +212,7 @@ def test_budgets_weigh_what_calibration_does_not_reach_by_its_own_error(params, 
     # bits.
     assert sorted(f.bits for f in chosen.values()) == [2, 8]
     assert "the budget of bits has no usable statistics of 1 of 2 matrices" in caplog.text
-    shares = peft_jax.allocate_sparsity(params, 0.5, "global", score="wanda", statistics=statistics)
+    shares = allocate_sparsity(params, 0.5, "global", score="wanda", statistics=statistics)
     assert (shares[EXPERTS][SEEN:] == 0.5).all()
     assert shares[IDLE] == 0.5
     assert not (shares[EXPERTS][:SEEN] == 0.5).any()
@@ -218,7 +222,7 @@ def test_budgets_weigh_what_calibration_does_not_reach_by_its_own_error(params, 
         EXPERTS: statistics["second_moment"][EXPERTS].at[SEEN:].set(1),
     }
     owl = [
-        peft_jax.allocate_sparsity(params, 0.5, "owl", statistics=s)
+        allocate_sparsity(params, 0.5, "owl", statistics=s)
         for s in (statistics, {"second_moment": sizes})
     ]
     for path in (EXPERTS, USED, IDLE):
@@ -230,7 +234,7 @@ def test_static_activations_that_are_not_known_are_scaled_for_each_token(
 ):
     def run(kind, s):
         return peft_jax.quantize(
-            params, peft_jax.Int(bits=8, activations=kind), targets=["used", "idle"], statistics=s
+            params, Int(bits=8, activations=kind), targets=["used", "idle"], statistics=s
         )
 
     static, dynamic = run("static", statistics), run("dynamic", None)
@@ -251,9 +255,7 @@ def test_methods_that_go_block_by_block_say_it_once(params, caplog):
         return apply(p["layers_0"], tokens) + apply(p["layers_1"], tokens)
 
     with ledger() as book:
-        peft_jax.quantize_in_turn(
-            both, layers, batches, peft_jax.Int(bits=4, block_size=8), rounding="gptq"
-        )
+        quantize_in_turn(both, layers, batches, Int(bits=4, block_size=8), rounding="gptq")
         assert not caplog.records
     (record,) = caplog.records
     assert "14 of 20 matrices" in record.getMessage()
@@ -261,9 +263,9 @@ def test_methods_that_go_block_by_block_say_it_once(params, caplog):
         f"layers_{i}/{path}" for i in range(2) for path in (EXPERTS, USED, IDLE)
     }
     caplog.clear()
-    peft_jax.prune_in_turn(both, layers, batches, 0.5, score="wanda")
+    prune_in_turn(both, layers, batches, 0.5, score="wanda")
     assert len(caplog.records) == 1
-    errors = peft_jax.output_errors(both, layers, layers, batches)
+    errors = output_errors(both, layers, layers, batches)
     np.testing.assert_array_equal(np.isnan(errors[f"layers_0/{EXPERTS}"]), np.arange(E) >= SEEN)
 
 

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 import peft_jax
+from peft_jax.adapters import prefix_tuning
+from peft_jax.core import select
 from peft_jax.core.in_turn import chain_of, in_turn
 from peft_jax.core.tree import map_places
 from peft_jax.models.decoder import layer_kinds
@@ -33,7 +35,7 @@ def base(request, tmp_path_factory):
 
 def statistics_in_turn(apply, params, batches, statistics=("covariance",), **options):
     """What each block's statistics are when every weight is halved in its turn."""
-    paths = [p for p in peft_jax.select(params, "all-linear") if not p.endswith("down_proj/kernel")]
+    paths = [p for p in select(params, "all-linear") if not p.endswith("down_proj/kernel")]
     found = {}
 
     def halve(tree, block, of):
@@ -75,7 +77,7 @@ def test_like_layers_share_their_programs(base):
 
 def test_what_acts_across_layers_keeps_the_model_whole(base):
     model, params = base
-    prompted = peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=2)
+    prompted = prefix_tuning(params, jax.random.key(0), num_virtual_tokens=2)
     assert chain_of(peft_jax.bind(model), prompted) is None
     stacked = model.clone(scan_layers=True)
     assert chain_of(peft_jax.bind(stacked), params) is None

@@ -11,7 +11,7 @@ import transformers as tr
 from jax.sharding import PartitionSpec as P
 
 import peft_jax
-from peft_jax.core import sharding
+from peft_jax.core import layout_of, places, select, sharding
 from peft_jax.core.roles import REGISTERED, register_roles, roles_from
 from peft_jax.core.sharding import layer_counts, make_mesh, shardings
 from peft_jax.models.blocks import abstract_params
@@ -69,15 +69,15 @@ def test_families_lie_where_they_ever_lay(name):
         tree = abstract_params(family.module(family.config(config), task=task, **looped))
         for axes in MESHES:
             mesh = make_mesh(axes)
-            found = peft_jax.places(shardings(tree, mesh))
+            found = places(shardings(tree, mesh))
             assert {p: s.spec for p, s in found.items()} == {
-                p: spec_ever(p, w.shape, mesh) for p, w in peft_jax.places(tree).items()
+                p: spec_ever(p, w.shape, mesh) for p, w in places(tree).items()
             }
 
 
 def splits(params):
     """path -> whether the array there is split over devices."""
-    return {p: not x.sharding.is_fully_replicated for p, x in peft_jax.places(params).items()}
+    return {p: not x.sharding.is_fully_replicated for p, x in places(params).items()}
 
 
 @pytest.fixture(params=["linen", "nnx"])
@@ -85,7 +85,7 @@ def stranger(request):
     """A third-party model, its parameters and the layout of its weights."""
     model, params = third_party.linen_model() if request.param == "linen" else nnx_model()
     tokens = random_tokens(8, 4, vocab=third_party.VOCAB)
-    layout = peft_jax.layout_of(model, tokens)
+    layout = layout_of(model, tokens)
     return model, params, layout, tokens
 
 
@@ -94,7 +94,7 @@ def test_models_without_roles_are_split_by_their_largest_axis(stranger, caplog):
     apply, mesh = peft_jax.bind(model), make_mesh({"fsdp": 8})
     placed = peft_jax.shard(params, mesh)
     found = splits(placed)
-    for path, x in peft_jax.places(params).items():
+    for path, x in places(params).items():
         stacked = int(path.startswith("blocks"))
         assert found[path] == (x.ndim - stacked > 1 and not path.endswith(("bias", "scale"))), path
         assert not stacked or placed_axis(placed, path) != 0
@@ -119,7 +119,7 @@ def test_models_without_roles_are_split_by_their_largest_axis(stranger, caplog):
 
 def placed_axis(params, path):
     """The axis of the array at `path` that is split, None where none is."""
-    spec = peft_jax.places(params)[path].sharding.spec
+    spec = places(params)[path].sharding.spec
     return next((i for i, axis in enumerate(spec) if axis is not None), None)
 
 
@@ -129,7 +129,7 @@ def test_a_stack_of_any_name_is_not_split_along_its_layers():
     counts = layer_counts(tree)
     assert counts["pile/up/kernel"] == counts["pile/norm/weight"] == 1
     assert counts["one/up/kernel"] == 0
-    found = peft_jax.places(shardings(tree, make_mesh({"fsdp": 8})))
+    found = places(shardings(tree, make_mesh({"fsdp": 8})))
     assert found["pile/up/kernel"].spec == P(None, None, "fsdp")
     assert found["pile/norm/weight"].is_fully_replicated
     assert found["one/up/kernel"].spec == P("fsdp", None)
@@ -202,14 +202,14 @@ def test_roles_of_a_model_of_ones_own(monkeypatch):
         register_roles(roles)
     roles = dataclasses.replace(roles, head=())
     assert register_roles(roles) is register_roles(dataclasses.replace(roles)) is roles
-    found = {p: s.spec for p, s in peft_jax.places(shardings(tree, mesh)).items()}
+    found = {p: s.spec for p, s in places(shardings(tree, mesh)).items()}
     assert found == {
         "pile/mix/inward/kernel": P(None, "fsdp", "tensor"),
         "pile/mix/inward/bias": P(None, "tensor"),
         "pile/mix/outward/kernel": P(None, "tensor", "fsdp"),
         "pile/mix/odd/w": P(None, None, "tensor"),
     }
-    assert peft_jax.select(tree, "pile.1.mix.outward") == ["pile/mix/outward/kernel"]
+    assert select(tree, "pile.1.mix.outward") == ["pile/mix/outward/kernel"]
     with pytest.raises(ValueError, match=r"unknown role 'dwon'\. Did you mean 'down'"):
         roles_from("other", {"dwon": ["x"]})
 
@@ -221,7 +221,7 @@ def test_the_guides_example_runs(monkeypatch):
     mix = {name: {"kernel": zeros(16, 16)} for name in ("inward", "outward", "gate")}
     names = {"params": {"mix": mix}}
     exec(compile(code, "guide.md", "exec"), names)
-    found = {p: x.sharding.spec for p, x in peft_jax.places(names["params"]).items()}
+    found = {p: x.sharding.spec for p, x in places(names["params"]).items()}
     assert found == {
         "mix/inward/kernel": P("fsdp", "tensor"),
         "mix/outward/kernel": P("tensor", "fsdp"),

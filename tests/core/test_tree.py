@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import peft_jax
+from peft_jax.adapters import compacter, prefix_tuning
+from peft_jax.core import adapter_names, count, drop_adapters, freeze, full, places, select, unmerge
 from peft_jax.core.partition import trainable_mask
 from peft_jax.core.select import matches
 from tests.reference import family_checkpoint
@@ -45,7 +47,7 @@ UP = "model/layers/mlp/up_proj/kernel"
     ],
 )
 def test_selection(targets, exclude, expected):
-    assert set(peft_jax.select(TREE, targets, exclude)) == expected
+    assert set(select(TREE, targets, exclude)) == expected
 
 
 def test_selection_that_finds_nothing_names_the_nearest():
@@ -53,11 +55,11 @@ def test_selection_that_finds_nothing_names_the_nearest():
         ValueError,
         match=r"target 'q_porj' matches nothing. Did you mean 'q_proj'\? Modules here: .*up_proj",
     ):
-        peft_jax.select(TREE, ["q_porj"])
+        select(TREE, ["q_porj"])
     with pytest.raises(ValueError, match=r"exclude 'nothing' matches nothing"):
-        peft_jax.select(TREE, "all-linear", "nothing")
+        select(TREE, "all-linear", "nothing")
     with pytest.raises(ValueError, match=r"leave no place"):
-        peft_jax.select(TREE, "q_proj", "q_proj")
+        select(TREE, "q_proj", "q_proj")
     assert not matches(Q, "proj")
 
 
@@ -77,13 +79,13 @@ def test_partition_has_holes_and_combine_fills_them():
     assert len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen)) == len(
         jax.tree.leaves(params)
     )
-    assert peft_jax.count(params) == (48, sum(x.size for x in jax.tree.leaves(TREE)))
+    assert count(params) == (48, sum(x.size for x in jax.tree.leaves(TREE)))
 
 
 def test_nested_nodes_train_unless_frozen():
     once = peft_jax.lora(TREE, jax.random.key(0), rank=2, targets="q_proj", adapter="first")
     twice = peft_jax.lora(
-        peft_jax.freeze(once), jax.random.key(1), rank=3, targets="q_proj", adapter="second"
+        freeze(once), jax.random.key(1), rank=3, targets="q_proj", adapter="second"
     )
     node = trainable_mask(twice)["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
     assert (node.a, node.base.a, node.base.base) == (True, False, False)
@@ -94,8 +96,8 @@ def test_nested_nodes_train_unless_frozen():
 
 
 def test_full_trains_arrays_and_merges_to_them():
-    params = peft_jax.full(TREE, targets=["*"], exclude="embed_tokens")
-    trained, total = peft_jax.count(params)
+    params = full(TREE, targets=["*"], exclude="embed_tokens")
+    trained, total = count(params)
     assert total - trained == 28
     chex.assert_trees_all_equal(peft_jax.merge(params), TREE)
 
@@ -104,7 +106,7 @@ def test_unmerge_restores():
     params = peft_jax.lora(TREE, jax.random.key(0), rank=2)
     params = jax.tree.map(lambda x: x + 0.25, params)
     merged = peft_jax.merge(params)
-    chex.assert_trees_all_close(peft_jax.unmerge(merged, params), params, rtol=1e-6)
+    chex.assert_trees_all_close(unmerge(merged, params), params, rtol=1e-6)
 
 
 def test_ranks_and_alphas_by_pattern():
@@ -117,7 +119,7 @@ def test_ranks_and_alphas_by_pattern():
         alpha_pattern={"self_attn.q_proj": 1},
         rslora=True,
     )
-    nodes = peft_jax.places(params)
+    nodes = places(params)
     assert {
         p: (n.rank, round(float(n.scale[0]), 4)) for p, n in nodes.items() if p in (Q, O, UP)
     } == {
@@ -151,11 +153,11 @@ def test_boxed_parameters_name_the_remedy():
     import flax.linen as nn
 
     with pytest.raises(ValueError, match=r"w is boxed .*call flax.linen.meta.unbox first"):
-        peft_jax.places({"w": nn.Partitioned(jnp.ones(3), names=("x",))})
+        places({"w": nn.Partitioned(jnp.ones(3), names=("x",))})
 
 
 def test_initialisation_is_pefts():
-    node = peft_jax.places(
+    node = places(
         peft_jax.lora({"kernel": jnp.ones((400, 30))}, jax.random.key(0), rank=50, targets="kernel")
     )["kernel"]
     a = np.asarray(node.a)
@@ -171,18 +173,18 @@ def test_adapters_are_listed_and_dropped_by_name(tmp_path):
     folder, _, _ = family_checkpoint("llama2", tmp_path)
     _, params = peft_jax.load(folder)
     tree = peft_jax.lora(params, jax.random.key(0), rank=2, adapter="a")
-    tree = peft_jax.compacter(
+    tree = compacter(
         tree, jax.random.key(0), size=4, dimension=2, placement="pfeiffer", adapter="b"
     )
-    tree = peft_jax.prefix_tuning(
+    tree = prefix_tuning(
         tree, jax.random.key(0), num_virtual_tokens=2, projection=True, adapter="c"
     )
-    assert set(peft_jax.adapter_names(tree)) == {"a", "b", "c"}
-    left = peft_jax.drop_adapters(tree, ["b", "c"])
-    assert peft_jax.adapter_names(left) == ["a"]
-    assert jax.tree.structure(peft_jax.drop_adapters(left, ["a"])) == jax.tree.structure(params)
+    assert set(adapter_names(tree)) == {"a", "b", "c"}
+    left = drop_adapters(tree, ["b", "c"])
+    assert adapter_names(left) == ["a"]
+    assert jax.tree.structure(drop_adapters(left, ["a"])) == jax.tree.structure(params)
     with pytest.raises(ValueError, match="there is no adapter 'd'"):
-        peft_jax.drop_adapters(tree, ["d"])
+        drop_adapters(tree, ["d"])
 
 
 def test_freezing_what_is_not_there_is_refused():
@@ -190,8 +192,8 @@ def test_freezing_what_is_not_there_is_refused():
         {"a": {"q_proj": {"kernel": jnp.ones((4, 4))}}}, jax.random.key(0), rank=2, targets="q_proj"
     )
     with pytest.raises(ValueError, match="freeze 'k_proj' matches nothing"):
-        peft_jax.freeze(params, "k_proj")
-    assert not jax.tree.leaves(peft_jax.partition(peft_jax.freeze(params, "q_proj"))[0])
+        freeze(params, "k_proj")
+    assert not jax.tree.leaves(peft_jax.partition(freeze(params, "q_proj"))[0])
 
 
 def test_a_target_that_is_the_embedding_says_so():
@@ -205,7 +207,7 @@ def test_a_target_that_is_the_embedding_says_so():
         ValueError,
         match=r"The head is the embedding; peft_jax\.untie\(params\) gives it one of its own",
     ):
-        peft_jax.select(params, "lm_head")
+        select(params, "lm_head")
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -225,9 +227,9 @@ def test_biases_and_whole_modules_are_their_adapters(bias):
             adapter=name,
         )
 
-    both = jax.tree.map(lambda x: x, make(peft_jax.freeze(make(TREE, "a")), "b"))
-    assert peft_jax.adapter_names(both) == ["b", "a"]
-    chex.assert_trees_all_equal(peft_jax.drop_adapters(both, ["b", "a"]), TREE)
+    both = jax.tree.map(lambda x: x, make(freeze(make(TREE, "a")), "b"))
+    assert adapter_names(both) == ["b", "a"]
+    chex.assert_trees_all_equal(drop_adapters(both, ["b", "a"]), TREE)
     with pytest.raises(ValueError, match="has LoRA 'b' already; give this one another name"):
         make(both, "b")
 
@@ -237,7 +239,5 @@ def test_one_layer_of_a_stack_trains_whole():
         TREE, jax.random.key(0), rank=2, targets="q_proj", modules_to_save=["layers.1.mlp.up_proj"]
     )
     changed = jax.tree.map(lambda x: x + 1, peft_jax.partition(params)[0])
-    merged = peft_jax.places(
-        peft_jax.merge(peft_jax.combine(changed, peft_jax.partition(params)[1]))
-    )[UP]
-    np.testing.assert_array_equal(np.asarray(merged - peft_jax.places(TREE)[UP])[:, 0, 0], [0, 1])
+    merged = places(peft_jax.merge(peft_jax.combine(changed, peft_jax.partition(params)[1])))[UP]
+    np.testing.assert_array_equal(np.asarray(merged - places(TREE)[UP])[:, 0, 0], [0, 1])

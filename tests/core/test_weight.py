@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import peft_jax
+from peft_jax.core import einsum, matmul, take
 from peft_jax.core.weight import from_matrix, to_matrix
 from peft_jax.low_rank.lora import LoRA
 from tests.reference import relative_error
@@ -50,8 +51,8 @@ def test_einsum_equals_dense(equation, x_shape, w_shape, in_axes, out_axes):
     w = lora_over(w_shape, in_axes, out_axes)
     x = jax.random.normal(jax.random.key(3), x_shape)
     expected = np.einsum(equation, np.asarray(x), np.asarray(w.materialize()))
-    assert relative_error(peft_jax.einsum(equation, x, w), expected) < 1e-5
-    assert relative_error(peft_jax.einsum(equation, x, w.materialize()), expected) < 1e-5
+    assert relative_error(einsum(equation, x, w), expected) < 1e-5
+    assert relative_error(einsum(equation, x, w.materialize()), expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -70,10 +71,9 @@ def test_take_and_attend_use_the_same_weight():
     w = lora_over((7, 4), (-2,), (-1,))
     ids, x = jnp.asarray([[1, 6], [0, 3]]), jax.random.normal(jax.random.key(3), (2, 4))
     full = np.asarray(w.materialize())
-    assert relative_error(peft_jax.take(w, ids), full[np.asarray(ids)]) < 1e-5
+    assert relative_error(take(w, ids), full[np.asarray(ids)]) < 1e-5
     assert (
-        relative_error(peft_jax.matmul(x, w, in_axes=(-1,), out_axes=(-2,)), np.asarray(x) @ full.T)
-        < 1e-5
+        relative_error(matmul(x, w, in_axes=(-1,), out_axes=(-2,)), np.asarray(x) @ full.T) < 1e-5
     )
 
 
@@ -85,15 +85,15 @@ def test_two_adapters_at_once():
     both = both.replace(b=jax.random.normal(jax.random.key(6), both.b.shape))
     x = jax.random.normal(jax.random.key(3), (2, 4))
     assert isinstance(both.base, LoRA)
-    assert relative_error(peft_jax.matmul(x, both), x @ both.materialize()) < 1e-5
+    assert relative_error(matmul(x, both), x @ both.materialize()) < 1e-5
 
 
 def test_wrong_axes_name_the_remedy():
     w = lora_over((4, 2, 5), (-2,), (-1,))  # made as a stack of [2, 5] matrices
-    with pytest.raises(ValueError, match=r"pass layout=peft_jax.layout_of"):
-        peft_jax.matmul(jnp.ones((3, 4)), w, in_axes=(-3,), out_axes=(-2, -1))
+    with pytest.raises(ValueError, match=r"pass layout=peft_jax.core.layout_of"):
+        matmul(jnp.ones((3, 4)), w, in_axes=(-3,), out_axes=(-2, -1))
     with pytest.raises(ValueError, match=r"1 input and 1 output axes"):
-        peft_jax.matmul(jnp.ones((3, 4)), w)
+        matmul(jnp.ones((3, 4)), w)
 
 
 def test_merge_keeps_the_base_dtype():

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 import peft_jax
+from peft_jax.adapters import reft
+from peft_jax.core import places
 from peft_jax.core.placing import find_modules
 from peft_jax.core.where import REQUIRED, Option, Selection, Where, options_of
+from peft_jax.low_rank import LoRA, boft
 from peft_jax.methods import METHODS
 
 TREE = {
@@ -66,7 +69,7 @@ def test_the_message_names_own_options_too():
     with pytest.raises(TypeError, match=r"lora\(\) has no option 'rnak'. Did you mean 'rank'\?"):
         peft_jax.lora(TREE, KEY, rnak=4)
     with pytest.raises(TypeError, match=r"boft\(\) has no option 'bias'"):
-        peft_jax.boft(TREE, KEY, bias="all")
+        boft(TREE, KEY, bias="all")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -94,13 +97,13 @@ def test_one_grammar_for_weights_and_modules(where):
     def gate(x):
         return None if x.gate is None else x.gate.tolist()
 
-    weights = peft_jax.places(peft_jax.lora(TREE, KEY, rank=1, **where))
-    found = {p: gate(w) for p, w in weights.items() if isinstance(w, peft_jax.LoRA)}
+    weights = places(peft_jax.lora(TREE, KEY, rank=1, **where))
+    found = {p: gate(w) for p, w in weights.items() if isinstance(w, LoRA)}
     assert found == {f"{m.path}/kernel": gate(m) for m in find_modules(TREE, **where)}
     assert found
 
 
-@pytest.mark.parametrize("call", [peft_jax.lora, peft_jax.reft], ids=["weights", "modules"])
+@pytest.mark.parametrize("call", [peft_jax.lora, reft], ids=["weights", "modules"])
 def test_wrong_targets_are_refused_by_the_nearest_name(call):
     with pytest.raises(ValueError, match=r"'up_porj' matches no\w*.*Did you mean 'up_proj'\?"):
         call(TREE, KEY, targets="up_porj", rank=1)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from flax import nnx
 
 import peft_jax
+from peft_jax.core import materialize, nnx_params
 from peft_jax.core.capture import capture, input_of, output_of
 from peft_jax.distillation.hidden import (
     States,
@@ -21,6 +22,7 @@ from peft_jax.distillation.hidden import (
     squared,
     visible_tokens,
 )
+from peft_jax.models import unstack_layers
 from tests.reference import relative_error
 from tests.third_party import linen_model
 
@@ -97,7 +99,7 @@ def test_captured_states_are_transformers(looped, tiny_folder):
 
     model, params = peft_jax.load(tiny_folder)
     if looped:
-        model, params = model.clone(scan_layers=False), peft_jax.unstack_layers(params)
+        model, params = model.clone(scan_layers=False), unstack_layers(params)
     tokens = np.arange(10).reshape(2, 5) + 7
     wanted = places_of(params, {"hidden", "query"}, embedded=True)
     logits, found = jax.jit(capture(peft_jax.bind(model), wanted))(params, tokens)
@@ -144,7 +146,7 @@ def test_a_linen_model_of_anyones_is_looked_into():
     )
     out, found = capture(apply, {"x": input_of("out"), "y": output_of("out")})(params, tokens)
     np.testing.assert_array_equal(out, apply(params, tokens))
-    expected = found["x"] @ peft_jax.materialize(params["out"]["kernel"]) + params["out"]["bias"]
+    expected = found["x"] @ materialize(params["out"]["kernel"]) + params["out"]["bias"]
     assert relative_error(found["y"], expected) < 1e-5
     with pytest.raises(
         ValueError,
@@ -155,7 +157,7 @@ def test_a_linen_model_of_anyones_is_looked_into():
 
 def test_an_nnx_model_of_anyones_is_looked_into():
     model = Loop(nnx.Rngs(0))
-    params, apply = updated(peft_jax.nnx_params(model), ["layers/1"]), peft_jax.bind(model)
+    params, apply = updated(nnx_params(model), ["layers/1"]), peft_jax.bind(model)
     x = np.ones((2, 6), np.float32)
     out, found = jax.jit(capture(apply, {"x": input_of("layers"), "y": output_of("layers")}))(
         params, x
@@ -165,8 +167,6 @@ def test_an_nnx_model_of_anyones_is_looked_into():
     for i in range(2):
         own = params["layers"][i]
         assert (
-            relative_error(
-                found["y"][i], found["x"][i] @ peft_jax.materialize(own["kernel"]) + own["bias"]
-            )
+            relative_error(found["y"][i], found["x"][i] @ materialize(own["kernel"]) + own["bias"])
             < 1e-5
         )

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import peft_jax
+from peft_jax.core import full, places
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.data import batch_at
 from peft_jax.distillation.divergence import log_probabilities, make_divergence, reverse_kl
@@ -24,6 +25,7 @@ from peft_jax.distillation.objective import (
     distillation,
     of_student,
 )
+from peft_jax.models import unstack_layers
 from peft_jax.objectives.tokens import TOKENS, next_token
 from peft_jax.pruning.students import take_layers
 from peft_jax.training.config import TrainConfig
@@ -42,7 +44,7 @@ def setup(tiny_folder):
     rng = np.random.default_rng(0)
     teacher = jax.tree.map(lambda w: w + 0.05 * rng.normal(size=w.shape).astype(w.dtype), params)
     small, student = take_layers(model, params, 1)
-    return model, teacher, small, peft_jax.full(student), tiny_rows(16, 16)
+    return model, teacher, small, full(student), tiny_rows(16, 16)
 
 
 def objective_of(setup, **options):
@@ -81,7 +83,7 @@ def test_the_loss_is_the_mean_divergence_and_the_datas_own(setup, chunk):
     assert relative_error(loss, 0.7 * 4.0 * expected + 0.4 * data) < 1e-5
     assert relative_error(metrics["data_loss"], data) < 1e-5
     trainable, frozen = peft_jax.partition(tree)
-    assert {p.split("/")[0] for p in peft_jax.places(trainable)} == {"student"}
+    assert {p.split("/")[0] for p in places(trainable)} == {"student"}
 
     def whole(t):  # the formula on whole logits
         inputs = {n: batch[n] for n in ("positions", "segment_ids")}
@@ -160,7 +162,7 @@ def test_the_base_teaches_its_adapter_without_a_copy(setup):
     base = sum(x.nbytes for x in jax.tree.leaves(params))
     assert base <= held < 1.3 * base
     with pytest.raises(ValueError, match=r"the base cannot be the teacher while .* of it trains"):
-        beside_teachers(peft_jax.full(params), [None])
+        beside_teachers(full(params), [None])
 
 
 def test_a_teacher_costs_no_activations_of_its_own(setup):
@@ -204,7 +206,7 @@ TERMS = [
 def test_features_are_terms_of_the_loss(setup, looped):
     model, teacher, small, student, rows = setup
     if looped:
-        small, student = small.clone(scan_layers=False), peft_jax.unstack_layers(student)
+        small, student = small.clone(scan_layers=False), unstack_layers(student)
     batch = batch_at(rows, 0, 8, seed=0)
     apply = peft_jax.bind(small)
     tree = beside_teachers(student, [teacher], TERMS, (32, [32]))
@@ -215,7 +217,7 @@ def test_features_are_terms_of_the_loss(setup, looped):
     plain, _ = objective_of(setup)(apply, tree, batch, None)
     assert relative_error(loss, plain + sum(t.weight * metrics[t.name] for t in TERMS)) < 1e-5
     assert all(float(metrics[t.name]) > 0 for t in TERMS)
-    itself = beside_teachers(peft_jax.full(teacher), [teacher], TERMS)
+    itself = beside_teachers(full(teacher), [teacher], TERMS)
     _, none = objective_of(setup, features=[t._replace(layers=None) for t in TERMS])(
         peft_jax.bind(model), itself, batch, None
     )
@@ -229,9 +231,9 @@ def test_projections_make_widths_comparable_and_train(setup, tiny_folder):
     model, teacher, *_, rows = setup
     narrow, params = load_fresh(tiny_folder, config={"hidden_size": 16, "num_hidden_layers": 1})
     terms = [FeatureTerm("squared")]
-    tree = beside_teachers(peft_jax.full(params), [teacher], terms, (16, [32]))
+    tree = beside_teachers(full(params), [teacher], terms, (16, [32]))
     trainable, frozen = peft_jax.partition(tree)
-    assert peft_jax.places(trainable["projections"])["squared_0"].value.shape == (16, 32)
+    assert places(trainable["projections"])["squared_0"].value.shape == (16, 32)
     objective = objective_of(setup, features=terms)
     batch = batch_at(rows, 0, 8, seed=0)
     grads = jax.grad(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import peft_jax
+from peft_jax.adapters import bottleneck
 from tests.reference import perturb, relative_error
 
 FIXTURES = Path(__file__).parents[1] / "data" / "adapterhub"
@@ -54,10 +55,10 @@ def test_what_we_write_reads_back(base, name, tmp_path):
 
 def test_a_fresh_adapter_is_written_in_their_format_where_it_fits(base, tmp_path):
     _, params = base
-    fresh = perturb(peft_jax.bottleneck(params, jax.random.key(0), placement="parallel", size=4))
+    fresh = perturb(bottleneck(params, jax.random.key(0), placement="parallel", size=4))
     peft_jax.save_adapter(tmp_path / "a", fresh)
     assert (tmp_path / "a" / "adapter.safetensors").exists()
-    odd = perturb(peft_jax.bottleneck(params, jax.random.key(0), placement="parallel_mlp", size=4))
+    odd = perturb(bottleneck(params, jax.random.key(0), placement="parallel_mlp", size=4))
     peft_jax.save_adapter(tmp_path / "b", odd)
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["format"] == "peft_jax"
     with pytest.raises(

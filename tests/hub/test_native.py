@@ -11,11 +11,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import peft_jax
+from peft_jax.adapters import compacter, ln_tuning, prompt_tuning, reft
 from peft_jax.core.attachment import Attachment, attach
 from peft_jax.core.nodes import register_node
 from peft_jax.core.reparametrised import Additive, node
 from peft_jax.core.tree import map_places
 from peft_jax.core.weight import Node, static
+from peft_jax.low_rank import dora, vera
 from peft_jax.low_rank.lora import LoRA
 from peft_jax.models.layers import unstack_layers
 from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
@@ -29,12 +31,12 @@ def setting(tmp_path_factory):
     """(model, params, run, a mixture of methods under one name, its folder)."""
     folder, _, _ = family_checkpoint("llama2", tmp_path_factory.mktemp("base"))
     model, params = peft_jax.load(folder)
-    tree = peft_jax.dora(params, KEY, rank=2, targets="q_proj")
-    tree = peft_jax.vera(tree, KEY, rank=4, targets=["gate_proj", "up_proj"])
-    tree = peft_jax.compacter(tree, KEY, size=4, dimension=2, layers=[0, 2])
-    tree = peft_jax.prompt_tuning(tree, KEY, num_virtual_tokens=2)
-    tree = peft_jax.reft(tree, KEY, rank=2)
-    tree = perturb(peft_jax.ln_tuning(tree, targets="*/norm"))
+    tree = dora(params, KEY, rank=2, targets="q_proj")
+    tree = vera(tree, KEY, rank=4, targets=["gate_proj", "up_proj"])
+    tree = compacter(tree, KEY, size=4, dimension=2, layers=[0, 2])
+    tree = prompt_tuning(tree, KEY, num_virtual_tokens=2)
+    tree = reft(tree, KEY, rank=2)
+    tree = perturb(ln_tuning(tree, targets="*/norm"))
     peft_jax.save_adapter(tmp_path_factory.mktemp("out") / "a", tree)
     return (
         model,
@@ -59,7 +61,7 @@ def test_a_mixture_comes_back_stacked_and_looped(setting):
         < 1e-5
     )
     assert peft_jax.partition(back)[0] is not None
-    assert peft_jax.count(back)[0] == peft_jax.count(tree)[0], "what trains, trains again"
+    assert peft_jax.core.count(back)[0] == peft_jax.core.count(tree)[0], "what trains, trains again"
 
 
 def test_peft_has_no_format_for_a_mixture(setting, tmp_path):

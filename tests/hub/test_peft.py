@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 
 import peft_jax
+from peft_jax.core import full
 from tests.reference import (
     FAMILIES,
     perturb,
@@ -272,7 +273,7 @@ def test_what_cannot_be_saved_is_refused_by_name(base, tmp_path):
     with pytest.raises(ValueError, match="no adapter named 'default'"):
         peft_jax.save_adapter(tmp_path / "x", params)
     with pytest.raises(ValueError, match="fully fine-tuned, which an adapter cannot hold"):
-        peft_jax.save_adapter(tmp_path / "x", peft_jax.full(params))
+        peft_jax.save_adapter(tmp_path / "x", full(params))
     assert not (tmp_path / "x").exists()
 
 

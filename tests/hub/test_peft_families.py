@@ -15,8 +15,11 @@ import torch
 import transformers as tr
 
 import peft_jax
+from peft_jax.adapters import ia3, prefix_tuning, prompt_tuning
+from peft_jax.core import drop_adapters, set_adapter
 from peft_jax.core.reparametrised import Replacement, replace_arrays
 from peft_jax.core.tree import map_places, places
+from peft_jax.low_rank import combine_adapters
 from tests.models.test_encoders import ENCODERS, T5_SIZES
 from tests.reference import FAMILIES, perturb, random_tokens, relative_error
 
@@ -51,15 +54,15 @@ CONFIGS = {
     ),
     "ia3": (
         lambda task, more: peft.IA3Config(task_type=task, **more),
-        lambda p, t: peft_jax.ia3(p, jax.random.key(0), targets=t),
+        lambda p, t: ia3(p, jax.random.key(0), targets=t),
     ),
     "prompt": (
         lambda task, more: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=P),
-        lambda p, t: peft_jax.prompt_tuning(p, jax.random.key(0), num_virtual_tokens=P),
+        lambda p, t: prompt_tuning(p, jax.random.key(0), num_virtual_tokens=P),
     ),
     "prefix": (
         lambda task, more: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=P),
-        lambda p, t: peft_jax.prefix_tuning(
+        lambda p, t: prefix_tuning(
             p, jax.random.key(0), num_virtual_tokens=P, targets=t if "/" in str(t) else "*"
         ),
     ),
@@ -365,7 +368,7 @@ def test_lora_of_experts(bases, parameters, tmp_path):
 
 def test_experts_that_do_not_fit_are_refused(bases, tmp_path):
     params, _, _ = bases("mixtral")
-    dora = peft_jax.dora(params, jax.random.key(0), rank=2, targets="experts/down_proj")
+    dora = peft_jax.low_rank.dora(params, jax.random.key(0), rank=2, targets="experts/down_proj")
     with pytest.raises(ValueError, match="of stacked experts PEFT's folders hold LoRA alone"):
         peft_jax.save_adapter(tmp_path / "dora", dora, format="peft")
     some = peft_jax.lora(params, jax.random.key(0), rank=2, targets="experts/down_proj", layers=[1])
@@ -385,7 +388,7 @@ def test_an_adapter_of_another_task_is_refused(bases, tmp_path):
     params, _, _ = bases("bert")
     peft_jax.save_adapter(
         tmp_path / "a",
-        with_head(peft_jax.prompt_tuning(params, jax.random.key(0))),
+        with_head(prompt_tuning(params, jax.random.key(0))),
         task_type="SEQ_CLS",
     )
     with pytest.raises(
@@ -399,9 +402,7 @@ def test_a_prefix_in_an_encoder_is_seen_by_every_token(bases):
     """One BERT layer's attention with a prefix, written out in NumPy."""
     params, _, folder = bases("bert")
     model, _ = peft_jax.load(folder)
-    ours = perturb(
-        peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=P), scale=0.3
-    )
+    ours = perturb(prefix_tuning(params, jax.random.key(0), num_virtual_tokens=P), scale=0.3)
     node = ours["bert"]["encoder"]["layer"]["attention"]["self"]["core"]["prefix_default"]
     q, k, v = (
         np.random.default_rng(i).standard_normal((2, 9, 4, 8)).astype(np.float32) for i in range(3)
@@ -456,19 +457,17 @@ def test_whole_modules_belong_to_their_adapter(headed, tmp_path):
     for name in theirs:
         both = peft_jax.load_adapter(both, tmp_path / name, name=name)
     for name, other in ("ab", "ba"):
-        assert (
-            relative_error(run(peft_jax.drop_adapters(both, [other]), TOKENS), theirs[name]) < 1e-5
-        )
+        assert relative_error(run(drop_adapters(both, [other]), TOKENS), theirs[name]) < 1e-5
         for format in ("peft", "native"):
             peft_jax.save_adapter(
                 tmp_path / format / name, both, name=name, task_type="SEQ_CLS", format=format
             )
             again = peft_jax.load_adapter(params, tmp_path / format / name)
             assert relative_error(run(peft_jax.merge(again), TOKENS), theirs[name]) < 1e-5
-    chex.assert_trees_all_equal(peft_jax.drop_adapters(both, ["a", "b"]), params)
+    chex.assert_trees_all_equal(drop_adapters(both, ["a", "b"]), params)
 
-    bank = peft_jax.bank(peft_jax.load_adapter(params, tmp_path / "a"), 2)
-    bank = peft_jax.set_adapter(bank, 1, peft_jax.load_adapter(params, tmp_path / "b"))
+    bank = peft_jax.core.bank(peft_jax.load_adapter(params, tmp_path / "a"), 2)
+    bank = set_adapter(bank, 1, peft_jax.load_adapter(params, tmp_path / "b"))
     out = run(bank, TOKENS[:2], adapter_ids=jnp.asarray([1, 0]))
     assert relative_error(out, np.stack([theirs["b"][0], theirs["a"][1]])) < 1e-5
     assert (
@@ -479,8 +478,8 @@ def test_whole_modules_belong_to_their_adapter(headed, tmp_path):
     )
 
     with pytest.raises(ValueError, match="whole modules cannot be combined"):
-        peft_jax.combine_adapters(both, {"a": 1.0, "b": 1.0})
+        combine_adapters(both, {"a": 1.0, "b": 1.0})
     with pytest.raises(ValueError, match="holds an adapter 'a' already"):
         peft_jax.load_adapter(both, tmp_path / "a", name="a")
     replaced = peft_jax.load_adapter(both, tmp_path / "b", name="a", replace=True)
-    assert relative_error(run(peft_jax.drop_adapters(replaced, ["b"]), TOKENS), theirs["b"]) < 1e-5
+    assert relative_error(run(drop_adapters(replaced, ["b"]), TOKENS), theirs["b"]) < 1e-5

@@ -9,6 +9,16 @@ import pytest
 import torch
 
 import peft_jax
+from peft_jax.adapters import (
+    adaption_prompt,
+    cpt,
+    ia3,
+    ln_tuning,
+    multitask_prompt_tuning,
+    p_tuning,
+    prefix_tuning,
+    prompt_tuning,
+)
 from tests.reference import FAMILIES, perturb, random_tokens, relative_error, torch_model
 
 TOKENS = random_tokens(2, 9)
@@ -18,13 +28,11 @@ COMMON = {"task_type": "CAUSAL_LM"}
 METHODS = {
     "prompt_tuning": (
         lambda: peft.PromptTuningConfig(num_virtual_tokens=P, **COMMON),
-        lambda p, m=None: peft_jax.prompt_tuning(
-            p, jax.random.key(0), num_virtual_tokens=P, model=m
-        ),
+        lambda p, m=None: prompt_tuning(p, jax.random.key(0), num_virtual_tokens=P, model=m),
     ),
     "p_tuning": (
         lambda: peft.PromptEncoderConfig(num_virtual_tokens=P, encoder_hidden_size=12, **COMMON),
-        lambda p: peft_jax.p_tuning(p, jax.random.key(0), num_virtual_tokens=P, hidden_size=12),
+        lambda p: p_tuning(p, jax.random.key(0), num_virtual_tokens=P, hidden_size=12),
     ),
     "p_tuning_lstm": (
         lambda: peft.PromptEncoderConfig(
@@ -34,7 +42,7 @@ METHODS = {
             encoder_num_layers=2,
             **COMMON,
         ),
-        lambda p: peft_jax.p_tuning(
+        lambda p: p_tuning(
             p, jax.random.key(0), num_virtual_tokens=P, hidden_size=6, encoder="lstm"
         ),
     ),
@@ -46,7 +54,7 @@ METHODS = {
             opt_projection_epsilon=9.0,
             **COMMON,
         ),
-        lambda p, m=None: peft_jax.cpt(
+        lambda p, m=None: cpt(
             p,
             jax.random.key(0),
             token_ids=[5, 6, 7, 8],
@@ -59,26 +67,26 @@ METHODS = {
         lambda: peft.MultitaskPromptTuningConfig(
             num_virtual_tokens=P, num_tasks=3, num_ranks=2, **COMMON
         ),
-        lambda p: peft_jax.multitask_prompt_tuning(
+        lambda p: multitask_prompt_tuning(
             p, jax.random.key(0), num_virtual_tokens=P, num_tasks=3, num_ranks=2
         ),
     ),
     "prefix": (
         lambda: peft.PrefixTuningConfig(num_virtual_tokens=P, **COMMON),
-        lambda p: peft_jax.prefix_tuning(p, jax.random.key(0), num_virtual_tokens=P),
+        lambda p: prefix_tuning(p, jax.random.key(0), num_virtual_tokens=P),
     ),
     "prefix_projection": (
         None,  # PEFT's own is not made for grouped queries
-        lambda p: peft_jax.prefix_tuning(
+        lambda p: prefix_tuning(
             p, jax.random.key(0), num_virtual_tokens=P, projection=True, hidden_size=5
         ),
     ),
     "adaption_prompt": (
         lambda: peft.AdaptionPromptConfig(adapter_len=P, adapter_layers=2, **COMMON),
-        lambda p: peft_jax.adaption_prompt(p, jax.random.key(0), adapter_len=P, adapter_layers=2),
+        lambda p: adaption_prompt(p, jax.random.key(0), adapter_len=P, adapter_layers=2),
     ),
-    "ln_tuning": (lambda: peft.LNTuningConfig(**COMMON), lambda p: peft_jax.ln_tuning(p)),
-    "ia3": (lambda: peft.IA3Config(**COMMON), lambda p: peft_jax.ia3(p, jax.random.key(0))),
+    "ln_tuning": (lambda: peft.LNTuningConfig(**COMMON), lambda p: ln_tuning(p)),
+    "ia3": (lambda: peft.IA3Config(**COMMON), lambda p: ia3(p, jax.random.key(0))),
 }
 FAMILY = {"ia3": "qwen2_sliding"}  # its biases are scaled too
 SLIDING = ("prompt_tuning", "prefix")
@@ -202,14 +210,10 @@ def test_prompts_start_from_scaled_rows(bases):
     text = {"num_virtual_tokens": P, "init": "text", "token_ids": [5, 6, 7, 8]}
     key = jax.random.key(0)
     assert (
-        relative_error(
-            run(peft_jax.prompt_tuning(params, key, **text, model=model), TOKENS), expected
-        )
+        relative_error(run(prompt_tuning(params, key, **text, model=model), TOKENS), expected)
         < 1e-5
     )
-    drawn = peft_jax.prompt_tuning(
-        params, key, num_virtual_tokens=P, init="vocabulary", model=model
-    )
+    drawn = prompt_tuning(params, key, num_virtual_tokens=P, init="vocabulary", model=model)
     rows = (
         theirs.get_input_embeddings()(torch.arange(FAMILIES["gemma3"]().vocab_size))
         .detach()
@@ -221,7 +225,7 @@ def test_prompts_start_from_scaled_rows(bases):
         ValueError,
         match=r"times 1, and this model multiplies them by 5.65685; give the method model=model",
     ):
-        run(peft_jax.prompt_tuning(params, key, **text), TOKENS)
+        run(prompt_tuning(params, key, **text), TOKENS)
 
 
 def test_what_is_added_at_a_scaled_embedding_is_not_scaled(bases):

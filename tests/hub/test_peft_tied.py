@@ -15,7 +15,11 @@ import torch
 import transformers as tr
 
 import peft_jax
+from peft_jax.adapters import ia3
+from peft_jax.core import bank, count, unmerge
 from peft_jax.core.weight import Trainable
+from peft_jax.low_rank import dora, hira, trainable_tokens
+from peft_jax.models import untie
 from tests.models.test_encoders import ENCODERS, T5_SIZES
 from tests.reference import (
     FAMILIES,
@@ -139,7 +143,7 @@ def exchange(bases, case, folder, *, checkpoint):
     assert relative_error(logits(*peft_jax.load(folder / "merged")), expected) < 1e-4
     if case[1] == "dora":  # an update larger than the weight has no one inverse
         return
-    recovered = peft_jax.unmerge(merged, loaded)
+    recovered = unmerge(merged, loaded)
     assert relative_error(logits(model, recovered), expected) < 1e-4
 
 
@@ -158,13 +162,13 @@ def test_exchange_of_all(bases, case, tmp_path):
 
 OURS = {
     "lora": lambda p, t: peft_jax.lora(p, jax.random.key(0), rank=2, alpha=6, targets=t),
-    "hira": lambda p, t: peft_jax.hira(p, jax.random.key(0), rank=2, targets=t),
-    "dora": lambda p, t: peft_jax.dora(p, jax.random.key(0), rank=2, targets=t),
+    "hira": lambda p, t: hira(p, jax.random.key(0), rank=2, targets=t),
+    "dora": lambda p, t: dora(p, jax.random.key(0), rank=2, targets=t),
     "module": lambda p, t: peft_jax.lora(
         p, jax.random.key(0), rank=2, targets="q_proj", modules_to_save=t
     ),
-    "ia3_module": lambda p, t: peft_jax.ia3(p, jax.random.key(0), modules_to_save=t),
-    "tokens": lambda p, t: peft_jax.trainable_tokens(p, jax.random.key(0), ids=IDS, targets=t),
+    "ia3_module": lambda p, t: ia3(p, jax.random.key(0), modules_to_save=t),
+    "tokens": lambda p, t: trainable_tokens(p, jax.random.key(0), ids=IDS, targets=t),
 }
 
 
@@ -176,7 +180,7 @@ OURS = {
 def test_ours_to_peft(bases, kind, side, tmp_path):
     """One embedding for both, or, with `untie`, one of the two alone."""
     model, params = bases("llama")
-    ours = perturb(OURS[kind](peft_jax.untie(params) if "/" in side else params, side), scale=0.2)
+    ours = perturb(OURS[kind](untie(params) if "/" in side else params, side), scale=0.2)
     if (kind, side) in (("dora", "embed_tokens"), ("tokens", "embed_tokens/embedding")):
         with pytest.raises(ValueError, match="use this package's own format"):
             peft_jax.save_adapter(tmp_path / "peft", ours, format="peft")
@@ -197,12 +201,12 @@ def test_ours_to_peft(bases, kind, side, tmp_path):
 @pytest.mark.parametrize("kind", ["dora", "tokens", "module"])
 def test_own_format_and_bank(bases, kind, side, tmp_path):
     model, params = bases("llama")
-    ours = perturb(OURS[kind](peft_jax.untie(params) if "/" in side else params, side), scale=0.2)
+    ours = perturb(OURS[kind](untie(params) if "/" in side else params, side), scale=0.2)
     expected = logits(model, ours)
     peft_jax.save_adapter(tmp_path, ours, format="native")
     assert relative_error(logits(model, peft_jax.load_adapter(params, tmp_path)), expected) < 1e-5
     if kind == "dora":
-        banked = peft_jax.bank(ours, 2)
+        banked = bank(ours, 2)
         rows = peft_jax.bind(model)(banked, TOKENS, adapter_ids=np.asarray([1, -1]))
         assert relative_error(rows[0], expected[0]) < 1e-5
         assert relative_error(rows[1], logits(model, params)[1]) < 1e-5
@@ -222,11 +226,8 @@ def test_an_extended_vocabulary(bases, tmp_path):
     loaded = peft_jax.load_adapter(params, tmp_path / "adapter")
     expected = torch_logits(theirs, TOKENS)
     assert relative_error(logits(model, loaded), expected) < 1e-4
-    trained, _ = peft_jax.count(loaded)
-    assert (
-        trained
-        == peft_jax.count(peft_jax.lora(params, jax.random.key(0), rank=2, targets="q_proj"))[0]
-    )
+    trained, _ = count(loaded)
+    assert trained == count(peft_jax.lora(params, jax.random.key(0), rank=2, targets="q_proj"))[0]
     peft_jax.save_adapter(tmp_path / "ours", loaded)
     base = tr.AutoModelForCausalLM.from_pretrained(tmp_path / "resized")
     back = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
@@ -346,10 +347,10 @@ def test_a_checkpoint_with_another_head_keeps_it(name, tmp_path):
 
 def test_a_head_that_is_the_embedding_after_all_is_tied(bases, tmp_path):
     model, params = bases("llama")
-    peft_jax.save(tmp_path, model, peft_jax.untie(params))
+    peft_jax.save(tmp_path, model, untie(params))
     again, loaded = peft_jax.load(tmp_path)
     assert again.config.tie_embeddings
     assert "output_embedding" not in loaded["model"]["embed_tokens"]
     assert not isinstance(loaded["model"]["embed_tokens"]["embedding"], Trainable)
     with pytest.raises(ValueError, match="no head that is tied to its embedding"):
-        peft_jax.untie(bases("untied")[1])
+        untie(bases("untied")[1])

@@ -19,13 +19,14 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfi
 from transformers.pytorch_utils import Conv1D
 
 import peft_jax
-from peft_jax import FP4, FP8, MXFP4, NF4, Int
+from peft_jax.core import places, select
 from peft_jax.core.sharding import make_mesh
 from peft_jax.hub.checkpoint import linear_modules
 from peft_jax.hub.quantized import TOOLS
 from peft_jax.models.blocks import abstract_params
 from peft_jax.models.families import FAMILIES as OURS
 from peft_jax.models.families import hf_config_of
+from peft_jax.quantization import FP4, FP8, MXFP4, NF4, Int, Quantized, quantize_weight
 from tests.reference import FAMILIES, random_tokens, relative_error, torch_logits, torch_model
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -77,7 +78,7 @@ def test_bitsandbytes_folders_give_the_same_logits(dense, tokens, tmp_path, kind
     )
     theirs.save_pretrained(tmp_path)
     model, params = peft_jax.load(tmp_path)
-    nodes = [w for w in peft_jax.places(params).values() if isinstance(w, peft_jax.Quantized)]
+    nodes = [w for w in places(params).values() if isinstance(w, Quantized)]
     assert len(nodes) == 7
     assert nodes[0].format == (NF4(double=double) if kind == "nf4" else FP4(double=double))
     assert (
@@ -88,9 +89,9 @@ def test_bitsandbytes_folders_give_the_same_logits(dense, tokens, tmp_path, kind
     )
     # ... which is what quantizing here gives, code by code
     ours = peft_jax.quantize(peft_jax.load(dense[0])[1], nodes[0].format)
-    for path, w in peft_jax.places(ours).items():
-        if isinstance(w, peft_jax.Quantized):
-            found = peft_jax.places(params)[path]
+    for path, w in places(ours).items():
+        if isinstance(w, Quantized):
+            found = places(params)[path]
             np.testing.assert_array_equal(w.codes, found.codes)
             # Doubled scales that lie between two values fall on either side: bitsandbytes is off
             # the nearest by up to 2e-5.
@@ -661,7 +662,7 @@ def test_a_head_quantized_on_purpose(tiny, tmp_path):
 
 
 def test_what_transformers_would_pass_over_is_refused():
-    weight = peft_jax.quantize_weight("w", jnp.ones((64, 64)), NF4())
+    weight = quantize_weight("w", jnp.ones((64, 64)), NF4())
     config = TOOLS["bitsandbytes"].config
     with pytest.raises(
         ValueError,
@@ -693,10 +694,10 @@ def test_a_sharded_load_and_a_quantizing_load(dense, tokens, tmp_path):
             )
             < 1e-5
         )
-    paths = set(peft_jax.select(params))
+    paths = set(select(params))
 
     def each(path, w):
-        return peft_jax.quantize_weight(path, w, NF4()) if path in paths else w
+        return quantize_weight(path, w, NF4()) if path in paths else w
 
     _, direct = peft_jax.load(dense[0], each=each)
     np.testing.assert_array_equal(peft_jax.bind(model)(direct, tokens), expected)

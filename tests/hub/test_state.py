@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 
 import peft_jax
+from peft_jax.adapters import bottleneck, prefix_tuning
+from peft_jax.core import freeze, full
 from peft_jax.core.stage import State
 from peft_jax.hub.state import FILE, read_identity, read_state, write_state
+from peft_jax.low_rank import factorize, vera
+from peft_jax.pruning import mask_updates
+from peft_jax.quantization import FP8, NF4, Int
 
 KEY = jax.random.key(0)
 
@@ -24,20 +29,20 @@ def pruned(params):
 
 TREES = {
     "arrays": lambda p: p,
-    "masked lora": lambda p: peft_jax.mask_updates(peft_jax.lora(pruned(p), KEY, rank=2)),
+    "masked lora": lambda p: mask_updates(peft_jax.lora(pruned(p), KEY, rank=2)),
     "lora on masked codes": lambda p: peft_jax.lora(
-        peft_jax.quantize(pruned(p), peft_jax.Int(bits=4, block_size=16)), KEY, rank=2
+        peft_jax.quantize(pruned(p), Int(bits=4, block_size=16)), KEY, rank=2
     ),
-    "doubled scales": lambda p: peft_jax.quantize(p, peft_jax.NF4(block_size=16, double=True)),
-    "float8": lambda p: peft_jax.quantize(p, peft_jax.FP8()),
+    "doubled scales": lambda p: peft_jax.quantize(p, NF4(block_size=16, double=True)),
+    "float8": lambda p: peft_jax.quantize(p, FP8()),
     "two adapters": lambda p: peft_jax.lora(
-        peft_jax.bottleneck(p, KEY, size=4), KEY, rank=2, adapter="second"
+        bottleneck(p, KEY, size=4), KEY, rank=2, adapter="second"
     ),
-    "shared arrays": lambda p: peft_jax.vera(p, KEY, rank=4),
-    "attachments": lambda p: peft_jax.prefix_tuning(p, KEY, num_virtual_tokens=3),
-    "factors": lambda p: peft_jax.factorize(p, keep=0.5)[0],
-    "trained whole": lambda p: peft_jax.full(p),
-    "frozen": lambda p: peft_jax.freeze(peft_jax.lora(p, KEY, rank=2)),
+    "shared arrays": lambda p: vera(p, KEY, rank=4),
+    "attachments": lambda p: prefix_tuning(p, KEY, num_virtual_tokens=3),
+    "factors": lambda p: factorize(p, keep=0.5)[0],
+    "trained whole": lambda p: full(p),
+    "frozen": lambda p: freeze(peft_jax.lora(p, KEY, rank=2)),
 }
 
 

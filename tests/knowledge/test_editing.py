@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import peft_jax
+from peft_jax.core import adapter_names, calibrate, drop_adapters, full, places
 from peft_jax.core.capture import capture, input_of, output_of
 from peft_jax.hub.checkpoint import BASE
 from peft_jax.knowledge.editing import (
@@ -73,7 +74,7 @@ def setup(tiny_folder, tokenizer):
     true = [(p.format(country), capital) for p in prompts for country, capital in CAPITALS.items()]
     rows = edit_rows(tokenizer, *zip(*true, strict=True))
     optimizer = optax.adam(0.01)
-    trainable, frozen = peft_jax.partition(peft_jax.full(params))
+    trainable, frozen = peft_jax.partition(full(params))
     step = jax.jit(make_step(next_token, peft_jax.bind(model), optimizer))
     state = init_state(trainable, optimizer, 0)
     for _ in range(120):
@@ -84,9 +85,7 @@ def setup(tiny_folder, tokenizer):
         "The best of times and the worst of times, the age of wisdom and the season of light. " * 4
     )
     tokens = np.asarray([tokenizer(text)["input_ids"][:64]])
-    found = peft_jax.calibrate(
-        peft_jax.bind(model), params, [{"tokens": tokens}], targets=["down_proj"]
-    )
+    found = calibrate(peft_jax.bind(model), params, [{"tokens": tokens}], targets=["down_proj"])
     return model, params, found
 
 
@@ -160,9 +159,9 @@ def test_an_edited_model_says_so_and_a_removed_edit_is_gone(method, setup, token
         return float(next_token(apply, tree, rows._asdict(), None)[0])
 
     assert loss(edited) < left * loss(params)
-    assert peft_jax.adapter_names(edited) == ["edit"]
+    assert adapter_names(edited) == ["edit"]
     assert not jax.tree.leaves(peft_jax.partition(edited)[0])
-    np.testing.assert_array_equal(apply(peft_jax.drop_adapters(edited, ["edit"]), tokens), before)
+    np.testing.assert_array_equal(apply(drop_adapters(edited, ["edit"]), tokens), before)
     assert relative_error(apply(peft_jax.merge(edited), tokens), apply(edited, tokens)) < 1e-4
     peft_jax.save_adapter(tmp_path / "edit", edited, name="edit")
     config = json.loads((tmp_path / "edit" / "adapter_config.json").read_text())
@@ -191,9 +190,9 @@ def test_keys_give_their_values_after_rome(setup, tokenizer):
         covariances=covariances,
         search=Search(steps=5),
     )
-    delta = np.asarray(peft_jax.places(edited)[WEIGHT].delta()[1], np.float64)
+    delta = np.asarray(places(edited)[WEIGHT].delta()[1], np.float64)
     assert relative_error(key @ delta, change) < 1e-4
-    assert not np.asarray(peft_jax.places(edited)[WEIGHT].delta())[[0, 2]].any()
+    assert not np.asarray(places(edited)[WEIGHT].delta())[[0, 2]].any()
     rows = edit_rows(tokenizer, [FACTS[0].question], [""], [FACTS[0].place])
     place = {"k": input_of("model/layers/mlp/down_proj"), "h": output_of("model/layers")}
     _, found = capture(peft_jax.bind(model), place)(
@@ -292,7 +291,7 @@ def test_layers_bring_the_states_that_the_value_would(family, tokenizer, tmp_pat
         weight=1e-7,
     )
     for layer, delta in zip(
-        reference.model.layers, np.array(peft_jax.places(edited)[WEIGHT].delta()), strict=True
+        reference.model.layers, np.array(places(edited)[WEIGHT].delta()), strict=True
     ):
         layer.mlp.down_proj.weight.data += torch.tensor(delta.T)
     after, added = at_subjects(reference, rows, 1)
@@ -342,7 +341,7 @@ def test_many_facts_take_no_more_than_the_whole_rank(setup):
     _, params, _ = setup
     a, b = random(0, 48, 100), random(1, 100, 32)
     tree = with_deltas(params, WEIGHT, {2: (a, b)}, "edit")
-    node = peft_jax.places(tree)[WEIGHT]
+    node = places(tree)[WEIGHT]
     assert node.rank == 32
     assert relative_error(node.delta()[2], a @ b) < 1e-5
 

@@ -12,6 +12,8 @@ import transformers
 from tokenizers import Tokenizer, models
 
 import peft_jax
+from peft_jax.adapters import prefix_tuning, prompt_tuning
+from peft_jax.core import places
 from peft_jax.core.attachment import attach
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.data import Record, Rows
@@ -177,7 +179,7 @@ def test_a_token_does_not_see_anothers_triple(kind, request):
         for k in ("positions", "segment_ids", "branches", "mentions")
     }
     apply = reads_knowledge(peft_jax.bind(model))
-    D = peft_jax.places(params)[f"{embedding}/embedding"].shape[-1]
+    D = places(params)[f"{embedding}/embedding"].shape[-1]
 
     @jax.jit
     def seen(params):
@@ -216,7 +218,7 @@ def test_generation_sees_what_the_whole_row_sees(decoder, prefixed):
     """
     model, params, tokenizer, _ = decoder
     params = (
-        perturb(peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=3))
+        perturb(prefix_tuning(params, jax.random.key(0), num_virtual_tokens=3))
         if prefixed
         else params
     )
@@ -265,7 +267,7 @@ def test_generation_sees_what_the_whole_row_sees(decoder, prefixed):
 def test_virtual_tokens_and_encoder_decoders_take_no_triples(decoder, tmp_path):
     model, params, tokenizer, _ = decoder
     beside = functools.partial(attach_triples, triples=make_triples(tokenizer, FACTS), room=24)
-    tuned = peft_jax.prompt_tuning(params, jax.random.key(0), num_virtual_tokens=3)
+    tuned = prompt_tuning(params, jax.random.key(0), num_virtual_tokens=3)
     with pytest.raises(ValueError, match="leave virtual tokens out"):
         peft_jax.generate(
             reads_knowledge(model),

@@ -10,10 +10,12 @@ import peft
 import pytest
 
 import peft_jax
+from peft_jax.adapters import ia3, route_adapters
+from peft_jax.core import adapter_names, bank, drop_adapters, places, set_adapter
 from peft_jax.core.adapters import stack_of
 from peft_jax.core.prepare import distribute, with_adapter_ids
 from peft_jax.core.reparametrised import Reparametrised
-from peft_jax.low_rank import algebra
+from peft_jax.low_rank import algebra, combine_adapters, rebase, resize, subtract_adapters, to_lora
 from peft_jax.methods import METHODS
 from tests.reference import (
     FAMILIES,
@@ -72,8 +74,8 @@ def test_combinations_equal_peft(base, two, method):
         ["one", "two"], [0.7, -0.4], "mix", combination_type=method, **options
     )
     theirs.set_adapter("mix")
-    ours = peft_jax.combine_adapters(tree, {"one": 0.7, "two": -0.4}, method=method, **options)
-    assert peft_jax.adapter_names(ours) == ["combined"]
+    ours = combine_adapters(tree, {"one": 0.7, "two": -0.4}, method=method, **options)
+    assert adapter_names(ours) == ["combined"]
     assert relative_error(run(ours, TOKENS), torch_logits(theirs.eval(), TOKENS)) < 1e-4
 
 
@@ -86,12 +88,12 @@ def test_dare_keeps_the_mean(two):
         lambda key: algebra._dare_linear(nodes, jnp.array([1.0, 0.5]), key, density=0.5),
         static_argnames=(),
     )
-    nodes = jnp.stack([n.delta()[0] for n in stack_of(peft_jax.places(tree)[Q])])
+    nodes = jnp.stack([n.delta()[0] for n in stack_of(places(tree)[Q])])
     mean = np.mean([combine(jax.random.key(i)) for i in range(400)], axis=0)
     exact = np.asarray(nodes[0] + 0.5 * nodes[1])
     assert np.abs(mean - exact).max() < 0.2 * np.abs(exact).max()
     for method in ("dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"):
-        full = peft_jax.combine_adapters(
+        full = combine_adapters(
             tree, {"one": 1.0, "two": 0.5}, method=method, key=jax.random.key(0)
         )
         plain = {
@@ -100,14 +102,12 @@ def test_dare_keeps_the_mean(two):
             "dare_linear_svd": "svd",
             "dare_ties_svd": "ties_svd",
         }[method]
-        same = peft_jax.combine_adapters(tree, {"one": 1.0, "two": 0.5}, method=plain)
-        np.testing.assert_allclose(
-            peft_jax.places(full)[Q].delta(), peft_jax.places(same)[Q].delta(), atol=1e-5
-        )
-        half = peft_jax.combine_adapters(
+        same = combine_adapters(tree, {"one": 1.0, "two": 0.5}, method=plain)
+        np.testing.assert_allclose(places(full)[Q].delta(), places(same)[Q].delta(), atol=1e-5)
+        half = combine_adapters(
             tree, {"one": 1.0, "two": 0.5}, method=method, density=0.5, key=jax.random.key(0)
         )
-        assert jnp.isfinite(peft_jax.places(half)[Q].delta()).all()
+        assert jnp.isfinite(places(half)[Q].delta()).all()
 
 
 def test_dare_draws_the_same_in_every_process(two, monkeypatch):
@@ -115,7 +115,7 @@ def test_dare_draws_the_same_in_every_process(two, monkeypatch):
     tree, _ = two
 
     def draw():
-        return peft_jax.combine_adapters(
+        return combine_adapters(
             tree, {"one": 1.0, "two": 0.5}, method="dare_linear", density=0.5, key=jax.random.key(0)
         )
 
@@ -128,22 +128,22 @@ def test_cat_is_the_sum_and_subtracting_gives_it_back(base, two):
     _, _, run = base
     tree, _ = two
     both = run(tree, TOKENS)
-    joined = peft_jax.combine_adapters(tree, {"one": 1.0, "two": 1.0}, method="cat")
+    joined = combine_adapters(tree, {"one": 1.0, "two": 1.0}, method="cat")
     assert relative_error(run(joined, TOKENS), both) < 1e-5
-    copy = peft_jax.combine_adapters(tree, {"one": 1.0}, method="cat", into="copy")
-    assert set(peft_jax.adapter_names(copy)) == {"two", "copy"}
+    copy = combine_adapters(tree, {"one": 1.0}, method="cat", into="copy")
+    assert set(adapter_names(copy)) == {"two", "copy"}
     assert relative_error(run(copy, TOKENS), both) < 1e-5
-    less = peft_jax.subtract_adapters(tree, "one", "two")
-    nodes = {n.name: n for n in stack_of(peft_jax.places(tree)[Q])}
+    less = subtract_adapters(tree, "one", "two")
+    nodes = {n.name: n for n in stack_of(places(tree)[Q])}
     expected = nodes["one"].delta() - nodes["two"].delta()
-    np.testing.assert_allclose(peft_jax.places(less)[Q].delta(), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(places(less)[Q].delta(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_dropping_restores_the_base_exactly(base, two):
     _, params, run = base
     tree, _ = two
     np.testing.assert_array_equal(
-        run(peft_jax.drop_adapters(tree, ["one", "two"]), TOKENS), run(params, TOKENS)
+        run(drop_adapters(tree, ["one", "two"]), TOKENS), run(params, TOKENS)
     )
 
 
@@ -157,10 +157,10 @@ def test_any_method_becomes_lora(base, method):
     tree = perturb(
         METHODS[method](params, jax.random.key(0), targets=["q_proj", "v_proj"], **options)
     )
-    whole, errors = peft_jax.to_lora(tree, rank=32)
+    whole, errors = to_lora(tree, rank=32)
     assert relative_error(run(whole, TOKENS), run(tree, TOKENS)) < 1e-4
     assert max(errors.values()) < 1e-4
-    low = [max(peft_jax.to_lora(tree, rank=r)[1].values()) for r in (1, 2, 8)]
+    low = [max(to_lora(tree, rank=r)[1].values()) for r in (1, 2, 8)]
     assert low[0] > low[1]
     assert low[1] > low[2] or low[2] < 1e-4
     assert not any(k.startswith("shared_") for k in whole)
@@ -169,11 +169,11 @@ def test_any_method_becomes_lora(base, method):
 def test_resizing_is_the_truncated_svd(base):
     _, params, _ = base
     tree = perturb(peft_jax.lora(params, jax.random.key(0), rank=6, alpha=3, targets="q_proj"))
-    small, errors = peft_jax.resize(tree, rank=2)
-    delta = np.asarray(peft_jax.places(tree)[Q].delta(), np.float64)
+    small, errors = resize(tree, rank=2)
+    delta = np.asarray(places(tree)[Q].delta(), np.float64)
     u, s, vt = np.linalg.svd(delta)
     best = (u[..., :2] * s[..., None, :2]) @ vt[..., :2, :]
-    np.testing.assert_allclose(peft_jax.places(small)[Q].delta(), best, atol=1e-5)
+    np.testing.assert_allclose(places(small)[Q].delta(), best, atol=1e-5)
     assert errors[Q] == pytest.approx(
         np.linalg.norm(delta - best) / np.linalg.norm(delta), rel=1e-3
     )
@@ -184,21 +184,21 @@ def test_bad_requests_are_refused_by_name(base, two):
     with pytest.raises(
         ValueError, match=r"no adapter 'tow'. Did you mean 'two'\? Adapters here: two, one"
     ):
-        peft_jax.combine_adapters(tree, {"tow": 1.0})
+        combine_adapters(tree, {"tow": 1.0})
     with pytest.raises(ValueError, match=r"unknown method 'linaer'. Did you mean 'linear'"):
-        peft_jax.combine_adapters(tree, {"one": 1.0}, method="linaer")
+        combine_adapters(tree, {"one": 1.0}, method="linaer")
     with pytest.raises(ValueError, match="density must lie in"):
-        peft_jax.combine_adapters(tree, {"one": 1.0}, method="ties", density=0.0)
+        combine_adapters(tree, {"one": 1.0}, method="ties", density=0.0)
     with pytest.raises(ValueError, match="pass key="):
-        peft_jax.combine_adapters(tree, {"one": 1.0}, method="dare_ties")
+        combine_adapters(tree, {"one": 1.0}, method="dare_ties")
     three = peft_jax.lora(tree, jax.random.key(5), rank=5, targets="q_proj", adapter="three")
     with pytest.raises(ValueError, match="differ in rank; use method 'cat'"):
-        peft_jax.combine_adapters(three, {"one": 1.0, "three": 1.0})
-    oft = peft_jax.oft(base[1], jax.random.key(0), block_size=4, targets="q_proj")
+        combine_adapters(three, {"one": 1.0, "three": 1.0})
+    oft = peft_jax.low_rank.oft(base[1], jax.random.key(0), block_size=4, targets="q_proj")
     with pytest.raises(
         ValueError, match="has a OFT named 'default'; convert it with to_lora first"
     ):
-        peft_jax.combine_adapters(oft, {"default": 1.0})
+        combine_adapters(oft, {"default": 1.0})
 
 
 def half(seed):
@@ -224,7 +224,7 @@ def adapted(name, seed=0, adapter="default", params=None, **options):
         tree = METHODS[name](half(0) if params is None else params, jax.random.key(seed), **given)
     except ValueError:  # attachments to modules that are not here
         return None
-    paths = [p for p, w in peft_jax.places(tree).items() if isinstance(w, Reparametrised)]
+    paths = [p for p, w in places(tree).items() if isinstance(w, Reparametrised)]
     return (perturb(tree, seed=seed, scale=0.05), paths[0]) if paths else None
 
 
@@ -233,7 +233,7 @@ ADAPTERS = [name for name in METHODS if not METHODS[name].whole and adapted(name
 
 def update(tree, path):
     """W' - W of one place in float64, by the node's own `adapt` over its base in float32."""
-    node = peft_jax.places(distribute(tree))[path]
+    node = places(distribute(tree))[path]
     base = np.asarray(node.base.astype(jnp.float32))
     return np.asarray(node.replace(base=jnp.asarray(base)).materialize(), np.float64) - base
 
@@ -247,29 +247,27 @@ def test_operations_between_adapters_are_right_or_refused(name):
     def error(found):
         return np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted)
 
-    whole, told = peft_jax.to_lora(tree, rank=16)
-    assert (
-        error(peft_jax.places(whole)[path].delta()) < 2e-3
-    )  # what float32 tells of the change of a weight
+    whole, told = to_lora(tree, rank=16)
+    assert error(places(whole)[path].delta()) < 2e-3  # what float32 tells of the change of a weight
     assert told[path] < 1e-4
-    low, told = peft_jax.to_lora(tree, rank=1)
-    assert told[path] == pytest.approx(error(peft_jax.places(low)[path].delta()), abs=2e-3)
+    low, told = to_lora(tree, rank=1)
+    assert told[path] == pytest.approx(error(places(low)[path].delta()), abs=2e-3)
 
     both, _ = adapted(name, seed=1, adapter="second", params=tree)
     pair = {"default": 1.0, "second": 0.5}
     if name == "lora":
-        nodes = {n.name: n for n in stack_of(peft_jax.places(both)[path])}
+        nodes = {n.name: n for n in stack_of(places(both)[path])}
         sums = sum(
             w * np.asarray(nodes[n].scale * nodes[n].a @ nodes[n].b, np.float64)
             for n, w in pair.items()
         )
-        found = peft_jax.places(peft_jax.combine_adapters(both, pair, method="cat"))[path].delta()
+        found = places(combine_adapters(both, pair, method="cat"))[path].delta()
         assert np.linalg.norm(found - sums) < 1e-5 * np.linalg.norm(sums)
     else:
         for join in (
-            lambda: peft_jax.combine_adapters(both, pair),
-            lambda: peft_jax.subtract_adapters(both, "default", "second"),
-            lambda: peft_jax.route_adapters(both, jax.random.key(0), list(pair)),
+            lambda: combine_adapters(both, pair),
+            lambda: subtract_adapters(both, "default", "second"),
+            lambda: route_adapters(both, jax.random.key(0), list(pair)),
         ):
             with pytest.raises(
                 ValueError,
@@ -279,13 +277,13 @@ def test_operations_between_adapters_are_right_or_refused(name):
 
     ids = jnp.asarray([1, 0, -1])
     x = jnp.asarray(np.random.default_rng(2).standard_normal((3, 2, 16)), jnp.float32)
-    if peft_jax.places(tree)[path].group:
+    if places(tree)[path].group:
         with pytest.raises(ValueError, match="shares arrays with other places"):
-            peft_jax.bank(tree, 2)
+            bank(tree, 2)
         return
-    banked = peft_jax.set_adapter(peft_jax.bank(tree, 2), 1, other)
-    node = peft_jax.places(with_adapter_ids(banked, ids))[path]
-    base = peft_jax.places(half(0))[path].astype(jnp.float32)
+    banked = set_adapter(bank(tree, 2), 1, other)
+    node = places(with_adapter_ids(banked, ids))[path]
+    base = places(half(0))[path].astype(jnp.float32)
     found = (
         node.replace(base=base).matmul(x, in_axes=node.in_axes, out_axes=node.out_axes) - x @ base
     )
@@ -311,9 +309,9 @@ def test_a_change_of_the_bias_is_not_lost(name):
     with pytest.raises(
         ValueError, match="at q_proj/kernel changes the bias beside it too, which a LoRA cannot"
     ):
-        peft_jax.to_lora(tree, rank=16)
+        to_lora(tree, rank=16)
     x = np.random.default_rng(1).standard_normal((3, 2, 16)).astype(np.float32)
-    banked = peft_jax.set_adapter(peft_jax.bank(tree, 2), 1, other)
+    banked = set_adapter(bank(tree, 2), 1, other)
     found = peft_jax.bind(OneLayer())(banked, x, adapter_ids=jnp.asarray([1, 0, -1]))
     for row, one in enumerate((other, tree, params)):
         merged = peft_jax.merge(one)["q_proj"]
@@ -330,28 +328,28 @@ def test_what_lies_over_or_between_adapters_stays_where_it_is():
     turned, _ = adapted("oft", adapter="turn", params=inner)
     whole = peft_jax.merge(turned)["q_proj"]["kernel"]
     for tree in (
-        peft_jax.to_lora(turned, rank=16, adapter="one")[0],
-        peft_jax.to_lora(turned, rank=16, adapter="turn")[0],
-        peft_jax.combine_adapters(turned, {"one": 1.0}, method="cat"),
+        to_lora(turned, rank=16, adapter="one")[0],
+        to_lora(turned, rank=16, adapter="turn")[0],
+        combine_adapters(turned, {"one": 1.0}, method="cat"),
     ):
         assert relative_error(peft_jax.merge(tree)["q_proj"]["kernel"], whole) < 1e-5
     outer, _ = adapted("lora", adapter="two", params=turned)
     for join in (
-        lambda: peft_jax.combine_adapters(outer, {"one": 1.0, "two": 1.0}),
-        lambda: peft_jax.route_adapters(outer, jax.random.key(0), ["one", "two"]),
+        lambda: combine_adapters(outer, {"one": 1.0, "two": 1.0}),
+        lambda: route_adapters(outer, jax.random.key(0), ["one", "two"]),
     ):
         with pytest.raises(ValueError, match="has a OFT between the adapters one, two"):
             join()
-    routed = peft_jax.route_adapters(
+    routed = route_adapters(
         perturb(adapted("lora", adapter="two", params=inner)[0]), jax.random.key(0), ["two", "one"]
     )
-    assert [type(n).__name__ for n in stack_of(peft_jax.places(routed)[path])] == ["Router"]
+    assert [type(n).__name__ for n in stack_of(places(routed)[path])] == ["Router"]
 
 
 def test_gated_layers_are_not_changed_by_any_operation():
     params = {"layers": {"q_proj": {"kernel": jax.random.normal(jax.random.key(0), (3, 16, 16))}}}
-    tree = perturb(peft_jax.ia3(params, jax.random.key(0), targets="q_proj", layers=[1]))
-    whole, _ = peft_jax.to_lora(tree, rank=16)
+    tree = perturb(ia3(params, jax.random.key(0), targets="q_proj", layers=[1]))
+    whole, _ = to_lora(tree, rank=16)
     assert (
         relative_error(
             peft_jax.merge(whole)["layers"]["q_proj"]["kernel"],
@@ -363,12 +361,12 @@ def test_gated_layers_are_not_changed_by_any_operation():
         params, jax.random.key(0), rank=2, init="pissa", targets="q_proj", layers=[1]
     )
     np.testing.assert_array_equal(
-        peft_jax.rebase(some)["layers"]["q_proj"]["kernel"].base[0],
+        rebase(some)["layers"]["q_proj"]["kernel"].base[0],
         params["layers"]["q_proj"]["kernel"][0],
     )
     assert (
         relative_error(
-            peft_jax.merge(peft_jax.rebase(some))["layers"]["q_proj"]["kernel"],
+            peft_jax.merge(rebase(some))["layers"]["q_proj"]["kernel"],
             params["layers"]["q_proj"]["kernel"],
         )
         < 1e-5

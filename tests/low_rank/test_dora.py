@@ -9,7 +9,8 @@ import peft
 import pytest
 import torch
 
-import peft_jax
+from peft_jax.core import matmul
+from peft_jax.low_rank import dora
 from peft_jax.low_rank.dora import DoRA
 from tests.reference import relative_error
 
@@ -70,7 +71,7 @@ def test_values_and_gradients_equal_peft(path, changed):
 
     def loss(arrays):
         w = node.replace(**arrays)
-        out = peft_jax.matmul(x, w) if path == "product" else x @ w.materialize()
+        out = matmul(x, w) if path == "product" else x @ w.materialize()
         return (out**2).sum(), out
 
     grads, out = jax.grad(loss, has_aux=True)({f: getattr(node, f) for f in FIELDS})
@@ -91,7 +92,7 @@ def test_a_small_change_of_the_magnitude_reaches_bfloat16_as_in_peft():
     tokens = jnp.asarray(given.float().numpy()).astype(jnp.bfloat16)
 
     def product(w):
-        return np.asarray(peft_jax.matmul(tokens, w).astype(jnp.float32))
+        return np.asarray(matmul(tokens, w).astype(jnp.float32))
 
     def share(new, old):
         return float((new - old).ravel() @ old.ravel() / (old.ravel() @ old.ravel()))
@@ -108,10 +109,10 @@ def test_a_small_change_of_the_magnitude_reaches_bfloat16_as_in_peft():
 def test_outputs_that_are_zero_stay_zero():
     """A pruned output has no direction: PEFT divides 0 by 0 there."""
     w = jnp.asarray(np.random.default_rng(0).normal(size=(IN, OUT)), jnp.float32).at[:, 3].set(0.0)
-    params = peft_jax.dora({"up_proj": {"kernel": w}}, jax.random.key(0), rank=RANK)
+    params = dora({"up_proj": {"kernel": w}}, jax.random.key(0), rank=RANK)
     node = params["up_proj"]["kernel"]
     x = jnp.ones((2, IN))
-    for found in (peft_jax.matmul(x, node), x @ node.materialize()):
+    for found in (matmul(x, node), x @ node.materialize()):
         np.testing.assert_allclose(found, x @ w, rtol=1e-5, atol=1e-5)
-    grads = jax.grad(lambda n: jnp.sum(peft_jax.matmul(x, n) ** 2))(node)
+    grads = jax.grad(lambda n: jnp.sum(matmul(x, n) ** 2))(node)
     assert all(np.isfinite(g).all() for g in (grads.a, grads.b, grads.magnitude))

@@ -10,7 +10,9 @@ import torch
 from peft.utils.incremental_pca import IncrementalPCA
 
 import peft_jax
+from peft_jax.core import calibrate, gradients, places
 from peft_jax.core.partition import penalty
+from peft_jax.low_rank import adalora, loha, oft, rebase, trainable_tokens
 from peft_jax.low_rank.adalora import adalora_budget
 from peft_jax.training.optimizer import lora_plus
 from tests.reference import (
@@ -33,14 +35,14 @@ def base(tmp_path_factory):
     model, params = peft_jax.load(folder)
     apply = peft_jax.bind(model)
     statistics = {
-        "covariance": peft_jax.calibrate(apply, params, [{"tokens": TOKENS}]),
-        "centred_covariance": peft_jax.calibrate(
+        "covariance": calibrate(apply, params, [{"tokens": TOKENS}]),
+        "centred_covariance": calibrate(
             apply,
             params,
             [{"tokens": TOKENS[:3]}, {"tokens": TOKENS[3:]}],
             statistic="centred_covariance",
         ),
-        "gradient": peft_jax.gradients(lambda p, t: (apply(p, t) ** 2).mean(), params, [TOKENS]),
+        "gradient": gradients(lambda p, t: (apply(p, t) ** 2).mean(), params, [TOKENS]),
     }
     return model, params, jax.jit(apply), statistics
 
@@ -65,9 +67,9 @@ def test_every_start_leaves_the_model_as_it_was_and_the_base_in_place(base, init
     _, params, run, _ = base
     tree = started(base, init)
     assert relative_error(run(tree, TOKENS), run(params, TOKENS)) < 1e-5
-    np.testing.assert_array_equal(peft_jax.places(tree)[Q].base, peft_jax.places(params)[Q])
+    np.testing.assert_array_equal(places(tree)[Q].base, places(params)[Q])
     moved = perturb(tree)
-    assert relative_error(run(peft_jax.rebase(moved), TOKENS), run(moved, TOKENS)) < 1e-4
+    assert relative_error(run(rebase(moved), TOKENS), run(moved, TOKENS)) < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -78,7 +80,7 @@ def test_starts_from_the_weight_equal_peft(base, init):
         torch_model(FAMILIES["llama2"]()),
         peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=init),
     )
-    node = peft_jax.places(started(base, init, targets="q_proj"))[Q]
+    node = places(started(base, init, targets="q_proj"))[Q]
     for i in range(3):
         layer = theirs.base_model.model.model.layers[i].self_attn.q_proj
         product = (
@@ -102,8 +104,8 @@ def test_starts_from_statistics_follow_their_papers(base):
     """CorDA: the term taken is the best of its rank for the outputs' covariance norm."""
     _, params, _, statistics = base
     c = np.asarray(statistics["covariance"][Q][0], np.float64)
-    node = peft_jax.places(started(base, "corda_ipm"))[Q]
-    w = np.asarray(peft_jax.places(params)[Q][0], np.float64)
+    node = places(started(base, "corda_ipm"))[Q]
+    w = np.asarray(places(params)[Q][0], np.float64)
     damped = c + 1e-4 * np.trace(c) / 32 * np.eye(32)
     s = np.linalg.svd(damped @ w, compute_uv=False)
     left = np.linalg.norm(damped @ (w - 2.0 * np.asarray(node.a[0] @ node.b[0], np.float64)))
@@ -118,7 +120,7 @@ def test_eva_starts_in_the_components_of_pefts_incremental_pca(base):
             lambda _, x, i=i: inputs.update({i: x[0].reshape(-1, 32)})
         )
     torch_logits(model, TOKENS)
-    node = peft_jax.places(started(base, "eva"))[Q]
+    node = places(started(base, "eva"))[Q]
     plain = np.linalg.eigh(np.asarray(base[3]["covariance"][Q], np.float64))[1][..., -4:]
     for i, x in inputs.items():
         components = IncrementalPCA(n_components=4, lowrank=False).fit(x).components_.numpy()
@@ -145,7 +147,7 @@ def test_lora_ga_starts_in_pefts_directions_at_the_authors_size(base):
         r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights="lora_ga", lora_ga_config=ga
     )
     theirs = peft.get_peft_model(model, config).base_model.model.model.layers
-    node = peft_jax.places(started(base, "lora_ga"))[Q]
+    node = places(started(base, "lora_ga"))[Q]
     for i, layer in enumerate(theirs):
 
         def of(m):
@@ -176,12 +178,11 @@ def test_layers_are_chosen_one_by_one_in_a_stacked_tree(base):
         )
     )
     delta = jnp.abs(
-        peft_jax.merge(some)["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
-        - peft_jax.places(params)[Q]
+        peft_jax.merge(some)["model"]["layers"]["self_attn"]["q_proj"]["kernel"] - places(params)[Q]
     )
     np.testing.assert_array_equal(delta.max((1, 2)) > 0, [True, True, False])
     up = "model/layers/mlp/up_proj/kernel"
-    delta = jnp.abs(peft_jax.places(peft_jax.merge(some))[up] - peft_jax.places(params)[up])
+    delta = jnp.abs(places(peft_jax.merge(some))[up] - places(params)[up])
     np.testing.assert_array_equal(delta.max((1, 2)) > 0, [False, True, False])
     with pytest.raises(ValueError, match="there is no layer 7; layers here: 0 to 2"):
         peft_jax.lora(params, jax.random.key(0), layers=[7])
@@ -192,7 +193,7 @@ def test_layers_are_chosen_one_by_one_in_a_stacked_tree(base):
         targets="q_proj",
         rank_pattern={"layers.2.self_attn.q_proj": 4},
     )
-    used = jnp.abs(peft_jax.places(ranks)[Q].a).max(1) > 0
+    used = jnp.abs(places(ranks)[Q].a).max(1) > 0
     np.testing.assert_array_equal(used.sum(-1), [2, 2, 4])
 
 
@@ -209,8 +210,8 @@ def test_layers_of_different_ranks_start_as_if_alone(base, init):
     )
     assert relative_error(run(tree, TOKENS), run(params, TOKENS)) < 1e-5
     node, alone = (
-        peft_jax.places(tree)[Q],
-        peft_jax.places(peft_jax.lora(params, jax.random.key(0), rank=2, **options))[Q],
+        places(tree)[Q],
+        places(peft_jax.lora(params, jax.random.key(0), rank=2, **options))[Q],
     )
     np.testing.assert_array_equal(node.a[:2, :, 2:], 0)
     if init in ("kaiming", "gaussian", "orthogonal", "pissa_niter_4"):
@@ -234,12 +235,12 @@ def test_an_embedding_starts_as_in_peft(base, init):
     a, b = (getattr(layer, f"lora_embedding_{n}")["default"].detach().numpy() for n in "AB")
     assert np.abs(a).max() == 0
     nodes = {
-        method: peft_jax.places(
+        method: places(
             getattr(peft_jax, method)(params, jax.random.key(0), rank=8, targets="embed_tokens")
         )
         for method in ("lora", "dora", "hira")
     }
-    nodes["lora"] = peft_jax.places(
+    nodes["lora"] = places(
         peft_jax.lora(params, jax.random.key(0), rank=8, targets="embed_tokens", init=init)
     )
     for method, found in nodes.items():
@@ -251,7 +252,7 @@ def test_an_embedding_starts_as_in_peft(base, init):
 def test_loha_of_different_ranks_starts_as_if_alone(base):
     _, params, _, _ = base
     options = {"rank": 2, "targets": "q_proj", "rank_pattern": {"layers.2.self_attn.q_proj": 32}}
-    node = peft_jax.places(peft_jax.loha(params, jax.random.key(0), **options))[Q]
+    node = places(loha(params, jax.random.key(0), **options))[Q]
     assert float(jnp.abs(node.b1[:2]).max()) == pytest.approx(
         2**-0.5, rel=0.1
     )  # uniform within 1 / sqrt(rank)
@@ -281,7 +282,7 @@ def test_lora_plus_speeds_b_up(base):
     grads = jax.tree.map(jnp.ones_like, trainable)
     optimizer = optax.chain(optax.sgd(0.1), lora_plus(16.0))
     updates, _ = optimizer.update(grads, optimizer.init(trainable), trainable)
-    node = peft_jax.places(updates)[Q]
+    node = places(updates)[Q]
     np.testing.assert_allclose(node.a, -0.1)
     np.testing.assert_allclose(node.b, -1.6)
 
@@ -293,13 +294,11 @@ def test_adalora_spends_its_budget_on_what_matters(base, layers):
     """
     _, params, _, _ = base
     options = {"init_rank": 4, "target_rank": 1, "targets": "q_proj", "layers": layers}
-    trainable, frozen = peft_jax.partition(
-        perturb(peft_jax.adalora(params, jax.random.key(0), **options))
-    )
+    trainable, frozen = peft_jax.partition(perturb(adalora(params, jax.random.key(0), **options)))
     there = np.asarray([layers is None or i in layers for i in range(3)])
     optimizer = adalora_budget(20, init_rank=4, target_rank=1, warmup=2, final=5)
     state = optimizer.init(trainable)
-    node = peft_jax.places(trainable)[Q]
+    node = places(trainable)[Q]
     importance = jnp.asarray([[4.0, 1.0, 2.0, 3.0]] * 3) * there[:, None]  # by triplet
     grads = jax.tree.map(jnp.zeros_like, trainable)
     grads["model"]["layers"]["self_attn"]["q_proj"]["kernel"] = node.replace(
@@ -316,12 +315,12 @@ def test_adalora_spends_its_budget_on_what_matters(base, layers):
             jax.tree.map(jnp.zeros_like, trainable), state, trainable, grads=grads, frozen=frozen
         )
         trainable = optax.apply_updates(trainable, updates)
-        kept.append(int((peft_jax.places(trainable)[Q].e[there] != 0).sum()))
+        kept.append(int((places(trainable)[Q].e[there] != 0).sum()))
     assert kept[1] == 4 * there.sum()
     assert kept[-1] == there.sum()
     assert kept == sorted(kept, reverse=True)
     np.testing.assert_array_equal(
-        peft_jax.places(trainable)[Q].e[there] != 0, [[True, False, False, False]] * there.sum()
+        places(trainable)[Q].e[there] != 0, [[True, False, False, False]] * there.sum()
     )
 
 
@@ -370,7 +369,7 @@ def test_adalora_folders_with_ranks_left_out_are_pefts(base, tmp_path):
     again = peft.PeftModel.from_pretrained(torch_model(FAMILIES["llama2"]()), tmp_path)
     expected = torch_logits(again.eval(), TOKENS)
     tree = peft_jax.load_adapter(params, tmp_path)
-    assert peft_jax.places(tree)[Q].e.shape == (3, 3)
+    assert places(tree)[Q].e.shape == (3, 3)
     assert relative_error(run(tree, TOKENS), expected) < 1e-4
     peft_jax.save_adapter(tmp_path / "ours", tree)
     back = peft.PeftModel.from_pretrained(torch_model(FAMILIES["llama2"]()), tmp_path / "ours")
@@ -388,6 +387,6 @@ def test_bad_starts_are_refused_by_name(base):
     with pytest.raises(ValueError, match="needs a rank of at most 32"):
         peft_jax.lora(params, jax.random.key(0), init="pissa", rank=64)
     with pytest.raises(ValueError, match=r"block_size=5 does not divide the \d+ inputs"):
-        peft_jax.oft(params, jax.random.key(0), block_size=5)
+        oft(params, jax.random.key(0), block_size=5)
     with pytest.raises(ValueError, match="ids must lie between 0 and"):
-        peft_jax.trainable_tokens(params, jax.random.key(0), ids=[10**6])
+        trainable_tokens(params, jax.random.key(0), ids=[10**6])

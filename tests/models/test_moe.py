@@ -13,13 +13,16 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import peft_jax
+from peft_jax.core import places
 from peft_jax.core.calibrate import calibrate
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.core.weight import ragged_matmul
 from peft_jax.models.moe import load_balancing_loss, mixture
 from peft_jax.objectives.tokens import next_token
+from peft_jax.pruning import expert_importance, prune_experts, prune_structured, shrink
 from peft_jax.pruning.report import Report
 from peft_jax.pruning.stage import PruneConfig
+from peft_jax.quantization import Int, Quantized, dequantize
 from tests.reference import family_checkpoint, perturb, relative_error
 
 N, D, F, E, K = 24, 16, 12, 4, 2
@@ -206,17 +209,14 @@ def test_experts_are_quantized_pruned_and_calibrated(name, root):
     model, params, tokens, _ = loaded(name, root)
     apply = jax.jit(peft_jax.bind(model, strict=True))
     exact = apply(params, tokens)
-    quantized = peft_jax.quantize(params, peft_jax.Int(bits=8, block_size=8), targets="all-linear")
+    quantized = peft_jax.quantize(params, Int(bits=8, block_size=8), targets="all-linear")
 
     def experts(tree):
         return tree["model"]["layers"]["mlp"]["experts"]
 
-    assert isinstance(experts(quantized)["gate_up_proj"], peft_jax.Quantized)
+    assert isinstance(experts(quantized)["gate_up_proj"], Quantized)
     assert relative_error(apply(quantized, tokens), exact) < 0.2
-    assert (
-        relative_error(apply(quantized, tokens), apply(peft_jax.dequantize(quantized), tokens))
-        < 1e-5
-    )
+    assert relative_error(apply(quantized, tokens), apply(dequantize(quantized), tokens)) < 1e-5
     pruned = peft_jax.prune(params, 0.5, targets="experts")
     assert relative_error(apply(pruned, tokens), apply(peft_jax.merge(pruned), tokens)) < 1e-5
     qlora = perturb(peft_jax.lora(quantized, jax.random.key(0), rank=2, targets="experts"))
@@ -255,7 +255,7 @@ def test_statistics_of_experts_are_those_of_the_tokens_they_get(root):
     assert relative_error(found["second_moment"], np.einsum("eii->ei", expected)) < 1e-5
     known = {"second_moment": {place: found["second_moment"]}}
     pruned = peft_jax.prune(params, 0.5, score="wanda", targets=place, statistics=known)
-    zeros = peft_jax.places(pruned)[place].materialize() == 0
+    zeros = places(pruned)[place].materialize() == 0
     assert float(zeros.mean()) == pytest.approx(0.5)
     row = Report(
         PruneConfig(targets=place, sensitivity=[]), model, params, pruned, batches, 0, next_token
@@ -271,11 +271,11 @@ def test_experts_are_taken_away_and_the_rest_load_in_pytorch(name, root, tmp_pat
     from tests.reference import torch_logits
 
     model, params, tokens, _ = loaded(name, root)
-    scores = peft_jax.expert_importance(model, params, [{"tokens": tokens}])
+    scores = expert_importance(model, params, [{"tokens": tokens}])
     np.testing.assert_allclose(np.asarray(scores).sum(-1), 1.0, rtol=1e-5)
-    chosen = peft_jax.expert_importance(model, params, [{"tokens": tokens}], score="frequency")
+    chosen = expert_importance(model, params, [{"tokens": tokens}], score="frequency")
     np.testing.assert_allclose(np.asarray(chosen).sum(-1), 2.0, rtol=1e-5)
-    smaller, fewer = peft_jax.prune_experts(model, params, [{"tokens": tokens}], 3)
+    smaller, fewer = prune_experts(model, params, [{"tokens": tokens}], 3)
     assert smaller.config.num_experts == 3
     best = np.sort(np.argsort(-np.asarray(scores), axis=-1)[:, :3], axis=-1)
 
@@ -291,10 +291,10 @@ def test_experts_are_taken_away_and_the_rest_load_in_pytorch(name, root, tmp_pat
         relative_error(jax.jit(peft_jax.bind(smaller))(fewer, tokens), torch_logits(theirs, tokens))
         < 1e-4
     )
-    one, single = peft_jax.prune_experts(model, params, [{"tokens": tokens}], 1)
+    one, single = prune_experts(model, params, [{"tokens": tokens}], 1)
     assert one.config.experts_per_token == 1
     assert np.isfinite(np.asarray(peft_jax.bind(one)(single, tokens))).all()
-    cut, short = peft_jax.shrink(model, params, layers=[0, 2])
+    cut, short = shrink(model, params, layers=[0, 2])
     assert jax.jit(peft_jax.bind(cut))(short, tokens).shape == (
         *tokens.shape,
         cut.config.vocab_size,
@@ -304,15 +304,15 @@ def test_experts_are_taken_away_and_the_rest_load_in_pytorch(name, root, tmp_pat
 def test_what_experts_cannot_be_pruned_is_refused(root):
     dense, weights, tokens, _ = loaded("llama2", root)
     with pytest.raises(ValueError, match="this llama model has no experts in every layer"):
-        peft_jax.prune_experts(dense, weights, [{"tokens": tokens}], 2)
+        prune_experts(dense, weights, [{"tokens": tokens}], 2)
     model, params, tokens, _ = loaded("mixtral_sliding", root)
     with pytest.raises(ValueError, match="experts must leave between 1 and 4, got 5"):
-        peft_jax.prune_experts(model, params, [{"tokens": tokens}], 5)
+        prune_experts(model, params, [{"tokens": tokens}], 5)
     with pytest.raises(ValueError, match="unknown score of experts 'luck'"):
-        peft_jax.expert_importance(model, params, [], score="luck")
+        expert_importance(model, params, [], score="luck")
     with pytest.raises(ValueError, match="there is no batch"):
-        peft_jax.prune_experts(model, params, [], 2)
+        prune_experts(model, params, [], 2)
     with pytest.raises(ValueError, match="units and channels of a mixture of experts are not cut"):
-        peft_jax.shrink(model, params, channels=range(16))
+        shrink(model, params, channels=range(16))
     with pytest.raises(ValueError, match="prune_experts makes a mixture smaller"):
-        peft_jax.prune_structured(model, params, [{"tokens": tokens}], units=8)
+        prune_structured(model, params, [{"tokens": tokens}], units=8)

@@ -10,6 +10,7 @@ import pytest
 import transformers as tr
 
 import peft_jax
+from peft_jax.adapters import prompt_tuning
 from peft_jax.cli import USER_ERRORS
 from peft_jax.data.encode import Rows
 from peft_jax.data.labelled import LabelledRows
@@ -153,7 +154,7 @@ def test_prompts_are_counted_with_what_stands_before_them(gpt2):
         "learned 64",
     ):
         peft_jax.generate(model, params, [[5] * 60], max_tokens=6)
-    virtual = peft_jax.prompt_tuning(params, jax.random.key(0), num_virtual_tokens=3)
+    virtual = prompt_tuning(params, jax.random.key(0), num_virtual_tokens=3)
     assert first_position(virtual) == 3
     with pytest.raises(
         ValueError, match="a prompt of 60 tokens after 3 virtual ones and max_tokens=5 need 67"

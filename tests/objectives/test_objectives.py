@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import peft_jax
+from peft_jax.core import full
 from peft_jax.data import batch_at
 from peft_jax.distillation.objective import FeatureTerm, Teacher, beside_teachers, distillation
 from peft_jax.knowledge.constraints import constrained
@@ -159,7 +160,7 @@ def _small(classes, by_row=False):
 def _small_tree():
     rng = np.random.default_rng(3)
     shapes = {"table": (WORDS, WIDE), "mix": (WIDE, WIDE), "head": (WIDE, WORDS)}
-    return peft_jax.full(
+    return full(
         {
             name: jnp.asarray(rng.standard_normal(shape), jnp.float32)
             for name, shape in shapes.items()

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import peft_jax
+from peft_jax.core import calibrate, layout_of, output_errors, places
+from peft_jax.pruning import allocate_sparsity, compress, prune_in_turn
 from peft_jax.pruning.masked import Masked
 from tests.pruning import reference
 from tests.reference import random_tokens, relative_error
@@ -166,10 +168,10 @@ def test_distributions_meet_the_budget(tree, name):
         for i, (p, s) in enumerate(lead.items())
     }
     found = peft_jax.prune(tree, 0.6, distribution=name, statistics={"second_moment": second})
-    zeros = sum(float((w.materialize() == 0).sum()) for w in peft_jax.places(found).values())
-    total = sum(w.materialize().size for w in peft_jax.places(found).values())
+    zeros = sum(float((w.materialize() == 0).sum()) for w in places(found).values())
+    total = sum(w.materialize().size for w in places(found).values())
     assert abs(zeros / total - 0.6) < 0.002
-    shares = peft_jax.allocate_sparsity(tree, 0.6, name, statistics={"second_moment": second})
+    shares = allocate_sparsity(tree, 0.6, name, statistics={"second_moment": second})
     flat = np.concatenate([np.ravel(s) for s in shares.values()])
     assert (flat >= 0).all()
     assert (name == "uniform") == (np.ptp(flat) < 1e-6)
@@ -179,7 +181,7 @@ def test_distributions_meet_the_budget(tree, name):
         assert shares["layers/a/kernel"].mean() > shares["d/kernel"]  # smaller weights
     if name == "erk":
         density = {p: 1 - np.mean(s) for p, s in shares.items()}
-        sizes = {p: peft_jax.places(tree)[p].shape[-2:] for p in shares}
+        sizes = {p: places(tree)[p].shape[-2:] for p in shares}
         free = [p for p in shares if density[p] < 0.999]
         ratio = [density[p] * sizes[p][0] * sizes[p][1] / sum(sizes[p]) for p in free]
         np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
@@ -206,7 +208,7 @@ def test_owl_is_the_authors_by_block():
     ratio = np.asarray(ratios)
     ratio = (ratio - ratio.min()) / (ratio.max() - ratio.min()) * 0.08 * 2
     expected = 1.0 - (ratio - ratio.mean() + 1.0 - 0.6)
-    found = peft_jax.allocate_sparsity(params, 0.6, "owl", statistics=statistics)
+    found = allocate_sparsity(params, 0.6, "owl", statistics=statistics)
     for k in kinds:
         np.testing.assert_allclose(found[f"layers/{k}/kernel"], expected, atol=1e-6)
 
@@ -219,9 +221,9 @@ def test_in_turn_sees_what_pruned_blocks_pass_on():
     model, params = peft_jax.load("builtin:base", scan_layers=False)
     batches = [{"tokens": random_tokens(4, 64, seed=i, vocab=4096)} for i in range(2)]
     apply, where = peft_jax.bind(model), {"targets": ["*/layers_0/*/kernel", "*/layers_1/*/kernel"]}
-    statistics = {"covariance": peft_jax.calibrate(apply, params, batches, **where)}
+    statistics = {"covariance": calibrate(apply, params, batches, **where)}
     at_once = peft_jax.prune(params, 0.6, score="sparsegpt", statistics=statistics, **where)
-    in_turn = peft_jax.prune_in_turn(apply, params, batches, 0.6, score="sparsegpt", **where)
+    in_turn = prune_in_turn(apply, params, batches, 0.6, score="sparsegpt", **where)
     plain = peft_jax.prune(params, 0.6, **where)
     logits = jax.jit(apply)
 
@@ -240,11 +242,11 @@ def test_in_turn_sees_what_pruned_blocks_pass_on():
     first, second = (f"model/layers_{i}/self_attn/q_proj/kernel" for i in (0, 1))
 
     def pick(tree, path):
-        return np.asarray(peft_jax.places(tree)[path].materialize())
+        return np.asarray(places(tree)[path].materialize())
 
     np.testing.assert_array_equal(pick(at_once, first), pick(in_turn, first))
     assert (pick(at_once, second) != pick(in_turn, second)).any()
-    errors = peft_jax.output_errors(apply, params, in_turn, batches, **where)
+    errors = output_errors(apply, params, in_turn, batches, **where)
     assert set(errors) == set(statistics["covariance"])
     assert all(0.01 < float(e) < 1 for e in errors.values())
 
@@ -257,11 +259,11 @@ def test_third_party_models(make, score, distribution):
     model, params = make()
     tokens = random_tokens(2, 8, vocab=13)
     apply, batches = peft_jax.bind(model), [{"tokens": tokens}]
-    where = {"layout": peft_jax.layout_of(model, tokens), "exclude": "conv"}
-    tree = peft_jax.prune_in_turn(
+    where = {"layout": layout_of(model, tokens), "exclude": "conv"}
+    tree = prune_in_turn(
         apply, params, batches, 0.5, score=score, distribution=distribution, **where
     )
-    masked = [w for w in peft_jax.places(tree).values() if isinstance(w, Masked)]
+    masked = [w for w in places(tree).values() if isinstance(w, Masked)]
     share = sum(float((w.materialize() == 0).sum()) for w in masked) / sum(
         w.materialize().size for w in masked
     )
@@ -331,9 +333,9 @@ def test_bad_input_is_refused_by_name(layer, options, message):
 def test_bad_calibration_is_refused_by_name(layer):
     model, params = linen_model()
     with pytest.raises(ValueError, match="no batch to calibrate on"):
-        peft_jax.prune_in_turn(peft_jax.bind(model), params, [], 0.5, score="wanda")
+        prune_in_turn(peft_jax.bind(model), params, [], 0.5, score="wanda")
     with pytest.raises(ValueError, match="gradients of the whole model"):
-        peft_jax.prune_in_turn(peft_jax.bind(model), params, [], 0.5, score="snip")
+        prune_in_turn(peft_jax.bind(model), params, [], 0.5, score="snip")
     bad = {"layer": {"kernel": layer[0]["layer"]["kernel"].at[0, 0].set(jnp.nan)}}
     with pytest.raises(ValueError, match="layer/kernel holds"):
         peft_jax.prune(bad, 0.5)
@@ -343,6 +345,6 @@ def test_bad_calibration_is_refused_by_name(layer):
     ):
         peft_jax.prune(quantized, 0.5, score="sparsegpt", statistics=layer[2])
     with pytest.raises(ValueError, match="prune before compress"):
-        peft_jax.prune(peft_jax.compress(peft_jax.prune(layer[0], pattern="2:4")), 0.6)
+        peft_jax.prune(compress(peft_jax.prune(layer[0], pattern="2:4")), 0.6)
     with pytest.raises(ValueError, match="sparsegpt prunes entries or N:M groups, not blocks"):
         peft_jax.prune(layer[0], 0.5, score="sparsegpt", pattern="8x8", statistics=layer[2])

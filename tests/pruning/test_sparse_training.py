@@ -12,7 +12,10 @@ import optax
 import pytest
 
 import peft_jax
+from peft_jax.core import matmul, places
+from peft_jax.models import unstack_layers
 from peft_jax.objectives.tokens import next_token
+from peft_jax.pruning import Masked
 from peft_jax.pruning.sparse_training import Sparse, sparse, sparse_optimizer
 from peft_jax.training.config import OptimizerConfig, TrainConfig
 from peft_jax.training.loop import initial_state, train
@@ -65,7 +68,7 @@ def run(decoder, steps=STEPS, optimizer=None, base=None, **method):
 
 
 def nodes(tree):
-    return {p: w for p, w in peft_jax.places(tree).items() if isinstance(w, Sparse)}
+    return {p: w for p, w in places(tree).items() if isinstance(w, Sparse)}
 
 
 SHARES = {
@@ -92,7 +95,7 @@ def test_sparsity_follows_the_schedule_and_nothing_recompiles(decoder, schedule)
     ]
     assert all(not (a & ~b).any() for a, b in itertools.pairwise(gone))  # what is gone stays gone
     merged = peft_jax.merge(trees[-1])
-    assert isinstance(peft_jax.places(merged)["model/layers/mlp/up_proj/kernel"], peft_jax.Masked)
+    assert isinstance(places(merged)["model/layers/mlp/up_proj/kernel"], Masked)
 
 
 def test_gradual_pruning_takes_the_smallest(decoder):
@@ -106,7 +109,7 @@ def test_gradual_pruning_takes_the_smallest(decoder):
     grads = jax.tree.map(jnp.ones_like, trainable)
     updates, _ = optimizer.update(grads, optimizer.init(trainable), trainable, grads=grads)
     found = nodes(optax.apply_updates(trainable, updates))["model/layers/mlp/up_proj/kernel"].base
-    expected = peft_jax.places(peft_jax.prune(params, 0.6, targets="up_proj"))[
+    expected = places(peft_jax.prune(params, 0.6, targets="up_proj"))[
         "model/layers/mlp/up_proj/kernel"
     ]
     np.testing.assert_array_equal(np.asarray(found) != 0, np.asarray(expected.materialize()) != 0)
@@ -186,7 +189,7 @@ def test_movement_pruning_keeps_the_top_scores(decoder):
     node = jax.tree.map(lambda a: a[0], w)
 
     def loss(n):
-        return jnp.sum(jnp.square(peft_jax.matmul(x, n)))
+        return jnp.sum(jnp.square(matmul(x, n)))
 
     grads = jax.grad(loss)(node)
     dense = jax.grad(lambda a: jnp.sum(jnp.square(x @ a)))(node.materialize())
@@ -208,7 +211,7 @@ def test_straight_through(decoder, pattern):
     node = jax.tree.map(lambda a: a[0], nodes(trees[-1])["model/layers/mlp/up_proj/kernel"])
     x = jax.random.normal(KEY, (5, 32))
     dense = jax.grad(lambda a: jnp.sum(jnp.square(x @ a)))(node.materialize())
-    grads = jax.grad(lambda n: jnp.sum(jnp.square(peft_jax.matmul(x, n))) + n.penalty())(node)
+    grads = jax.grad(lambda n: jnp.sum(jnp.square(matmul(x, n))) + n.penalty())(node)
     decay = 2e-4 * np.where(np.asarray(node.materialize()) == 0, np.asarray(node.base), 0)
     np.testing.assert_allclose(
         grads.base, dense + decay, rtol=1e-4, atol=1e-5
@@ -225,9 +228,7 @@ def test_one_shot_of_groups_and_going_on_from_a_mask(decoder):
     trees, shares, _ = run(decoder, steps=6, base=base, sparsity=0.5, every=2)
     np.testing.assert_allclose(shares[0], 0.3, atol=2e-3)
     for path, w in nodes(trees[-1]).items():
-        assert not (
-            np.asarray(w.materialize())[~np.asarray(peft_jax.places(base)[path].kept())]
-        ).any()
+        assert not (np.asarray(w.materialize())[~np.asarray(places(base)[path].kept())]).any()
 
 
 def test_the_loop_trains_and_resumes_it(decoder, tmp_path):
@@ -297,6 +298,6 @@ def test_other_bases_are_refused_by_name(decoder):
         ValueError, match="is a Quantized; `sparse` starts from arrays or masked arrays"
     ):
         sparse(peft_jax.quantize(decoder[1], "int8"), KEY, sparsity=0.5)
-    tree = peft_jax.unstack_layers(sparse(decoder[1], KEY, sparsity=0.5))
+    tree = unstack_layers(sparse(decoder[1], KEY, sparsity=0.5))
     with pytest.raises(ValueError, match="was unstacked after `sparse`"):
         sparse_optimizer(optax.sgd(0.1), 2).init(peft_jax.partition(tree)[0])

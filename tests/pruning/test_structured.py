@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import peft_jax
+from peft_jax.core import places
+from peft_jax.models import stack_layers, unstack_layers
 from peft_jax.models.blocks import abstract_params
 from peft_jax.models.decoder import DecoderLayer
 from peft_jax.pruning.importance import block_influence, importance
@@ -123,14 +125,14 @@ def test_looped_equals_scanned(decoder):
     model, params, _, _ = decoder
     what = kept(model, np.random.default_rng(2))
     small, tree = shrink(model, params, **what)
-    looped, other = shrink(model.clone(scan_layers=False), peft_jax.unstack_layers(params), **what)
+    looped, other = shrink(model.clone(scan_layers=False), unstack_layers(params), **what)
     assert not looped.scan_layers
-    jax.tree.map(np.testing.assert_array_equal, peft_jax.stack_layers(other), tree)
+    jax.tree.map(np.testing.assert_array_equal, stack_layers(other), tree)
 
 
 def hidden_states(model, params, tokens):
     """Inputs and outputs of every layer, from Flax's own capture of a looped model."""
-    looped, tree = model.clone(scan_layers=False), peft_jax.unstack_layers(params)
+    looped, tree = model.clone(scan_layers=False), unstack_layers(params)
     _, state = looped.apply(
         {"params": tree},
         tokens,
@@ -154,9 +156,7 @@ def test_block_influence_is_shortgpts(decoder):
         for i in range(L)
     ]
     np.testing.assert_allclose(block_influence(model, params, batches), expected, rtol=1e-5)
-    looped = block_influence(
-        model.clone(scan_layers=False), peft_jax.unstack_layers(params), batches
-    )
+    looped = block_influence(model.clone(scan_layers=False), unstack_layers(params), batches)
     np.testing.assert_allclose(looped, expected, rtol=1e-5)
 
 
@@ -203,7 +203,7 @@ def _state(model, params):
     from peft_jax.hub.names import tensors_of
 
     state = {}
-    for path, w in peft_jax.places(params).items():
+    for path, w in places(params).items():
         for t in tensors_of(path, L):
             value = np.asarray(w if t.layer is None else w[t.layer])
             state[t.name] = torch.tensor(value.T.copy() if t.transposed else value.copy())
@@ -242,7 +242,7 @@ def test_compensation_keeps_the_mean_output(decoder, scan, tmp_path):
     model, params, _, batches = decoder
     model, params = (
         model.clone(scan_layers=scan),
-        params if scan else peft_jax.unstack_layers(params),
+        params if scan else unstack_layers(params),
     )
     apply = peft_jax.bind(model)
     dense = np.asarray(apply(params, batches[0]["tokens"]))

@@ -10,7 +10,9 @@ import transformers as tr
 
 import peft_jax
 from peft_jax.hub.checkpoint import load_fresh
+from peft_jax.models import unstack_layers
 from peft_jax.pruning.students import spaced, take_layers
+from peft_jax.quantization import NF4
 from tests.reference import relative_error
 
 SMALL = {
@@ -70,12 +72,10 @@ def test_the_student_is_transformers_with_these_layers(family, looped, tmp_path)
 
 def test_nodes_are_taken_with_their_layers(tiny_folder):
     model, params = peft_jax.load(tiny_folder)
-    moved = peft_jax.lora(
-        peft_jax.quantize(params, peft_jax.NF4(block_size=16)), jax.random.key(0), rank=2
-    )
+    moved = peft_jax.lora(peft_jax.quantize(params, NF4(block_size=16)), jax.random.key(0), rank=2)
     student, small = take_layers(model, moved, [1])
     tokens = np.arange(10).reshape(2, 5)
-    looped = peft_jax.unstack_layers(moved)
+    looped = unstack_layers(moved)
     looped["model"] = {
         k if k != "layers_1" else "layers_0": v
         for k, v in looped["model"].items()

@@ -7,8 +7,9 @@ import optax
 import pytest
 import torch
 
-import peft_jax
+from peft_jax.core import full
 from peft_jax.core.sharding import make_mesh
+from peft_jax.quantization import adamw8bit, scale_by_adam8bit
 from peft_jax.training.loop import initial_state
 from tests.reference import relative_error
 
@@ -33,7 +34,7 @@ def steps(optimizer, params, count=30):
 
 def test_it_follows_adam_in_float32():
     params = {"w": jax.random.normal(jax.random.key(0), (64, 100)), "b": jnp.ones((7,))}
-    ours, state = steps(peft_jax.adamw8bit(1e-2, weight_decay=0.1), params)
+    ours, state = steps(adamw8bit(1e-2, weight_decay=0.1), params)
     exact, _ = steps(optax.adamw(1e-2, weight_decay=0.1), params)
     np.testing.assert_allclose(ours["b"], exact["b"], rtol=1e-6)  # small arrays keep float32
     moved = exact["w"] - params["w"]
@@ -48,7 +49,7 @@ def test_moments_take_a_quarter_of_the_bytes():
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(s))
 
     n = 256 * 256
-    assert bytes_of(peft_jax.scale_by_adam8bit().init(params)) == 2 * (n + 4 * n / 256) + 4
+    assert bytes_of(scale_by_adam8bit().init(params)) == 2 * (n + 4 * n / 256) + 4
     assert bytes_of(optax.scale_by_adam().init(params)) == 8 * n + 4
 
 
@@ -59,7 +60,7 @@ def test_a_step_is_that_of_bitsandbytes():
     grads = np.random.default_rng(1).normal(size=(5, 64, 128)).astype(np.float32)
     parameter = torch.nn.Parameter(torch.tensor(w))
     theirs = bnb.optim.AdamW8bit([parameter], lr=1e-2, weight_decay=0.0)
-    ours, optimizer = {"w": jnp.asarray(w)}, peft_jax.adamw8bit(1e-2)
+    ours, optimizer = {"w": jnp.asarray(w)}, adamw8bit(1e-2)
     state = optimizer.init(ours)
     for g in grads:
         parameter.grad = torch.tensor(g)
@@ -81,7 +82,7 @@ def test_no_step_is_divided_by_a_moment_that_was_rounded_away():
     sizes = 10.0 ** -rng.uniform(0, 5, 4096)
     grads = [*(rng.normal(size=(2, 4096)) * sizes), np.zeros(4096)]
     largest = []
-    for optimizer in (peft_jax.adamw8bit(1.0), optax.adam(1.0)):
+    for optimizer in (adamw8bit(1.0), optax.adam(1.0)):
         state, steps = optimizer.init(jnp.zeros(4096)), []
         for g in grads:
             step, state = optimizer.update(jnp.asarray(g, jnp.float32), state, jnp.zeros(4096))
@@ -91,9 +92,9 @@ def test_no_step_is_divided_by_a_moment_that_was_rounded_away():
 
 
 def test_moments_are_sharded_with_their_parameters():
-    params = peft_jax.full({"q_proj": {"kernel": jax.random.normal(jax.random.key(0), (64, 128))}})
+    params = full({"q_proj": {"kernel": jax.random.normal(jax.random.key(0), (64, 128))}})
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
-    optimizer = peft_jax.adamw8bit(1e-2)
+    optimizer = adamw8bit(1e-2)
     state = initial_state(params, optimizer, 0, mesh)
     codes = state.opt_state[0].mu["q_proj"]["kernel"].value
     assert codes.addressable_shards[0].data.size == codes.size // 8

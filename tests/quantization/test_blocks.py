@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import peft_jax
-from peft_jax import Int
+from peft_jax.core import calibrate, layout_of, matmul, places
+from peft_jax.quantization import Int, Quantized, quantize_in_turn
 from tests.reference import random_tokens, relative_error
 from tests.third_party import linen_model, nnx_model
 
@@ -35,9 +36,9 @@ def test_gptq_in_turn_beats_one_pass_and_nearest(base):
     apply, format = peft_jax.bind(model), Int(bits=3, block_size=32)
     where = {"targets": ["*/layers_0/*/kernel", "*/layers_1/*/kernel"]}
     nearest = peft_jax.quantize(params, format, **where)
-    statistics = {"covariance": peft_jax.calibrate(apply, params, batches, token_cap=4.0, **where)}
+    statistics = {"covariance": calibrate(apply, params, batches, token_cap=4.0, **where)}
     at_once = peft_jax.quantize(params, format, rounding="gptq", statistics=statistics, **where)
-    in_turn = peft_jax.quantize_in_turn(apply, params, batches, format, rounding="gptq", **where)
+    in_turn = quantize_in_turn(apply, params, batches, format, rounding="gptq", **where)
     losses = [loss_of(model, tree, params, batches) for tree in (nearest, at_once, in_turn)]
     assert losses[1] < 0.8 * losses[0]
     assert losses[2] < 1.02 * losses[1]
@@ -45,7 +46,7 @@ def test_gptq_in_turn_beats_one_pass_and_nearest(base):
     first, second = (f"model/layers_{i}/self_attn/q_proj/kernel" for i in (0, 1))
 
     def pick(tree, path):
-        return peft_jax.places(tree)[path].codes
+        return places(tree)[path].codes
 
     np.testing.assert_array_equal(pick(at_once, first), pick(in_turn, first))
     assert (pick(at_once, second) != pick(in_turn, second)).any()
@@ -55,14 +56,12 @@ def test_gptq_in_turn_beats_one_pass_and_nearest(base):
 def test_third_party_models(make):
     model, params = make()
     tokens = random_tokens(2, 8, vocab=13)
-    layout = peft_jax.layout_of(model, tokens)
+    layout = layout_of(model, tokens)
     apply, batches = peft_jax.bind(model), [{"tokens": tokens}]
     where = {"layout": layout, "exclude": "conv"}
-    quantized = peft_jax.quantize_in_turn(
-        apply, params, batches, Int(bits=8), rounding="gptq", **where
-    )
+    quantized = quantize_in_turn(apply, params, batches, Int(bits=8), rounding="gptq", **where)
     assert relative_error(apply(quantized, tokens), apply(params, tokens)) < 0.05
-    assert any(isinstance(w, peft_jax.Quantized) for w in peft_jax.places(quantized).values())
+    assert any(isinstance(w, Quantized) for w in places(quantized).values())
 
 
 def test_a_token_that_is_written_large_does_not_take_all_of_gptq():
@@ -75,7 +74,7 @@ def test_a_token_that_is_written_large_does_not_take_all_of_gptq():
     w = jnp.asarray(rng.normal(size=(64, 16)), jnp.float32)
 
     def apply(params, tokens, **_):
-        return peft_jax.matmul(jnp.asarray(x)[tokens], params["up_proj"]["kernel"])
+        return matmul(jnp.asarray(x)[tokens], params["up_proj"]["kernel"])
 
     given = (
         apply,
@@ -87,6 +86,6 @@ def test_a_token_that_is_written_large_does_not_take_all_of_gptq():
     def error(tree):
         return float(np.linalg.norm(x[1:] @ (tree["up_proj"]["kernel"].materialize() - w)))
 
-    nearest = error(peft_jax.quantize_in_turn(*given, rounding="nearest"))
-    assert error(peft_jax.quantize_in_turn(*given)) < 0.8 * nearest
-    assert error(peft_jax.quantize_in_turn(*given, token_cap=None)) > 0.9 * nearest
+    nearest = error(quantize_in_turn(*given, rounding="nearest"))
+    assert error(quantize_in_turn(*given)) < 0.8 * nearest
+    assert error(quantize_in_turn(*given, token_cap=None)) > 0.9 * nearest

@@ -18,10 +18,13 @@ import pytest
 import torch
 
 import peft_jax
+from peft_jax.core import matmul, select, take
 from peft_jax.core.packing import pack, unpack
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.core.tree import places
 from peft_jax.hub.checkpoint import load_fresh
+from peft_jax.low_rank import LoRA
+from peft_jax.quantization import dequantize
 from peft_jax.quantization.dynamic_map import (
     dequantize_blocks,
     double_quantize,
@@ -129,12 +132,12 @@ def test_a_stack_of_matrices_in_every_format(record, format):
         np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=2e-7)  # a division's last bit
     matrix = np.asarray(q.materialize()[1])
     inputs = round_inputs(X, format, one.input_scale) if rounds_inputs(format) else X
-    assert relative_error(peft_jax.matmul(X, one), np.asarray(inputs) @ matrix) < 1e-5
+    assert relative_error(matmul(X, one), np.asarray(inputs) @ matrix) < 1e-5
     y = jax.random.normal(jax.random.key(2), (2, 5, OUT))
     stored = one.replace(format=weight_only(format))
-    back = peft_jax.matmul(y, stored, in_axes=(-1,), out_axes=(-2,))
+    back = matmul(y, stored, in_axes=(-1,), out_axes=(-2,))
     assert relative_error(back, np.asarray(y) @ matrix.T) < 1e-5
-    grad = jax.grad(lambda x: (peft_jax.matmul(x, one) * y).sum())(X)
+    grad = jax.grad(lambda x: (matmul(x, one) * y).sum())(X)
     assert relative_error(grad, back) < 1e-5
 
 
@@ -146,12 +149,11 @@ def test_embeddings_are_looked_up_and_attended(record, format):
     ]
     full = np.asarray(q.materialize())
     ids = jnp.asarray([[3, 0, 39], [7, 7, 1]])
-    np.testing.assert_allclose(peft_jax.take(q, ids), full[np.asarray(ids)], rtol=1e-6)
-    assert peft_jax.take(q, ids, jnp.bfloat16).dtype == jnp.bfloat16
+    np.testing.assert_allclose(take(q, ids), full[np.asarray(ids)], rtol=1e-6)
+    assert take(q, ids, jnp.bfloat16).dtype == jnp.bfloat16
     x = X[0, :2]
     assert (
-        relative_error(peft_jax.matmul(x, q, in_axes=(-1,), out_axes=(-2,)), np.asarray(x) @ full.T)
-        < 1e-5
+        relative_error(matmul(x, q, in_axes=(-1,), out_axes=(-2,)), np.asarray(x) @ full.T) < 1e-5
     )
     layer = nn.Embed(40, IN)  # declares its parameter in `setup`, and Flax compares shapes there
     apply = peft_jax.bind(layer, strict=True)
@@ -167,7 +169,7 @@ def test_a_format_is_traceable(record):
 
     def run(w):
         trees = [{"kernel": quantized(f, w)} for f in record.examples]
-        return trees, [peft_jax.dequantize(tree) for tree in trees]
+        return trees, [dequantize(tree) for tree in trees]
 
     check_traceable(run, weight((2, IN, OUT)))
 
@@ -179,12 +181,12 @@ def test_lora_over_a_format(record):
     node = peft_jax.lora({"kernel": base}, jax.random.key(0), rank=2)["kernel"]
     node = node.replace(b=jax.random.normal(jax.random.key(2), node.b.shape))
     expected = np.asarray(X) @ np.asarray(base.materialize() + node.delta())
-    assert relative_error(peft_jax.matmul(X, node), expected) < 1e-5
+    assert relative_error(matmul(X, node), expected) < 1e-5
     trainable, frozen = peft_jax.partition({"kernel": node})
     assert jax.tree.structure(frozen["kernel"].base) == jax.tree.structure(base)
 
     def loss(trainable):
-        return jnp.square(peft_jax.matmul(X, peft_jax.combine(trainable, frozen)["kernel"])).sum()
+        return jnp.square(matmul(X, peft_jax.combine(trainable, frozen)["kernel"])).sum()
 
     grads = jax.tree.leaves(jax.grad(loss)(trainable))
     assert len(grads) == 2
@@ -210,7 +212,7 @@ def test_a_format_on_eight_devices(record):
     @jax.jit
     def run(tree):
         nodes = [tree[name]["q_proj"]["kernel"] for name in tree]
-        return [jnp.stack([peft_jax.matmul(x, layer(w, i)) for i in range(2)]) for w in nodes]
+        return [jnp.stack([matmul(x, layer(w, i)) for i in range(2)]) for w in nodes]
 
     with jax.set_mesh(mesh):
         found = run(placed)
@@ -251,7 +253,7 @@ def small_model():
 def test_folders_of_this_package_hold_every_format_and_rounding(small_model, tmp_path, monkeypatch):
     know(STRANGER, monkeypatch)
     model, params = small_model
-    kernels = peft_jax.select(params)
+    kernels = select(params)
     assert len(kernels) > len(EXAMPLES) + 2
     covariance = jnp.diag(jnp.arange(1.0, 65))
     statistics = {
@@ -294,7 +296,7 @@ def test_a_format_of_an_installed_package_is_reached_by_its_name(
     _, back = peft_jax.load(tmp_path / "q", scan_layers=False)
     jax.tree.map(np.testing.assert_array_equal, back, tree)
     over = peft_jax.lora(back, jax.random.key(0), rank=2)
-    nodes = [w for w in places(over).values() if isinstance(w, peft_jax.LoRA)]
+    nodes = [w for w in places(over).values() if isinstance(w, LoRA)]
     assert {type(n.base.format) for n in nodes} == {type(made)}
 
 
@@ -317,7 +319,7 @@ def test_a_format_that_no_tool_holds(small_model, tmp_path, monkeypatch):
     assert not (tmp_path / "q").exists()
     know(STRANGER, monkeypatch)
     peft_jax.save(tmp_path / "q", model, tree, tool="peft_jax")
-    peft_jax.save(tmp_path / "d", model, peft_jax.dequantize(tree))
+    peft_jax.save(tmp_path / "d", model, dequantize(tree))
 
 
 def adversarial(rows: int = 16, columns: int = 256) -> np.ndarray:

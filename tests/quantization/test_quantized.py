@@ -6,8 +6,20 @@ import numpy as np
 import pytest
 
 import peft_jax
-from peft_jax import FP8, MXFP4, NF4, Int
+from peft_jax.core import matmul
 from peft_jax.core.sharding import make_mesh, shard, shardings
+from peft_jax.low_rank import LoRA
+from peft_jax.quantization import (
+    FP8,
+    MXFP4,
+    NF4,
+    Int,
+    Quantized,
+    bits_per_weight,
+    dequantize,
+    qat,
+    quantize_weight,
+)
 from peft_jax.quantization.quantized import _straight, _tiles
 from tests.reference import relative_error
 
@@ -37,10 +49,7 @@ def test_other_layouts(format, shape, in_axes, out_axes):
         q = jax.tree.map(lambda a: a[0], q)
     x = jax.random.normal(jax.random.key(1), (2, 5, *(q.shape[a] for a in in_axes)))
     axes = {"in_axes": in_axes, "out_axes": out_axes}
-    assert (
-        relative_error(peft_jax.matmul(x, q, **axes), peft_jax.matmul(x, q.materialize(), **axes))
-        < 1e-5
-    )
+    assert relative_error(matmul(x, q, **axes), matmul(x, q.materialize(), **axes)) < 1e-5
 
 
 def test_the_order_and_the_smoothing_of_inputs_are_made_up_for():
@@ -66,9 +75,9 @@ def test_the_order_and_the_smoothing_of_inputs_are_made_up_for():
         assert (q.smooth is not None) == (rounding != "gptq")
         assert relative_error(q.materialize(), w) < 0.05
         one = jax.tree.map(lambda a: a[2], q)
-        assert relative_error(peft_jax.matmul(x, one), x @ q.materialize()[2]) < 1e-5
+        assert relative_error(matmul(x, one), x @ q.materialize()[2]) < 1e-5
         y = jax.random.normal(jax.random.key(3), (5, 48))
-        back = peft_jax.matmul(y, one, in_axes=(-1,), out_axes=(-2,))
+        back = matmul(y, one, in_axes=(-1,), out_axes=(-2,))
         assert relative_error(back, y @ q.materialize()[2].T) < 1e-5
 
 
@@ -89,8 +98,8 @@ def test_activations_are_quantized_too(kind, activations):
     whole = jnp.clip(jnp.round(jnp.where(scaled < -127.499, -128.0, scaled)), -128, 127)
     rounded = whole if kind is Int else scaled.astype(jnp.float8_e4m3fn).astype(jnp.float32)
     expected = (rounded * size) @ q.materialize()
-    assert relative_error(peft_jax.matmul(x, q), expected) < 1e-5
-    assert 1e-5 < relative_error(peft_jax.matmul(x, q), x @ q.materialize()) < 0.1
+    assert relative_error(matmul(x, q), expected) < 1e-5
+    assert 1e-5 < relative_error(matmul(x, q), x @ q.materialize()) < 0.1
     products = [
         e
         for e in jax.make_jaxpr(lambda x, q: _straight(x, q, None))(x, q).eqns
@@ -99,7 +108,7 @@ def test_activations_are_quantized_too(kind, activations):
     assert [v.aval.dtype for e in products for v in e.invars] == [
         q.codes.dtype
     ] * 2  # the product itself is one of 8 bits
-    grad = jax.grad(lambda x: peft_jax.matmul(x, q).sum())(x)
+    grad = jax.grad(lambda x: matmul(x, q).sum())(x)
     assert relative_error(grad, jnp.ones((7, 48)) @ q.materialize().T) < 1e-5
 
 
@@ -120,7 +129,7 @@ def test_bytes_are_those_of_the_format():
     }
     for format, bits in expected.items():
         q = peft_jax.quantize({"kernel": w}, format)["kernel"]
-        assert peft_jax.bits_per_weight(q) == pytest.approx(bits, abs=1e-9), format
+        assert bits_per_weight(q) == pytest.approx(bits, abs=1e-9), format
     assert expected[NF4()] == pytest.approx(4.127, abs=5e-4)
 
 
@@ -128,7 +137,7 @@ def test_the_gradient_keeps_no_full_precision_weight():
     w = peft_jax.quantize({"kernel": weight((4, 64, 64))}, NF4())["kernel"]
 
     def loss(x, w):
-        return jax.lax.scan(lambda x, one: (jnp.tanh(peft_jax.matmul(x, one)), None), x, w)[0].sum()
+        return jax.lax.scan(lambda x, one: (jnp.tanh(matmul(x, one)), None), x, w)[0].sum()
 
     text = jax.jit(jax.grad(loss)).lower(jnp.ones((3, 64)), w).compile().as_text()
     assert "f32[4,64,64]" not in text
@@ -146,7 +155,7 @@ def test_large_matrices_are_decoded_in_parts(format, monkeypatch):
         jax.random.normal(jax.random.key(2), (2, 3, 96)),
     )
     axes = {"in_axes": (-1,), "out_axes": (-2,)}
-    run = jax.value_and_grad(lambda x: (peft_jax.matmul(x, q, **axes) * y).sum())
+    run = jax.value_and_grad(lambda x: (matmul(x, q, **axes) * y).sum())
     whole = run(x)
     monkeypatch.setattr("peft_jax.quantization.quantized._TILE", 64 * 20)
     assert _tiles(q) == 4
@@ -175,9 +184,7 @@ def test_blocks_never_straddle_shards(axes):
             assert format.block_size is None or rows % format.block_size == 0
             assert found.codes.spec[2] is not None  # outputs are always split
             x = jax.random.normal(jax.random.key(1), (4, w["kernel"].shape[1]))
-            run = jax.jit(
-                lambda x, w: jax.lax.scan(lambda c, one: (c, peft_jax.matmul(x, one)), 0.0, w)[1]
-            )
+            run = jax.jit(lambda x, w: jax.lax.scan(lambda c, one: (c, matmul(x, one)), 0.0, w)[1])
             with jax.set_mesh(mesh):
                 out = run(x, node)
             assert relative_error(np.asarray(out), np.asarray(run(x, w["kernel"]))) < 1e-5
@@ -187,11 +194,11 @@ def test_nodes_over_a_base_have_their_base_quantized():
     params = {"kernel": weight((64, 32))}
     with_lora = peft_jax.lora(params, jax.random.key(0), rank=2)
     node = peft_jax.quantize(with_lora, NF4())["kernel"]
-    assert isinstance(node, peft_jax.LoRA)
-    assert isinstance(node.base, peft_jax.Quantized)
+    assert isinstance(node, LoRA)
+    assert isinstance(node.base, Quantized)
     merged = peft_jax.merge({"kernel": node})["kernel"]
     np.testing.assert_allclose(
-        merged, peft_jax.dequantize({"kernel": node})["kernel"].materialize(), rtol=1e-6
+        merged, dequantize({"kernel": node})["kernel"].materialize(), rtol=1e-6
     )
 
 
@@ -232,7 +239,7 @@ def test_some_layers_of_a_stack_are_refused():
     params = {"layers": {"q_proj": {"kernel": weight()}}}
     for make in (
         peft_jax.quantize,
-        lambda tree, targets: peft_jax.qat(tree, jax.random.key(0), targets=targets),
+        lambda tree, targets: qat(tree, jax.random.key(0), targets=targets),
     ):
         with pytest.raises(
             ValueError,
@@ -245,7 +252,7 @@ def test_stochastic_rounding_draws_by_seed_and_path():
     params = {name: {"kernel": weight((64, 32))} for name in ("a", "b")}
     both = peft_jax.quantize(params, "int4", rounding="stochastic", seed=3)
     assert (both["a"]["kernel"].codes != both["b"]["kernel"].codes).any()
-    alone = peft_jax.quantize_weight(
+    alone = quantize_weight(
         "b/kernel", weight((64, 32)), Int(bits=4), rounding="stochastic", seed=3
     )
     np.testing.assert_array_equal(alone.codes, both["b"]["kernel"].codes)

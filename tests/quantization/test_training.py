@@ -14,8 +14,10 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from peft.tuners.lora.variants import QALoraLinearVariant
 
 import peft_jax
-from peft_jax import NF4, Int
+from peft_jax.core import calibrate, matmul, places
 from peft_jax.core.weight import ragged_matmul
+from peft_jax.low_rank import loftq
+from peft_jax.quantization import NF4, Int, Quantized, allocate_bits, bits_per_weight, qalora, qat
 from peft_jax.quantization.quantized import round_inputs
 from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
 
@@ -45,7 +47,7 @@ def test_loftq_is_the_papers_algorithm(steps):
     def quantize(tree):
         return peft_jax.quantize(tree, format)
 
-    tree = peft_jax.loftq(
+    tree = loftq(
         {"kernel": jnp.asarray(w)},
         jax.random.key(0),
         quantize=quantize,
@@ -55,7 +57,7 @@ def test_loftq_is_the_papers_algorithm(steps):
     )
     found = np.asarray(tree["kernel"].materialize())
     assert relative_error(found, numpy_loftq(w, 8, steps, format)) < 1e-4
-    assert isinstance(tree["kernel"].base, peft_jax.Quantized)
+    assert isinstance(tree["kernel"].base, Quantized)
     plain = np.asarray(quantize({"kernel": jnp.asarray(w)})["kernel"].materialize())
     assert np.linalg.norm(found - w) < 0.9 * np.linalg.norm(plain - w)
 
@@ -66,7 +68,7 @@ def test_loftq_over_stacked_layers_and_what_is_not_quantized():
     def quantize(tree):
         return peft_jax.quantize(tree, NF4(), targets="q_proj")
 
-    tree = peft_jax.loftq(params, jax.random.key(0), quantize=quantize, rank=4)
+    tree = loftq(params, jax.random.key(0), quantize=quantize, rank=4)
     assert relative_error(tree["o_proj"]["kernel"].materialize(), params["o_proj"]["kernel"]) < 1e-6
 
     def error(w):
@@ -76,7 +78,7 @@ def test_loftq_over_stacked_layers_and_what_is_not_quantized():
         quantize(params)["q_proj"]["kernel"].materialize()
     )
     with pytest.raises(ValueError, match="steps=0"):
-        peft_jax.loftq(params, jax.random.key(0), quantize=quantize, steps=0)
+        loftq(params, jax.random.key(0), quantize=quantize, steps=0)
 
 
 def test_loftq_knows_the_layers_and_their_ranks():
@@ -94,7 +96,7 @@ def test_loftq_knows_the_layers_and_their_ranks():
         "rank_pattern": {"layers.2.q_proj": 8},
         "alpha_pattern": {"layers.0.q_proj": 7.0},
     }
-    tree = peft_jax.loftq(params, jax.random.key(0), quantize=quantize, rank=4, steps=3, **options)
+    tree = loftq(params, jax.random.key(0), quantize=quantize, rank=4, steps=3, **options)
     found = np.asarray(tree["layers"]["q_proj"]["kernel"].materialize())
     for i, rank in ((0, 4), (2, 8)):
         assert relative_error(found[i], numpy_loftq(w[i], rank, 3, format)) < 1e-4
@@ -106,19 +108,15 @@ def test_loftq_knows_the_layers_and_their_ranks():
 @pytest.mark.parametrize("format", ["int8", "int4", "nf4", "fp8", "mxfp4"])
 def test_qat_trains_what_merging_gives(format):
     options = {"block_size": 32} if format in ("int4", "nf4") else {}
-    params = peft_jax.qat(
-        {"kernel": kernel((2, 64, 48))}, jax.random.key(0), format=format, options=options
-    )
+    params = qat({"kernel": kernel((2, 64, 48))}, jax.random.key(0), format=format, options=options)
     node = params["kernel"]
     merged = peft_jax.merge(params)["kernel"]
-    assert isinstance(merged, peft_jax.Quantized)
+    assert isinstance(merged, Quantized)
     np.testing.assert_allclose(merged.materialize(), node.materialize(), rtol=1e-5, atol=1e-6)
     x = jax.random.normal(jax.random.key(1), (5, 64))
     one, dense = jax.tree.map(lambda a: a[0], node), kernel((2, 64, 48))[0]
-    grad = jax.grad(lambda w: (peft_jax.matmul(x, w) ** 2).sum())(one).base
-    straight = jax.grad(
-        lambda w: 2 * (x @ w * jax.lax.stop_gradient(peft_jax.matmul(x, one))).sum()
-    )(dense)
+    grad = jax.grad(lambda w: (matmul(x, w) ** 2).sum())(one).base
+    straight = jax.grad(lambda w: 2 * (x @ w * jax.lax.stop_gradient(matmul(x, one))).sum())(dense)
     assert relative_error(grad, straight) < 1e-5  # straight through
 
 
@@ -127,10 +125,10 @@ def test_qat_ends_nearer_than_rounding_afterwards():
     x, w = jax.random.normal(jax.random.key(1), (256, 32)) @ mix, kernel((32, 8))
 
     def loss(node):
-        return jnp.square(peft_jax.matmul(x, node) - x @ w).mean()
+        return jnp.square(matmul(x, node) - x @ w).mean()
 
     options = {"format": "int4", "options": {"block_size": 32}}
-    node = peft_jax.qat({"kernel": w}, jax.random.key(0), **options)["kernel"]
+    node = qat({"kernel": w}, jax.random.key(0), **options)["kernel"]
     before, optimizer = float(loss(node)), optax.adam(optax.cosine_decay_schedule(1e-3, 400))
 
     def step(carry, _):
@@ -148,30 +146,30 @@ def test_qalora_merges_into_zero_points_and_stays_quantized(tmp_path):
     base = peft_jax.quantize(
         {"q_proj": {"kernel": kernel((2, 64, 48))}}, Int(bits=4, block_size=16, symmetric=False)
     )
-    params = perturb(peft_jax.qalora(base, jax.random.key(0), rank=4, alpha=8))
+    params = perturb(qalora(base, jax.random.key(0), rank=4, alpha=8))
     node = params["q_proj"]["kernel"]
     assert node.a.shape == (2, 4, 4)  # a block of 16 inputs, as the base has
     merged = peft_jax.merge(params)["q_proj"]["kernel"]
-    assert isinstance(merged, peft_jax.Quantized)
+    assert isinstance(merged, Quantized)
     np.testing.assert_array_equal(merged.codes, base["q_proj"]["kernel"].codes)
     assert relative_error(merged.materialize(), node.materialize()) < 1e-5
     x = jax.random.normal(jax.random.key(1), (5, 64))
     one = jax.tree.map(lambda a: a[1], node)
-    assert relative_error(peft_jax.matmul(x, one), x @ node.materialize()[1]) < 1e-5
+    assert relative_error(matmul(x, one), x @ node.materialize()[1]) < 1e-5
     symmetric = peft_jax.quantize({"kernel": kernel()}, Int(bits=4, block_size=16))
-    over = perturb(peft_jax.qalora(symmetric, jax.random.key(0)))
+    over = perturb(qalora(symmetric, jax.random.key(0)))
     assert (
         relative_error(peft_jax.merge(over)["kernel"].materialize(), over["kernel"].materialize())
         < 1e-5
     )
     with pytest.raises(ValueError, match="kernel has no blocks; give QA-LoRA a block_size"):
-        peft_jax.qalora({"kernel": kernel()}, jax.random.key(0))
+        qalora({"kernel": kernel()}, jax.random.key(0))
 
 
 def test_qaloras_update_is_that_of_peft():
-    node = perturb(
-        peft_jax.qalora({"kernel": kernel()}, jax.random.key(0), rank=4, alpha=8, block_size=16)
-    )["kernel"]
+    node = perturb(qalora({"kernel": kernel()}, jax.random.key(0), rank=4, alpha=8, block_size=16))[
+        "kernel"
+    ]
 
     module = types.SimpleNamespace(
         lora_A={"d": torch.nn.Linear(4, 4, bias=False)},
@@ -197,7 +195,7 @@ def test_a_qalora_adapter_comes_back_from_its_folder(tmp_path):
     folder, tokens, _ = family_checkpoint("llama2", tmp_path)
     model, params = peft_jax.load(folder)
     base = peft_jax.quantize(params, Int(bits=4, block_size=16))
-    with_adapter = perturb(peft_jax.qalora(base, jax.random.key(0), rank=2, alpha=4))
+    with_adapter = perturb(qalora(base, jax.random.key(0), rank=2, alpha=4))
     peft_jax.save_adapter(tmp_path / "a", with_adapter)
     apply = jax.jit(peft_jax.bind(model))
     again = peft_jax.load_adapter(base, tmp_path / "a")
@@ -216,22 +214,20 @@ def test_bits_go_where_they_help():
     spike = jnp.zeros(64).at[:4].set(100.0) + 0.01
     statistics["b/kernel"] = jnp.diag(spike)
     formats = [Int(bits=b, block_size=32, symmetric=False) for b in (2, 3, 4, 8)]
-    plan = peft_jax.allocate_bits(params, formats, bits=7, statistics=statistics)
+    plan = allocate_bits(params, formats, bits=7, statistics=statistics)
     quantized = peft_jax.quantize(params, plan)
-    total = sum(
-        peft_jax.bits_per_weight(w) * np.prod(w.shape) for w in peft_jax.places(quantized).values()
-    )
+    total = sum(bits_per_weight(w) * np.prod(w.shape) for w in places(quantized).values())
     assert total <= 7 * (2 * 64 * 48 + 64 * 96)
-    least = peft_jax.allocate_bits(params, formats, bits=3.3)
+    least = allocate_bits(params, formats, bits=3.3)
     assert {f.bits for f in least.values()} == {2}
-    most = peft_jax.allocate_bits(params, formats, bits=100)
+    most = allocate_bits(params, formats, bits=100)
     assert {f.bits for f in most.values()} == {8}
     assert len({f.bits for f in plan.values()}) > 1
     with pytest.raises(
         ValueError,
         match=r"a budget of 1 bits a weight is too small: the smallest formats take 3\.25",
     ):
-        peft_jax.allocate_bits(params, formats, bits=1)
+        allocate_bits(params, formats, bits=1)
 
 
 ACTIVE = {
@@ -267,8 +263,8 @@ def product_of(kind):
     if kind == "experts":
         return lambda node, x: ragged_matmul(x, node, SIZES)
     if kind == "layers":
-        return lambda node, x: jax.lax.scan(lambda x, w: (x, peft_jax.matmul(x, w)), x, node)[1]
-    return lambda node, x: peft_jax.matmul(x, node)
+        return lambda node, x: jax.lax.scan(lambda x, w: (x, matmul(x, w)), x, node)[1]
+    return lambda node, x: matmul(x, node)
 
 
 @pytest.mark.parametrize("kind", ["dense", "layers", "experts"])
@@ -282,7 +278,7 @@ def test_qat_rounds_inputs_as_the_merged_weight_does(name, kind):
     x = kernel((7, 32), seed=1).at[3].mul(20)
     largest = jnp.abs(x).max(0) * 0.8  # some inputs are beyond it
     statistics = {"max_abs": {"kernel": jnp.broadcast_to(largest, (*shape[:-2], 32))}}
-    params = peft_jax.qat(
+    params = qat(
         {"kernel": kernel(shape)},
         jax.random.key(0),
         format=format,
@@ -360,7 +356,7 @@ def test_stacked_experts_smooth_and_order_what_they_round():
     def one(i):
         return jax.tree.map(lambda a: a[i], node)
 
-    expected = jnp.concatenate([peft_jax.matmul(x[:3], one(0)), peft_jax.matmul(x[3:], one(2))])
+    expected = jnp.concatenate([matmul(x[:3], one(0)), matmul(x[3:], one(2))])
     assert relative_error(ragged_matmul(x, node, SIZES), expected) < 1e-6
     dx = jax.grad(lambda x: ragged_matmul(x, node, SIZES).sum())(x)
     full = node.materialize().sum(-1)
@@ -371,7 +367,7 @@ def test_stacked_experts_smooth_and_order_what_they_round():
 
 
 def test_qat_over_half_precision_is_the_merged_weight_bit_for_bit():
-    node = peft_jax.qat(
+    node = qat(
         {"kernel": kernel((32, 24))},
         jax.random.key(0),
         format="int8",
@@ -379,19 +375,17 @@ def test_qat_over_half_precision_is_the_merged_weight_bit_for_bit():
     )["kernel"]
     x = kernel((7, 32), seed=1).astype(jnp.bfloat16)
     merged = peft_jax.merge({"kernel": node})["kernel"]
-    np.testing.assert_array_equal(peft_jax.matmul(x, node), peft_jax.matmul(x, merged))
+    np.testing.assert_array_equal(matmul(x, node), matmul(x, merged))
 
 
 def test_static_qat_without_statistics_is_refused():
     tree, static = {"kernel": kernel()}, {"format": "int8", "options": {"activations": "static"}}
     with pytest.raises(ValueError, match="kernel has no statistics 'max_abs'"):
-        peft_jax.qat(tree, jax.random.key(0), **static)
+        qat(tree, jax.random.key(0), **static)
     with pytest.raises(
         ValueError, match=r"statistics 'max_abs' of kernel have shape \(3,\), expected \(64,\)"
     ):
-        peft_jax.qat(
-            tree, jax.random.key(0), **static, statistics={"max_abs": {"kernel": jnp.ones(3)}}
-        )
+        qat(tree, jax.random.key(0), **static, statistics={"max_abs": {"kernel": jnp.ones(3)}})
 
 
 def test_a_model_of_experts_says_the_same_before_and_after_merging(tmp_path):
@@ -399,11 +393,9 @@ def test_a_model_of_experts_says_the_same_before_and_after_merging(tmp_path):
     folder, *_ = family_checkpoint("mixtral_sliding", tmp_path)
     model, params = peft_jax.load(folder)
     tokens, apply = random_tokens(3, 8), peft_jax.bind(model)
-    statistics = {
-        "max_abs": peft_jax.calibrate(apply, params, [{"tokens": tokens}], statistic="max_abs")
-    }
+    statistics = {"max_abs": calibrate(apply, params, [{"tokens": tokens}], statistic="max_abs")}
     options = {"format": "int8", "options": {"activations": "static"}, "statistics": statistics}
-    tree = peft_jax.qat(params, jax.random.key(0), **options)
+    tree = qat(params, jax.random.key(0), **options)
     trained = jax.jit(apply)(tree, tokens)
     assert relative_error(jax.jit(apply)(peft_jax.merge(tree), tokens), trained) < 1e-5
     assert relative_error(jax.jit(apply)(params, tokens), trained) > 1e-3

@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 
 import peft_jax
+from peft_jax.core import places
 from peft_jax.core.options import ConfigError
+from peft_jax.low_rank import LoRA
+from peft_jax.pruning import sparsity_of
 from peft_jax.pruning.masked import Masked
 from peft_jax.quantization.quantized import Quantized
 from peft_jax.recipes import chain
@@ -111,12 +114,12 @@ def test_a_chain_is_what_its_stages_are(whole):
     merged, trained = (told["stages"][n]["metrics"]["loss"] for n in ("3-merge", "2-train"))
     assert abs(merged - trained) < 1e-5
     model, base = peft_jax.load(whole / "base")
-    shares = peft_jax.sparsity_of(base)
+    shares = sparsity_of(base)
     assert all(abs(s.mean() - 0.5) < 0.02 for s in shares.values())
-    kernels = [w for p, w in peft_jax.places(base).items() if "_proj/kernel" in p]
+    kernels = [w for p, w in places(base).items() if "_proj/kernel" in p]
     assert all(isinstance(w, Quantized) and w.format.bits == 4 for w in kernels)
     adapted = peft_jax.load_adapter(base, whole / "adapter")
-    loras = [w for w in peft_jax.places(adapted).values() if isinstance(w, peft_jax.LoRA)]
+    loras = [w for w in places(adapted).values() if isinstance(w, LoRA)]
     assert len(loras) == len(kernels)
     assert {w.a.shape[-1] for w in loras} == {3}
     assert model.config.num_layers == 3
@@ -288,5 +291,5 @@ def test_the_embedded_base_killed_at_each_stage_by_sigkill(tmp_path):
     found, wanted = results(folder), results(tmp_path / "whole")
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if found[name] != wanted[name]] == []
-    nodes = peft_jax.places(peft_jax.load(folder / "base")[1]).values()
+    nodes = places(peft_jax.load(folder / "base")[1]).values()
     assert not any(isinstance(w, Masked) for w in nodes)

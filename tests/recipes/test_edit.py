@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import peft_jax
+from peft_jax.core import places
 from peft_jax.core.options import ConfigError
 from peft_jax.recipes.config import parse_config
 from peft_jax.recipes.edit import run_editing
@@ -55,7 +56,7 @@ def test_facts_are_written_scored_and_saved(tiny_folder, tmp_path):
     assert {"efficacy", "neighbourhood", "score", "fluency", "perplexity"} <= set(results["after"])
     model, params = peft_jax.load(tiny_folder)
     edited = peft_jax.load_adapter(params, folder)
-    node = peft_jax.places(edited)["model/layers/mlp/down_proj/kernel"]
+    node = places(edited)["model/layers/mlp/down_proj/kernel"]
     assert np.asarray(node.gate).tolist() == [1.0, 1.0, 0.0]
     assert np.abs(np.asarray(node.delta())[:2]).max() > 0
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import peft_jax
+from peft_jax.core import places
 from peft_jax.core.options import ConfigError
 from peft_jax.recipes.config import parse_config
 from peft_jax.recipes.evaluate import run_evaluation, run_generation
@@ -87,7 +88,7 @@ def test_trained_facts_are_known_and_unseen_ones_are_not(tiny_folder, files, tmp
     assert found["after"]["perplexity"] < found["before"]["perplexity"]  # it was replayed
     _, params = peft_jax.load(tiny_folder)
     again = peft_jax.load_adapter(params, tmp_path / "run" / "adapter")
-    assert "model/embed_tokens/entities_default" in peft_jax.places(again)
+    assert "model/embed_tokens/entities_default" in places(again)
     with pytest.raises(ConfigError, match="kept in an adapter"):
         run_injection(
             configuration(tiny_folder, files, tmp_path / "run", data, method={"name": "full"})
@@ -140,7 +141,7 @@ def test_facts_are_edited_into_the_weights(tiny_folder, files, tmp_path):
     )
     assert found["after"]["said"] > found["before"]["said"]
     _, params = peft_jax.load(tiny_folder)
-    edited = peft_jax.places(peft_jax.load_adapter(params, tmp_path / "run" / "edit"))[
+    edited = places(peft_jax.load_adapter(params, tmp_path / "run" / "edit"))[
         "model/layers/mlp/down_proj/kernel"
     ]
     assert np.abs(np.asarray(edited.delta())).max() > 0

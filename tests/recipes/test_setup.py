@@ -3,7 +3,7 @@
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import peft_jax
+from peft_jax.core import places
 from peft_jax.core.roles import REGISTERED, role_of
 from peft_jax.recipes.config import load_config
 from peft_jax.recipes.setup import set_up
@@ -36,7 +36,7 @@ def test_roles_and_rules_in_yaml(written, tmp_path):
     for _ in range(2):  # what is said again is no other thing
         params = set_up(config).params
     assert params["lm_head"]["kernel"].sharding.spec == P(None, ("fsdp", "tensor"))
-    q = peft_jax.places(params)["model/layers/self_attn/q_proj/kernel"]
+    q = places(params)["model/layers/self_attn/q_proj/kernel"]
     assert q.sharding.spec == P(None, "fsdp", "tensor")
     assert (role_of("a/mixer/inward"), role_of("a/narrow")) == ("q", "down")
 

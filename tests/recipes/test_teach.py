@@ -14,6 +14,7 @@ import transformers as tr
 import peft_jax
 from peft_jax.core.options import ConfigError
 from peft_jax.data import read_records
+from peft_jax.low_rank import Factorized
 from peft_jax.recipes.config import parse_config
 from peft_jax.recipes.evaluate import run_evaluation
 from peft_jax.recipes.export import run_export
@@ -181,7 +182,7 @@ def test_a_factorized_student_and_a_resumed_cache(tiny_folder, teacher, texts, t
     kernel = peft_jax.load(tmp_path / "b" / "model")[1]["model"]["layers"]["mlp"]["up_proj"][
         "kernel"
     ]
-    assert isinstance(kernel, peft_jax.Factorized)
+    assert isinstance(kernel, Factorized)
 
 
 def test_the_base_with_a_context_teaches_its_adapter(tiny_folder, texts, tmp_path):

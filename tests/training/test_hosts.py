@@ -18,8 +18,11 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 
 import peft_jax
+from peft_jax.adapters import p_tuning
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.core.stage import State
+from peft_jax.low_rank import vera
+from peft_jax.quantization import NF4
 from peft_jax.recipes.export import export
 from peft_jax.recipes.run_config import RunConfig
 from peft_jax.recipes.setup import Setup, start_distributed
@@ -28,8 +31,8 @@ from tests.reference import perturb
 ROOT = Path(__file__).parents[2]
 ADAPTERS = {  # by method: PEFT's formats by module, with shared arrays and for the whole model
     "lora": functools.partial(peft_jax.lora, rank=2, bias="all"),
-    "vera": functools.partial(peft_jax.vera, rank=4),
-    "p_tuning": functools.partial(peft_jax.p_tuning, num_virtual_tokens=3, hidden_size=4),
+    "vera": functools.partial(vera, rank=4),
+    "p_tuning": functools.partial(p_tuning, num_virtual_tokens=3, hidden_size=4),
 }
 
 
@@ -118,9 +121,7 @@ def write_all(folder, tiny_folder, mesh=None):
     )
     writers["adapter"] = lambda: export(config, setup, trees["lora"], folder)
     writers["model"] = lambda: export(config, setup, trees["lora"], folder, merged=True)
-    nf4 = placed(
-        peft_jax.quantize(base, peft_jax.NF4(block_size=16, double=False), targets="q_proj")
-    )
+    nf4 = placed(peft_jax.quantize(base, NF4(block_size=16, double=False), targets="q_proj"))
     writers["nf4"] = lambda: peft_jax.save(folder / "nf4", model, nf4)
     gathered: list[int] = []
     gather = multihost_utils.process_allgather

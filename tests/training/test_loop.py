@@ -16,6 +16,7 @@ import pytest
 import transformers
 
 import peft_jax
+from peft_jax.core import freeze, full
 from peft_jax.core.partition import partition
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.data import pack
@@ -207,7 +208,7 @@ def test_mixtures_count_the_experts_that_a_token_meets(tmp_path):
     experts = sum(n for name, n in sizes.items() if "experts" in name)
     c = torch_model.config
     expected = sum(sizes.values()) - experts * (1 - c.num_experts_per_tok / c.num_local_experts)
-    total, trained = active_parameters(model, peft_jax.full(params))
+    total, trained = active_parameters(model, full(params))
     assert total == trained == expected
     assert active_parameters(model, params) == (expected, 0)
 
@@ -256,7 +257,7 @@ def test_divergence_is_said(setup):
 def test_what_cannot_be_trained_is_refused(setup):
     model, params, rows = setup
     with pytest.raises(ValueError, match=r"nothing trains"):
-        fit((model, peft_jax.freeze(params), rows), 1)
+        fit((model, freeze(params), rows), 1)
     mesh = make_mesh({"data": 8})
     with pytest.raises(
         ValueError,

@@ -15,6 +15,7 @@ import transformers as tr
 from safetensors.numpy import load_file
 
 import peft_jax
+from peft_jax.core import full
 from peft_jax.core.select import layer_axes
 from peft_jax.core.sharding import make_mesh, shard
 from peft_jax.core.tree import places
@@ -166,7 +167,7 @@ MODELS = {
 def test_what_decays_in_full_fine_tuning_is_what_the_trainer_has(name, tmp_path):
     theirs = MODELS[name]()
     theirs.save_pretrained(tmp_path)
-    assert decayed(peft_jax.full(peft_jax.load(tmp_path)[1])) == theirs_decayed(theirs)
+    assert decayed(full(peft_jax.load(tmp_path)[1])) == theirs_decayed(theirs)
 
 
 def by_name(params):
@@ -215,7 +216,7 @@ def test_what_decays_is_set_by_pattern(base):
     assert decayed(params)[1] == 0
     assert decayed(params, ["magnitude"])[1] == magnitudes
     assert decayed(params, ["up_proj"])[1] == ups
-    assert decayed(peft_jax.full(base[2]), [])[1] == 0
+    assert decayed(full(base[2]), [])[1] == 0
     with pytest.raises(
         ValueError, match=r"optimizer.no_decay: 'magnitud' matches nothing that trains"
     ):
@@ -241,8 +242,8 @@ def test_an_optimizer_takes_stacked_layers_as_looped_ones(name):
         )
 
     params, grads = (
-        peft_jax.full({"layers": arrays(1.0)}),
-        [peft_jax.full({"layers": arrays(0.1)}) for _ in range(3)],
+        full({"layers": arrays(1.0)}),
+        [full({"layers": arrays(0.1)}) for _ in range(3)],
     )
     config = OptimizerConfig(
         name=name,
@@ -301,7 +302,7 @@ def _toy(kind):
         "embed_tokens": {"embedding": draw(3, 24, 16)},
     }
     return (
-        peft_jax.full(tree)
+        full(tree)
         if kind == "full"
         else peft_jax.lora(tree, jax.random.key(9), rank=8, targets=["q_proj", "up"])
     )
@@ -368,7 +369,7 @@ def test_decay_is_scaled_by_the_rate_and_spares_norms(name):
         name=name, learning_rate=1e-3, schedule="constant", warmup_steps=0, weight_decay=0.01
     )
     tree = {"up": {"kernel": jnp.ones((16, 32))}, "input_layernorm": {"scale": jnp.ones(16)}}
-    params = peft_jax.partition(peft_jax.full(tree))[0]
+    params = peft_jax.partition(full(tree))[0]
     optimizer = make_optimizer(config, 100)
     nothing = jax.tree.map(jnp.zeros_like, params)
 

@@ -181,7 +181,7 @@ def test_the_frozen_tree_is_an_argument_and_has_no_gradient(setup):
         line for line in text.splitlines() if "f32[4096,32]" in line and "constant(" in line
     )
     # the check itself can fail: full fine-tuning has such products
-    full = _compiled(model, peft_jax.full(peft_jax.merge(params)), rows).as_text()
+    full = _compiled(model, peft_jax.core.full(peft_jax.merge(params)), rows).as_text()
     shapes = {
         line.split("=")[1].strip().split("{")[0] for line in full.splitlines() if " dot(" in line
     }

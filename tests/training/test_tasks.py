@@ -14,6 +14,7 @@ import transformers as tr
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import peft_jax
+from peft_jax.adapters import prefix_tuning, prompt_tuning
 from peft_jax.core.bind import Bound
 from peft_jax.core.options import ConfigError
 from peft_jax.data import (
@@ -466,8 +467,8 @@ def test_t5_generates_as_pytorch_does(tokenizer, tmp_path):
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None
         )
         assert row == out[0, 1:].tolist()
-    prompted = peft_jax.prompt_tuning(params, jax.random.key(0), num_virtual_tokens=3)
-    prefixed = peft_jax.prefix_tuning(params, jax.random.key(0), num_virtual_tokens=3, init_std=1.0)
+    prompted = prompt_tuning(params, jax.random.key(0), num_virtual_tokens=3)
+    prefixed = prefix_tuning(params, jax.random.key(0), num_virtual_tokens=3, init_std=1.0)
     for tree in (prompted, prefixed):
         other = peft_jax.generate(model, tree, prompts, max_tokens=5)
         tokens, apply = np.asarray([prompts[0]]), jax.jit(peft_jax.bind(model))

@@ -166,6 +166,6 @@ def fallback_message(where: str, module_class: type, method: str, names: list[st
     return (
         f"no rule for {module_class.__name__}.{method} at {where or 'the top'}: the weights "
         f"{', '.join(names)} are "
-        f"materialised for each call; peft_jax.register_rule({module_class.__name__}, rule, "
+        f"materialised for each call; peft_jax.core.register_rule({module_class.__name__}, rule, "
         f"method={method!r}) avoids it"
     )

@@ -266,7 +266,7 @@ def for_head(node: Any, path: str) -> Any:
         raise ValueError(
             f"{path} is the head too, and PEFT's {type(node).__name__} of an embedding cannot "
             "change both alike; "
-            "use this package's own format, or peft_jax.untie(params) first and adapt one "
+            "use this package's own format, or peft_jax.models.untie(params) first and adapt one "
             "of the two"
         )
     return made

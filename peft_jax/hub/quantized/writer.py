@@ -44,4 +44,7 @@ def _name(format: Format) -> str:
 def ways() -> str:
     """What can be done with weights that no tool can hold."""
     own = next(tool.name for tool in TOOLS.values() if tool.own)
-    return f"save with tool={own!r}, which peft_jax.load alone reads, or peft_jax.dequantize first"
+    return (
+        f"save with tool={own!r}, which peft_jax.load alone reads, or "
+        "peft_jax.quantization.dequantize first"
+    )
