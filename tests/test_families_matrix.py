@@ -34,6 +34,7 @@ from peft_jax.adapters import (
 from peft_jax.core import full, materialize
 from peft_jax.core.placing import modules_with_roles, token_stack
 from peft_jax.core.roles import FAMILIES, hooks_of
+from peft_jax.hub.peft.prefix_tuning import prefix_places
 from peft_jax.knowledge.hooks import feed_forward
 from peft_jax.low_rank import dora, trainable_tokens
 from peft_jax.models.blocks import abstract_params
@@ -45,15 +46,17 @@ from tests.reference import perturb, random_tokens, relative_error
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 
-def example(name):
-    """The family of one of the example files."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+def example(path):
+    """The family of one of the example files; None where it is about something else."""
+    if "FAMILY = " not in path.read_text(encoding="utf-8"):
+        return None
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.FAMILY
 
 
-STRANGERS = [example(path.stem) for path in sorted(EXAMPLES.glob("*.py"))]
+STRANGERS = [family for family in map(example, sorted(EXAMPLES.glob("*.py"))) if family]
 RECORDS = {f.name: f for f in [*FAMILIES.values(), *STRANGERS]}
 
 
