@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import transformers as tr
-from peft_jax.hub.peft.prompts import prefix_places
 from safetensors.numpy import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -5,23 +5,50 @@ status 2.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
+Row = tuple[str, str, str]  # an option's dotted name, its default, its help
+
+
+def _by_section(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """section -> its options; those of none stand under "run"."""
+    found: dict[str, list[Row]] = {}
+    for name, default, text in rows:
+        section = name.partition(".")[0] if "." in name else "run"
+        found.setdefault(section, []).append((name, default, text))
+    return found
+
+
 class _Command(click.Command):
-    """A command whose help ends with every option and its default."""
+    """A command whose help ends with every option and its default, section by section."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from peft_jax.recipes.config import describe
 
-        with formatter.section("Options in CONFIG or as key=value"):
-            formatter.write_dl([(f"{name}={default}", text) for name, default, text in describe()])
+        formatter.write_paragraph()
+        formatter.write_text("Options stand in CONFIG, or after it as key=value:")
+        for section, rows in _by_section(describe()).items():
+            with formatter.section(section):
+                formatter.write_dl([(f"{name}={default}", text) for name, default, text in rows])
+
+
+def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of options that begin so; files, where a configuration may stand."""
+    from peft_jax.recipes.config import describe
+
+    names = {name: text for name, _, text in describe() if name.startswith(incomplete)}
+    files = [CompletionItem(incomplete, type="file")] if param.name == "config" else []
+    return [*files, *(CompletionItem(f"{name}=", help=text) for name, text in names.items())]
 
 
 def _config(config: str | None, overrides: tuple[str, ...]) -> Any:
@@ -33,8 +60,8 @@ def _config(config: str | None, overrides: tuple[str, ...]) -> Any:
 
 
 def _command(function: Any) -> Any:
-    function = click.argument("overrides", nargs=-1)(function)
-    function = click.argument("config", required=False)(function)
+    function = click.argument("overrides", nargs=-1, shell_complete=_complete)(function)
+    function = click.argument("config", required=False, shell_complete=_complete)(function)
     return main.command(cls=_Command)(function)
 
 
@@ -162,6 +189,40 @@ def inspect(config: str | None, overrides: tuple[str, ...]) -> None:
 
     parsed = _config(config, overrides)
     Console(width=None if sys.stdout.isatty() else 160).print(tree_table(run_inspection(parsed)))
+
+
+def _table_of_options(rows: Iterable[Row]) -> Table:
+    table = Table("option", "default", "meaning")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _table_of_sections(sections: Mapping[str, Sequence[Row]]) -> Table:
+    """The sections, how many options they have, and the first of them."""
+    table = Table("section", "options", "as")
+    for section, rows in sections.items():
+        names = [name.removeprefix(f"{section}.") for name, _, _ in rows[:6]]
+        table.add_row(section, f"{len(rows)}", ", ".join(names))
+    return table
+
+
+@main.command()
+@click.argument("prefix", default="", shell_complete=_complete)
+def options(prefix: str) -> None:
+    """List the sections of the configuration, or the options whose names begin with PREFIX, as
+    'method', 'data.train' or 'train.log'.
+    """
+    from peft_jax.core.registry import nearest
+    from peft_jax.recipes.config import describe
+
+    sections = _by_section(describe())
+    chosen = [row for rows in sections.values() for row in rows if row[0].startswith(prefix)]
+    chosen = sections["run"] if prefix == "run" else chosen
+    if not chosen:
+        raise ValueError(f"no option begins with {prefix!r}.{nearest(prefix, sections)}")
+    table = _table_of_options(chosen) if prefix else _table_of_sections(sections)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def run() -> None:

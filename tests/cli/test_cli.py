@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 import peft_jax
@@ -105,6 +106,28 @@ def test_help_shows_every_option_with_its_default():
     out, _ = run("--help")
     for verb in ("train", "evaluate", "generate", "export", "inspect", "quantize", "prune"):
         assert verb in out
+
+
+def test_options_are_listed_by_section():
+    out, _ = run("options")
+    assert {"run", "model", "method", "optimizer"} <= set(out.replace("│", " ").split())
+    out, _ = run("options", "optimizer.")
+    rows = [line for line in out.splitlines() if "optimizer." in line]
+    names = [name for name, _, _ in describe() if name.startswith("optimizer.")]
+    assert len(rows) == len(names)
+    assert "[norm, magnitude]" in out
+    assert "train.steps" not in out
+    _, error = run("options", "optimiser")
+    assert "Did you mean 'optimizer'?" in str(error)
+
+
+def test_names_of_options_are_completed():
+    completion = ShellComplete(main, {}, "peft-jax", "_PEFT_JAX_COMPLETE")
+    found = completion.get_completions(["train", "configs/quickstart.yaml"], "optimizer.le")
+    assert [item.value for item in found] == ["optimizer.learning_rate="]
+    assert "peak learning rate" in found[0].help
+    first = completion.get_completions(["train"], "conf")
+    assert [item.type for item in first] == ["file"]
 
 
 BAD = {
