@@ -21,8 +21,12 @@ class Attachment(Node):
     """
 
     method: ClassVar[str] = "__call__"
-    lead: tuple[int, ...] = ()  # sizes of the leading axes of its arrays
     slots: int = 0  # slots of a key/value cache that it takes before the first token
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Sizes of the leading axes of its arrays."""
+        return ()
 
     def linked(self, params: Any, path: str) -> Self:
         """This node at `path` with what it needs of the rest of the tree, for one call; itself

@@ -39,11 +39,11 @@ class _Input(NamedTuple):
     one.
     """
 
-    index: int
+    number: int
     field: str | None
 
     def __call__(self, args: tuple[Any, ...], out: Any) -> jax.Array:
-        given = args[self.index]
+        given = args[self.number]
         return given if self.field is None else getattr(given, self.field)
 
 

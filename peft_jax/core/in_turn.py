@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from peft_jax.core.attachment import Attachment, Shared, module_at
 from peft_jax.core.bind.bound import Bound
-from peft_jax.core.calibrate import Pass, calibrate_all, probing
+from peft_jax.core.calibrate import Pass, Statistic, calibrate_all, probing
 from peft_jax.core.coverage import Calibrated, ledger
 from peft_jax.core.reparametrised import find_sites
 from peft_jax.core.select import Targets, layer_paths
@@ -24,6 +24,7 @@ from peft_jax.core.tree import places
 from peft_jax.core.weight import Layout
 
 Layer = Callable[..., jax.Array]
+Run = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
 Change = Callable[[Any, list[str], dict[str, Calibrated]], Any]
 
 
@@ -66,7 +67,7 @@ def in_turn(
     params: Any,
     batches: Iterable[Mapping[str, Any]],
     paths: Iterable[str],
-    statistics: Sequence[str],
+    statistics: Sequence[Statistic],
     change: Change,
     **options: Any,
 ) -> Any:
@@ -96,18 +97,19 @@ def _along(
     params: Any,
     batches: list[Any],
     paths: list[str],
-    statistics: Sequence[str],
+    statistics: Sequence[Statistic],
     change: Change,
     options: Any,
 ) -> Any:
     """`in_turn` for the layers of a chain."""
-    enter, states = jax.jit(chain.enter), []
+    enter = jax.jit(chain.enter)
+    states: list[dict[str, jax.Array]] = []
     for batch in batches:
         inputs = {
             name: jnp.asarray(batch[name]) for name in ("positions", "segment_ids") if name in batch
         }
         states.append({"tokens": enter(params, jnp.asarray(batch["tokens"]), **inputs), **inputs})
-    passes: dict[Layer, tuple[Pass, Layer]] = {}
+    passes: dict[Layer, tuple[Pass, Run]] = {}
     left = {p for p in paths if any(p.startswith(f"{prefix}/") for prefix in chain.layers)}
     for prefix, layer in chain.layers.items():
         probes, run = passes.setdefault(layer, (probing(layer), jax.jit(_renewed(layer))))
@@ -130,7 +132,7 @@ def _along(
     return params
 
 
-def _renewed(layer: Layer) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
+def _renewed(layer: Layer) -> Run:
     def run(params: Any, state: dict[str, jax.Array]) -> dict[str, jax.Array]:
         inputs = {name: x for name, x in state.items() if name != "tokens"}
         return {**inputs, "tokens": layer(params, state["tokens"], **inputs)}

@@ -194,7 +194,7 @@ def layers_of(
     params: Any, path: str, layout: Layout | None = None
 ) -> tuple[tuple[int, ...], list[tuple[str, int | None]]]:
     """(leading axes of a module, (path, number) of each of its layers)."""
-    owner = path
+    owner, kernels = path, []
     while owner and not (kernels := _kernels(params, owner, layout)):
         owner = owner.rpartition("/")[0]
     leads = [matrix_shape(w.shape, *axes)[0] for w, axes in (kernels if owner else [])]

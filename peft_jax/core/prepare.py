@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from peft_jax.core.attachment import Attachment, Shared
 from peft_jax.core.tree import data_fields, is_node, map_nodes, map_places, places
@@ -93,7 +94,7 @@ def with_rng(params: Any, rng: jax.Array | None) -> Any:
     return map_places(lambda _, x: inner(x, jax.random.fold_in(rng, next(counter))), params)
 
 
-def with_adapter_ids(params: Any, ids: jax.Array | None) -> Any:
+def with_adapter_ids(params: Any, ids: jax.Array | np.ndarray | None) -> Any:
     """Nodes that hold a bank of adapters told which one each row of the batch uses: `ids` [B]."""
     if ids is None:
         return params

@@ -418,7 +418,7 @@ def _conllu(file: Path) -> Iterator[Record | MalformedRecordError]:
                             f"{file}:{number}: the head {parts[6]!r} is no word's number"
                         )
             else:
-                columns = (
+                columns: dict[str, list[str]] = (
                     dict(zip(_CONLLU, map(list, zip(*words, strict=True)), strict=True))
                     if words
                     else {}

@@ -377,12 +377,11 @@ def _divergence(
     spec: _Comparison, options: Any, logits: jax.Array, others: jax.Array, teacher: Teacher
 ) -> jax.Array:
     """Of a student's logits [..., V] and a teacher's [..., U]."""
+    mine: dict[str, Any] = {"temperature": spec.temperature}
     if spec.divergence is uld:
-        mine = {"temperature": spec.temperature}
         return uld(log_probabilities(logits, **mine), log_probabilities(others, **mine))
     if teacher.shared is not None:
         ours, theirs = (jnp.broadcast_to(i, (*logits.shape[:-1], len(i))) for i in teacher.shared)
-        mine = {"temperature": spec.temperature}
         return spec.divergence(with_tail(logits, ours, **mine), with_tail(others, theirs, **mine))
     if spec.keep:
         ids, kept = top_k(others, spec.keep, **options)

@@ -187,10 +187,10 @@ def _with_cache(
     how = (ask.ends, ask.sampling)
     kind = {"cache_dtype": cache_dtype}
     state = begin(apply, params, rows, ask.keys, *how, slots=chunks * CHUNK, **kind)
-    done = np.zeros(len(ask.ids), bool)
+    count, done = 0, np.zeros(len(ask.ids), bool)
     for _ in range(chunks):
         state = go_on(apply, params, state, rows, done, *how, ask.max_tokens, **kind)
-        count = int(state.count)
+        count = int(state.length)
         done = fetch(state.done)
         if ask.stopped is not None:
             done = done | ask.stopped(fetch(state.tokens)[:, :count])

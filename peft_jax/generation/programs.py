@@ -20,7 +20,7 @@ class Written(NamedTuple):
     """What is written so far."""
 
     tokens: jax.Array  # [B, N] generated so far
-    count: jax.Array  # how many columns of it
+    length: jax.Array  # how many columns of it
     last: jax.Array  # [B] the newest token
     position: jax.Array  # [B] its position
     done: jax.Array  # [B]
@@ -75,7 +75,7 @@ def decode(
     `done` get no more.
     """
     state = state._replace(done=state.done | done)
-    end = jnp.minimum((state.count // CHUNK + 1) * CHUNK, most)
+    end = jnp.minimum((state.length // CHUNK + 1) * CHUNK, most)
     return _decode_until(apply, params, state, rows, ends, sampling, end, cache_dtype)
 
 
@@ -95,18 +95,18 @@ def _decode_until(
     method = {"method": "decode"} if apply.encoder_decoder else {}
 
     def more(s: Written) -> jax.Array:
-        return (s.count < end) & ~s.done.all()
+        return (s.length < end) & ~s.done.all()
 
     def one(s: Written) -> Written:
         cache = _current_cache(apply, params, rows, s, cache_dtype)
         logits, cache = apply(
             params, s.last[:, None], positions=s.position[:, None], cache=cache, **method
         )
-        keys = jax.vmap(jax.random.fold_in, (0, None))(s.keys, s.count)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(s.keys, s.length)
         token = jnp.where(s.done, ends[0], sample(logits[:, -1], sampling, keys))
-        tokens = jax.lax.dynamic_update_slice_in_dim(s.tokens, token[:, None], s.count, axis=1)
+        tokens = jax.lax.dynamic_update_slice_in_dim(s.tokens, token[:, None], s.length, axis=1)
         done = s.done | is_end(token, ends)
-        return Written(tokens, s.count + 1, token, s.position + 1, done, cache, s.keys)
+        return Written(tokens, s.length + 1, token, s.position + 1, done, cache, s.keys)
 
     return jax.lax.while_loop(more, one, state)
 
@@ -117,7 +117,7 @@ def _current_cache(apply: Bound, params: Any, rows: Rows, s: Written, cache_dtyp
         return s.cache
 
     def again() -> Any:
-        return renewed(apply, params, rows, s.tokens, s.count, s.cache, cache_dtype)
+        return renewed(apply, params, rows, s.tokens, s.length, s.cache, cache_dtype)
 
     return jax.lax.cond((old & ~s.done).any(), again, lambda: s.cache)
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -185,6 +186,7 @@ def _bottleneck(arrays: Tensors, options: Config, name: str, group: str) -> Any:
         "dropout": float(options.get("dropout") or 0.0),
     }
     at = 1 if options.get("ln_before") else 0
+    held = cast("dict[str, jax.Array]", arrays)  # on the host until the layers are joined
     if options.get("phm_layer"):
         unsupported = [k for k in ("ln_before", "ln_after", "use_gating") if options.get(k)]
         if unsupported or not isinstance(scaling, int | float):
@@ -192,26 +194,32 @@ def _bottleneck(arrays: Tensors, options: Config, name: str, group: str) -> Any:
                 f"phm_layer beside {unsupported or ['a learned scaling']} is not supported"
             )
         down, up = (_factors(arrays, p) for p in (f"adapter_down.{at}.", "adapter_up."))
-        biases = {"down_bias": arrays[f"adapter_down.{at}.b"], "up_bias": arrays["adapter_up.b"]}
-        return Compacter(**common, down=down, up=up, **biases, group=group)
+        return Compacter(
+            **common,
+            down=down,
+            down_bias=held[f"adapter_down.{at}.b"],
+            up=up,
+            up_bias=held["adapter_up.b"],
+            group=group,
+        )
 
     def norm(part):
-        return (arrays[f"{part}.weight"], arrays[f"{part}.bias"])
+        return (held[f"{part}.weight"], held[f"{part}.bias"])
 
     gating: dict[str, Any] = {}
     if options.get("use_gating"):
         gating = {
             "gating": "sequence",
-            "gating_weight": arrays["gate.weight"].T,
-            "gating_bias": arrays["gate.bias"],
+            "gating_weight": held["gate.weight"].T,
+            "gating_bias": held["gate.bias"],
         }
     return Bottleneck(
         **common,
-        down=arrays[f"adapter_down.{at}.weight"].T,
-        down_bias=arrays[f"adapter_down.{at}.bias"],
-        up=arrays["adapter_up.weight"].T,
-        up_bias=arrays["adapter_up.bias"],
-        scale=arrays["scaling"] if scaling in ("learned", "channel") else None,
+        down=held[f"adapter_down.{at}.weight"].T,
+        down_bias=held[f"adapter_down.{at}.bias"],
+        up=held["adapter_up.weight"].T,
+        up_bias=held["adapter_up.bias"],
+        scale=held["scaling"] if scaling in ("learned", "channel") else None,
         before=norm(
             "adapter_norm_before" if "adapter_norm_before.weight" in arrays else "adapter_down.0"
         )
@@ -305,11 +313,13 @@ def _read_reft(params: Any, tensors: Tensors, options: Config, name: str, theirs
                 k.removeprefix(f"{unit}."): v for k, v in arrays.items() if k.startswith(f"{unit}.")
             }
             orthogonal = "projection.weight" not in own
-            projection = _householder(own) if orthogonal else own["projection.weight"].T
+            weights: dict[str, Any] = {
+                "projection": _householder(own) if orthogonal else own["projection.weight"].T,
+                "source": own["learned_source.weight"].T,
+                "source_bias": own["learned_source.bias"],
+            }
             nodes[f"{module.replace('.', '/')}/reft{unit or ''}"] = ReFT(
-                projection=projection,
-                source=own["learned_source.weight"].T,
-                source_bias=own["learned_source.bias"],
+                **weights,
                 orthogonal=orthogonal,
                 subtract=bool(options.get("subtract_projection", True)),
                 activation=str(options.get("non_linearity") or "linear").lower(),

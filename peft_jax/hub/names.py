@@ -33,13 +33,13 @@ class Tensor(NamedTuple):
     part: tuple[int, int] | None = None
 
     @property
-    def index(self) -> tuple[int, ...]:
+    def place(self) -> tuple[int, ...]:
         """Its place on the leaf's leading axes."""
         return tuple(i for i in (self.layer, self.expert) if i is not None)
 
     def shape(self, leaf: tuple[int, ...]) -> tuple[int, ...]:
         """Its shape as part of a leaf of this shape, not transposed."""
-        *rest, last = leaf[len(self.index) :]
+        *rest, last = leaf[len(self.place) :]
         return (*rest, last // (1 if self.part is None else self.part[1]))
 
     def stored(self, leaf: tuple[int, ...]) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ class Tensor(NamedTuple):
 
     def take(self, value: Any) -> Any:
         """Its part of a leaf, as the checkpoint has it."""
-        value = value[self.index] if self.index else value
+        value = value[self.place] if self.place else value
         if self.part is not None:
             i, n = self.part
             size = value.shape[-1] // n
@@ -65,7 +65,7 @@ class Tensor(NamedTuple):
                 f"{self.name} in {where} has shape {np.shape(value)}, the model's is "
                 f"{self.stored(leaf.shape)}"
             )
-        leaf[self.index] = (value.swapaxes(-1, -2) if self.transposed else value).astype(leaf.dtype)
+        leaf[self.place] = (value.swapaxes(-1, -2) if self.transposed else value).astype(leaf.dtype)
 
 
 def stack_size(path: str, w: Any) -> int | None:

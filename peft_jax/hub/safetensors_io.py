@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import ml_dtypes
@@ -22,6 +22,23 @@ from peft_jax.core.files import read_json, replacing_folder, write_json
 _FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG = "adapter_config.json"
+
+
+class NamedTensors(Protocol):
+    """Tensors by name: a checkpoint, or one whose tensors go by other names."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one, which is not read."""
+        ...
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """One of them, or a part of it."""
+        ...
 
 
 class Checkpoint:

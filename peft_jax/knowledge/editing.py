@@ -557,9 +557,9 @@ class _Work:
 def _picked(
     apply: Bound,
     params: Any,
-    tokens: jax.Array,
-    segment_ids: jax.Array,
-    at: jax.Array,
+    tokens: jax.Array | np.ndarray,
+    segment_ids: jax.Array | np.ndarray,
+    at: jax.Array | np.ndarray,
     wanted: tuple[Place, ...],
 ) -> list[jax.Array]:
     named = {str(i): place for i, place in enumerate(wanted)}
@@ -589,7 +589,11 @@ def _read(
 
 
 def _changed(
-    params: Any, place: FeedForward, layer: jax.Array, delta: jax.Array, at: jax.Array
+    params: Any,
+    place: FeedForward,
+    layer: jax.Array,
+    delta: jax.Array,
+    at: jax.Array | np.ndarray,
 ) -> Any:
     """The tree with delta [N, D] added to a layer's feed-forward's output at tokens `at` [N] of the
     rows.
@@ -635,7 +639,7 @@ def _searched(
     """
     optimizer, start = optax.adam(search.learning_rate), _essences(apply, params, essence)
 
-    def changed(delta: jax.Array, at: jax.Array) -> Any:
+    def changed(delta: jax.Array, at: jax.Array | np.ndarray) -> Any:
         return _changed(params, place, layer, delta, at)
 
     def loss(delta: jax.Array) -> Any:

@@ -63,7 +63,9 @@ def _said(apply: Any, params: Any, rows: EditRows) -> jax.Array:
     )
 
 
-def all_likeliest(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+def all_likeliest(
+    logits: jax.Array, targets: jax.Array | np.ndarray, weights: jax.Array | np.ndarray
+) -> jax.Array:
     """[B] whether each of a row's targets [B, T] that weighs anything is the likeliest token, given
     logits [B, T, V].
     """

@@ -85,6 +85,7 @@ def write_edits(
     edits = list(edits[: section.limit])
     check_edits(state.model, context.tokenizer, edits)
     reads = METHODS[section.method].reads_covariances
+    options: dict[str, Any] = {**section.options}
     params = edit(
         state.model,
         state.params,
@@ -95,7 +96,7 @@ def write_edits(
         prefixes=_prefixes(section, state, context),
         covariances=_covariances(state, context) if reads else None,
         search=Search(**section.search),
-        **section.options,
+        **options,
     )
     return state.replace(params=params, numbers={"edits": len(edits)})
 

@@ -9,7 +9,7 @@ as Hugging Face PEFT does) is the node's `penalty`, which the training step adds
 from __future__ import annotations
 
 import functools
-from typing import Annotated, Any, ClassVar, NamedTuple, Unpack
+from typing import Annotated, Any, ClassVar, NamedTuple, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -175,7 +175,7 @@ def adalora_budget(
         updates = _zero_outside(updates, params, scores, budget, active)
         return updates, BudgetState(state.step + 1, importance, uncertainty)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, cast("optax.TransformUpdateFn", update))
 
 
 @functools.wraps(adalora_budget)  # the same options

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -271,7 +271,7 @@ def _xla(
     out = _blocked(
         softcap, before, always, q, k, v, dataclasses.replace(mask, bias=None), chosen, bias
     )
-    return jnp.moveaxis(out, 3, 1).reshape(B, T, H, d)
+    return jnp.moveaxis(cast("jax.Array", out), 3, 1).reshape(B, T, H, d)
 
 
 def _blocks(T: int, S: int, before: int | None) -> list[tuple[int, int, int]]:
@@ -372,7 +372,7 @@ def _blocked_backward(softcap, before, always, saved, grad):
         dq.append(_product("bkgts,bksd->bkgtd", d_scores, k_block))
         dk = dk.at[:, :, :keys].add(_product("bkgts,bkgtd->bksd", d_scores, q_block))
         dv = dv.at[:, :, :keys].add(_product("bkgts,bkgtd->bksd", weights, grad_block))
-    if bias is not None and bias.shape[0] == 1:
+    if bias is not None and d_bias is not None and bias.shape[0] == 1:
         d_bias = jnp.sum(d_bias, 0, keepdims=True)
     return (
         jnp.concatenate(dq, 3).astype(q.dtype),

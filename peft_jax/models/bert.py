@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 
 from peft_jax.core.roles import Roles
 from peft_jax.models.blocks import (
@@ -60,12 +61,12 @@ class DebertaConfig(EncoderConfig):
 def encoder_values(hf: Any, **names: str) -> dict[str, Any]:
     """What the encoders' configurations have in common; `names` maps ours to the family's own."""
 
-    def of(ours, usual):
+    def of(ours: str, usual: str) -> Any:
         return getattr(hf, names.get(ours, usual))
 
     dropout = float(of("dropout", "hidden_dropout_prob"))
     classifier = getattr(hf, "classifier_dropout", None)
-    values = dict(
+    values: dict[str, Any] = dict(
         vocab_size=hf.vocab_size,
         hidden_size=of("hidden_size", "hidden_size"),
         intermediate_size=of("intermediate_size", "intermediate_size"),
@@ -299,13 +300,13 @@ class Layer(Block):
         self, x: jax.Array, shared: dict[str, Any], own: dict[str, Any]
     ) -> tuple[jax.Array, None]:
         fields = (self.config, self.dtype, self.param_dtype)
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        x = with_logical_constraint(x, ("batch", "length", "embed"))
         x = Attention(*fields, self.implementation, name="attention")(
             x, shared, Residual(name="attention_residual")
         )
         y = Intermediate(*fields, name="intermediate")(x)
         x = Output(*fields, name="output")(y, x, Residual(name="mlp_residual"))
-        return nn.with_logical_constraint(x, ("batch", "length", "embed")), None
+        return with_logical_constraint(x, ("batch", "length", "embed")), None
 
 
 class LayerStack(Block):

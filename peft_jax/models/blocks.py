@@ -255,9 +255,12 @@ def layer_stack(
     if not scan:
         return [made(*args) for _ in range(length)]
     axes = (*[nn.broadcast] * broadcast, 0)
-    rngs = {"params": True, "dropout": True}
     return nn.scan(
-        made, variable_axes={"params": 0, CAPTURED: 0}, split_rngs=rngs, in_axes=axes, length=length
+        made,
+        variable_axes={"params": 0, CAPTURED: 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=axes,  # pyright: ignore[reportArgumentType] - flax's default is a number
+        length=length,
     )(*args)
 
 

@@ -73,7 +73,7 @@ def rotary_config(hf: Any, parameters: Mapping[str, Any] | None, head_dim: int) 
     """
     p = dict(parameters or {})
     known = {field.name for field in dataclasses.fields(RotaryConfig)}
-    values = {
+    values: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v
         for k, v in p.items()
         if k in known and v is not None

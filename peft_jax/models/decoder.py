@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 from jax.core import Tracer
 
 from peft_jax.core.bind import bind
@@ -186,7 +187,7 @@ class DecoderLayer(nn.Module):
                 x
             )
 
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        x = with_logical_constraint(x, ("batch", "length", "embed"))
         pre, post = c.norm_position != "post", c.norm_position != "pre"
         before_mlp = "pre_feedforward_layernorm" if post else "post_attention_layernorm"
 
@@ -207,7 +208,7 @@ class DecoderLayer(nn.Module):
         else:
             y = MLP(c, self.dtype, self.param_dtype, name="mlp")(y)
         x = Residual(name="mlp_residual")(x, norm("post_feedforward_layernorm", y) if post else y)
-        return nn.with_logical_constraint(x, ("batch", "length", "embed")), cache
+        return with_logical_constraint(x, ("batch", "length", "embed")), cache
 
 
 class DecoderStack(nn.Module):
@@ -222,7 +223,7 @@ class DecoderStack(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        scale = {} if c.embedding_scale is None else {"scale": c.embedding_scale}
+        scale: dict[str, Any] = {} if c.embedding_scale is None else {"scale": c.embedding_scale}
         self.embed_tokens = (ScaledEmbed if scale else nn.Embed)(
             c.vocab_size,
             c.hidden_size,
@@ -248,15 +249,13 @@ class DecoderStack(nn.Module):
                 block,
                 variable_axes={"params": 0, "router": 0, CAPTURED: 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, 0, 0),
+                in_axes=(nn.broadcast, 0, 0),  # pyright: ignore[reportArgumentType] - as in blocks
                 length=c.num_layers,
             )(
                 c,
-                LayerKind(
-                    *(
-                        values[0] if len(set(values)) == 1 else None
-                        for values in zip(*kinds, strict=True)
-                    )
+                LayerKind._make(
+                    values[0] if len(set(values)) == 1 else None
+                    for values in zip(*kinds, strict=True)
                 ),
                 *rest,
             )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 
 from peft_jax.core.roles import Roles
 from peft_jax.models.bert import encoder_values
@@ -44,9 +45,8 @@ def distilbert_config(hf: Any) -> EncoderConfig:
         dropout="dropout",
         activation="activation",
     )
-    return EncoderConfig(
-        **values | {"classifier_dropout": float(hf.seq_classif_dropout)}, type_vocab_size=0
-    )
+    values["classifier_dropout"] = float(hf.seq_classif_dropout)
+    return EncoderConfig(**values, type_vocab_size=0)
 
 
 class Embeddings(Block):
@@ -94,12 +94,12 @@ class Layer(Block):
         self, x: jax.Array, shared: dict[str, Any], own: dict[str, Any]
     ) -> tuple[jax.Array, None]:
         fields = (self.config, self.dtype, self.param_dtype)
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        x = with_logical_constraint(x, ("batch", "length", "embed"))
         y = SelfAttention(*fields, self.implementation, name="attention")(x, shared)
         x = self.layer_norm("sa_layer_norm")(Residual(name="attention_residual")(x, y))
         y = FeedForward(*fields, name="ffn")(x)
         x = self.layer_norm("output_layer_norm")(Residual(name="mlp_residual")(x, y))
-        return nn.with_logical_constraint(x, ("batch", "length", "embed")), None
+        return with_logical_constraint(x, ("batch", "length", "embed")), None
 
 
 class LayerStack(Block):

@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 
 from peft_jax.core.roles import Roles
 from peft_jax.models.attention import Mask, make_mask
@@ -251,15 +252,15 @@ class T5Block(Block):
     def __call__(self, x: jax.Array, shared: dict[str, Any], cache: Any) -> Any:
         fields = (self.config, self.dtype, self.param_dtype)
         own, crossing = (None, None) if cache is None else (cache.own, cache.crossing)
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        x = with_logical_constraint(x, ("batch", "length", "embed"))
         x, own = SelfLayer(*fields, self.implementation, name="layer_0")(x, shared, own)
         if self.cross:
             x, crossing = CrossLayer(*fields, self.implementation, name="layer_1")(
                 x, shared, crossing
             )
         x = FeedForwardLayer(*fields, name="layer_2" if self.cross else "layer_1")(x)
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
-        return x, None if cache is None else LayerCache(own, crossing)
+        x = with_logical_constraint(x, ("batch", "length", "embed"))
+        return x, None if cache is None else LayerCache(own, cast("Slots", crossing))
 
 
 class Stack(Block):
@@ -413,7 +414,7 @@ class T5(Layers, nn.Module):
             c.num_decoder_layers, tokens.shape[0], length, *heads, dtype or self.dtype
         )
         encoded, seen = self.encode(tokens, segment_ids)
-        return SourceCache(own, seen, encoded)
+        return SourceCache(own, cast("jax.Array", seen), encoded)
 
     def decode(
         self, tokens: jax.Array, *, positions: jax.Array, cache: SourceCache

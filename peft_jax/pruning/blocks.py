@@ -5,11 +5,11 @@ pass on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from peft_jax.core.calibrate import calibrate_all
+from peft_jax.core.calibrate import Statistic, calibrate_all
 from peft_jax.core.coverage import Calibrated, ledger
 from peft_jax.core.in_turn import in_turn
 from peft_jax.core.reparametrised import find_sites
@@ -48,12 +48,12 @@ def prune_in_turn(
     other; of other models the part up to each block runs anew. Raises ValueError as `prune` and
     `calibrate` do, and for scores of gradients, which are of the whole model.
     """
-    needed = NEEDS.get(score, ())
     if of_gradients(score):
         raise ValueError(
             f"score {score!r} is made of gradients of the whole model; use prune with statistics "
             "from gradients"
         )
+    needed = cast("tuple[Statistic, ...]", NEEDS.get(score, ()))
     check_score(score, set(options) - {"compare"})
     check_pattern(pattern, sparsity, distribution)
     batches = list(batches)

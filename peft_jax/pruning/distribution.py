@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.core.calibrate import Statistic
 from peft_jax.core.coverage import choose, ledger, reached
 from peft_jax.core.reparametrised import Site, find_sites
 from peft_jax.core.select import Targets, layer_paths
@@ -24,7 +25,7 @@ Scores = Callable[
     [Site], tuple[jax.Array, jax.Array | None]
 ]  # -> [*lead, in, out], and of which [*lead] there are any
 
-NEEDS: dict[str, tuple[str, ...]] = {"owl": ("second_moment",)}
+NEEDS: dict[str, tuple[Statistic, ...]] = {"owl": ("second_moment",)}
 OF_SCORES = (
     "global",
 )  # these compare the scores of all weights, which are then ranked over whole matrices

@@ -5,7 +5,7 @@ that says which.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,9 @@ class Masked(Reparametrised):
         """A copy with some fields changed; an array that becomes the base gets its zeros."""
         new = super().replace(**changes)
         fresh = isinstance(new.base, (jax.Array, np.ndarray)) and new.base is not self.base
-        return super(Masked, new).replace(base=new.with_zeros(new.base)) if fresh else new
+        if not fresh:
+            return new
+        return super(Masked, new).replace(base=new.with_zeros(cast("jax.Array", new.base)))
 
     @property
     def whole(self) -> bool:

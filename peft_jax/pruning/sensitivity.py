@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
-from peft_jax.core.calibrate import calibrate_all
+from peft_jax.core.calibrate import Statistic, calibrate_all
 from peft_jax.core.coverage import ledger
 from peft_jax.core.in_turn import layer_blocks
 from peft_jax.core.reparametrised import find_sites
@@ -51,7 +51,7 @@ def sensitivity(
 
     dense, found = mean(params), {}
     sites = find_sites(params, targets=targets, exclude=exclude, layout=layout)
-    needed = () if of_gradients(score) else NEEDS.get(score, ())
+    needed = () if of_gradients(score) else cast("tuple[Statistic, ...]", NEEDS.get(score, ()))
     for paths in layer_blocks(sites):
         number = layer_paths(paths[0], None)[0][1]
         of = calibrate_all(apply, params, batches, needed, targets=paths, layout=layout)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Unpack
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -350,7 +350,7 @@ def sparse_optimizer(
         )
         return new_updates, SparseState(state.step + 1, state.key, masks, scores, inner)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, cast("optax.TransformUpdateFn", update))
 
 
 def _is_sparse(x: Any) -> bool:

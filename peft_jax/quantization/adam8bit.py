@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Adam8bitState(NamedTuple):
     and scales by leaf.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] - as optax calls it
     mu: Any
     nu: Any
     mu_scales: tuple[jax.Array, ...]
@@ -56,7 +56,7 @@ def scale_by_adam8bit(
 
     def update(updates: Any, state: Adam8bitState, params: Any = None) -> Any:
         leaves, structure = jax.tree.flatten(updates)
-        count = optax.safe_increment(state.count)
+        count = cast("jax.Array", optax.safe_increment(state.count))
         correct1, correct2 = 1 - b1**count, 1 - b2**count
         out, mu, nu = [], [], []
         moments = zip(
@@ -87,7 +87,7 @@ def scale_by_adam8bit(
         )
         return structure.unflatten(out), new
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, cast("optax.TransformUpdateFn", update))
 
 
 def adamw8bit(

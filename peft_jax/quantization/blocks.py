@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from peft_jax.core.calibrate import Statistic
 from peft_jax.core.coverage import Calibrated, ledger
 from peft_jax.core.in_turn import in_turn
 from peft_jax.core.reparametrised import find_sites
@@ -48,7 +49,9 @@ def quantize_in_turn(
     formats = [
         make_format(f) for f in (format.values() if isinstance(format, Mapping) else [format])
     ]
-    wanted = sorted({name for f in formats for name in needed_statistics(rounding, f)})
+    wanted: list[Statistic] = sorted(
+        {name for f in formats for name in needed_statistics(rounding, f)}
+    )
 
     def change(params: Any, paths: list[str], found: dict[str, Calibrated]) -> Any:
         here = (

@@ -169,7 +169,7 @@ def static_scale(
     """The scale [*lead] of quantized inputs whose `largest` [*lead, in] are known and that are
     divided by `smooth`; 0 where no token was seen.
     """
-    how = {"method": "static activations", "instead": "a scale for each token"}
+    how: dict[str, Any] = {"method": "static activations", "instead": "a scale for each token"}
     there = reached(path, [largest], largest.shape[:-1], **how)
     own = largest if smooth is None else largest / smooth
     return choose(there, own, jnp.zeros_like(own)).max(-1) / format.largest

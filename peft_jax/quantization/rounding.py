@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from peft_jax.core.calibrate import Statistic
 from peft_jax.core.hessian import damped, inverse_factor
 from peft_jax.quantization.formats import Format, Int
 
@@ -248,7 +249,7 @@ ROUNDINGS: dict[str, Callable[..., Rounded]] = {
     "smoothquant": smoothquant,
     "hqq": hqq,
 }
-NEEDS: dict[str, tuple[str, ...]] = {
+NEEDS: dict[str, tuple[Statistic, ...]] = {
     "gptq": ("covariance",), "awq": ("covariance", "mean_abs"), "smoothquant": ("max_abs",),
 }  # fmt: skip
 
@@ -260,7 +261,7 @@ WITHOUT_DATA = {
 }  # what is done where there are no statistics
 
 
-def needed_statistics(rounding: str, format: Format) -> tuple[str, ...]:
+def needed_statistics(rounding: str, format: Format) -> tuple[Statistic, ...]:
     """What a rounding, and static activations, need to know of a weight's inputs."""
     static = getattr(format, "activations", None) == "static"
     return tuple(dict.fromkeys((*NEEDS.get(rounding, ()), *(("max_abs",) if static else ()))))

@@ -10,7 +10,7 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -45,13 +45,16 @@ def load_config(path: str | None, overrides: Iterable[str] = ()) -> RunConfig:
     return parse_config(tree)
 
 
+_RESOLVERS = {
+    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:int"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 without its integers of base 60, so that 2:4 is a pattern and not 124."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:int"]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers = _RESOLVERS
 
 
 _INTEGER = re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$")

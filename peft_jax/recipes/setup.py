@@ -65,9 +65,8 @@ def start_distributed() -> None:
     if not (several or pod) or jax.distributed.is_initialized():
         return
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    jax.distributed.initialize(
-        **{k: int(os.environ[v]) for k, v in names.items() if v in os.environ}
-    )
+    given: dict[str, Any] = {k: int(os.environ[v]) for k, v in names.items() if v in os.environ}
+    jax.distributed.initialize(**given)
 
 
 def describe_model(config: RunConfig) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,7 @@ class Checkpoints:
         """
         step, position = self.newest(), self.position()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(like))
-        stored = _shapes(self._manager.item_metadata(step)["state"])
+        stored = _shapes(self._manager.item_metadata(cast("int", step))["state"])
         if like.opt_state is None:
             stored = {n: shape for n, shape in stored.items() if not n.startswith("opt_state.")}
         wanted = {name: tuple(x.shape) for name, x in abstract.items()}

@@ -52,7 +52,9 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
 
     most = max(map(len, references))
     streams = [[rs[i] if i < len(rs) else None for rs in references] for i in range(most)]
-    return sacrebleu.corpus_bleu(list(predictions), streams).score
+    # None, a reference that is not there, is left out of sacrebleu's annotations
+    score = sacrebleu.corpus_bleu(list(predictions), streams)  # pyright: ignore[reportArgumentType]
+    return score.score
 
 
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:

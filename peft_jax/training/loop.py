@@ -330,7 +330,7 @@ def initial_state(
     moments = _opt_shardings(
         jax.eval_shape(start, trainable).opt_state, trainable, where, replicated
     )
-    spec = TrainState(replicated, where, moments, replicated, replicated, replicated)
+    spec = TrainState._make((replicated, where, moments, replicated, replicated, replicated))
     return jax.jit(start, out_shardings=spec)(trainable)
 
 

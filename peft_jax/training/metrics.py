@@ -8,7 +8,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -38,14 +38,14 @@ def pearson(predicted: Sequence[float], gold: Sequence[float]) -> float:
     """Pearson's correlation coefficient."""
     from scipy.stats import pearsonr
 
-    return float(pearsonr(predicted, gold)[0])
+    return float(cast("float", pearsonr(predicted, gold)[0]))
 
 
 def spearman(predicted: Sequence[float], gold: Sequence[float]) -> float:
     """Spearman's rank correlation coefficient."""
     from scipy.stats import spearmanr
 
-    return float(spearmanr(predicted, gold)[0])
+    return float(cast("float", spearmanr(predicted, gold)[0]))
 
 
 def seqeval(predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]) -> float:
@@ -56,7 +56,9 @@ def seqeval(predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]) -
         raise ValueError(
             "the metric seqeval needs seqeval: pip install peft-jax[metrics]"
         ) from error
-    return float(f1_score([list(x) for x in gold], [list(x) for x in predicted], zero_division=0))
+    options: dict[str, Any] = {"zero_division": 0}  # annotated as text
+    score = f1_score([list(x) for x in gold], [list(x) for x in predicted], **options)
+    return float(cast("float", score))
 
 
 def answer_exact_match(predicted: str, answers: Sequence[str]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,9 @@ def make_optimizer(
         raise ValueError(f"optimizer {config.name!r} has no weight decay; use adamw")
     rate = make_schedule(config, steps)
     share, mask = config.weight_decay, functools.partial(decay_mask, no_decay=config.no_decay)
-    decay = {"weight_decay": share, "mask": mask} if share else {"weight_decay": 0.0}
+    decay: dict[str, Any] = (
+        {"weight_decay": share, "mask": mask} if share else {"weight_decay": 0.0}
+    )
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     galore = functools.partial(
         optax.contrib.scale_by_galore, config.galore_rank, config.galore_every, base_optimizer=adam
@@ -113,7 +115,7 @@ def _without_holes(optimizer: optax.GradientTransformation) -> optax.GradientTra
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         new, state = optimizer.update(jax.tree.leaves(updates), state, jax.tree.leaves(params))
-        return jax.tree.unflatten(jax.tree.structure(updates), new), state
+        return jax.tree.unflatten(jax.tree.structure(updates), cast("list[Any]", new)), state
 
     return optax.GradientTransformation(
         lambda params: optimizer.init(jax.tree.leaves(params)), update

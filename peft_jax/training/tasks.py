@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from peft_jax.core.options import ConfigError
 from peft_jax.data import Record, encode_masked, encode_pairs, label_ids, label_names
+from peft_jax.data.records import Kind
 from peft_jax.knowledge.constraints import constrained
 from peft_jax.knowledge.inputs import reads_knowledge
 from peft_jax.models.blocks import Task
@@ -42,7 +43,7 @@ class TaskSpec(NamedTuple):
     and the objective where it is more than the reading's cross-entropy.
     """
 
-    kinds: tuple[str, ...]
+    kinds: tuple[Kind, ...]
     rows: Callable[[Subject, Sequence[Record]], Any]
     reading: Callable[[Subject], Reading | None]
     metrics: tuple[str, ...] = ()

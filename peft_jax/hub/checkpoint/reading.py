@@ -167,8 +167,7 @@ def _head_apart(
 
 
 class Renamed:
-    """A checkpoint whose tensors are called as the model's: `read`, `shape` and `names` as of
-    `Checkpoint`.
+    """A checkpoint whose tensors are called as the model's (`NamedTensors`).
 
     What belongs to the model's trunk may stand there without the trunk's name (a checkpoint of the
     trunk alone), and norms by their old names. Tensors that some checkpoints have beyond what the
@@ -220,11 +219,11 @@ def _with_factors(abstract: Any, checkpoint: Any) -> Any:
         if first in present or f"{first}_u" not in present:
             return leaf
         (k, n_in), lead = checkpoint.shape(f"{first}_u"), leaf.shape[:-2]
-        u, v = (
-            jax.ShapeDtypeStruct((*lead, *shape), leaf.dtype)
-            for shape in ((n_in, k), (k, leaf.shape[-1]))
-        )
-        return Factorized(u=u, v=v, in_sizes=leaf.shape[-2:-1], out_sizes=leaf.shape[-1:])
+        factors: dict[str, Any] = {
+            name: jax.ShapeDtypeStruct((*lead, *shape), leaf.dtype)
+            for name, shape in (("u", (n_in, k)), ("v", (k, leaf.shape[-1])))
+        }
+        return Factorized(**factors, in_sizes=leaf.shape[-2:-1], out_sizes=leaf.shape[-1:])
 
     return map_places(place, abstract)
 
@@ -275,19 +274,19 @@ def _read_leaf(
     checkpoint: Renamed, tensors: list[Tensor], leaf: Any, sharding: NamedSharding | None
 ) -> jax.Array:
     there = [t for t in tensors if not checkpoint.absent.fullmatch(t.name)]
-    if there and not there[0].index:
+    if there and not there[0].place:
         return _read_tensor(checkpoint, there[0], leaf.shape, leaf.dtype, sharding)
     buffer = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
     for tensor in there:
         one = (
             None
             if sharding is None
-            else NamedSharding(sharding.mesh, P(*sharding.spec[len(tensor.index) :]))
+            else NamedSharding(sharding.mesh, P(*sharding.spec[len(tensor.place) :]))
         )
         shape = tensor.shape(leaf.shape)
         start = 0 if tensor.part is None else tensor.part[0] * shape[-1]
         value = _read_tensor(checkpoint, tensor, shape, leaf.dtype, one)
-        buffer = _set_part(buffer, value, (*tensor.index, *[0] * (len(shape) - 1), start))
+        buffer = _set_part(buffer, value, (*tensor.place, *[0] * (len(shape) - 1), start))
     return buffer
 
 

@@ -51,10 +51,9 @@ def _read(params: Any, tensors: Tensors, config: Config, name: str) -> Any:
                 "this model"
             )
         strength = tensors[key.removesuffix("prompt") + "gate"].astype(np.float32).reshape(())
+        arrays: dict[str, Any] = {"prompt": prompt[0].astype(np.float32), "strength": strength}
         module = key.removeprefix(PREFIX).removesuffix(".adaption_prompt").replace(".", "/")
-        nodes[f"{module}/{place}/adaption"] = cls(
-            prompt=prompt[0].astype(np.float32), strength=strength, name=name
-        )
+        nodes[f"{module}/{place}/adaption"] = cls(**arrays, name=name)
     if not nodes:
         raise KeyError("adaption_prompt")
     return put_nodes(params, join_layers(params, nodes, name))

@@ -47,9 +47,12 @@ def as_modules(path: str, node: Any) -> dict[str, LoRA]:
                 f"{path} has experts of different scales, and PEFT has one for all experts "
                 "of a layer"
             )
-        a, b = A.reshape(-1, A.shape[-1]), B.swapaxes(0, 1).reshape(B.shape[1], -1)
+        factors: dict[str, Any] = {
+            "a": A.reshape(-1, A.shape[-1]),
+            "b": B.swapaxes(0, 1).reshape(B.shape[1], -1),
+        }
         found[f"{name}.{leaf}"] = LoRA(
-            base=None, a=a, b=b, scale=scale.flat[0], rslora=node.rslora, name=node.name
+            base=None, **factors, scale=scale.flat[0], rslora=node.rslora, name=node.name
         )
     return found
 

@@ -128,7 +128,7 @@ def _find_format(config: Config, path: Path) -> PeftFormat | WholeFormat:
             f"{path / CONFIG}: peft_type {peft_type!r} is not supported; supported: "
             f"{', '.join(PEFT_FORMATS)}"
         )
-    kind = PEFT_FORMATS[peft_type]
+    kind = PEFT_FORMATS[config["peft_type"]]
     if isinstance(kind, PeftFormat):
         _check_options(config, kind, path)
     return kind

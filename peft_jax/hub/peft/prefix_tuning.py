@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+import jax
 import numpy as np
 
 from peft_jax.adapters.prefix import Offset, Prefix, offset_stack
@@ -141,7 +142,7 @@ def place_prefix(
         raise ValueError(
             f"prompt_embeddings has shape {flat.shape}, expected (tokens, {wanted}) for this model"
         )
-    parts = np.split(flat, 2 * count, axis=1)
+    parts = cast("list[jax.Array]", np.split(flat, 2 * count, axis=1))  # on the host
     nodes = {
         f"{core}/prefix": Prefix(
             keys=parts[2 * i],

@@ -232,9 +232,12 @@ def _same_rows(tokens: Mapping[str, Tensors], embedding: str, head: str, config:
         return False
     own = config.get("trainable_token_indices")
     own = isinstance(own, Mapping) and head in own
-    if own and not np.array_equal(*(_ids(tokens[m], m, config) for m in (embedding, head))):
-        return False
-    return np.array_equal(*(next(iter(tokens[m].values())) for m in (embedding, head)))
+    if own:
+        ids, others = (_ids(tokens[m], m, config) for m in (embedding, head))
+        if not np.array_equal(ids, others):
+            return False
+    rows, others = (next(iter(tokens[m].values())) for m in (embedding, head))
+    return np.array_equal(rows, others)
 
 
 def _ids(rows: Tensors, module: str, config: Config) -> np.ndarray:

@@ -85,11 +85,12 @@ def _read_4bit(read: Read, names: frozenset[str], shape: tuple[int, int]) -> Par
     nested = expect(
         "weight.nested_absmax", read("weight.nested_absmax"), (-(-absmax.size // BLOCK),), "f"
     )
-    return Parts(
-        format,
-        codes,
-        DoubleScale(absmax, nested.astype(np.float32), np.float32(state["nested_offset"])),
-    )  # type: ignore[arg-type]
+    scale: dict[str, Any] = {
+        "codes": absmax,
+        "absmax": nested.astype(np.float32),
+        "offset": np.float32(state["nested_offset"]),
+    }
+    return Parts(format, codes, DoubleScale(**scale))
 
 
 def _write(w: Quantized) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from peft_jax.hub.quantized.integers import (
     words_as_bytes,
 )
 from peft_jax.hub.quantized.tool import Parts, Read, Tool, expect
-from peft_jax.hub.safetensors_io import Checkpoint
+from peft_jax.hub.safetensors_io import NamedTensors
 from peft_jax.quantization.formats import Int
 
 logger = logging.getLogger("peft_jax")
@@ -63,7 +63,7 @@ def _stored_zeros(words: np.ndarray, bits: int) -> np.ndarray:
     return unpacked(words_as_bytes(words).T, bits).T
 
 
-def _true_version(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _true_version(checkpoint: NamedTensors, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration with the version that a symmetric checkpoint holds, whichever it says: its
     zero points all are the middle, which the first version stores less one.
     """

@@ -74,7 +74,9 @@ def _read(
         jax.ShapeDtypeStruct(shape, jnp.float32),
     )
     scale = {f"{_SCALE}.{n}": n for n in _DOUBLE} if isinstance(wanted.scale, DoubleScale) else {}
-    found = {n: _like(read, suffix, getattr(wanted.scale, n)) for suffix, n in scale.items()}
+    found: dict[str, Any] = {
+        n: _like(read, suffix, getattr(wanted.scale, n)) for suffix, n in scale.items()
+    }
     groups = shape[0] // (format.block_size or shape[0])
     sizes = {"zero": (groups, shape[1]), "order": shape[:1], "smooth": shape[:1], "input_scale": ()}
     kinds = {"zero": "uf", "order": "i", "smooth": "f", "input_scale": "f"}

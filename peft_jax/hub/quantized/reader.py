@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.hub.quantized.tool import TOOLS, Parts
-from peft_jax.hub.safetensors_io import Checkpoint
+from peft_jax.hub.safetensors_io import NamedTensors
 from peft_jax.quantization.quantized import Quantized
 
 
@@ -21,7 +21,7 @@ class QuantizedReader:
     Raises ValueError for a method that is not supported, naming those that are.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> None:
+    def __init__(self, checkpoint: NamedTensors, config: Mapping[str, Any] | None) -> None:
         self._checkpoint, self._config = checkpoint, config or {}
         method = str(self._config.get("quant_method", "")) if config else ""
         if config and method not in TOOLS:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from peft_jax.core.registry import Registry
-from peft_jax.hub.safetensors_io import Checkpoint
+from peft_jax.hub.safetensors_io import NamedTensors
 from peft_jax.quantization.formats import Format
 from peft_jax.quantization.quantized import Quantized
 
@@ -48,7 +48,7 @@ def expect(name: str, array: np.ndarray, shape: tuple[int, ...], dtypes: str) ->
     return array
 
 
-def _as_said(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _as_said(checkpoint: NamedTensors, config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
@@ -70,7 +70,7 @@ class Tool:
     tensors: tuple[str, ...]
     read: Callable[[Read, frozenset[str], tuple[int, int], Mapping[str, Any]], Parts]
     reads: tuple[type[Format], ...] = ()
-    settle: Callable[[Checkpoint, Mapping[str, Any]], Mapping[str, Any]] = _as_said
+    settle: Callable[[NamedTensors, Mapping[str, Any]], Mapping[str, Any]] = _as_said
     writes: tuple[type[Format], ...] = ()
     write: Callable[[Quantized], dict[str, np.ndarray]] | None = None
     config: (
