@@ -256,7 +256,12 @@ def mixture(node: Any, y: np.ndarray, *args: Any) -> Any:
     """A mixture's adapters, and attention with its prefix, gated for each token or not."""
     if hasattr(node, "down"):
         return bottleneck(node, y, args[0])
-    return None if not hasattr(node, "keys") else attention_with_prefix(node, *args[:3])
+    if not hasattr(node, "keys"):
+        return None
+    operands = args[0]
+    return attention_with_prefix(
+        node, *map(np.asarray, (operands.query, operands.key, operands.value))
+    )
 
 
 def attention_with_prefix(node: Any, q: Any, k: Any, v: Any) -> np.ndarray:

@@ -199,7 +199,8 @@ def bottleneck(
     check_options(activation, gating, init, dropout)
     if scaling is None:
         scaling = 4.0 if beside else 1.0
-    at = Selection.of(bottleneck, where, targets=targets or place.usual(params))
+    at = Selection.of(bottleneck, where, targets=targets)
+    at = at if targets else at.aimed(place.usual(params))
     modules = find_modules(params, **at.places, width=at.width)
     check_patterns(
         [f"{n}/" for m in modules for n in (m.path, *m.layers)], size_pattern=size_pattern or {}

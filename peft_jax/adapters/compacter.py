@@ -90,7 +90,8 @@ def compacter(
     check_options(activation, "none", "zero", dropout)
     place, n = PLACEMENTS[placement], dimension
     beside = place.parallel and not targets
-    at = Selection.of(compacter, where, targets=targets or place.usual(params))
+    at = Selection.of(compacter, where, targets=targets)
+    at = at if targets else at.aimed(place.usual(params))
     modules = find_modules(params, **at.places, width=at.width)
     group = f"compacter_{at.adapter}" if shared_rule else ""
 

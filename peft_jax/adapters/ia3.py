@@ -70,7 +70,8 @@ def ia3(
     """
 
     feedforward = feedforward or names_of("down")
-    at = Selection.of(ia3, where, targets=targets or _usual_targets(params))
+    at = Selection.of(ia3, where, targets=targets)
+    at = at if targets else at.aimed(_usual_targets(params))
 
     def make(site: Site, key: jax.Array) -> IA3:
         inputs = is_target(site.path, site.base, feedforward)

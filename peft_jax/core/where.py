@@ -115,6 +115,10 @@ class Selection:
                 )
         return cls(**{**where, **own})
 
+    def aimed(self, targets: Targets) -> Self:
+        """The same with other targets."""
+        return dataclasses.replace(self, targets=targets)
+
     @property
     def places(self) -> dict[str, Any]:
         """What the selector goes by."""

@@ -75,8 +75,8 @@ def trainable_tokens(
     embedding [V, D].
     """
     layout = {p: axes for p in places(params) if (axes := _by_token(p)) is not None}
-    targets = targets or token_embedding(params)[0]
     at = Selection.of(trainable_tokens, where, targets=targets, layout=layout)
+    at = at if targets else at.aimed(token_embedding(params)[0])
     if not ids or len(set(ids)) != len(ids):
         raise ValueError(f"ids must be different token ids, at least one, got {list(ids)}")
 

@@ -26,6 +26,7 @@ from peft_jax.core import (
     set_adapter,
 )
 from peft_jax.low_rank import dora
+from peft_jax.methods import METHODS
 from tests.reference import family_checkpoint, perturb, random_tokens, relative_error
 from tests.third_party import VOCAB, linen_model, nnx_model
 
@@ -230,9 +231,7 @@ def test_adapters_in_a_bank_drop_out_in_training(setting, method):
     """
     model, params, _, _, tokens = setting
     where = {"targets": ["q_proj", "down_proj"], "init": "gaussian"} if method == "lora" else {}
-    one = perturb(
-        getattr(peft_jax, method)(params, jax.random.key(0), dropout=0.5, **where), seed=0
-    )
+    one = perturb(METHODS[method](params, jax.random.key(0), dropout=0.5, **where), seed=0)
     apply = jax.jit(peft_jax.bind(model))
     banked = bank(one, 2)
     twice = jnp.concatenate([tokens[:1], tokens[:1]])

@@ -20,6 +20,7 @@ from peft_jax.core import drop_adapters, set_adapter
 from peft_jax.core.reparametrised import Replacement, replace_arrays
 from peft_jax.core.tree import map_places, places
 from peft_jax.low_rank import combine_adapters
+from peft_jax.methods import METHODS
 from tests.models.test_encoders import ENCODERS, T5_SIZES
 from tests.reference import FAMILIES, perturb, random_tokens, relative_error
 
@@ -265,7 +266,7 @@ def without_head(headed, model, method, task, folder):
     elif method in ("ln_tuning", "prompt_tuning", "p_tuning"):
         named = {}
     key = [] if method == "ln_tuning" else [jax.random.key(0)]
-    ours = perturb(getattr(peft_jax, method)(params, *key, **OURS[method], **named), scale=0.3)
+    ours = perturb(METHODS[method](params, *key, **OURS[method], **named), scale=0.3)
     run = peft_jax.bind(runner)
     expected = run(ours, TOKENS)
     peft_jax.save_adapter(folder, ours, task_type=task)

@@ -14,6 +14,7 @@ from peft_jax.core import calibrate, gradients, places
 from peft_jax.core.partition import penalty
 from peft_jax.low_rank import adalora, loha, oft, rebase, trainable_tokens
 from peft_jax.low_rank.adalora import adalora_budget
+from peft_jax.methods import METHODS
 from peft_jax.training.optimizer import lora_plus
 from tests.reference import (
     FAMILIES,
@@ -235,9 +236,7 @@ def test_an_embedding_starts_as_in_peft(base, init):
     a, b = (getattr(layer, f"lora_embedding_{n}")["default"].detach().numpy() for n in "AB")
     assert np.abs(a).max() == 0
     nodes = {
-        method: places(
-            getattr(peft_jax, method)(params, jax.random.key(0), rank=8, targets="embed_tokens")
-        )
+        method: places(METHODS[method](params, jax.random.key(0), rank=8, targets="embed_tokens"))
         for method in ("lora", "dora", "hira")
     }
     nodes["lora"] = places(
@@ -271,7 +270,7 @@ def test_stacked_layers_have_one_number_of_frequencies(base, method):
         ValueError,
         match="stacked at model/layers/self_attn/q_proj/kernel 8 and 12; unstack_layers first",
     ):
-        getattr(peft_jax, method)(params, jax.random.key(0), **options)
+        METHODS[method](params, jax.random.key(0), **options)
 
 
 def test_lora_plus_speeds_b_up(base):

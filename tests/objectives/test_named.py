@@ -11,19 +11,16 @@ import numpy as np
 import optax
 import pytest
 
+from peft_jax.core.options import ConfigError
 from peft_jax.objectives.labels import LABELS
 from peft_jax.objectives.objective import OBJECTIVES, make_objective
 from peft_jax.objectives.tokens import TOKENS
-from peft_jax.training.config import (
-    ConfigError,
-    DataConfig,
-    DistillConfig,
-    RunConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from peft_jax.training.config import TrainConfig
+from peft_jax.training.data import DataConfig, Subject
+from peft_jax.training.lesson import DistillConfig, TeacherConfig
+from peft_jax.training.stage import Training, check_training
 from peft_jax.training.step import init_state, make_step
-from peft_jax.training.tasks import Subject, objective_of
+from peft_jax.training.tasks import objective_of
 from tests.installed import install
 
 B, T, V, C = 8, 6, 7, 3
@@ -203,23 +200,22 @@ def test_a_configuration_names_an_objective():
     model = SimpleNamespace(task="causal_lm", config=SimpleNamespace(num_experts=0))
     subject = Subject(model, None, DataConfig(), B, None)
 
-    def config(name, **options):
-        train = TrainConfig(objective=name, objective_options=options)
-        return dataclasses.replace(RunConfig(), train=train)
+    def objective(name, **options):
+        return objective_of(subject._replace(objective=name, objective_options=options))
 
     apply = case_of(OBJECTIVES["token_cross_entropy"])[0]
     batch = jax.tree.map(jnp.asarray, BY_TOKEN)
     named, usual = (
-        objective_of(config(name), subject)(apply, TABLE, batch, None)[0]
-        for name in ("token_cross_entropy", None)
+        objective(name)(apply, TABLE, batch, None)[0] for name in ("token_cross_entropy", None)
     )
     assert float(named) == float(usual)
     with pytest.raises(ConfigError, match=r"option 'train\.objective': unknown objective 'focul'"):
-        objective_of(config("focul"), subject)
+        objective("focul")
     with pytest.raises(ConfigError, match=r"cannot be made of {'power': 2}"):
-        objective_of(config("token_cross_entropy", power=2), subject)
-    taught = dataclasses.replace(
-        config("token_cross_entropy"), distill=DistillConfig(teachers=[TeacherConfig()])
+        objective("token_cross_entropy", power=2)
+    section = Training(
+        train=TrainConfig(objective="token_cross_entropy"),
+        distill=DistillConfig(teachers=[TeacherConfig()]),
     )
     with pytest.raises(ConfigError, match="leave one of them out"):
-        objective_of(taught, subject)
+        check_training(section)

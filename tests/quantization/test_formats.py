@@ -43,7 +43,7 @@ from peft_jax.quantization.formats import (
     make_format,
 )
 from peft_jax.quantization.quantized import round_inputs, rounds_inputs, weight_only
-from peft_jax.training.config import QuantizeConfig, check_quantize
+from peft_jax.quantization.stage import QuantizeConfig, check_quantize
 from tests.installed import install
 from tests.quantization.references import REFERENCES
 from tests.reference import relative_error
