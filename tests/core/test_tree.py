@@ -205,7 +205,8 @@ def test_a_target_that_is_the_embedding_says_so():
     }
     with pytest.raises(
         ValueError,
-        match=r"The head is the embedding; peft_jax\.models\.untie\(params\) gives it one",
+        match=r"The head is the embedding; peft_jax\.models\.untie\(params\) "
+        "gives it one of its own",
     ):
         select(params, "lm_head")
 
