@@ -200,3 +200,19 @@ def test_a_linen_model_without_a_hash_is_bound():
     apply = bound_of(odd)
     assert apply.programs is not bound_of(odd).programs
     assert hash(apply) == hash(apply)
+
+
+def test_a_program_reads_what_the_bound_model_that_it_is_given_says():
+    def own(params, x):
+        return params * x
+
+    @jax.jit
+    def run(apply, params, x):
+        return apply(params, x) + apply.router_loss + len(apply.reads)
+
+    two, three = jnp.float32(2), jnp.float32(3)
+    given = [Bound.of(own), Bound.of(own, router_loss=0.5), Bound.of(own, reads=("entities",))]
+    assert [float(run(apply, two, three)) for apply in given] == [6.0, 6.5, 7.0]
+    assert run._cache_size() == 3
+    run(Bound.of(own), two, three)
+    assert run._cache_size() == 3

@@ -111,14 +111,14 @@ class _Static:
     def __init__(self, run: Run, bound: Bound) -> None:
         self.run = run
         self.bound: Any = dataclasses.replace(bound, split=_nothing, model=None, programs={})
-        flags = (bound.hidden_states, bound.cache, bound.outdates, bound.encoder_decoder)
-        self.key = (run, bound.arounds, flags)
+        fields = {f.name: getattr(self.bound, f.name) for f in dataclasses.fields(Bound)}
+        self.said = {name: said for name, said in fields.items() if name != "programs"}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self.key == other.key
+        return isinstance(other, _Static) and self.run == other.run and self.said == other.said
 
     def __hash__(self) -> int:
-        return hash(self.key)
+        return hash((self.run, self.bound.arounds))
 
 
 def _nothing() -> Any:
