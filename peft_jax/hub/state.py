@@ -1,8 +1,9 @@
 """A stage's result as a folder: any tree with its nodes, and the model's configuration.
 
 `state.json` describes the tree, nodes with their classes and options, and the model's own
-configuration; the arrays are safetensors, as they are. Classes are looked up among those that are
-imported already; nothing is executed. On several hosts all of them call both functions.
+configuration; the arrays are safetensors, as they are. Only classes of this package are made, and
+of packages that registered a node, a family or a storage format; nothing else is executed. On
+several hosts all of them call both functions.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ import ml_dtypes
 import numpy as np
 
 from peft_jax.core.files import read_json
+from peft_jax.core.nodes import node_name
+from peft_jax.core.roles import FAMILIES
 from peft_jax.core.sharding import fetch
 from peft_jax.core.stage import State
+from peft_jax.core.weight import Node
 from peft_jax.hub.safetensors_io import open_checkpoint, write_shards
 from peft_jax.models.families import family_of
+from peft_jax.quantization.formats import FORMATS
 
 FILE, VERSION = "state.json", 1
 _BYTES = 5 * 10**9  # of a file of arrays
@@ -91,6 +96,7 @@ def _described(x: Any, path: str, tensors: Tensors) -> Any:
         return {"dict": {k: _described(y, f"{path}.{k}", tensors) for k, y in x.items()}}
     fields = _fields_of(x)
     if fields is not None:
+        _check_class(type(x), path)
         kind = f"{type(x).__module__}:{type(x).__qualname__}"
         parts = {n: _described(getattr(x, n), f"{path}.{n}", tensors) for n in fields}
         return {"class": kind, "fields": parts}
@@ -173,4 +179,24 @@ def _class(name: str, where: str) -> Any:
     record = dataclasses.is_dataclass(found) or hasattr(found, "_fields")
     if not (isinstance(found, type) and record):
         raise ValueError(f"{where} has a node of the class {name}, which is not imported")
+    _check_class(found, where)
     return found
+
+
+def _check_class(cls: type, where: str) -> None:
+    """Raise ValueError for a class that a folder may not name."""
+    if issubclass(cls, Node):
+        node_name(cls)  # says what to register
+        return
+    sources = [f.config for f in FAMILIES.values()] + [f.made for f in FORMATS.values()]
+    known = {"peft_jax", *(_root(source) for source in sources)}
+    if _root(cls) not in known:
+        raise ValueError(
+            f"{where} is of the class {cls.__module__}.{cls.__qualname__}, of a package that "
+            "registered no family or storage format; a stage's folder cannot hold it"
+        )
+
+
+def _root(source: Any) -> str:
+    """The package that something is defined in."""
+    return source.__module__.partition(".")[0]

@@ -1,6 +1,8 @@
 """A stage's folder: trees with any nodes come back as they were, with their model."""
 
+import dataclasses
 import json
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -98,6 +100,14 @@ def test_what_cannot_be_kept_or_read_is_named(base, tmp_path):
     file.write_text(json.dumps(described))
     with pytest.raises(ValueError, match="has a node of the class os:system"):
         back(tmp_path / "b")
+    described["config"]["class"] = f"{__name__}:Foreign"  # imported, a record, and of nobody known
+    file.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="of a package that registered no family"):
+        back(tmp_path / "b")
+    assert Foreign.made == []
+    with pytest.raises(ValueError, match=r"params.extra is of the class .*Foreign"):
+        write_state(tmp_path / "c", State(model, {**params, "extra": Foreign()}), {})
+    assert not (tmp_path / "c").exists()
     file.write_text(json.dumps({**described, "version": 9}))
     with pytest.raises(ValueError, match="version 9 is not known; this package reads 1"):
         back(tmp_path / "b")
@@ -105,3 +115,14 @@ def test_what_cannot_be_kept_or_read_is_named(base, tmp_path):
 
 def print_nothing():
     """No array."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """A record that does something when it is made."""
+
+    made: ClassVar[list[int]] = []
+    value: int = 0
+
+    def __post_init__(self):
+        self.made.append(1)
