@@ -40,11 +40,15 @@ def replacing_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON with a final newline; numbers that are not finite as null."""
-    path.write_text(
+    """`value` as indented JSON with a final newline; numbers that are not finite as null. The file
+    is there whole or as it was.
+    """
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(
         json.dumps(finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n",
         encoding="utf-8",
     )
+    os.replace(beside, path)
 
 
 def finite(value: Any) -> Any:

@@ -113,10 +113,8 @@ def write_cache(
             temporary.chmod(0o644)
             done[name] = temporary.stat().st_size
             os.replace(temporary, folder / name)
-            write_json(
-                folder / f".{MANIFEST}", {"format": FORMAT, **header._asdict(), "shards": done}
-            )
-            os.replace(folder / f".{MANIFEST}", folder / MANIFEST)
+            manifest = {"format": FORMAT, **header._asdict(), "shards": done}
+            write_json(folder / MANIFEST, manifest)
         progress(start + header.count(shard))
     return before
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -245,9 +244,7 @@ def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         made = make()
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.name}")
-            write_json(beside, made)
-            os.replace(beside, path)
+            write_json(path, made)
         else:
             return made
     return json.loads(path.read_text(encoding="utf-8"))
