@@ -110,7 +110,7 @@ class Attention(Block):
         c = self.config
         qkv = self.dense(3 * c.hidden_size, "Wqkv", c.attention_bias)(x)
         q, k, v = (split_heads(y, c.head_dim) for y in jnp.split(qkv, 3, axis=-1))
-        cos, sin = table_of(shared["rope"], sliding)
+        cos, sin = table_of(shared["rope"], jnp.asarray(sliding, jnp.int32))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(
             AttentionOperands(q, k, v, shared["mask"], sliding)
