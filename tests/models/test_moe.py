@@ -18,7 +18,8 @@ from peft_jax.core.calibrate import calibrate
 from peft_jax.core.mesh import make_mesh
 from peft_jax.core.sharding import shard
 from peft_jax.core.weight import ragged_matmul
-from peft_jax.models.moe import load_balancing_loss, mixture
+from peft_jax.models.moe import load_balancing_loss
+from peft_jax.models.routing import mixture
 from peft_jax.objectives.tokens import next_token
 from peft_jax.pruning import expert_importance, prune_experts, prune_structured, shrink
 from peft_jax.pruning.report import Report
