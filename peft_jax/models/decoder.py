@@ -302,7 +302,8 @@ def shared_inputs(c: DecoderConfig, at: Cached) -> dict[str, Any]:
 
 def rotaries(c: DecoderConfig) -> list[RotaryConfig | None]:
     """The ways in which the model's layers rotate; None is not at all."""
-    ways = [c.rotary] if c.local_rotary is None else [c.rotary, c.local_rotary]
+    ways: list[RotaryConfig | None] = [c.rotary]
+    ways += [] if c.local_rotary is None else [c.local_rotary]
     return [*ways, None] if any(c.no_rope_layers or ()) else ways
 
 

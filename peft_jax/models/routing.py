@@ -317,7 +317,7 @@ def _on_device(
     number = jax.lax.axis_index(over) if over else 0
 
     def drawn(a: jax.Array) -> jax.Array:
-        if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             return a
         return jax.vmap(lambda key: jax.random.fold_in(key, number))(a)
 
