@@ -1,15 +1,20 @@
 """How tokens meet their experts, on one device and on a mesh.
 
 On one device (`mixture`) pairs of a token and an expert are sorted by expert and multiplied in
-groups. On a mesh each device routes the n tokens that it holds; its experts' weights are gathered
-over the axes of rows as they are stored (codes, where they are quantized). Over the axis `expert`,
-of e devices with E/e experts each, there are three ways (`ROUTES`); `cheapest` takes the one that
-moves the fewest bytes in a pass:
+groups. On a mesh each device routes the n tokens that it holds, and its experts' weights are
+gathered over `fsdp` as they are stored (codes, where they are quantized). Where tokens are so few
+that moving them is less (`few`), as when one token is generated after the other, the weights stay
+and the compiler splits the products over `fsdp`. Over the axis `expert`, of e devices with E/e
+experts each, there are three ways (`ROUTES`); `cheapest` takes the one that moves the fewest bytes
+in a pass:
 
     tokens    each device gathers the others' tokens, and its experts' sums are scattered back:
               2 (e - 1) n D
     pairs     each pair goes to its expert's device and back, all-to-all:  2 (e - 1) / e n k D
     experts   each device gathers all experts:  (e - 1) / e of their bytes
+
+Rows that the axis does not divide are on all of its devices, and sums of what their experts say are
+all that moves (`by_replicas`).
 
 Letters: N tokens, D model, F feed-forward, E experts, k experts a token, P pairs.
 """
@@ -61,7 +66,8 @@ def sort_pairs(ids: jax.Array, experts: int) -> Pairs:
     flat = ids.reshape(-1)
     flat = jnp.where((flat >= 0) & (flat < experts), flat, experts)
     order = jnp.argsort(flat, stable=True)
-    sizes = jnp.bincount(flat, length=experts + 1)[:experts]
+    ends = jnp.searchsorted(flat[order], jnp.arange(experts + 1))  # of a sum, a TPU makes a loop
+    sizes = jnp.diff(ends)
     places = jnp.argsort(order).reshape(N, k)
     return Pairs(order[: N * min(k, experts)], places, sizes)
 
@@ -265,30 +271,54 @@ def cheapest(ways: int, tokens: int, chosen: int, row: int, experts: int) -> str
     return min(moved, key=lambda route: moved[route])
 
 
+def few(tokens: int, chosen: int, item: int, hidden: int, features: int, experts: float) -> bool:
+    """Whether it moves fewer bytes to leave `experts` bytes of weights split over `fsdp`.
+
+    Then the tokens [N, D], of `item` bytes a number, are gathered, the first products [N k, 2F] are
+    summed over the devices, which moves them twice, and the outputs [N, D] are gathered.
+    """
+    return tokens * item * (2 * hidden + 4 * chosen * features) < experts
+
+
 def parallel_mixture(
     x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Any, down: Any, *, activation: str
 ) -> jax.Array:
     """`mixture` of x [B, T, D] by ids and weights [B, T, k], on the program's mesh where there is
     one. Rows and tokens that the axes do not divide are the same on their devices.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    over_all = _all_rows(gate_up) or _all_rows(down)
-    if over_all or all(automatic(axis) == 1 for axis in (*ROWS, "sequence")):
+    mesh, axes = jax.sharding.get_abstract_mesh(), _axes(x, ids, gate_up, down)
+    if all(automatic(axis) == 1 for axis in axes):
         return _flat(mixture, x, ids, weights, gate_up, down, activation=activation)
-    rows, sequence = row_axes(x.shape[0]), automatic("sequence")
-    across = "sequence" if sequence > 1 and x.shape[1] % sequence == 0 else None
+    rows = tuple(axis for axis in row_axes(x.shape[0]) if axis in axes)
+    across = "sequence" if x.shape[1] % automatic("sequence") == 0 and "sequence" in axes else None
     over = (*rows, across) if across else rows
     route = _route(x, ids, gate_up, down, over)
-    run = functools.partial(_on_device, ROUTES[route], over, activation)
     spec, held = P(rows or None, across), P(None if route == "experts" else "expert")
     return jax.shard_map(
-        run,
+        functools.partial(_on_device, ROUTES[route], over, activation),
         mesh=mesh,
         in_specs=(spec, spec, spec, held, held),
         out_specs=spec,
-        axis_names={*ROWS, "sequence"} & set(mesh.axis_names) - set(mesh.manual_axes),
+        axis_names=axes,
         check_vma=False,
     )(x, ids, weights, gate_up, down)
+
+
+def _axes(x: jax.Array, ids: jax.Array, gate_up: Any, down: Any) -> set[str]:
+    """The axes of the program's mesh over which each device routes what it holds itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if _all_rows(gate_up) or _all_rows(down):
+        return set()
+    axes = {*ROWS, "sequence"} & set(mesh.axis_names) - set(mesh.manual_axes)
+    ways = automatic("expert") if down.shape[0] % automatic("expert") == 0 else 1
+    tokens = math.prod(x.shape[:2]) // automatic("data")
+    sizes = (ids.shape[-1], x.dtype.itemsize, x.shape[-1], down.shape[1])
+    return axes - {"fsdp"} if few(tokens, *sizes, _stored(gate_up, down) / ways) else axes
+
+
+def _stored(gate_up: Any, down: Any) -> int:
+    """The bytes of all experts."""
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((gate_up, down)))
 
 
 def _route(x: jax.Array, ids: jax.Array, gate_up: Any, down: Any, over: tuple[str, ...]) -> str:
@@ -299,8 +329,8 @@ def _route(x: jax.Array, ids: jax.Array, gate_up: Any, down: Any, over: tuple[st
     if "expert" not in over:
         return "replicas"
     tokens = math.prod(x.shape[:2]) // math.prod(automatic(axis) for axis in over)
-    stored = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((gate_up, down)))
-    return cheapest(ways, tokens, ids.shape[-1], x.shape[-1] * x.dtype.itemsize, stored)
+    row = x.shape[-1] * x.dtype.itemsize
+    return cheapest(ways, tokens, ids.shape[-1], row, _stored(gate_up, down))
 
 
 def _on_device(

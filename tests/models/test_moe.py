@@ -151,6 +151,8 @@ ROUTED = [
     ({"expert": 4, "fsdp": 2}, 8, "experts"),
     ({"expert": 4, "sequence": 2}, 2, "replicas"),
     ({"fsdp": 8}, 8, "experts"),
+    ({"fsdp": 8}, 1, "few"),
+    ({"expert": 2, "fsdp": 4}, 2, "few"),
     ({"expert": 2, "tensor": 2, "fsdp": 2}, 4, "tokens"),
     ({"expert": 2, "tensor": 2, "fsdp": 2}, 4, "pairs"),
     ({"expert": 2, "tensor": 2, "fsdp": 2}, 1, "replicas"),
@@ -201,7 +203,7 @@ def test_each_way_of_routing_equals_one_device_with_gradients(
     tree, *batch = routed
     batch = [a[:rows] for a in batch]
     expected = routed_gradients(tree, *batch, on_one_device)
-    if route != "replicas":
+    if route in routing.ROUTES and route != "replicas":
         monkeypatch.setattr(routing, "cheapest", lambda *_: route)
     run = functools.partial(routing.parallel_mixture, activation="silu")
     mesh = make_mesh(axes)
@@ -217,6 +219,13 @@ def test_the_route_that_moves_least_is_taken():
     assert routing.cheapest(4, tokens=100, chosen=2, row=10, experts=10**6) == "pairs"
     assert routing.cheapest(4, tokens=100, chosen=8, row=10, experts=7_900) == "experts"
     assert routing.cheapest(4, tokens=100, chosen=8, row=10, experts=8_100) == "tokens"
+
+
+def test_experts_stay_where_tokens_are_few():
+    """Of Qwen3-30B-A3B on 4 devices of fsdp: 16 tokens at a time, and a long batch."""
+    sizes = {"chosen": 8, "item": 2, "hidden": 2048, "features": 768, "experts": 302e6}
+    assert routing.few(16, **sizes)
+    assert not routing.few(16 * 4096, **sizes)
 
 
 def test_a_mixture_gathers_no_tokens_of_other_rows(routed):
