@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ from peft_jax.distillation.match import tokenizer_hash
 from peft_jax.distillation.remote import remote_top_k
 from peft_jax.generation.generate import generate
 from peft_jax.hub import load_tokenizer, local_folder
-from peft_jax.objectives.reading import over_positions
+from peft_jax.objectives.reading import over_positions, with_head
 from peft_jax.objectives.tokens import TOKENS
 from peft_jax.recipes.measure import printer
 from peft_jax.recipes.plan import without_stages
@@ -154,11 +155,9 @@ def _predicted(config: RunConfig, setup: Loaded, rows: Rows, header: CacheHeader
     def predict(params: Any, batch: Any) -> Any:
         states, head = TOKENS.states(apply, params, batch, None), TOKENS.head(apply, params, batch)
 
-        def of(s):
-            return top_k(head(s), header.k, **options)
-
+        likely = with_head(functools.partial(_likely, header.k, tuple(options.items())), head)
         ids, log_probs = over_positions(
-            of, (states,), setup.model.config.vocab_size, config.train.loss_chunk
+            likely, (states,), setup.model.config.vocab_size, config.train.loss_chunk
         )
         return ids, log_probs.astype(jnp.dtype(header.dtype))
 
@@ -170,6 +169,10 @@ def _predicted(config: RunConfig, setup: Loaded, rows: Rows, header: CacheHeader
         return ids, log_probs
 
     return read
+
+
+def _likely(k: int, options: Sequence[tuple[str, Any]], head: Any, states: jax.Array) -> Any:
+    return top_k(head(states), k, **dict(options))
 
 
 def _asked(config: RunConfig, rows: Rows, k: int) -> Any:

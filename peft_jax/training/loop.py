@@ -320,15 +320,21 @@ def initial_state(
     start = functools.partial(init_state, optimizer=optimizer, seed=seed)
     if mesh is None:
         return start(trainable)
+    return jax.jit(start, out_shardings=state_shardings(params, optimizer, mesh))(trainable)
+
+
+def state_shardings(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Where the state of training `params`, arrays or ShapeDtypeStructs, lies on the mesh."""
+    trainable = partition(params)[0]
     where = jax.tree.map(
         lambda m, s: s if m else None, trainable_mask(params), shardings(params, mesh)
     )
     replicated = NamedSharding(mesh, P())
+    start = functools.partial(init_state, optimizer=optimizer, seed=0)
     moments = _opt_shardings(
         jax.eval_shape(start, trainable).opt_state, trainable, where, replicated
     )
-    spec = TrainState._make((replicated, where, moments, replicated, replicated, replicated))
-    return jax.jit(start, out_shardings=spec)(trainable)
+    return TrainState._make((replicated, where, moments, replicated, replicated, replicated))
 
 
 def _opt_shardings(opt_state: Any, trainable: Any, where: Any, replicated: NamedSharding) -> Any:
