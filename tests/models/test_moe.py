@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import PartitionSpec as P
+from transformers import Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import peft_jax
@@ -22,6 +23,9 @@ from peft_jax.core.mesh import make_mesh
 from peft_jax.core.sharding import shard
 from peft_jax.core.weight import ragged_matmul
 from peft_jax.models import routing
+from peft_jax.models.blocks import abstract_params
+from peft_jax.models.config import decoder_config
+from peft_jax.models.decoder import Decoder
 from peft_jax.models.moe import load_balancing_loss
 from peft_jax.models.routing import mixture
 from peft_jax.objectives.tokens import next_token
@@ -443,3 +447,10 @@ def test_what_experts_cannot_be_pruned_is_refused(root):
         shrink(model, params, channels=range(16))
     with pytest.raises(ValueError, match="prune_experts makes a mixture smaller"):
         prune_structured(model, params, [{"tokens": tokens}], units=8)
+
+
+def test_layers_with_and_without_experts_are_not_stacked():
+    config = Qwen3MoeConfig(num_hidden_layers=3, num_experts=8, vocab_size=64, mlp_only_layers=[1])
+    with pytest.raises(ValueError, match=r"some layers have experts .* scan_layers=False"):
+        abstract_params(Decoder(decoder_config(config)))
+    assert abstract_params(Decoder(decoder_config(config), scan_layers=False))
