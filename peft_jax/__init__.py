@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from peft_jax import training as training
     from peft_jax.core.bind import bind as bind
     from peft_jax.core.merge import merge as merge
+    from peft_jax.core.mesh import make_mesh as make_mesh
     from peft_jax.core.partition import combine as combine
     from peft_jax.core.partition import partition as partition
-    from peft_jax.core.sharding import make_mesh as make_mesh
     from peft_jax.core.sharding import shard as shard
     from peft_jax.generation.generate import generate as generate
     from peft_jax.hub import load as load
@@ -51,7 +51,7 @@ _HOMES = {  # name -> the module that has it
     "load_adapter": "peft_jax.hub",
     "load_tokenizer": "peft_jax.hub",
     "lora": "peft_jax.low_rank.lora",
-    "make_mesh": "peft_jax.core.sharding",
+    "make_mesh": "peft_jax.core.mesh",
     "merge": "peft_jax.core.merge",
     "partition": "peft_jax.core.partition",
     "prune": "peft_jax.pruning.prune",

@@ -18,9 +18,10 @@ from flax import nnx
 
 import peft_jax
 from peft_jax.core import Weight, layout_of, matmul, nnx_params, places, unmerge
+from peft_jax.core.mesh import make_mesh
 from peft_jax.core.method import Method
 from peft_jax.core.prepare import distribute
-from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.sharding import shard
 from peft_jax.methods import METHODS
 from peft_jax.models.layers import stack_layers, unstack_layers
 from peft_jax.quantization import NF4, Int

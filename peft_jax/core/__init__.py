@@ -10,13 +10,14 @@ from peft_jax.core.calibrate import calibrate, gradients
 from peft_jax.core.capture import capture, input_of, output_of
 from peft_jax.core.in_turn import output_errors
 from peft_jax.core.merge import merge, unmerge
+from peft_jax.core.mesh import make_mesh
 from peft_jax.core.method import Method
 from peft_jax.core.nodes import register_node
 from peft_jax.core.partition import combine, count, freeze, full, partition
 from peft_jax.core.registry import Registry
 from peft_jax.core.roles import Roles, register_roles
 from peft_jax.core.select import select
-from peft_jax.core.sharding import make_mesh, shard, shardings
+from peft_jax.core.sharding import shard, shardings
 from peft_jax.core.tree import places
 from peft_jax.core.weight import Trainable, Weight, einsum, materialize, matmul, take
 

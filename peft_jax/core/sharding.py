@@ -20,15 +20,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from peft_jax.core.mesh import AXES, PARAMETERS
 from peft_jax.core.roles import is_expert, known_roles, role_of
 from peft_jax.core.select import OUTPUT_EMBEDDING, VECTORS, stack_at
 from peft_jax.core.tree import is_node, map_places, path_str, places
 from peft_jax.core.weight import Weight
 
 logger = logging.getLogger("peft_jax")
-AXES = ("expert", "data", "fsdp", "sequence", "tensor")
-ROWS = ("expert", "data", "fsdp")  # the axes that rows of a batch lie on
-PARAMETERS = ("expert", "fsdp", "tensor")  # the axes that parameters lie on
 Rules = Sequence[tuple[str, P]]  # (pattern of whole paths, spec of a weight's last axes)
 
 # Column-parallel, row-parallel and vocabulary-parallel layers (Shoeybi et al. 2019,
@@ -39,31 +37,7 @@ _KERNELS = {
     **dict.fromkeys(("o", "down"), _ROWS),
     **dict.fromkeys(("labels", "others"), _WHOLE),
 }
-LOGICAL_RULES = (("batch", ROWS), ("length", "sequence"), ("embed", None))
 WORTH_SAYING = 2**20  # bytes
-
-
-def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices. `axes` maps axis names to sizes, one of which may be -1 ("the
-    rest"); missing ones are 1.
-
-    Raises ValueError for an unknown axis or sizes that do not multiply to the number of devices.
-    """
-    devices = list(devices if devices is not None else jax.devices())
-    axes = dict(axes or {"data": -1})
-    if unknown := set(axes) - set(AXES):
-        raise ValueError(
-            f"unknown mesh axis {sorted(unknown)[0]!r}; the axes are {', '.join(AXES)}"
-        )
-    sizes = [axes.get(name, 1) for name in AXES]
-    if any(n == 0 or n < -1 for n in sizes) or sizes.count(-1) > 1:
-        raise ValueError(f"mesh sizes must be positive, at most one of them -1: {axes}")
-    known = math.prod(n for n in sizes if n > 0)
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        raise ValueError(f"mesh {axes} does not divide the {len(devices)} devices there are")
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
 def rule_for(path: str, rules: Rules = ()) -> P | None:
@@ -305,9 +279,3 @@ def fetch(x: Any) -> np.ndarray:
 
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
-
-
-def batch_sharding(mesh: Mesh, array: Any) -> NamedSharding:
-    """Rows over expert, data and fsdp, tokens over sequence where they divide."""
-    tokens = "sequence" if array.ndim > 1 and array.shape[1] % mesh.shape["sequence"] == 0 else None
-    return NamedSharding(mesh, P(ROWS, *([] if array.ndim < 2 else [tokens])))

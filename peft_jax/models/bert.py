@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.spmd import with_logical_constraint
 
+from peft_jax.core.mesh import split_tokens
 from peft_jax.core.roles import Roles
 from peft_jax.models.blocks import (
     ACTIVATIONS,
@@ -300,13 +300,13 @@ class Layer(Block):
         self, x: jax.Array, shared: dict[str, Any], own: dict[str, Any]
     ) -> tuple[jax.Array, None]:
         fields = (self.config, self.dtype, self.param_dtype)
-        x = with_logical_constraint(x, ("batch", "length", "embed"))
+        x = split_tokens(x)
         x = Attention(*fields, self.implementation, name="attention")(
             x, shared, Residual(name="attention_residual")
         )
         y = Intermediate(*fields, name="intermediate")(x)
         x = Output(*fields, name="output")(y, x, Residual(name="mlp_residual"))
-        return with_logical_constraint(x, ("batch", "length", "embed")), None
+        return split_tokens(x), None
 
 
 class LayerStack(Block):

@@ -15,12 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.spmd import with_logical_constraint
 from jax.core import Tracer
 
 from peft_jax.core.bind import bind
 from peft_jax.core.capture import CAPTURED
 from peft_jax.core.in_turn import Chain
+from peft_jax.core.mesh import split_tokens
 from peft_jax.models.attention import Mask, make_mask
 from peft_jax.models.blocks import (
     ACTIVATIONS,
@@ -187,7 +187,7 @@ class DecoderLayer(nn.Module):
                 x
             )
 
-        x = with_logical_constraint(x, ("batch", "length", "embed"))
+        x = split_tokens(x)
         pre, post = c.norm_position != "post", c.norm_position != "pre"
         before_mlp = "pre_feedforward_layernorm" if post else "post_attention_layernorm"
 
@@ -208,7 +208,7 @@ class DecoderLayer(nn.Module):
         else:
             y = MLP(c, self.dtype, self.param_dtype, name="mlp")(y)
         x = Residual(name="mlp_residual")(x, norm("post_feedforward_layernorm", y) if post else y)
-        return with_logical_constraint(x, ("batch", "length", "embed")), cache
+        return split_tokens(x), cache
 
 
 class DecoderStack(nn.Module):

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.spmd import with_logical_constraint
 
+from peft_jax.core.mesh import split_tokens
 from peft_jax.core.roles import Roles
 from peft_jax.models.bert import encoder_values
 from peft_jax.models.blocks import (
@@ -94,12 +94,12 @@ class Layer(Block):
         self, x: jax.Array, shared: dict[str, Any], own: dict[str, Any]
     ) -> tuple[jax.Array, None]:
         fields = (self.config, self.dtype, self.param_dtype)
-        x = with_logical_constraint(x, ("batch", "length", "embed"))
+        x = split_tokens(x)
         y = SelfAttention(*fields, self.implementation, name="attention")(x, shared)
         x = self.layer_norm("sa_layer_norm")(Residual(name="attention_residual")(x, y))
         y = FeedForward(*fields, name="ffn")(x)
         x = self.layer_norm("output_layer_norm")(Residual(name="mlp_residual")(x, y))
-        return with_logical_constraint(x, ("batch", "length", "embed")), None
+        return split_tokens(x), None
 
 
 class LayerStack(Block):

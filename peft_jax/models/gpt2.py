@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.spmd import with_logical_constraint
 
+from peft_jax.core.mesh import split_tokens
 from peft_jax.core.roles import Roles
 from peft_jax.models.blocks import (
     ACTIVATIONS,
@@ -137,14 +137,14 @@ class GPT2Block(Block):
         self, x: jax.Array, shared: dict[str, Any], own: tuple[Any, Any]
     ) -> tuple[jax.Array, Any]:
         fields = (self.config, self.dtype, self.param_dtype)
-        x = with_logical_constraint(x, ("batch", "length", "embed"))
+        x = split_tokens(x)
         y, cache = Attention(*fields, self.implementation, name="attn")(
             self.layer_norm("ln_1")(x), shared, *own
         )
         x = Residual(name="attention_residual")(x, y)
         y = MLP(*fields, name="mlp")(self.layer_norm("ln_2")(x))
         x = Residual(name="mlp_residual")(x, y)
-        return with_logical_constraint(x, ("batch", "length", "embed")), cache
+        return split_tokens(x), cache
 
 
 class GPT2Stack(Block):

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.spmd import with_logical_constraint
 
+from peft_jax.core.mesh import split_tokens
 from peft_jax.core.roles import Roles
 from peft_jax.models.bert import TINY, encoder_values
 from peft_jax.models.blocks import (
@@ -142,14 +142,12 @@ class Layer(Block):
     ) -> tuple[jax.Array, None]:
         c = self.config
         fields = (c, self.dtype, self.param_dtype)
-        x = with_logical_constraint(x, ("batch", "length", "embed"))
+        x = split_tokens(x)
         y = jnp.where(own["first"], x, self.layer_norm("attn_norm", bias=c.norm_bias)(x))
         y = Attention(*fields, self.implementation, name="attn")(y, shared, own["sliding"])
         x = Residual(name="attention_residual")(x, y)
         y = MLP(*fields, name="mlp")(self.layer_norm("mlp_norm", bias=c.norm_bias)(x))
-        return with_logical_constraint(
-            Residual(name="mlp_residual")(x, y), ("batch", "length", "embed")
-        ), None
+        return split_tokens(Residual(name="mlp_residual")(x, y)), None
 
 
 class ModernBertStack(Block):

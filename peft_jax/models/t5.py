@@ -16,8 +16,8 @@ from typing import Any, ClassVar, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.spmd import with_logical_constraint
 
+from peft_jax.core.mesh import split_tokens
 from peft_jax.core.roles import Roles
 from peft_jax.models.attention import Mask, make_mask
 from peft_jax.models.blocks import (
@@ -252,14 +252,14 @@ class T5Block(Block):
     def __call__(self, x: jax.Array, shared: dict[str, Any], cache: Any) -> Any:
         fields = (self.config, self.dtype, self.param_dtype)
         own, crossing = (None, None) if cache is None else (cache.own, cache.crossing)
-        x = with_logical_constraint(x, ("batch", "length", "embed"))
+        x = split_tokens(x)
         x, own = SelfLayer(*fields, self.implementation, name="layer_0")(x, shared, own)
         if self.cross:
             x, crossing = CrossLayer(*fields, self.implementation, name="layer_1")(
                 x, shared, crossing
             )
         x = FeedForwardLayer(*fields, name="layer_2" if self.cross else "layer_1")(x)
-        x = with_logical_constraint(x, ("batch", "length", "embed"))
+        x = split_tokens(x)
         return x, None if cache is None else LayerCache(own, cast("Slots", crossing))
 
 

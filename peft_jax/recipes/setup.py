@@ -14,8 +14,9 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 
+from peft_jax.core.mesh import make_mesh
 from peft_jax.core.roles import register_roles, roles_from
-from peft_jax.core.sharding import check_rules, make_mesh
+from peft_jax.core.sharding import check_rules
 from peft_jax.core.stage import Batches, Context, Needs, Past, State
 from peft_jax.data.source import SourceConfig
 from peft_jax.hub import load_tokenizer, local_folder

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +21,9 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from peft_jax.core.bind import bind
+from peft_jax.core.mesh import ROWS, batch_sharding
 from peft_jax.core.partition import combine, partition, trainable_mask
-from peft_jax.core.sharding import LOGICAL_RULES, ROWS, batch_sharding, shardings
+from peft_jax.core.sharding import shardings
 from peft_jax.data import batch_at, evaluation_batches
 from peft_jax.models.tables import check_rows
 from peft_jax.objectives.reading import Objective
@@ -104,9 +104,6 @@ def train(
     )
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_stop_signal())
-        if mesh is not None:
-            stack.enter_context(jax.set_mesh(mesh))
-            stack.enter_context(nn.logical_axis_rules(LOGICAL_RULES))
         flops = (
             step_flops_per_token(*active_parameters(model, params))
             if flops_per_token is None

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 import peft_jax
 from peft_jax.core import layout_of, places, select, sharding
+from peft_jax.core.mesh import make_mesh
 from peft_jax.core.roles import REGISTERED, register_roles, roles_from
-from peft_jax.core.sharding import layer_counts, make_mesh, shardings
+from peft_jax.core.sharding import layer_counts, shardings
 from peft_jax.models.blocks import abstract_params
 from peft_jax.models.families import family_of
 from tests import third_party

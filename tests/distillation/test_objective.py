@@ -13,7 +13,8 @@ import pytest
 
 import peft_jax
 from peft_jax.core import full, places
-from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.mesh import make_mesh
+from peft_jax.core.sharding import shard
 from peft_jax.data import batch_at
 from peft_jax.distillation.divergence import log_probabilities, make_divergence, reverse_kl
 from peft_jax.distillation.objective import (

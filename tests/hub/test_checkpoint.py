@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import peft_jax
-from peft_jax.core.sharding import make_mesh
+from peft_jax.core.mesh import make_mesh
 from peft_jax.hub import safetensors_io
 from tests.reference import random_tokens, relative_error
 

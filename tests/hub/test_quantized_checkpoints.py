@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peft_jax
 from peft_jax.core import places, select
-from peft_jax.core.sharding import make_mesh
+from peft_jax.core.mesh import make_mesh
 from peft_jax.hub.checkpoint import linear_modules
 from peft_jax.hub.quantized import TOOLS
 from peft_jax.models.blocks import abstract_params

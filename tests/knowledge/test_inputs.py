@@ -15,7 +15,8 @@ import peft_jax
 from peft_jax.adapters import prefix_tuning, prompt_tuning
 from peft_jax.core import places
 from peft_jax.core.attachment import attach
-from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.mesh import make_mesh
+from peft_jax.core.sharding import shard
 from peft_jax.data import Record, Rows
 from peft_jax.data.labelled import LabelledRows
 from peft_jax.knowledge.constraints import constrained

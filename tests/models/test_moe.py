@@ -15,7 +15,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 import peft_jax
 from peft_jax.core import places
 from peft_jax.core.calibrate import calibrate
-from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.mesh import make_mesh
+from peft_jax.core.sharding import shard
 from peft_jax.core.weight import ragged_matmul
 from peft_jax.models.moe import load_balancing_loss, mixture
 from peft_jax.objectives.tokens import next_token

@@ -11,8 +11,9 @@ import pytest
 
 import peft_jax
 from peft_jax.core import Trainable, count, full, materialize, matmul, places, take, unmerge
+from peft_jax.core.mesh import make_mesh
 from peft_jax.core.packing import pack_padded
-from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.sharding import shard
 from peft_jax.low_rank import dora
 from peft_jax.pruning import compress, densify, mask_from_zeros, mask_updates, sparsity_of
 from peft_jax.pruning.block import BlockSparse

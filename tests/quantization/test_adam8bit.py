@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peft_jax.core import full
-from peft_jax.core.sharding import make_mesh
+from peft_jax.core.mesh import make_mesh
 from peft_jax.quantization import adamw8bit, scale_by_adam8bit
 from peft_jax.training.loop import initial_state
 from tests.reference import relative_error

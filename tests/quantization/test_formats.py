@@ -19,8 +19,9 @@ import torch
 
 import peft_jax
 from peft_jax.core import matmul, select, take
+from peft_jax.core.mesh import make_mesh
 from peft_jax.core.packing import pack, unpack
-from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.sharding import shard
 from peft_jax.core.tree import places
 from peft_jax.hub.checkpoint import load_fresh
 from peft_jax.low_rank import LoRA

@@ -7,7 +7,8 @@ import pytest
 
 import peft_jax
 from peft_jax.core import matmul
-from peft_jax.core.sharding import make_mesh, shard, shardings
+from peft_jax.core.mesh import make_mesh
+from peft_jax.core.sharding import shard, shardings
 from peft_jax.low_rank import LoRA
 from peft_jax.quantization import (
     FP8,

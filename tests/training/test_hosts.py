@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 
 import peft_jax
 from peft_jax.adapters import p_tuning
-from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.mesh import make_mesh
+from peft_jax.core.sharding import shard
 from peft_jax.core.stage import State
 from peft_jax.low_rank import vera
 from peft_jax.quantization import NF4

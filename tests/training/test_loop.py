@@ -17,8 +17,9 @@ import transformers
 
 import peft_jax
 from peft_jax.core import freeze, full
+from peft_jax.core.mesh import make_mesh
 from peft_jax.core.partition import partition
-from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.sharding import shard
 from peft_jax.data import pack
 from peft_jax.data.encode import Example
 from peft_jax.objectives.tokens import next_token

@@ -16,8 +16,9 @@ from safetensors.numpy import load_file
 
 import peft_jax
 from peft_jax.core import full
+from peft_jax.core.mesh import make_mesh
 from peft_jax.core.select import layer_axes
-from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.sharding import shard
 from peft_jax.core.tree import places
 from peft_jax.low_rank.dora import DoRA
 from peft_jax.methods import METHODS

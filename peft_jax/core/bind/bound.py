@@ -9,6 +9,8 @@ from typing import Any, Protocol, Self
 
 import jax
 
+from peft_jax.core.mesh import entered_mesh, split_rows
+
 
 class Run(Protocol):
     """How a bound model is run, hashable: those of equal models are equal.
@@ -66,7 +68,8 @@ class Bound:
         call: Callable[..., Any] = functools.partial(run, state)
         for around in self.arounds:
             call = functools.partial(around, call)
-        return call(params, *args, **kwargs)
+        with entered_mesh(params):
+            return call(params, *map(_split, args), **{k: _split(x) for k, x in kwargs.items()})
 
     def wrap(self, around: Callable[..., Any], **fields: Any) -> Self:
         """This with `around(call, params, *args, **kwargs)` in place of each call."""
@@ -119,6 +122,11 @@ class _Static:
 
     def __hash__(self) -> int:
         return hash((self.run, self.bound.arounds))
+
+
+def _split(x: Any) -> Any:
+    """An input [B, ...] with its rows split as the program's mesh has them."""
+    return split_rows(x) if isinstance(x, jax.Array) and x.ndim > 1 else x
 
 
 def _nothing() -> Any:

@@ -29,6 +29,7 @@ from peft_jax.core.bind.rules import (
     say_fallback,
 )
 from peft_jax.core.capture import CAPTURED, RECORDER, Recorder
+from peft_jax.core.mesh import rows_in, split_outputs
 from peft_jax.core.prepare import prepare
 from peft_jax.core.select import OUTPUT_EMBEDDING
 from peft_jax.core.weight import Weight, materialize
@@ -71,7 +72,8 @@ class LinenRun:
             self.model.apply, variables, *args, rngs={} if rng is None else {"dropout": rng}
         )
         recorder = RECORDER.get()
-        with nn.intercept_methods(functools.partial(_intercept, self.strict, self.said)):
+        intercept = functools.partial(_intercept, self.strict, self.said, rows_in(args))
+        with nn.intercept_methods(intercept):
             if recorder is None:
                 return call(method=method, **kwargs)
             own = kwargs.pop("mutable", [])
@@ -101,7 +103,13 @@ class LinenRun:
 
 
 def _intercept(
-    strict: bool, said: set[str], call: Callable[..., Any], args: Any, kwargs: Any, context: Any
+    strict: bool,
+    said: set[str],
+    rows: int | None,
+    call: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    context: Any,
 ) -> Any:
     module, method = context.module, context.method_name
     if module.scope is None or method in _OWN_METHODS or _is_super(context):
@@ -124,7 +132,7 @@ def _intercept(
         if isinstance(own[name], Attachment) and own[name].method == method:
             own[name].check(module)
             run = functools.partial(own[name].around, run)
-    out = run(*args, **kwargs)
+    out = split_outputs(run(*args, **kwargs), rows)
     if method == "__call__" and (recorder := RECORDER.get()) is not None:
         for name, value in recorder.of("/".join(module.path), args, out).items():
             module.sow(CAPTURED, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)

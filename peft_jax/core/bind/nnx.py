@@ -33,6 +33,7 @@ from peft_jax.core.bind.rules import (
     say_fallback,
 )
 from peft_jax.core.capture import RECORDER, Recorder
+from peft_jax.core.mesh import row_axes, rows_in, split_outputs
 from peft_jax.core.prepare import prepare
 from peft_jax.core.tree import is_node, places
 from peft_jax.core.weight import Weight, materialize
@@ -92,6 +93,7 @@ class NNXRun:
         others = _reseeded(state if variables is None else nnx.merge_state(state, variables), rng)
         merged = nnx.merge(self.graph, _filled(self.templates, params), others, copy=True)
         _place(merged, params, self.strict, self.said)
+        _split_rows(merged, rows_in(args))
         out = getattr(merged, method or "__call__")(*args, **kwargs)
         return (out, nnx.state(merged, nnx.All(nnx.Not(nnx.Param), mutable))) if mutable else out
 
@@ -182,6 +184,24 @@ def _owner(path: str, modules: Mapping[str, nnx.Module]) -> str:
     while path not in modules:
         path = path.rpartition("/")[0]
     return path
+
+
+def _split_rows(merged: nnx.Module, rows: int | None) -> None:
+    """On a mesh, give the modules of a merged model subclasses whose outputs' rows are split."""
+    if rows is None or not row_axes(rows):
+        return
+    for _, module in nnx.iter_modules(merged):
+        if callable(module) and not isinstance(module, _CONTAINERS):
+            _split_outputs(module, rows)
+
+
+def _split_outputs(module: Any, rows: int) -> None:
+    original = type(module)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return split_outputs(original.__call__(self, *args, **kwargs), rows)
+
+    module.__class__ = type(original.__name__, (original,), {"__call__": call})
 
 
 def _record(module: nnx.Module, path: str, recorder: Recorder) -> None:
