@@ -9,6 +9,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import AbstractMesh
+
+from peft_jax.core.mesh import mesh_of
 
 
 class Device(NamedTuple):
@@ -18,23 +21,16 @@ class Device(NamedTuple):
     kind: str
 
 
-def program_mesh(*arrays: Any) -> Any:
-    """The abstract mesh of the program that is being traced: the one that is entered, or that of
-    the first of `arrays` that lies on one; None without any, and inside of a `shard_map`, where
-    arrays are a device's own.
-    """
-    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
-    found = next((mesh for mesh in meshes if not mesh.empty), None)
-    return None if found is None or found.manual_axes else found
+def program_mesh(arrays: Any = ()) -> AbstractMesh | None:
+    """The mesh of a program: the one that is entered, or else that of the arrays; None without."""
+    entered = jax.sharding.get_abstract_mesh()
+    return mesh_of(arrays) if entered.empty else entered
 
 
-def program_device(*arrays: Any) -> Device:
-    """What runs the program that is being traced: the devices of its mesh (see `program_mesh`), and
-    where none says so JAX's default ones.
-    """
-    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
-    for mesh in meshes:
-        device = None if mesh.empty else mesh.abstract_device
-        if device is not None:
-            return Device(device.platform, device.device_kind)
+def program_device(arrays: Any = ()) -> Device:
+    """What runs a program: the devices of its mesh, and where none says so JAX's default ones."""
+    mesh = program_mesh(arrays)
+    device = None if mesh is None else mesh.abstract_device
+    if device is not None:
+        return Device(device.platform, device.device_kind)
     return Device(jax.default_backend(), jax.local_devices()[0].device_kind)

@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import peft_jax
-from peft_jax.core.sharding import make_mesh, shard
+from peft_jax.core.mesh import make_mesh
+from peft_jax.core.sharding import shard
 from peft_jax.models.attention import attention, make_mask
 from tests.reference import random_tokens, relative_error
 

@@ -39,8 +39,10 @@ def attention(
     is in float32. Raises ValueError for an implementation that lacks something of the call.
     """
     mesh = program_mesh(q)
+    if mesh is not None and mesh.manual_axes:  # the arrays are a device's own
+        mesh = None
     layout = layout_of(mesh, q, mask)
-    shards = 1 if layout.tokens is None else mesh.shape[layout.tokens]
+    shards = 1 if mesh is None or layout.tokens is None else mesh.shape[layout.tokens]
     device = program_device(q)
     call = Call(q, k, v, mask, sliding, scale, softcap, bias, device, shards)
     kernel = _chosen(call, implementation)

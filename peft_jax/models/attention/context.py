@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from peft_jax.core.sharding import ROWS
+from peft_jax.core.mesh import ROWS
 from peft_jax.models.attention.call import Call, Kernel, Part
 from peft_jax.models.attention.mask import Mask
 

@@ -4,6 +4,7 @@ and soft caps.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -17,8 +18,9 @@ from peft_jax.models.attention.call import Call, Kernel, Part
 LANES = 128  # tokens come in multiples of it
 # Tokens of a tile. Compiled for a v5e, scores of 512 x 512 cost 8,700 instructions forward and
 # 14,700 backward in tiles of 128, 2,000 and 4,400 in those of 512, 1,600 and 3,600 in those of
-# 1,024, which waste more on the diagonal and on windows.
+# 1,024, which waste more on the diagonal and on windows and take longer to compile.
 TILES = (512, 384, 256, 128)
+LONG = 8192  # queries from which tiles have 1,024
 LEAST = 128  # queries below which XLA's products are as good
 _PADDING = -2  # a segment of its own: no token is of it
 
@@ -77,8 +79,33 @@ def _length(T: int) -> int:
     return -(-T // full) * full if full < T else -(-T // LANES) * LANES
 
 
-def _tile(*lengths: int) -> int:
-    return next(n for n in TILES if all(length % n == 0 for length in lengths))
+def _tile(T: int, S: int, window: int | None) -> int:
+    """The tokens of a tile of `T` queries and `S` keys."""
+    if window is None and T >= LONG and T % (2 * TILES[0]) == 0:
+        return 2 * TILES[0]
+    return next(n for n in TILES if T % n == 0 and S % n == 0)
+
+
+class _Band(masks.LocalMask):
+    """Keys at most `window` positions behind their query, and none after it where it is `causal`.
+
+    The kernel computes the mask of a tile by itself. Here it is only asked which tiles have a part
+    of the mask and which are full, 65,536 times for 131,072 tokens: a tile is summed up by [full,
+    not empty], which has the same `any()` and `all()`.
+    """
+
+    def __init__(self, S: int, window: int | None, causal: bool, order: np.ndarray | None) -> None:
+        far = None if window is None else window - 1
+        super().__init__((S, S), (far, 0 if causal else far), 0)
+        if order is not None:
+            self.q_sequence = order
+
+    def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
+        rows, keys = self.q_sequence[idx[0]], idx[1]
+        nearest, farthest = rows.min() - (keys.stop - 1), rows.max() - keys.start
+        left, right = (math.inf if n is None else n for n in self.window_size)
+        full = nearest >= -right and farthest <= left
+        return np.array([[full, nearest <= left and farthest >= -right]])
 
 
 def _kernel(
@@ -92,14 +119,9 @@ def _kernel(
     interpret: bool,
 ) -> Any:
     """The kernel of `T` queries and `S` keys; that of the whole sequence cut to a `part`."""
-    shape = (S, S)
-    if window is not None:
-        one: Any = masks.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
-    else:
-        one = masks.CausalMask(shape) if causal else masks.FullMask(shape)
-    if part is not None and part.balanced:
-        one.q_sequence = balanced_order(S, part.count)
-    tile = _tile(T, S)
+    order = balanced_order(S, part.count) if part is not None and part.balanced else None
+    one = _Band(S, window, causal, order) if causal or window else masks.FullMask((S, S))
+    tile = _tile(T, S, window)
     count = 1 if part is None else part.count
     whole = kernel.make_splash_mha(
         masks.MultiHeadMask([one] * H),
