@@ -78,11 +78,16 @@ def configuration(folder, tiny_folder, **changes):
 
 
 def results(folder):
-    """name -> bytes of what a run leaves, but for its own path, times and checkpoints."""
+    """name -> bytes of what a run leaves, but for its own path, times (which its page shows) and
+    checkpoints.
+    """
     found = {}
     for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
         name = path.relative_to(folder)
-        if {"checkpoints", "best", "tensorboard"} & set(name.parts) or name.name == "config.yaml":
+        if {"checkpoints", "best", "tensorboard"} & set(name.parts) or name.name in (
+            "config.yaml",
+            "report.html",
+        ):
             continue
         data = path.read_bytes().replace(str(folder).encode(), b"")
         if name.name == "metrics.jsonl":
