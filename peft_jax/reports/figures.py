@@ -76,12 +76,47 @@ def scatter(
     for p in points:
         color = "tab:red" if p.reference else "tab:blue" if p in best else "0.6"
         axis.errorbar(p.x, p.y, yerr=p.spread or None, fmt="o", color=color, capsize=3, zorder=2)
-        axis.annotate(p.name, (p.x, p.y), (6, 5), textcoords="offset points", fontsize="small")
     if log:
         axis.set_xscale("log")
-    axis.margins(x=0.15, y=0.12)
+    axis.margins(x=0.2, y=0.15)
     axis.set(xlabel=x, ylabel=y)
+    figure.draw_without_rendering()  # so that it is known where points lie
+    _name(axis, points)
     return _svg(figure, name)
+
+
+# Where a name may stand beside its point: on which side, how far right and up, in points.
+BESIDE = (("left", 6, 4), ("left", 6, -11), ("right", -6, 4), ("right", -6, -11), ("left", 6, 14))
+LETTER, LINE = 5.0, 9.0  # the size of a letter, in points
+
+
+def _name(axis: Any, points: Sequence[Point]) -> None:
+    """Write each point's name where it covers no other point and no name, if there is such a
+    place.
+    """
+    scale = 72.0 / axis.figure.dpi
+    at = {p: axis.transData.transform((p.x, p.y)) * scale for p in points}
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at.values()]
+    for p, (x, y) in at.items():
+        boxes = [_box(x, y, p.name, *where) for where in BESIDE]
+        own = (x - 4, y - 4, x + 4, y + 4)
+        hits = [sum(_meet(box, t) for t in taken if t != own) for box in boxes]
+        best = hits.index(min(hits))
+        side, right, up = BESIDE[best]
+        taken.append(boxes[best])
+        offset = {"textcoords": "offset points", "xytext": (right, up)}
+        axis.annotate(p.name, (p.x, p.y), ha=side, fontsize="small", **offset)
+
+
+def _box(x: float, y: float, name: str, side: str, right: float, up: float) -> tuple[float, ...]:
+    """left, bottom, right and top of a name."""
+    width, start = LETTER * len(name), x + right
+    left = start if side == "left" else start - width
+    return (left, y + up, left + width, y + up + LINE)
+
+
+def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def bars(name: str, values: Mapping[str, float], *, x: str, line: float | None = None) -> str:

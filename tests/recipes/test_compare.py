@@ -8,6 +8,7 @@ import math
 import shutil
 import statistics
 import subprocess
+from pathlib import Path
 
 import jax
 import pytest
@@ -16,12 +17,21 @@ import peft_jax
 from peft_jax.core import places
 from peft_jax.core.options import ConfigError
 from peft_jax.recipes import compare, spread
-from peft_jax.recipes.config import parse_config
-from peft_jax.recipes.contestants import contestant
+from peft_jax.recipes.config import load_config, parse_config
+from peft_jax.recipes.contestants import check_comparison, contestant
 from peft_jax.recipes.train import run_training
 from peft_jax.training import loop
 from tests.reports.page import svgs
 
+ROOT = Path(__file__).parents[2]
+TECHNIQUES = (
+    "adapter modules",
+    "knowledge distillation",
+    "knowledge injection",
+    "low-rank factorization",
+    "pruning",
+    "quantization",
+)
 TIMED = ("step_seconds", "train_seconds", "tokens_per_second")
 LORA = {"name": "lora", "rank": 2}
 
@@ -305,3 +315,18 @@ def test_a_recipe_begins_when_what_it_builds_on_is_done(tiny_folder, tmp_path, m
     assert [name for name, _ in calls].index("student") > [n for n, _ in calls].index("full")
     assert {device for _, device in calls} <= {"4", "6"}
     assert sorted(said) == ["full: done", "other: failed", "student: done"]
+
+
+def test_the_shipped_comparisons_are_what_they_say():
+    """Three seeds of full fine-tuning, the six techniques and two chains; the hub's has the same
+    recipes.
+    """
+    names = ("quickstart", "hub")
+    quick, hub = (load_config(str(ROOT / f"configs/compare/{name}.yaml")) for name in names)
+    for config in (quick, hub):
+        check_comparison(config)
+        assert len(config.compare.seeds) == 3
+        of = [r.technique for r in config.compare.recipes.values()]
+        assert set(of) == {"full fine-tuning", *TECHNIQUES, "chain"}
+        assert of.count("chain") == 2
+    assert list(quick.compare.recipes) == list(hub.compare.recipes)
