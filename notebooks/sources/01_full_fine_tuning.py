@@ -54,7 +54,7 @@ def fine_tune(name, changes):
     out = Path("runs/notebooks") / name
     run_training(
         parse_config({**TASK, **changes, "output": str(out), "resume": False}),
-        Console(quiet=True),
+        Console(quiet=True, force_jupyter=False),
     )
     return numbers(out)
 

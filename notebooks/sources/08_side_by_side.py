@@ -47,7 +47,7 @@ if not path.is_file():
         "evaluate": {"metrics": ["perplexity"]},
         "compare": {"recipes": recipes, "seeds": [0, 1], "quality": "accuracy"},
     }
-    run_comparison(parse_config(config), Console(quiet=True))
+    run_comparison(parse_config(config), Console(quiet=True, force_jupyter=False))
     path = Path("runs/notebooks/compare/report.json")
 report = json.loads(path.read_text())
 print(f"{len(report['recipes'])} recipes, seeds {report['seeds']}, {report['about']['device']}")

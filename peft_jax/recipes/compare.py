@@ -11,9 +11,9 @@ what the run has left.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import jax
 from rich.console import Console
 
 from peft_jax.core.files import read_json, write_json
-from peft_jax.core.options import ConfigError
+from peft_jax.core.options import ConfigError, settings_of
 from peft_jax.core.partition import count
 from peft_jax.data.source import SourceConfig
 from peft_jax.recipes.assess import (
@@ -39,14 +39,16 @@ from peft_jax.recipes.contestants import (
     RECORD,
     RUNS,
     Contestant,
+    builds_on,
     check_comparison,
     contestant,
+    measuring,
 )
 from peft_jax.recipes.measure import held_rows, measure, printer, samples_of, shown
 from peft_jax.recipes.run_config import RunConfig, to_dict
 from peft_jax.recipes.setup import Setup, opened, set_up
 from peft_jax.recipes.spread import run_on_devices
-from peft_jax.recipes.train import run_training
+from peft_jax.recipes.train import remove, run_training
 from peft_jax.reports.comparison import Comparison, Recipe, write_comparison
 from peft_jax.reports.folder import (
     curve,
@@ -79,26 +81,25 @@ def run_comparison(config: RunConfig, console: Console | None = None) -> Path | 
     say, c = printer(console), config.compare
     if not config.resume:
         for name in (RUNS, BASE, OWN):
-            path = out / name
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
+            remove(out / name)
     out.mkdir(parents=True, exist_ok=True)
     _keep_programs(out)
     if c.devices > 1:
         run_on_devices(config, say)
     base = _base(config, console)
+    if c.quality not in base["metrics"]:
+        raise ConfigError(
+            f"option 'compare.quality': {c.quality!r} is not measured; there are "
+            f"{', '.join(base['metrics'])}"
+        )
     say(f"the base: {shown(base['metrics'])}")
-    rates: dict[str, float | None] = {}
-    for name in c.recipes:
-        asked = not c.only or name in c.only
-        try:
-            rates[name] = _run_recipe(config, name, rates, base, console, asked=asked)
-        except InterruptedComparisonError as signal:
-            say(f"{signal}; the same command goes on there")
-            return None
-        except MissingError as missing:
-            say(f"{missing}; the report waits for it")
-            rates[name] = None
-    if not _complete(config, rates):
+    try:
+        rates = _run_recipes(config, base, console)
+    except InterruptedComparisonError as signal:
+        say(f"{signal}; the same command goes on there")
+        return None
+    if waits := [name for name in c.recipes if name not in rates]:
+        say(f"the report waits for {', '.join(waits)}")
         return None
     write_comparison(_comparison(config, rates, base), out)
     say(f"written: {out / 'report.html'}")
@@ -107,6 +108,21 @@ def run_comparison(config: RunConfig, console: Console | None = None) -> Path | 
 
 class MissingError(Exception):
     """A run that is not asked for has no record."""
+
+
+def _run_recipes(
+    config: RunConfig, base: dict[str, Any], console: Console
+) -> dict[str, float | None]:
+    """Recipe -> its rate, of all recipes that are finished then. One that builds on another that
+    is not is left out.
+    """
+    c, rates = config.compare, {}
+    for name in c.recipes:
+        if builds_on(config, name) <= set(rates):
+            asked = not c.only or name in c.only
+            with contextlib.suppress(MissingError):
+                rates[name] = _run_recipe(config, name, rates, base, console, asked=asked)
+    return rates
 
 
 def _keep_programs(out: Path) -> None:
@@ -168,7 +184,7 @@ def _do(
     say = printer(console)
     if run.finished:
         then = read_json(run.folder / RECORD)["identity"]
-        now = {**run.identity, "base": base["fingerprint"]}
+        now = _identity(config, run, base)
         if why := refusal(then, now, config.resume_with, f"the run in {run.folder}"):
             raise ValueError(why)
         return
@@ -205,11 +221,6 @@ def _record(
     """What is measured of a finished run."""
     told = read_json(run.folder / "results.json")
     metrics, after = told["after"], loss_on(run.config, setup, params, _other_text(config))
-    if config.compare.quality not in metrics:
-        raise ConfigError(
-            f"compare.quality: {config.compare.quality!r} is not measured; there are "
-            f"{', '.join(metrics)}"
-        )
     found = numbers(run.folder)
     measured = {
         "quality": metrics[config.compare.quality],
@@ -221,7 +232,7 @@ def _record(
         "tokens_per_second": tokens_per_second(config, setup, params),
     }
     return {
-        "identity": {**run.identity, "base": base["fingerprint"]},
+        "identity": _identity(config, run, base),
         "seed": run.seed,
         "rate": run.rate,
         "metrics": metrics,
@@ -233,6 +244,11 @@ def _record(
     }
 
 
+def _identity(config: RunConfig, run: Contestant, base: dict[str, Any]) -> dict[str, Any]:
+    """What a record was made with."""
+    return {**measuring(config), **run.identity, "base": base["fingerprint"]}
+
+
 def _other_text(config: RunConfig) -> SourceConfig:
     own = SourceConfig(path=str(Path(config.output) / OWN))
     return config.compare.forgetting or own
@@ -241,14 +257,19 @@ def _other_text(config: RunConfig) -> SourceConfig:
 def _base(config: RunConfig, console: Console) -> dict[str, Any]:
     """What the base measures, kept in a file."""
     path, c = Path(config.output) / BASE, config.compare
+    identity = {"settings": settings_of(config.model, "model."), **measuring(config)}
     if path.is_file():
-        return read_json(path)
+        then = read_json(path)
+        if why := refusal(then["identity"], identity, config.resume_with, str(path)):
+            raise ValueError(why)
+        return then
     setup = opened(config)
     check_batch(config.train, config.data.sequence_length, setup.mesh)
     if c.forgetting is None:
         write_own_texts(config, setup, path.with_name(OWN))
     params = setup.params
     made = {
+        "identity": identity,
         "fingerprint": fingerprint(setup.folder),
         "metrics": measure(config, setup, params, held_rows(config, setup)),
         "other_loss": loss_on(config, setup, params, _other_text(config)),
@@ -268,12 +289,6 @@ def _runs(config: RunConfig, name: str, rates: Mapping[str, float | None]) -> It
     """A recipe's runs that count: one for each seed, at the rate that was best."""
     for seed in config.compare.seeds:
         yield contestant(config, name, seed, rates[name], rates)
-
-
-def _complete(config: RunConfig, rates: Mapping[str, float | None]) -> bool:
-    return all(
-        run.finished for name in config.compare.recipes for run in _runs(config, name, rates)
-    )
 
 
 def _comparison(

@@ -5,6 +5,7 @@ learning rate and a folder of its own.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,24 @@ class Contestant(NamedTuple):
     @property
     def identity(self) -> dict[str, Any]:
         """What a record must have in common with the run that it is taken for."""
-        return {"settings": {**settings(self.config), "stages": self.config.stages}}
+        own = {**settings(self.config), "stages": self.config.stages}
+        return {"settings": own, **held_out(self.config)}
+
+
+def held_out(config: RunConfig) -> dict[str, Any]:
+    """What a model is measured on, by the options' names, as JSON has it."""
+    tree = to_dict(config)
+    data = {f"data.{name}": tree["data"][name] for name in ("validation", "test")}
+    found = {**data, "evaluate": tree["evaluate"], "generate": tree["generate"]}
+    return json.loads(json.dumps(found))
+
+
+def measuring(config: RunConfig) -> dict[str, Any]:
+    """How a comparison measures, by the options' names, as JSON has it."""
+    c = to_dict(config)["compare"]
+    names = ("quality", "forgetting", "own_texts", "own_tokens")
+    names += ("generate_rows", "generate_tokens")
+    return held_out(config) | {f"compare.{name}": c[name] for name in names}
 
 
 def check_comparison(config: RunConfig) -> None:

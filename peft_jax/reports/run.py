@@ -12,7 +12,14 @@ from peft_jax.core.files import write_json
 from peft_jax.reports import page
 from peft_jax.reports.comparison import by_layer
 from peft_jax.reports.figures import Series, curves
-from peft_jax.reports.folder import Points, curve, read, step_numbers, training_folders
+from peft_jax.reports.folder import (
+    Points,
+    curve,
+    disk_bytes,
+    read,
+    step_numbers,
+    training_folders,
+)
 
 REPORT, ABOUT, CONFIG = "report.html", "about.json", "config.yaml"
 # What commands write, and what it is called.
@@ -92,7 +99,8 @@ def view_of(folder: Path, name: str) -> View:
     for found in told.values():
         scalars = {k: v for k, v in found.items() if k not in NESTED}
         numbers |= {k: v for k, v in scalars.items() if isinstance(v, int | float | str)}
-    numbers |= {k: v for k, v in step_numbers(folder).items() if v is not None}
+    took = {**step_numbers(folder), "bytes_written": disk_bytes(folder) or None}
+    numbers |= {k: v for k, v in took.items() if v is not None}
     found = {"loss": curve(folder, "train"), "validation": curve(folder, "validation")}
     found["speed"] = curve(folder, "train", "tokens_per_second")
     return View(

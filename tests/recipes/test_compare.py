@@ -5,7 +5,6 @@ are those of the runs; recipes that cannot be are refused by name.
 import csv
 import json
 import math
-import shutil
 import statistics
 import subprocess
 from pathlib import Path
@@ -48,11 +47,10 @@ def configuration(folder, tiny_folder, **changes):
         {"name": "train", "distill": {"teachers": [{"path": "{full}/model"}]}},
     ]
     recipes = {
-        "full": {"run": {"method": {"name": "full"}}, "rates": [1e-3, 1e-2]},
+        "full": {"run": {"method": {"name": "full"}, "optimizer": {"learning_rate": 1e-2}}},
         "lora": {
             "title": "a student",
             "run": {"method": LORA, "stages": student},
-            "rates": [1e-2, 1e-3],
         },
     }
     own = {"seeds": [0, 1], "own_texts": 4, "own_tokens": 24}
@@ -83,7 +81,7 @@ def configuration(folder, tiny_folder, **changes):
 def untimed(value, folder):
     """A report without times and its own path."""
     if isinstance(value, dict):
-        times = (*TIMED, "beside_reference", "gains", "costs")
+        times = (*TIMED, "beside_reference", "gains", "costs", "about")
         return {k: untimed(v, folder) for k, v in value.items() if k not in times}
     if isinstance(value, list):
         return [untimed(v, folder) for v in value]
@@ -105,11 +103,8 @@ def whole(tiny_folder, tmp_path_factory):
 def test_the_numbers_are_those_of_the_runs(whole, tiny_folder):
     report = report_of(whole)
     assert [r["name"] for r in report["recipes"]] == ["full", "lora"]
-    assert report["rates_searched"]
+    assert not report["rates_searched"]
     for recipe in report["recipes"]:
-        losses = recipe["rates"]
-        assert len(losses) == 2
-        assert losses[f"{recipe['rate']:g}"] == min(losses.values())
         qualities = [run["metrics"]["loss"] for run in recipe["runs"]]
         assert [run["seed"] for run in recipe["runs"]] == [0, 1]
         assert recipe["numbers"]["quality"]["mean"] == statistics.fmean(qualities)
@@ -135,7 +130,7 @@ def test_the_numbers_are_those_of_the_runs(whole, tiny_folder):
 
 
 def test_a_run_is_what_train_makes_of_it(whole, tiny_folder, tmp_path):
-    run = contestant(configuration(tmp_path, tiny_folder), "full", 1, 0.01, {})
+    run = contestant(configuration(tmp_path, tiny_folder), "full", 1, None, {})
     run_training(run.config)
     alone = json.loads((run.folder / "results.json").read_text())
     there = json.loads((whole / run.folder.relative_to(tmp_path) / "results.json").read_text())
@@ -216,6 +211,39 @@ def test_killed_anywhere_it_comes_to_the_same_report(whole, tiny_folder, tmp_pat
     assert ours == theirs
 
 
+def test_the_rate_of_the_lowest_loss_is_kept(tiny_folder, tmp_path, monkeypatch):
+    """Tried on the first seed; other seeds, and what builds on the recipe, have the best one."""
+    full = {"rates": [0.1, 0.3, 0.2]}
+    taught = {"run": {"model": {"adapter": "{full}/adapter"}}, "rates": [1.0, 2.0, 3.0]}
+    losses = {0.1: [3.0, None], 0.3: [2.0, 4.0], 0.2: [2.5, 2.5], 1.0: [9.0], 2.0: [], 3.0: [8.0]}
+    done = []
+
+    def pretend(config, run, *_, **__):
+        done.append((run.recipe, run.seed, run.rate, run.config.model.adapter))
+        run.folder.mkdir(parents=True)
+        rows = [
+            {"kind": "validation", "step": i, "loss": x} for i, x in enumerate(losses[run.rate])
+        ]
+        (run.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
+
+    monkeypatch.setattr(compare, "_do", pretend)
+    monkeypatch.setattr(compare, "_base", lambda *_: {"metrics": {"loss": 1.0}})
+    monkeypatch.setattr(compare, "_comparison", lambda *_: None)
+    monkeypatch.setattr(compare, "write_comparison", lambda *_: None)
+    tree = {"recipes": {"full": full, "taught": taught}, "seeds": [5, 6]}
+    compare.run_comparison(configuration(tmp_path, tiny_folder, compare=tree))
+    assert [run[:3] for run in done] == [
+        *(("full", 5, rate) for rate in (0.1, 0.3, 0.2)),
+        ("full", 6, 0.3),
+        *(("taught", 5, rate) for rate in (1.0, 2.0, 3.0)),
+        ("taught", 6, 3.0),
+    ]
+    assert done[-1][3].endswith("runs/full/seed-6-rate-0.3/adapter")
+    tree |= {"quality": "exact_match"}
+    with pytest.raises(ConfigError, match="'exact_match' is not measured; there are loss"):
+        compare.run_comparison(configuration(tmp_path, tiny_folder, compare=tree))
+
+
 def test_a_finished_comparison_runs_nothing(whole, tiny_folder, monkeypatch):
     monkeypatch.setattr(compare, "run_training", lambda *_: pytest.fail("a run ran again"))
     before = report_of(whole)
@@ -225,27 +253,38 @@ def test_a_finished_comparison_runs_nothing(whole, tiny_folder, monkeypatch):
 
 def test_records_of_other_options_are_refused(whole, tiny_folder):
     changes = {"train": {"steps": 3, "batch_size": 8, "log_every": 1, "tensorboard": False}}
-    with pytest.raises(ValueError, match=r"seed-0-rate-0.001 was made with another train.steps"):
+    with pytest.raises(ValueError, match=r"full/seed-0 was made with another train.steps"):
+        compare.run_comparison(configuration(whole, tiny_folder, **changes))
+    changes = {"evaluate": {"metrics": ["perplexity"], "limit": 3}}
+    with pytest.raises(ValueError, match=r"base.json was made with another evaluate \("):
         compare.run_comparison(configuration(whole, tiny_folder, **changes))
 
 
-def test_only_asked_recipes_run(whole, tiny_folder, tmp_path, monkeypatch):
-    """Others' records are used; where they are missing, the report waits."""
-    shutil.copytree(whole / "runs/full", tmp_path / "runs/full")
-    config = configuration(tmp_path, tiny_folder)
-    assert config.compare.only == []
+def test_only_asked_recipes_run(tiny_folder, tmp_path, monkeypatch):
+    """Others' records are used. Where they are missing, the report waits, and so does a recipe that
+    builds on them.
+    """
     done = []
 
-    def pretend(config, run, *rest, **asked):
-        if asked["asked"]:
-            done.append(run.recipe)
-        raise compare.MissingError(run.recipe)
+    def pretend(config, run, *_, asked):
+        if run.recipe == "there":
+            return
+        if not asked:
+            raise compare.MissingError(run.recipe)
+        done.append(run.recipe)
 
     monkeypatch.setattr(compare, "_do", pretend)
-    tree = {**vars(config.compare), "only": ["lora"]}
-    changed = configuration(tmp_path, tiny_folder, compare=tree)
-    assert compare.run_comparison(changed) is None
-    assert done == ["lora"]
+    monkeypatch.setattr(compare, "_base", lambda *_: {"metrics": {"loss": 1.0}})
+    monkeypatch.setattr(compare, "write_comparison", lambda *_: pytest.fail("it is not whole"))
+
+    def over(name):
+        return {"run": {"model": {"adapter": f"{{{name}}}/adapter"}}}
+
+    recipes = {"there": {}, "full": {}, "a": over("there"), "b": over("full")}
+    tree = {"recipes": recipes, "only": ["a", "b"], "seeds": [0]}
+    config = configuration(tmp_path, tiny_folder, compare=tree)
+    assert compare.run_comparison(config) is None
+    assert done == ["a"]
 
 
 REFUSED = {
