@@ -34,7 +34,7 @@ def run_training(
     A `setup` that there is already is taken as it is.
     """
     console = console or Console()
-    console.quiet = jax.process_index() != 0
+    console.quiet = console.quiet or jax.process_index() != 0
     if config.stages:
         return run_chain(config, console)
     setup = set_up(config, console) if setup is None else setup
