@@ -3,7 +3,7 @@
 Three kinds of places are written; with --check nothing is, and one that is not current is an error.
 
 - `[0.96](benchmarks/results/FILE.md "ROW: COLUMN")`: the first number of that cell of the file's
-  tables.
+  tables. A row is named by its first cell, or by several of its cells, as "nf4 & gptq".
 - `<!-- figures: techniques -->` to `<!-- end -->`: what each technique gains, of the comparison in
   benchmarks/results/compare_quickstart.json.
 - `<!-- figures: picture -->` to `<!-- end -->`: its picture, docs/compare.svg, and what it was run
@@ -116,11 +116,16 @@ def cell(path: Path, row: str, column: str) -> str:
         cells = [c.strip() for c in line.strip("|").split("|")]
         if not heads:
             heads = cells
-        elif cells[0] == row and column in heads:
+        elif column in heads and _is(row, cells):
             found = NUMBER.search(cells[heads.index(column)])
             if found is not None:
                 return found[0]
     raise ValueError(f"{path.name} has no number in the row {row!r}, column {column!r}")
+
+
+def _is(row: str, cells: list[str]) -> bool:
+    parts = row.split(" & ")
+    return cells[0] == row if len(parts) == 1 else set(parts) <= set(cells)
 
 
 def current(text: str) -> str:

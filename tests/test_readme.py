@@ -53,6 +53,8 @@ def test_a_figure_that_is_not_the_files_is_made_so(monkeypatch, tmp_path):
     text = "x " + link.format("9", "time, s") + ", " + link.format("?", "bytes")
     wanted = "x " + link.format("1.25", "time, s") + ", " + link.format("7,000", "bytes")
     assert script.current(text) == wanted
+    (home / "a.md").write_text("| a | b | t |\n|---|---|---|\n| 4 | x | 1 |\n| 4 | y | 2 |\n")
+    assert script.cell(home / "a.md", "4 & y", "t") == "2"
     with pytest.raises(ValueError, match=r"a\.md has no number in the row 'ours', column 'time'"):
         script.current(link.format("1", "time"))
 

@@ -85,14 +85,12 @@ def about() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of the package's own checkout; None where it was installed from elsewhere."""
+    home = Path(__file__).parents[2]
+    if not (home / ".git").exists():
+        return None
+    command = ["git", "rev-parse", "--short", "HEAD"]
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=Path(__file__).parent,
-        )
+        found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=home)
     except OSError:
         return None
     return found.stdout.strip() or None
