@@ -86,6 +86,16 @@ def train(config: str | None, overrides: tuple[str, ...]) -> None:
 
 
 @_command
+def compare(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Run recipes (full fine-tuning, techniques, chains) on one task with several seeds, and write
+    a report of them side by side: see `compare`.
+    """
+    from peft_jax.recipes.compare import run_comparison
+
+    run_comparison(_config(config, overrides))
+
+
+@_command
 def evaluate(config: str | None, overrides: tuple[str, ...]) -> None:
     """Measure the model (with model.adapter, if given) on the held-out data."""
     from peft_jax.recipes.evaluate import run_evaluation
@@ -189,6 +199,18 @@ def inspect(config: str | None, overrides: tuple[str, ...]) -> None:
 
     parsed = _config(config, overrides)
     Console(width=None if sys.stdout.isatty() else 160).print(tree_table(run_inspection(parsed)))
+
+
+@main.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path())
+@click.option("--out", type=click.Path(), help="the page; by default FOLDER/report.html")
+def report(folders: tuple[str, ...], out: str | None) -> None:
+    """Write the page of the run in FOLDER again, or of several runs beside each other, in the
+    working directory.
+    """
+    from peft_jax.recipes.report import run_report
+
+    click.echo(run_report(folders, out))
 
 
 def _table_of_options(rows: Iterable[Row]) -> Table:
