@@ -9,13 +9,15 @@ import collections
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from peft_jax.data.records import Kind, MalformedRecordError, Record
-from peft_jax.data.spans import with_offsets
+from peft_jax.data.chat import Turns, encode_chat
+from peft_jax.data.records import Kind, Record
+from peft_jax.data.skipped import MalformedRecordError, Skipped
 
 logger = logging.getLogger("peft_jax")
 TooLong = Literal["skip", "truncate", "stop"]
@@ -23,12 +25,15 @@ TooLong = Literal["skip", "truncate", "stop"]
 
 class Example(NamedTuple):
     """Token ids [n] and, for each, whether the model learns to predict it; `rule` is that of the
-    first of these, 0 for none.
+    first of these, 0 for none. `origin` is where it came from; a `divisible` one may be cut into
+    pieces.
     """
 
     ids: np.ndarray
     learn: np.ndarray
     rule: int = 0
+    origin: str = ""
+    divisible: bool = False
 
 
 class Rows(NamedTuple):
@@ -61,19 +66,70 @@ def fingerprint(rows: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+class ChatOptions(NamedTuple):
+    """Variables given to the chat template, and which turns are learnt (see `encode_chat`)."""
+
+    options: Mapping[str, Any] = MappingProxyType({})
+    turns: Turns = "all"
+
+
+PLAIN = ChatOptions()
+
+
 def encode(
-    records: Iterable[Record], tokenizer: Any, kind: Kind, *, on_error: str = "skip"
+    records: Iterable[Record],
+    tokenizer: Any,
+    kind: Kind | None = None,
+    *,
+    on_error: str = "skip",
+    chat: ChatOptions = PLAIN,
+    skipped: Skipped | None = None,
 ) -> Iterator[Example]:
     """Examples of records: text learns every token, completions and assistant turns only theirs,
-    with an end token.
+    with an end token. A conversation may be several examples.
+
+    Where no `kind` is given, each record is of the kind that its fields say. What a template or a
+    tokenizer raises is the record's error: it is logged and counted in `skipped`, or raised as
+    MalformedRecordError where `on_error` is "stop".
     """
+    skipped = Skipped() if skipped is None else skipped
     for record in records:
         try:
-            yield _ENCODERS[kind](record, tokenizer)
-        except MalformedRecordError as error:
+            made = _examples(record, tokenizer, kind or kind_of_record(record), chat)
+        except NotUsableError:
+            raise
+        except Exception as error:  # templates and tokenizers raise errors of any kind
+            malformed = MalformedRecordError(f"{record.origin}: {_said_by(error)}")
             if on_error == "stop":
-                raise
-            logger.warning("%s (record skipped)", error)
+                raise malformed from error
+            skipped.add(malformed)
+            continue
+        yield from made
+    skipped.tell("encoding")
+
+
+class NotUsableError(ValueError):
+    """A tokenizer that cannot be used for any record of a kind."""
+
+
+def _said_by(error: Exception) -> str:
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def kind_of_record(record: Record) -> Kind:
+    """The kind that a record's fields say."""
+    return (
+        "chat" if "messages" in record.value else "text" if "text" in record.value else "completion"
+    )
+
+
+def _examples(record: Record, tokenizer: Any, kind: Kind, chat: ChatOptions) -> list[Example]:
+    if kind == "chat":
+        return _chat(record, tokenizer, chat)
+    example = (_text if kind == "text" else _completion)(record, tokenizer)
+    return [example._replace(origin=record.origin)]
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
@@ -87,7 +143,7 @@ def _end(tokenizer: Any) -> list[int]:
 def _text(record: Record, tokenizer: Any) -> Example:
     ids, end = _ids(tokenizer, record.value["text"], True), _end(tokenizer)
     ids = ids if end and ids[-1:] == end else ids + end  # some tokenizers add an end token
-    return Example(np.asarray(ids, np.int32), np.ones(len(ids), bool))
+    return Example(np.asarray(ids, np.int32), np.ones(len(ids), bool), divisible=True)
 
 
 def _completion(record: Record, tokenizer: Any) -> Example:
@@ -100,86 +156,112 @@ def _completion(record: Record, tokenizer: Any) -> Example:
     return Example(np.asarray(prompt + answer, np.int32), learn, record.value.get("rule", 0))
 
 
-def _chat(record: Record, tokenizer: Any) -> Example:
-    """The tokenizer's template over all messages; what an assistant turn adds to the rendered text
-    is learnt.
-    """
-    messages = record.value["messages"]
+def _chat(record: Record, tokenizer: Any, chat: ChatOptions) -> list[Example]:
+    if not getattr(tokenizer, "is_fast", False):
+        raise NotUsableError(
+            f"{type(tokenizer).__name__} gives no character offsets, which conversations need: "
+            "bring a tokenizer.json"
+        )
     if tokenizer.chat_template is None:
-        raise ValueError(
-            "the tokenizer has no chat template; use kind: completion, or a model with a template"
+        raise NotUsableError(
+            "the tokenizer has no chat template: set data.template to chatml or to a file, use "
+            "kind: completion, or a model with a template"
         )
-
-    def render(upto, prompt):
-        return tokenizer.apply_chat_template(
-            messages[:upto], tokenize=False, add_generation_prompt=prompt
-        )
-
-    text = render(len(messages), False)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, after = render(i, True), render(i + 1, False)
-            if not (text.startswith(before) and text.startswith(after)):
-                raise MalformedRecordError(
-                    f"{record.origin}: the chat template rewrites earlier turns"
-                )
-            spans.append((len(before), len(after)))
-    encoded = with_offsets(tokenizer, text, add_special_tokens=False)
-    learn = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
-    return Example(np.asarray(encoded["input_ids"], np.int32), np.asarray(learn, bool))
+    value = record.value
+    rows = encode_chat(
+        tokenizer,
+        value["messages"],
+        value.get("tools"),
+        turns=chat.turns,
+        **{**chat.options, **template_options(value)},
+    )
+    return [Example(ids, learn, origin=record.origin) for ids, learn in rows]
 
 
-_ENCODERS = {"text": _text, "completion": _completion, "chat": _chat, "facts": _completion}
+def template_options(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables that a record gives to its chat template."""
+    options: dict[str, Any] = {}
+    for name in ("chat_template_kwargs", "template_options"):
+        options |= value.get(name) or {}
+    for name in ("enable_thinking", "documents"):
+        if value.get(name) is not None:
+            options[name] = value[name]
+    return options
 
 
-def fit(examples: Iterable[Example], length: int, kind: Kind, too_long: TooLong) -> list[Example]:
+def fit(
+    examples: Iterable[Example],
+    length: int,
+    kind: Kind | None = None,
+    too_long: TooLong = "skip",
+    *,
+    skipped: Skipped | None = None,
+) -> list[Example]:
     """Examples of at most `length` + 1 tokens (`length` predictions).
 
     Long texts are cut into pieces that overlap by one token, so that each token is predicted once.
     Longer completions and chats are passed over with a count, cut at the end, or refused, as
-    `too_long` says.
+    `too_long` says. Raises ValueError, with a table of the reasons, where nothing is left.
     """
-    result: list[Example] = []
-    skipped = 0
+    skipped = Skipped() if skipped is None else skipped
+    result = list(_fitting(examples, length, kind, too_long, skipped))
+    if not result:
+        raise ValueError(
+            f"no record fits into sequence_length={length}, or none is left{skipped.table()}"
+        )
+    return result
+
+
+def _fitting(
+    examples: Iterable[Example],
+    length: int,
+    kind: Kind | None,
+    too_long: TooLong,
+    skipped: Skipped,
+) -> Iterator[Example]:
+    long = empty = 0
     for number, example in enumerate(examples):
         n = len(example.ids)
-        if n <= length + 1:
-            result.append(example)
-        elif kind == "text":
-            cuts = range(0, n - 1, length)
-            result += [
-                Example(example.ids[s : s + length + 1], example.learn[s : s + length + 1])
-                for s in cuts
-            ]
-        elif too_long == "truncate":
-            result.append(
-                example._replace(ids=example.ids[: length + 1], learn=example.learn[: length + 1])
-            )
-        elif too_long == "stop":
-            raise ValueError(
-                f"record {number} has {n} tokens; sequence_length is {length} (or set too_long: "
-                "truncate)"
-            )
-        else:
-            skipped += 1
-    if skipped:
+        parts = [example]
+        if n > length + 1:
+            where = example.origin or f"record {number}"
+            if kind == "text" or (kind is None and example.divisible):
+                parts = [_cut(example, at, length) for at in range(0, n - 1, length)]
+            elif too_long == "truncate":
+                parts = [_cut(example, 0, length)]
+            elif too_long == "stop":
+                raise ValueError(
+                    f"{where} has {n} tokens; sequence_length is {length} (or set too_long: "
+                    "truncate)"
+                )
+            else:
+                long += 1
+                skipped.add(f"{where}: {n} tokens, more than the row's {length}", told=False)
+                continue
+        for part in parts:
+            if len(part.ids) > 1 and part.learn[1:].any():
+                yield part
+            else:
+                empty += 1
+                where = example.origin or f"record {number}"
+                skipped.add(f"{where}: nothing to learn within {length} tokens", told=False)
+    if long:
         logger.warning(
             "%d records longer than %d tokens skipped (too_long: truncate keeps their beginning)",
-            skipped,
+            long,
             length,
         )
-    taught = [e for e in result if len(e.ids) > 1 and e.learn[1:].any()]
-    if len(taught) < len(result):
+    if empty:
         logger.warning(
-            "%d records have nothing to learn within %d tokens and are left out",
-            len(result) - len(taught),
-            length,
+            "%d records have nothing to learn within %d tokens and are left out", empty, length
         )
-    result = taught
-    if not result:
-        raise ValueError(f"no record fits into sequence_length={length}")
-    return result
+
+
+def _cut(example: Example, start: int, length: int) -> Example:
+    """`length` predictions of an example; the rule is that of its beginning."""
+    cut = np.s_[start : start + length + 1]
+    kept = example._replace(ids=example.ids[cut], learn=example.learn[cut])
+    return kept._replace(rule=0) if example.divisible else kept
 
 
 def pack(examples: list[Example], length: int, *, packing: bool = True) -> Rows:
@@ -195,7 +277,7 @@ def pack(examples: list[Example], length: int, *, packing: bool = True) -> Rows:
     for row, members in enumerate(bins):
         start = 0
         for segment, index in enumerate(members, 1):
-            ids, learn, rule = examples[index]
+            ids, learn, rule = examples[index][:3]
             cut = np.s_[row, start : start + len(ids) - 1]
             rules[row, start + int(np.argmax(learn[1:]))] = rule
             rows.tokens[cut], rows.targets[cut], rows.weights[cut] = ids[:-1], ids[1:], learn[1:]
