@@ -99,19 +99,39 @@ def chat_rows(
     try:
         return list(_rows(conversation, own, turns))
     except Exception as error:  # templates raise errors of any kind
-        said_by = str(error) or type(error).__name__
-        raise ValueError(f"the chat template refuses this conversation: {said_by}") from error
+        raise _refused(error) from error
 
 
-def prompt_text(
+def chat_prompt(
     tokenizer: Any,
-    template: Template,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Any] | None = None,
-) -> str:
-    """The text that a model continues with its next turn."""
+    **template_options: Any,
+) -> list[int]:
+    """The tokens that a model continues with its next turn, as `encode_chat` has them before it.
+    Raises ValueError as that does.
+    """
+    template = template_of(tokenizer, tools=bool(tools), options=template_options)
     said = [_message(m, template, i) for i, m in enumerate(messages)]
-    return render(template, said, _tools(tools), prompt=True).text
+    text = _rendered(template, said, _tools(tools))
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _rendered(template: Template, said: list[Message], tools: list[Any] | None) -> str:
+    try:
+        return render(template, said, tools, prompt=True).text
+    except Exception as error:  # templates raise errors of any kind
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> ValueError:
+    said = str(error) or type(error).__name__
+    return ValueError(f"the chat template refuses this conversation: {said}")
+
+
+def content_text(message: Mapping[str, Any]) -> str:
+    """The text of a message."""
+    return _text(message.get("content"), "the message") or ""
 
 
 def _encoded(tokenizer: Any, row: Row) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,18 +11,30 @@ from peft_jax.core.options import ConfigError
 from peft_jax.core.stage import Batches
 from peft_jax.data import Record, read_records
 from peft_jax.data.batches import batch_at
+from peft_jax.data.mixture import mixed
+from peft_jax.data.skipped import Skipped
 from peft_jax.data.source import SourceConfig
 from peft_jax.knowledge.facts import relation_questions, verbalise
 from peft_jax.knowledge.retrieval import passages_of, with_passages
 from peft_jax.models.blocks import Task
-from peft_jax.training.data import DataConfig, Subject, facts_of, templates_of
+from peft_jax.training.data import DataConfig, Subject, facts_of, kind_in, templates_of
 from peft_jax.training.tasks import TASKS, rows_of
 
 
-def read_source(data: DataConfig, source: SourceConfig, task: Task, seed: int) -> list[Record]:
-    """The records of one source. Raises ConfigError for a kind that the task does not take."""
+def read_source(
+    data: DataConfig,
+    source: SourceConfig,
+    task: Task,
+    seed: int,
+    skipped: Skipped | None = None,
+) -> list[Record]:
+    """The records of one source; what is passed over is counted in `skipped`. Raises ConfigError
+    for a kind that the task does not take.
+    """
     kinds = TASKS[task].kinds
-    kind = data.kind or kinds[0]
+    if source is data.train and data.sources:
+        return _mixed(data, task, seed, skipped)
+    kind = kind_in(data, source, kinds)
     if kind not in kinds:
         raise ConfigError(
             f"option 'data.kind': a {task} model learns from {' or '.join(kinds)} records, "
@@ -44,8 +57,24 @@ def read_source(data: DataConfig, source: SourceConfig, task: Task, seed: int) -
             delimiter=data.delimiter,
             on_error=data.on_error,
             limit=source.limit,
+            skipped=skipped,
         )
     return _with_passages(data, records, seed if training else None)
+
+
+def _mixed(data: DataConfig, task: Task, seed: int, skipped: Skipped | None) -> list[Record]:
+    """The records of data.sources, each as often as it is to be seen."""
+    parts = []
+    for source in data.sources:
+        own = dataclasses.replace(
+            data,
+            train=source,
+            sources=[],
+            kind=source.kind or data.kind,
+            columns=source.columns or data.columns,
+        )
+        parts.append(read_source(own, own.train, task, seed, skipped))
+    return mixed(parts, data.sources, seed)
 
 
 def _ruled(data: DataConfig, facts: list[Record]) -> list[Record]:

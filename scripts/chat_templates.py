@@ -1,6 +1,6 @@
 """What is learnt of conversations in every chat template that trl ships.
 
-    PYTHONPATH=. python benchmarks/chat_templates.py --out benchmarks/results/chat_templates.md
+    PYTHONPATH=. python scripts/chat_templates.py --out benchmarks/results/chat_templates.md
 
 Each cell compares `encode_chat` with the mask of trl's training variant of the template, token for
 token, or, where trl has none, with the assistant's turns and the tokens that end them.
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib.metadata
 import logging
-
-import trl
-from measure import heading, publish
+from datetime import UTC, datetime
+from pathlib import Path
 
 from tests.data.trl_templates import CASES, names, variant_of, verdict
 
@@ -37,7 +37,7 @@ learnt and a warning says so. `other`: see below the table.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default=None)
+    parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     logging.getLogger("peft_jax").setLevel(logging.ERROR)
     counts: collections.Counter[str] = collections.Counter()
@@ -55,11 +55,20 @@ def main() -> None:
         has = "yes" if variant_of(name) is not None else "no"
         lines.append(f"| {name} | {has} | {' | '.join(cells)} |")
     total = ", ".join(f"{WORDS.get(w, w)} {n}" for w, n in counts.most_common())
-    title = heading("Chat templates")
+    version = importlib.metadata.version("trl")
+    title = f"# Chat templates\n\n{datetime.now(UTC):%Y-%m-%d}.\n"
     body = "\n".join(
-        [title, f"Templates of trl {trl.__version__}. {LEGEND}", f"In all: {total}.", ""]
+        [
+            title,
+            f"Templates of trl {version}. {LEGEND}",
+            f"In all: {total}.",
+            "",
+        ]
     )
-    publish("\n".join([body, *lines, "", *notes, ""]), args.out)
+    text = "\n".join([body, *lines, "", *notes, ""])
+    print(text)
+    if args.out is not None:
+        args.out.write_text(text, encoding="utf-8")
 
 
 def _note(word: str, said: object) -> str:
