@@ -31,7 +31,7 @@ def print_data(console: Console, reports: Sequence[SourceReport]) -> None:
         console.print(line, highlight=False, markup=False)
     for report in reports:
         if len(report.skipped):
-            said = f"\nskipped of {report.name}:{report.skipped.table()}"
+            said = f"\n{report.name}{report.skipped.table()}"
             console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 

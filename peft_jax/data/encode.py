@@ -9,7 +9,7 @@ import collections
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -62,7 +62,8 @@ def fingerprint(rows: Any) -> str:
     """A short hash of rows (a NamedTuple of arrays), by which a checkpoint knows its data."""
     digest = hashlib.sha256()
     for array in rows:
-        digest.update(np.ascontiguousarray(array).tobytes())
+        known = getattr(array, "digest", None)  # of rows on disk
+        digest.update(known.encode() if known else np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -93,9 +94,9 @@ def encode(
     MalformedRecordError where `on_error` is "stop".
     """
     skipped = Skipped() if skipped is None else skipped
-    for record in records:
+    for record, ids in _with_ids(records, tokenizer):
         try:
-            made = _examples(record, tokenizer, kind or kind_of_record(record), chat)
+            made = _examples(record, tokenizer, ids, kind or kind_of_record(record), chat)
         except NotUsableError:
             raise
         except Exception as error:  # templates and tokenizers raise errors of any kind
@@ -125,33 +126,76 @@ def kind_of_record(record: Record) -> Kind:
     )
 
 
-def _examples(record: Record, tokenizer: Any, kind: Kind, chat: ChatOptions) -> list[Example]:
+Ids = Callable[[str, bool], list[int]]  # a text's tokens, with special ones or without
+TOGETHER = 512  # records whose texts are tokenized in one call, by all cores
+CHARACTERS = 1 << 22  # and how many characters of theirs, at most
+
+
+def _with_ids(records: Iterable[Record], tokenizer: Any) -> Iterator[tuple[Record, Ids]]:
+    """Records with what gives the tokens of their texts."""
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += sum(len(v) for v in record.value.values() if isinstance(v, str))
+        if len(batch) == TOGETHER or size > CHARACTERS:
+            yield from _tokenized(batch, tokenizer)
+            batch, size = [], 0
+    yield from _tokenized(batch, tokenizer)
+
+
+def _tokenized(batch: list[Record], tokenizer: Any) -> Iterator[tuple[Record, Ids]]:
+    known: dict[tuple[str, bool], list[int]] = {}
+    for special, fields in ((True, ("text", "prompt")), (False, ("completion",))):
+        found = (r.value.get(f) for r in batch for f in fields)
+        texts = [text for text in found if isinstance(text, str)]
+        if texts and len(batch) > 1:
+            known |= _in_one_call(tokenizer, texts, special)
+
+    def ids(text: str, special: bool) -> list[int]:
+        if (text, special) in known:
+            return known[text, special]
+        return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+    for record in batch:
+        yield record, ids
+
+
+def _in_one_call(
+    tokenizer: Any, texts: list[str], special: bool
+) -> dict[tuple[str, bool], list[int]]:
+    try:
+        made = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    except Exception:  # then each is tokenized alone, so that the one to blame is named
+        return {}
+    return {(text, special): ids for text, ids in zip(texts, made, strict=True)}
+
+
+def _examples(
+    record: Record, tokenizer: Any, ids: Ids, kind: Kind, chat: ChatOptions
+) -> list[Example]:
     if kind == "chat":
         return _chat(record, tokenizer, chat)
-    example = (_text if kind == "text" else _completion)(record, tokenizer)
+    example = (_text if kind == "text" else _completion)(record, tokenizer, ids)
     return [example._replace(origin=record.origin)]
-
-
-def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
-    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
 def _end(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _text(record: Record, tokenizer: Any) -> Example:
-    ids, end = _ids(tokenizer, record.value["text"], True), _end(tokenizer)
-    ids = ids if end and ids[-1:] == end else ids + end  # some tokenizers add an end token
-    return Example(np.asarray(ids, np.int32), np.ones(len(ids), bool), divisible=True)
+def _text(record: Record, tokenizer: Any, ids: Ids) -> Example:
+    said, end = ids(record.value["text"], True), _end(tokenizer)
+    said = said if end and said[-1:] == end else said + end  # some tokenizers add an end token
+    return Example(np.asarray(said, np.int32), np.ones(len(said), bool), divisible=True)
 
 
-def _completion(record: Record, tokenizer: Any) -> Example:
-    prompt = _ids(tokenizer, record.value["prompt"], True)
+def _completion(record: Record, tokenizer: Any, ids: Ids) -> Example:
+    prompt = ids(record.value["prompt"], True)
     prompt = (
         prompt[:-1] if prompt and prompt[-1:] == _end(tokenizer) else prompt
     )  # some tokenizers add an end token
-    answer = _ids(tokenizer, record.value["completion"], False) + _end(tokenizer)
+    answer = ids(record.value["completion"], False) + _end(tokenizer)
     learn = np.r_[np.zeros(len(prompt), bool), np.ones(len(answer), bool)]
     return Example(np.asarray(prompt + answer, np.int32), learn, record.value.get("rule", 0))
 
@@ -203,23 +247,20 @@ def fit(
     Longer completions and chats are passed over with a count, cut at the end, or refused, as
     `too_long` says. Raises ValueError, with a table of the reasons, where nothing is left.
     """
-    skipped = Skipped() if skipped is None else skipped
-    result = list(_fitting(examples, length, kind, too_long, skipped))
-    if not result:
-        raise ValueError(
-            f"no record fits into sequence_length={length}, or none is left{skipped.table()}"
-        )
-    return result
+    return list(fitting(examples, length, kind, too_long, skipped=skipped))
 
 
-def _fitting(
+def fitting(
     examples: Iterable[Example],
     length: int,
-    kind: Kind | None,
-    too_long: TooLong,
-    skipped: Skipped,
+    kind: Kind | None = None,
+    too_long: TooLong = "skip",
+    *,
+    skipped: Skipped | None = None,
 ) -> Iterator[Example]:
-    long = empty = 0
+    """The examples of `fit`, one after another."""
+    skipped = Skipped() if skipped is None else skipped
+    long = empty = kept = 0
     for number, example in enumerate(examples):
         n = len(example.ids)
         parts = [example]
@@ -240,6 +281,7 @@ def _fitting(
                 continue
         for part in parts:
             if len(part.ids) > 1 and part.learn[1:].any():
+                kept += 1
                 yield part
             else:
                 empty += 1
@@ -255,6 +297,10 @@ def _fitting(
         logger.warning(
             "%d records have nothing to learn within %d tokens and are left out", empty, length
         )
+    if not kept:
+        raise ValueError(
+            f"no record fits into sequence_length={length}, or none is left{skipped.table()}"
+        )
 
 
 def _cut(example: Example, start: int, length: int) -> Example:
@@ -269,8 +315,7 @@ def pack(examples: list[Example], length: int, *, packing: bool = True) -> Rows:
     where examples have rules, with int32 `rules` [N, T]: the number of the rule for what comes
     next, 0 for none.
     """
-    sizes = [len(e.ids) - 1 for e in examples]
-    bins = _best_fit(sizes, length) if packing else [[i] for i in range(len(sizes))]
+    bins = bins_of(examples, length, packing=packing)
     shape = (len(bins), length)
     rows = Rows(*(np.zeros(shape, t) for t in (np.int32, np.int32, np.float32, np.int32, np.int32)))
     rules = np.zeros(shape, np.int32)
@@ -284,6 +329,12 @@ def pack(examples: list[Example], length: int, *, packing: bool = True) -> Rows:
             rows.positions[cut], rows.segment_ids[cut] = np.arange(len(ids) - 1), segment
             start += len(ids) - 1
     return with_fields(rows, rules=rules) if rules.any() else rows
+
+
+def bins_of(examples: Sequence[Example], length: int, *, packing: bool = True) -> list[list[int]]:
+    """Which examples each row holds."""
+    sizes = [len(e.ids) - 1 for e in examples]
+    return _best_fit(sizes, length) if packing else [[i] for i in range(len(sizes))]
 
 
 def _best_fit(sizes: list[int], length: int) -> list[list[int]]:

@@ -68,27 +68,55 @@ def read_records(
     or ends the run with MalformedRecordError if `on_error` is "stop". Raises ValueError, with a
     table of the reasons, where nothing usable is left.
     """
+    return list(
+        iter_records(
+            path,
+            kind=kind,
+            split=split,
+            columns=columns,
+            delimiter=delimiter,
+            on_error=on_error,
+            limit=limit,
+            skipped=skipped,
+        )
+    )
+
+
+def iter_records(
+    path: str,
+    *,
+    kind: Kind | None = None,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    delimiter: str | None = None,
+    on_error: Literal["skip", "stop"] = "skip",
+    limit: int | None = None,
+    skipped: Skipped | None = None,
+) -> Iterator[Record]:
+    """The records of `read_records`, one after another."""
     skipped = Skipped() if skipped is None else skipped
     first, raws = _peeked(path, split, columns, delimiter, kind)
     kind = kind or first
     names = _names(kind, columns)
     if kind == "facts" and names["relation"] == "*":
         raws, names = _cells(raws, names["subject"]), {field: field for field in FIELDS[kind]}
-    records: list[Record] = []
+    count = 0
     for raw in raws:
         try:
-            records.append(_check(raw, names, kind, bool(columns)))
+            record = _check(raw, names, kind, bool(columns))
         except MalformedRecordError as error:
             if on_error == "stop":
                 raise
             skipped.add(error)
-        if limit is not None and len(records) >= limit:
+            continue
+        yield record
+        count += 1
+        if limit is not None and count >= limit:
             break
     skipped.tell(path)
-    if not records:
+    if not count:
         said = f" ({len(skipped)} malformed)" if len(skipped) else ""
         raise ValueError(f"{path} holds no usable {kind} record{said}{skipped.table()}")
-    return records
 
 
 def told_kind(

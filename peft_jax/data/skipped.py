@@ -39,9 +39,14 @@ class Skipped:
             logger.warning("%s: %d malformed records skipped in all", what, len(self))
 
     def table(self) -> str:
-        """A line for each reason: how many, and an example; empty where nothing was skipped."""
+        """A line for each reason: how many, and an example; one reason ends the sentence before
+        it, and nothing is said where nothing was skipped.
+        """
         if not self.reasons:
             return ""
+        if len(self.reasons) == 1:
+            ((reason, count),) = self.reasons.items()
+            return f"; {count:,} skipped, as {_short(self.examples[reason])}"
         lines = ["", f"{'records':>9}  reason, as in"]
         for reason, count in self.reasons.most_common():
             lines.append(f"{count:>9,}  {_short(self.examples[reason])}")

@@ -96,6 +96,12 @@ class DataConfig:
     same_texts: Literal["excluded", "negatives"] = option(
         "excluded", "what texts of a batch are that equal one of a pair's"
     )
+    cache: str | None = option(
+        None,
+        "folder that keeps the tokenized and packed rows of texts, completions and conversations, "
+        "read from there as they are needed; by default they are in memory",
+        alters=False,
+    )
     packing: bool = option(
         True, "several examples in a row, kept apart by segment ids (of a causal language model)"
     )

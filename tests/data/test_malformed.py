@@ -108,5 +108,6 @@ def test_when_nothing_is_left_the_reasons_are_counted(tmp_path):
     with pytest.raises(ValueError, match=r"no usable chat record \(1204 malformed\)") as caught:
         read_records(str(file), kind="chat")
     table = str(caught.value).splitlines()[2:]
+    assert len(table) == 3
     assert [int(row.split()[0].replace(",", "")) for row in table] == [1200, 3, 1]
     assert f"{file}:1: not valid JSON" in table[1]

@@ -76,7 +76,7 @@ def test_a_tuned_model_answers_as_it_was_taught(tmp_path, name):
     options = [
         f"data.train.path={file}",
         "data.validation=null",
-        "data.sequence_length=384",
+        "data.sequence_length=160",
         "data.template_options={reasoning_effort: low}",
         "generate.temperature=0",
         "generate.max_tokens=24",
@@ -87,8 +87,9 @@ def test_a_tuned_model_answers_as_it_was_taught(tmp_path, name):
         "method.name=full",
         "optimizer.learning_rate=0.02",
         "train.steps=120",
-        "train.batch_size=1",
-        "train.log_every=120",
+        "train.batch_size=8",
+        "data.packing=false",
+        "train.log_every=4",
         "train.tensorboard=false",
         f"output={tmp_path / 'run'}",
     ]
