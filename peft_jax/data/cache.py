@@ -152,7 +152,7 @@ class _Store:
         self.shape = (int(self.about["rows"]), int(self.about["length"]))
         kinds = {"tokens": np.uint32, "starts": np.int64, "rows": np.int64}
         self.maps = {n: np.memmap(folder / f"{n}.bin", t, "r") for n, t in kinds.items()}
-        self.fields = functools.lru_cache(maxsize=2)(self._fields)
+        self.fields = functools.lru_cache(maxsize=16)(self._fields)
 
     def _fields(self, chosen: tuple[int, ...]) -> dict[str, np.ndarray]:
         """All fields of these rows, as `pack` makes them."""

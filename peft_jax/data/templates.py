@@ -40,14 +40,12 @@ class Template(NamedTuple):
     @property
     def marked(self) -> bool:
         """Whether the template says itself what the assistant generates."""
-        return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
+        return _marked(self.source)
 
     @property
     def taught_header(self) -> re.Pattern[str]:
         """What of the end of a prompt is learnt with the turn; mostly nothing."""
-        found = (p for marker, p in _TAUGHT_HEADERS.items() if marker in self.source)
-        pattern = next(found, None)
-        return _NOTHING if pattern is None else re.compile(pattern)
+        return _taught_header(self.source)
 
     @property
     def form(self) -> Form:
@@ -133,6 +131,18 @@ def render(
     )
     spans: Any = generated[0] if template.marked else []
     return Rendered(texts[0], list(spans))
+
+
+@functools.lru_cache(maxsize=64)
+def _marked(source: str) -> bool:
+    return re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+
+
+@functools.lru_cache(maxsize=64)
+def _taught_header(source: str) -> re.Pattern[str]:
+    found = (p for marker, p in _TAUGHT_HEADERS.items() if marker in source)
+    pattern = next(found, None)
+    return _NOTHING if pattern is None else re.compile(pattern)
 
 
 # --------------------------------------------------------------------------------------------------

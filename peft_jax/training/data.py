@@ -102,6 +102,11 @@ class DataConfig:
         "read from there as they are needed; by default they are in memory",
         alters=False,
     )
+    workers: int = option(
+        0,
+        "processes that render and tokenize what data.cache is to hold; 0 for this one alone",
+        alters=False,
+    )
     packing: bool = option(
         True, "several examples in a row, kept apart by segment ids (of a causal language model)"
     )
@@ -154,6 +159,8 @@ def check_data(data: DataConfig) -> None:
         raise ConfigError(
             f"option 'data.sequence_length' must be at least 1, got {data.sequence_length}"
         )
+    if data.workers < 0:
+        raise ConfigError(f"option 'data.workers' must not be negative, got {data.workers}")
     if data.replay is not None and data.replay_share >= 1.0:
         raise ConfigError("data.replay_share=1 leaves nothing of data.train")
     if k.allowed_weight and not facts:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,6 +24,7 @@ from peft_jax.core.bind import bind
 from peft_jax.core.partition import combine, partition, trainable_mask
 from peft_jax.core.sharding import LOGICAL_RULES, ROWS, batch_sharding, shardings
 from peft_jax.data import batch_at, evaluation_batches
+from peft_jax.data.batches import parts_at
 from peft_jax.models.tables import check_rows
 from peft_jax.objectives.reading import Objective
 from peft_jax.objectives.tokens import next_token
@@ -208,8 +208,9 @@ class _Run:
 
     def advance(self, state: TrainState, number: int) -> tuple[TrainState, int]:
         """One step, with a log line where one is due."""
+        read = batch_at if self.mesh is None else parts_at
         batch = on_devices(
-            batch_at(self.rows, number, self.config.batch_size, seed=self.config.seed), self.mesh
+            read(self.rows, number, self.config.batch_size, seed=self.config.seed), self.mesh
         )
         state, metrics = self.step(state, self.frozen, batch)
         number += 1
@@ -352,7 +353,7 @@ def _opt_shardings(opt_state: Any, trainable: Any, where: Any, replicated: Named
     return jax.tree.map(lay, opt_state, is_leaf=same)
 
 
-def on_devices(batch: dict[str, np.ndarray], mesh: Mesh | None) -> Any:
+def on_devices(batch: dict[str, Any], mesh: Mesh | None) -> Any:
     """The batch as arrays; on a mesh, each process puts its own part of it on its devices."""
     if mesh is None:
         return batch

@@ -17,11 +17,12 @@ from peft_jax.core.stage import Batches
 from peft_jax.data import Record, read_records
 from peft_jax.data.batches import batch_at
 from peft_jax.data.cache import cache_key, identity_of_file, open_rows, write_rows
-from peft_jax.data.encode import encode, fitting
+from peft_jax.data.encode import fitting
 from peft_jax.data.mixture import mixed
 from peft_jax.data.records import iter_records
 from peft_jax.data.skipped import Skipped
 from peft_jax.data.source import SourceConfig
+from peft_jax.data.workers import encode_with
 from peft_jax.distillation.match import tokenizer_hash
 from peft_jax.knowledge.facts import relation_questions, verbalise
 from peft_jax.knowledge.retrieval import passages_of, with_passages
@@ -195,7 +196,14 @@ def _make_cache(subject: Subject, source: SourceConfig, folder: Path) -> None:
             limit=source.limit,
             skipped=skipped,
         )
-    examples = encode(records, subject.tokenizer, on_error=d.on_error, chat=d.chat, skipped=skipped)
+    examples = encode_with(
+        d.workers,
+        records,
+        subject.tokenizer,
+        on_error=d.on_error,
+        chat=d.chat,
+        skipped=skipped,
+    )
     fits = fitting(examples, d.sequence_length, too_long=d.too_long, skipped=skipped)
     with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), transient=True) as bar:
         task = bar.add_task("reading the data", total=None)

@@ -7,9 +7,11 @@ import pytest
 
 import peft_jax
 from peft_jax.core.options import ConfigError
-from peft_jax.data import batch_at, cache, evaluation_batches, fingerprint, pack
+from peft_jax.data import Record, batch_at, cache, evaluation_batches, fingerprint, pack, workers
+from peft_jax.data.batches import parts_at
 from peft_jax.data.cache import cache_key, identity_of_file, open_rows, write_rows
 from peft_jax.data.encode import Example
+from peft_jax.data.skipped import Skipped
 from peft_jax.hub.checkpoint import BASE
 from peft_jax.training.data import DataConfig, Subject
 from peft_jax.training.rows import make_rows
@@ -94,6 +96,53 @@ def test_a_file_that_changes_is_another_one(tmp_path):
     file.write_text("{}\n{}\n")
     assert before != cache_key(file=identity_of_file(str(file)))
     assert identity_of_file("builtin:countries") is None
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_two_processes_read_disjoint_rows_and_together_the_batch(tmp_path, on_disk, monkeypatch):
+    examples = examples_of([9] * 40)
+    rows = pack(examples, 8, packing=False)
+    if on_disk:
+        write_rows(tmp_path / "kept", examples, 8, packing=False)
+        rows = open_rows(tmp_path / "kept")
+    read: list[list[int]] = []
+    store = cache._Store._fields
+    monkeypatch.setattr(
+        cache._Store, "_fields", lambda self, chosen: (read.append(chosen), store(self, chosen))[1]
+    )
+    if on_disk:
+        rows = open_rows(tmp_path / "kept")
+    for step in (0, 6):
+        parts = parts_at(rows, step, 8, seed=1)
+        halves = (np.s_[0:4, 0:8], np.s_[4:8, 0:8])  # what each of two processes asks for
+        made = {n: [part[half] for half in halves] for n, part in parts.items()}
+        asked = {row for chosen in read for row in chosen}
+        assert not on_disk or (len(set(read)) == 2 and len(asked) == 8)
+        whole = batch_at(rows, step, 8, seed=1)
+        for name, two in made.items():
+            np.testing.assert_array_equal(np.concatenate(two), whole[name], err_msg=name)
+        read.clear()
+
+
+def test_several_processes_make_the_same_examples(monkeypatch):
+    tokenizer = peft_jax.load_tokenizer(BASE)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    values = [{"prompt": "a" * i, "completion": "b"} for i in range(30)] + [{"messages": turns}] * 3
+    values.insert(7, {"messages": [{"role": "wizard", "content": ""}, *turns]})
+    records = [Record(v, f"x:{i}") for i, v in enumerate(values)]
+    monkeypatch.setattr(workers, "BLOCK", 8)
+    tables = []
+    made = []
+    for count in (0, 2):
+        skipped = Skipped()
+        made.append(list(workers.encode_with(count, records, tokenizer, skipped=skipped)))
+        tables.append(skipped.table())
+    assert len(made[0]) == len(made[1]) == 33
+    for one, two in zip(*made, strict=True):
+        np.testing.assert_array_equal(one.ids, two.ids)
+        np.testing.assert_array_equal(one.learn, two.learn)
+        assert one.origin == two.origin
+    assert tables[0] == tables[1] != ""
 
 
 class _Model:
