@@ -87,7 +87,8 @@ def open_rows(folder: Path) -> Rows | None:
     if not (folder / "rows.json").is_file():
         return None
     store = _Store(folder)
-    return Rows(*(Field(store, name) for name in Rows._fields))
+    fields: list[Any] = [Field(store, name) for name in Rows._fields]
+    return Rows(*fields)
 
 
 def _blocks(examples: Iterable[Example]) -> Iterator[list[Example]]:

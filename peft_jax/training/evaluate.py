@@ -107,7 +107,7 @@ def generated_metrics(
     predictions: list[str] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        full = part + [part[-1]] * (batch_size - len(part))  # one shape, one compilation
+        full: list[Any] = part + [part[-1]] * (batch_size - len(part))  # one shape, one compilation
         texts = generate(
             apply, params, full, tokenizer=tokenizer, max_tokens=max_tokens, beside=beside
         )
