@@ -95,7 +95,7 @@ def chat_rows(
     own = [i for i, m in enumerate(said) if m["role"] == "assistant"]
     if not own:
         raise ValueError("no assistant turn to learn from")
-    conversation = _Conversation(template, said, _tools(tools), _special(tokenizer))
+    conversation = _Conversation(template, said, _tools(tools), _special(tokenizer, len(tokenizer)))
     try:
         return list(_rows(conversation, own, turns))
     except Exception as error:  # templates raise errors of any kind
@@ -352,8 +352,8 @@ def _says_calls(text: str, message: Message) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _special(tokenizer: Any) -> re.Pattern[str] | None:
-    """The tokens that stand for themselves in a text."""
+def _special(tokenizer: Any, size: int) -> re.Pattern[str] | None:
+    """The tokens that stand for themselves in a text, of a tokenizer of `size` tokens."""
     added = {str(t.content) for t in tokenizer.added_tokens_decoder.values()}
     added |= set(tokenizer.all_special_tokens)
     names = sorted(filter(None, added), key=len, reverse=True)

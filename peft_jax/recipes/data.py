@@ -17,8 +17,9 @@ from peft_jax.models.blocks import Task
 from peft_jax.models.families import task_of
 from peft_jax.recipes.run_config import RunConfig
 from peft_jax.recipes.setup import opened, subject_in, tokenizer_in
+from peft_jax.training.data import Subject
 from peft_jax.training.rows import read_source
-from peft_jax.training.tasks import rows_of
+from peft_jax.training.tasks import TASKS, rows_of
 
 
 class Shown(NamedTuple):
@@ -61,17 +62,13 @@ def run_data(config: RunConfig, shown: int = 3) -> list[SourceReport]:
     task = task_of(read_config(folder), config.model.task)
     d = config.data
     sources = {"train": d.train, "validation": d.validation, "test": d.test}
-    tokenizer = tokenizer_in(config, folder)
-    reports = []
-    for name, source in sources.items():
-        if source is None:
-            continue
-        count = shown if name == "train" else 0
-        if task == "causal_lm":
-            reports.append(_of_texts(config, tokenizer, task, name, source, count))
-        else:
-            reports.append(_of_rows(config, tokenizer, task, name, source, count))
-    return reports
+    there = {name: source for name, source in sources.items() if source is not None}
+    counts = {name: shown if name == "train" else 0 for name in there}
+    if task == "causal_lm":
+        tokenizer = tokenizer_in(config, folder)
+        return [_of_texts(config, tokenizer, task, n, s, counts[n]) for n, s in there.items()]
+    subject = subject_in(config, opened(config))
+    return [_of_rows(subject, n, s, counts[n]) for n, s in there.items()]
 
 
 def _of_texts(
@@ -99,13 +96,11 @@ def _of_texts(
     )
 
 
-def _of_rows(
-    config: RunConfig, tokenizer: Any, task: Task, name: str, source: SourceConfig, shown: int
-) -> SourceReport:
+def _of_rows(subject: Subject, name: str, source: SourceConfig, shown: int) -> SourceReport:
     """Of what another model learns from, by the rows that the model's task makes."""
     skipped = Skipped()
-    records = read_source(config.data, source, task, config.train.seed, skipped)
-    rows = rows_of(subject_in(config, opened(config)), records)
+    records = read_source(subject.data, source, subject.model.task, subject.seed, skipped)
+    rows = rows_of(subject, records)
     lengths = (rows.segment_ids > 0).sum(1)
     longest = int(lengths.argmax())
     return SourceReport(
@@ -118,17 +113,22 @@ def _of_rows(
         float((rows.segment_ids > 0).mean()),
         f"{lengths.max():,} tokens, row {longest}",
         skipped,
-        [_sample(tokenizer, rows, records, i) for i in range(min(shown, len(rows.tokens)))],
+        [_sample(subject, rows, records, i) for i in range(min(shown, len(rows.tokens)))],
     )
 
 
-def _sample(tokenizer: Any, rows: Any, records: Sequence[Record], i: int) -> Sample:
+def _sample(subject: Subject, rows: Any, records: Sequence[Record], i: int) -> Sample:
     used = rows.segment_ids[i] > 0
     ids = rows.tokens[i][used]
     same = rows.weights.shape == rows.tokens.shape
     learn = rows.weights[i][used] > 0 if same else np.zeros(len(ids), bool)
-    origin = records[i].origin if len(records) == len(rows.tokens) else f"row {i}"
-    return Sample(origin, pieces_of(tokenizer, Example(ids, learn)))
+    pieces = pieces_of(subject.tokenizer, Example(ids, learn))
+    if len(records) != len(rows.tokens):
+        return Sample(f"row {i}", pieces)
+    field = TASKS[subject.model.task].labels
+    if field is not None:
+        pieces.append(Shown(f" -> {records[i].value[field]}", learnt=True, special=False))
+    return Sample(records[i].origin, pieces)
 
 
 def pieces_of(tokenizer: Any, example: Example) -> list[Shown]:
