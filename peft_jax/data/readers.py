@@ -122,7 +122,10 @@ def _jsonl(file: Path) -> Iterator[Raw]:
 
 def _from_json(text: str, origin: str) -> Raw:
     try:
-        return Record(json.loads(text, object_pairs_hook=_object), origin)
+        value = json.loads(text, object_pairs_hook=_object)
+        if "\\u" in text:
+            _check_characters(value)
+        return Record(value, origin)
     except json.JSONDecodeError as error:
         return MalformedRecordError(
             f"{origin}: not valid JSON ({error.msg} at column {error.colno})"
@@ -131,6 +134,14 @@ def _from_json(text: str, origin: str) -> Raw:
         return MalformedRecordError(f"{origin}: not valid JSON (nested too deep)")
     except ValueError as error:  # a field twice, a number of too many digits
         return MalformedRecordError(f"{origin}: {error}")
+
+
+def _check_characters(value: Any) -> None:
+    """Raise ValueError for half of a surrogate pair, which is no character."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{error.object[error.start]!r} is half a character") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

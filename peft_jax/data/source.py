@@ -12,7 +12,7 @@ from peft_jax.data.formats import Kind
 class SourceConfig:
     path: str = option(
         "builtin:python-docs",
-        "builtin:NAME, a .jsonl/.json/.csv/.parquet/.txt file, or a hub dataset id",
+        "builtin:NAME, a .jsonl/.json/.csv/.parquet/.arrow/.txt file, or a hub dataset id",
     )
     split: str = option("train", "split of a built-in or hub dataset")
     limit: int | None = option(None, "use at most this many records")

@@ -36,6 +36,7 @@ LINES = {
     "a picture": (chat(("user", [{"type": "image"}]), ("assistant", "b")), "part of type image"),
     "content is a number": (chat(("user", 3), ("assistant", "b")), "content is a int"),
     "assistant first": (chat(("assistant", "a"), ("user", "b")), "roles must alternate"),
+    "half a character": (chat(("user", "\ud800"), ("assistant", "b")), "is half a character"),
     "a digit too many": (b'{"messages": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
 }
 
