@@ -94,9 +94,16 @@ def encode(
     MalformedRecordError where `on_error` is "stop".
     """
     skipped = Skipped() if skipped is None else skipped
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for record, ids in _with_ids(records, tokenizer):
         try:
-            made = _examples(record, tokenizer, ids, kind or kind_of_record(record), chat)
+            own = kind or kind_of_record(record)
+            if own == "chat":
+                made = _chat(record, tokenizer, chat)
+            elif own == "text":
+                made = [_text(record, ids, end)]
+            else:
+                made = [_completion(record, ids, end)]
         except NotUsableError:
             raise
         except Exception as error:  # templates and tokenizers raise errors of any kind
@@ -171,33 +178,19 @@ def _in_one_call(
     return {(text, special): ids for text, ids in zip(texts, made, strict=True)}
 
 
-def _examples(
-    record: Record, tokenizer: Any, ids: Ids, kind: Kind, chat: ChatOptions
-) -> list[Example]:
-    if kind == "chat":
-        return _chat(record, tokenizer, chat)
-    example = (_text if kind == "text" else _completion)(record, tokenizer, ids)
-    return [example._replace(origin=record.origin)]
-
-
-def _end(tokenizer: Any) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-
-def _text(record: Record, tokenizer: Any, ids: Ids) -> Example:
-    said, end = ids(record.value["text"], True), _end(tokenizer)
+def _text(record: Record, ids: Ids, end: list[int]) -> Example:
+    said = ids(record.value["text"], True)
     said = said if end and said[-1:] == end else said + end  # some tokenizers add an end token
-    return Example(np.asarray(said, np.int32), np.ones(len(said), bool), divisible=True)
+    learn = np.ones(len(said), bool)
+    return Example(np.asarray(said, np.int32), learn, 0, record.origin, divisible=True)
 
 
-def _completion(record: Record, tokenizer: Any, ids: Ids) -> Example:
+def _completion(record: Record, ids: Ids, end: list[int]) -> Example:
     prompt = ids(record.value["prompt"], True)
-    prompt = (
-        prompt[:-1] if prompt and prompt[-1:] == _end(tokenizer) else prompt
-    )  # some tokenizers add an end token
-    answer = ids(record.value["completion"], False) + _end(tokenizer)
-    learn = np.r_[np.zeros(len(prompt), bool), np.ones(len(answer), bool)]
-    return Example(np.asarray(prompt + answer, np.int32), learn, record.value.get("rule", 0))
+    prompt = prompt[:-1] if prompt and prompt[-1:] == end else prompt  # as above
+    both = np.asarray(prompt + ids(record.value["completion"], False) + end, np.int32)
+    learn = np.arange(len(both)) >= len(prompt)
+    return Example(both, learn, record.value.get("rule", 0), record.origin)
 
 
 def _chat(record: Record, tokenizer: Any, chat: ChatOptions) -> list[Example]:

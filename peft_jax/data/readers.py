@@ -59,6 +59,18 @@ def read_raw(
         yield from reader(file)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(n for n in names if names.count(n) > 1)
+        raise ValueError(f"the field {twice!r} stands there twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def lines_of(file: Path) -> Iterator[tuple[int, str | MalformedRecordError]]:
     """(number, text) of the lines of a file in UTF-8, gzipped or not, with their ends; a line that
     is no UTF-8 is an error in its place. A byte-order mark at the beginning is left out.
@@ -122,7 +134,7 @@ def _jsonl(file: Path) -> Iterator[Raw]:
 
 def _from_json(text: str, origin: str) -> Raw:
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = _DECODER.decode(text)
         if "\\u" in text:
             _check_characters(value)
         return Record(value, origin)
@@ -142,15 +154,6 @@ def _check_characters(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{error.object[error.start]!r} is half a character") from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(n for n in names if names.count(n) > 1)
-        raise ValueError(f"the field {twice!r} stands there twice")
-    return found
 
 
 def _json(file: Path) -> Iterator[Raw]:
