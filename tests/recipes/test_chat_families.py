@@ -77,7 +77,7 @@ def test_a_tuned_model_answers_as_it_was_taught(tmp_path, name):
         f"data.train.path={file}",
         "data.validation=null",
         "data.sequence_length=160",
-        "data.template_options={reasoning_effort: low}",
+        "data.template_options={reasoning_effort: low, enable_thinking: false}",
         "generate.temperature=0",
         "generate.max_tokens=24",
     ]
@@ -104,5 +104,6 @@ def test_a_tuned_model_answers_as_it_was_taught(tmp_path, name):
         )
         assert result.exit_code == 0, (result.output, result.exception)
         said = result.output.removeprefix(question).strip()
-        thought = "I know it.\n</think>\n\n" if reasoning else "<think>\n\n</think>\n\n"
-        assert said.removeprefix(thought) == answer, result.output
+        thought = "I know it." if reasoning else ""  # the tags are special tokens here
+        assert said.startswith(thought), result.output
+        assert said.removeprefix(thought).strip() == answer, result.output
