@@ -113,10 +113,12 @@ def evaluate(config: str | None, overrides: tuple[str, ...]) -> None:
 def generate(config: str | None, overrides: tuple[str, ...]) -> None:
     """Continue generate.prompts."""
     from peft_jax.recipes.evaluate import run_generation
+    from peft_jax.recipes.measure import shown_prompt
 
     parsed = _config(config, overrides)
     for prompt, text in zip(parsed.generate.prompts, run_generation(parsed), strict=True):
-        click.echo(f"{prompt}{text}\n")
+        break_after = "" if isinstance(prompt, str) else "\n"
+        click.echo(f"{shown_prompt(prompt)}{break_after}{text}\n")
 
 
 @_command
@@ -211,6 +213,23 @@ def report(folders: tuple[str, ...], out: str | None) -> None:
     from peft_jax.recipes.report import run_report
 
     click.echo(run_report(folders, out))
+
+
+def data(config: str | None, overrides: tuple[str, ...], records: int) -> None:
+    """Show what a run would learn: the first records with what of them is learnt, how many there
+    are, what is skipped and why, lengths and packing.
+    """
+    from peft_jax.cli.data import print_data
+    from peft_jax.recipes.data import check_shown, run_data
+
+    check_shown(records)
+    reports = run_data(_config(config, overrides), records)
+    print_data(Console(width=None if sys.stdout.isatty() else 160), reports)
+
+
+_command(
+    click.option("--records", default=3, show_default=True, help="how many examples to show")(data)
+)
 
 
 def _table_of_options(rows: Iterable[Row]) -> Table:

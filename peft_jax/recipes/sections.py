@@ -52,7 +52,13 @@ class InjectConfig:
 
 @configuration
 class GenerateConfig:
-    prompts: list[str] = option([], "prompts to continue, before and after training")
+    prompts: list[str | list[dict[str, Any]]] = option(
+        [], "prompts to continue, before and after training: texts, or lists of messages"
+    )
+    chat: Literal["auto"] | bool = option(
+        "auto",
+        "whether texts are a user's turn in the chat template; auto where the data is of kind chat",
+    )
     max_tokens: int = option(64, "tokens to generate")
     temperature: float = option(0.8, "0 for greedy")
     top_k: int = option(0, "sample among the k most likely; 0 for all")

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,6 +24,7 @@ from peft_jax.core.mesh import ROWS, batch_sharding
 from peft_jax.core.partition import combine, partition, trainable_mask
 from peft_jax.core.sharding import shardings
 from peft_jax.data import batch_at, evaluation_batches
+from peft_jax.data.batches import parts_at
 from peft_jax.models.tables import check_rows
 from peft_jax.objectives.reading import Objective
 from peft_jax.objectives.tokens import next_token
@@ -217,7 +217,8 @@ class _Run:
         self.since = time.monotonic()
 
     def _batch(self, number: int) -> Any:
-        made = batch_at(self.rows, number, self.config.batch_size, seed=self.config.seed)
+        read = batch_at if self.mesh is None else parts_at
+        made = read(self.rows, number, self.config.batch_size, seed=self.config.seed)
         return on_devices(made, self.mesh)
 
     def advance(self, state: TrainState, number: int) -> tuple[TrainState, int]:
@@ -369,7 +370,7 @@ def _opt_shardings(opt_state: Any, trainable: Any, where: Any, replicated: Named
     return jax.tree.map(lay, opt_state, is_leaf=same)
 
 
-def on_devices(batch: dict[str, np.ndarray], mesh: Mesh | None) -> Any:
+def on_devices(batch: dict[str, Any], mesh: Mesh | None) -> Any:
     """The batch as arrays; on a mesh, each process puts its own part of it on its devices."""
     if mesh is None:
         return batch
