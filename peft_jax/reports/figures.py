@@ -87,6 +87,7 @@ def scatter(
 
 # Where a name may stand beside its point: on which side, how far right and up, in points.
 BESIDE = (("left", 6, 4), ("left", 6, -11), ("right", -6, 4), ("right", -6, -11), ("left", 6, 14))
+Box = tuple[float, float, float, float]  # left, bottom, right, top
 LETTER, LINE = 5.0, 9.0  # the size of a letter, in points
 
 
@@ -108,14 +109,14 @@ def _name(axis: Any, points: Sequence[Point]) -> None:
         axis.annotate(p.name, (p.x, p.y), ha=side, fontsize="small", **offset)
 
 
-def _box(x: float, y: float, name: str, side: str, right: float, up: float) -> tuple[float, ...]:
+def _box(x: float, y: float, name: str, side: str, right: float, up: float) -> Box:
     """left, bottom, right and top of a name."""
     width, start = LETTER * len(name), x + right
     left = start if side == "left" else start - width
     return (left, y + up, left + width, y + up + LINE)
 
 
-def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+def _meet(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
