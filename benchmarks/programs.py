@@ -222,7 +222,7 @@ def due(work: Work, planned: Any) -> tuple[float, float]:
                 moved += own / (ways["fsdp"] if "fsdp" in named and work.method == "full" else 1)
         if len(x.shape) < 2 or (embedding and not head) or path.endswith(("scale", "bias")):
             continue
-        passes = 4 if head else 3 - ("down_proj" in path)  # forward, again, backward
+        passes = 3 - ("down_proj" in path)  # forward, again, backward
         weights = _active(path, x, model)
         own_gradient = work.method == "full"
         flops += 2 * weights * tokens * (passes + own_gradient) / ways["tensor"]

@@ -9,9 +9,11 @@ from rich.console import Console
 
 from peft_jax.core.coverage import ledger, tokens_in_words
 from peft_jax.core.files import write_json
+from peft_jax.core.options import ConfigError
 from peft_jax.core.sharding import fetch
 from peft_jax.hub import save
-from peft_jax.quantization.stage import STAGE, QuantizeConfig, mean_bits
+from peft_jax.hub.quantized import tool_for
+from peft_jax.quantization.stage import STAGE, QuantizeConfig, check_quantize, mean_bits
 from peft_jax.recipes.export import MODEL
 from peft_jax.recipes.measure import held_rows, measure, printer, shown
 from peft_jax.recipes.plan import without_stages
@@ -20,12 +22,24 @@ from peft_jax.recipes.run_config import RunConfig
 from peft_jax.recipes.setup import set_up
 
 
+def check_held(section: QuantizeConfig) -> None:
+    """Raise ConfigError for a format that no folder, or not the wanted tool's, can hold: before any
+    work is done.
+    """
+    format = check_quantize(section)
+    try:
+        tool_for([] if format is None else [format], section.tool)
+    except ValueError as error:
+        raise ConfigError(f"option 'quantize.format': {error}") from error
+
+
 def run_quantization(config: RunConfig, console: Console | None = None) -> Path:
     """The whole of `peft-jax quantize`: perplexity before and after, and the quantized model's
     folder.
     """
     without_stages(config, "quantize")
     STAGE.require(STAGE.section_of(config))
+    check_held(config.quantize)
     say = printer(console or Console())
     plain = set_up(dataclasses.replace(config, quantize=QuantizeConfig()))
     rows = held_rows(config, plain)

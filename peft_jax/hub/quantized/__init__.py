@@ -2,6 +2,6 @@
 
 from peft_jax.hub.quantized.reader import QuantizedReader
 from peft_jax.hub.quantized.tool import TOOLS, Parts, Tool
-from peft_jax.hub.quantized.writer import ways, writer
+from peft_jax.hub.quantized.writer import tool_for, ways, writer
 
-__all__ = ["TOOLS", "Parts", "QuantizedReader", "Tool", "ways", "writer"]
+__all__ = ["TOOLS", "Parts", "QuantizedReader", "Tool", "tool_for", "ways", "writer"]

@@ -14,7 +14,12 @@ def writer(weights: Iterable[Quantized], name: str | None = None) -> Tool:
 
     Raises ValueError for a tool that cannot hold their formats, or where none can.
     """
-    formats = sorted({w.format for w in weights}, key=_name)
+    return tool_for((w.format for w in weights), name)
+
+
+def tool_for(formats: Iterable[Format], name: str | None = None) -> Tool:
+    """The same for weights of these formats."""
+    formats = sorted(set(formats), key=_name)
     if name is not None:
         return _named(name, formats)
     for tool in writing_tools():
