@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from peft_jax.core.bind import bind
+from peft_jax.core.files import write_json
 from peft_jax.core.options import ConfigError
 from peft_jax.core.partition import freeze
 from peft_jax.core.sharding import fetch
@@ -34,6 +35,7 @@ from peft_jax.objectives.reading import over_positions, with_head
 from peft_jax.objectives.tokens import TOKENS
 from peft_jax.recipes.measure import printer
 from peft_jax.recipes.plan import without_stages
+from peft_jax.recipes.report import leave_report
 from peft_jax.recipes.run_config import RunConfig
 from peft_jax.recipes.setup import mesh_of, subject_of, teacher_of
 from peft_jax.training.checkpoint import fingerprint as fingerprint_of_model
@@ -69,6 +71,9 @@ def run_teaching(config: RunConfig, console: Console | None = None) -> Path:
             out, header, read, lambda n: status.update(f"{n:,} of {header.rows:,} rows")
         )
     size = sum(f.stat().st_size for f in out.glob("shard-*.safetensors"))
+    told = {"shards": header.shards, "rows": header.rows, "bytes": size, "kept tokens": header.k}
+    write_json(out / "teaching.json", {**told, "bytes a token": header.bytes_per_token})
+    leave_report(config)
     say(
         f"written: {out}, {header.shards} shards ({found} were there), {size:,} bytes, "
         f"{header.bytes_per_token} a token "
@@ -249,5 +254,7 @@ def _write_texts(config: RunConfig, setup: Loaded, out: Path, say: Any) -> Path:
                 )
             file.flush()
     os.replace(partial, path)
+    write_json(out / "teaching.json", {"completions": len(prompts)})
+    leave_report(config)
     say(f"written: {path}, {len(prompts):,} completions")
     return path

@@ -18,6 +18,7 @@ from peft_jax.core.partition import combine
 from peft_jax.core.program import read_program
 from peft_jax.core.weight import matmul
 from peft_jax.objectives.reading import nll_and_hits, over_positions, with_head
+from peft_jax.quantization import NF4, quantize
 
 ROWS, TOKENS, WIDTH = 16, 64, 32
 
@@ -150,3 +151,26 @@ def test_the_head_is_gathered_once_for_all_chunks_of_the_loss(kind, axes):
     whole = WIDTH * VOCABULARY * 4 // axes.get("tensor", 1)
     gathered = [c for c in program.collectives if c.kind == "all-gather" and c.size == whole]
     assert len(gathered) <= 2, gathered  # once forward, once backward
+
+
+def test_a_quantized_weight_is_gathered_as_its_codes():
+    """Of QLoRA's base no decoded weight moves, and the result is one device's."""
+    model, params = made("linen")
+    small = {"targets": ["in0", "in1", "out0", "out1"]}
+    params = quantize(params, NF4(block_size=4, double=False), **small)
+    params = peft_jax.lora(params, jax.random.key(1), rank=4, **small)
+    apply = peft_jax.bind(model)
+    tokens = np.arange(ROWS * TOKENS).reshape(ROWS, TOKENS) % 96
+
+    def loss(trained, frozen, tokens):
+        return jnp.square(apply(combine(trained, frozen), tokens)).mean()
+
+    run = jax.jit(jax.value_and_grad(loss))
+    alone = run(*peft_jax.partition(params), tokens)
+    parts = peft_jax.partition(peft_jax.shard(params, make_mesh({"fsdp": 8})))
+    program = read_program(run.lower(*parts, tokens).compile().as_text())
+    sizes = {c.size for c in program.collectives if c.kind == "all-gather"}
+    assert WIDTH * 128 // 2 in sizes  # codes of 4 bits
+    assert WIDTH * 128 * 4 not in sizes
+    for a, b in zip(*map(jax.tree.leaves, (alone, run(*parts, tokens))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)

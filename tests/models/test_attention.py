@@ -9,12 +9,11 @@ from transformers import Gemma3TextConfig
 import peft_jax
 from peft_jax.core.attachment import Attachment, attach
 from peft_jax.core.reparametrised import node
-from peft_jax.models import splash
-from peft_jax.models.attention import attention, make_mask
+from peft_jax.models.attention import attention, cudnn, make_mask, splash
+from peft_jax.models.attention.splash import splash_attention, splash_supports
 from peft_jax.models.blocks import fresh_params
 from peft_jax.models.config import decoder_config
 from peft_jax.models.decoder import Decoder
-from peft_jax.models.splash import splash_attention, splash_supports
 from tests.reference import FAMILIES, random_tokens, relative_error, torch_model
 
 
@@ -166,6 +165,7 @@ def test_no_mask_is_kept_for_the_backward_pass(alternating, scan, remat):
 
 def test_a_kernel_that_needs_a_mask_keeps_none_where_layers_differ(monkeypatch):
     """With XLA's attention in the place of cuDNN's kernel."""
+    monkeypatch.setattr(cudnn, "DTYPES", (jnp.float32,))
     kernel = jax.nn.dot_product_attention
     monkeypatch.setattr(
         jax.nn,
