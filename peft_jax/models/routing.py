@@ -179,18 +179,20 @@ def by_pairs(
     traffic = Traffic(counts.sum(-1), jax.lax.axis_index("expert"))
     room = ways * n * min(k, own)  # if all tokens chose experts of one device
     arrived = send(spread(x, pairs), room, traffic)
-    experts = jnp.where(
-        jnp.arange(room) < traffic.coming.sum(),
-        jnp.repeat(
-            jnp.tile(jnp.arange(own), ways),
-            counts[:, traffic.here].reshape(-1),
-            total_repeat_length=room,
-        ),
-        own,
-    )
+    experts = _experts_of(counts[:, traffic.here], room)
     ones = jnp.ones((room, 1), x.dtype)
     y = mixture(arrived, experts[:, None], ones, gate_up, down, activation=activation)
     return joined(send(y, len(pairs.order), traffic.back()), weights, pairs)
+
+
+def _experts_of(counts: jax.Array, room: int) -> jax.Array:
+    """The expert [room] of each row that arrived, sorted by sender and expert, `counts` [e, E/e] of
+    each; E/e, which is none, beyond them.
+    """
+    ways, own = counts.shape
+    numbers = jnp.tile(jnp.arange(own), ways)
+    experts = jnp.repeat(numbers, counts.reshape(-1), total_repeat_length=room)
+    return jnp.where(jnp.arange(room) < counts.sum(), experts, own)
 
 
 class Traffic(NamedTuple):
