@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from peft_jax.methods import METHODS
@@ -42,31 +42,38 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 TABLES = {"sources": sources}
 
 
-def current(text: str) -> str:
-    """`text` with its tables as the records have them."""
+def filled(text: str, mark: str, blocks: Mapping[str, Callable[[], str]]) -> str:
+    """`text` with what stands between `<!-- mark: NAME -->` and `<!-- end -->` made anew."""
 
     def write(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}"
+        return f"{found[1]}\n{blocks[found[2]]()}\n{found[3]}"
+
+    pattern = rf"(<!-- {mark}: (\w+) -->)\n.*?(<!-- end -->)"
+    return re.sub(pattern, write, text, flags=re.DOTALL)
+
+
+def current(text: str) -> str:
+    """`text` with its tables as the records have them."""
 
     def row(found: re.Match[str]) -> str:
         return f"| {found[1]} | {titles(ROWS[found[1]])} |"
 
     text = re.sub(rf"^\| ({'|'.join(ROWS)}) \| .*\|$", row, text, flags=re.MULTILINE)
-    pattern = r"(<!-- methods: (\w+) -->)\n.*?(<!-- end -->)"
-    return re.sub(pattern, write, text, flags=re.DOTALL)
+    return filled(text, "methods", TABLES)
 
 
-def main() -> None:
+def write_files(names: Iterable[str], current: Callable[[str], str], *, check: bool) -> None:
+    """Make files current; with `check` nothing is written, and one that is not is an error."""
     stale = []
-    for name in FILES:
+    for name in names:
         text = (ROOT / name).read_text(encoding="utf-8")
         if (new := current(text)) != text:
             stale.append(name)
-            if "--check" not in sys.argv:
+            if not check:
                 (ROOT / name).write_text(new, encoding="utf-8")
-    if stale and "--check" in sys.argv:
-        raise SystemExit(f"not current: {', '.join(stale)}; run python scripts/method_tables.py")
+    if stale and check:
+        raise SystemExit(f"not current: {', '.join(stale)}; run python {sys.argv[0]}")
 
 
 if __name__ == "__main__":
-    main()
+    write_files(FILES, current, check="--check" in sys.argv)

@@ -86,6 +86,16 @@ def train(config: str | None, overrides: tuple[str, ...]) -> None:
 
 
 @_command
+def compare(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Run recipes (full fine-tuning, techniques, chains) on one task with several seeds, and write
+    a report of them side by side: see `compare`.
+    """
+    from peft_jax.recipes.compare import run_comparison
+
+    run_comparison(_config(config, overrides))
+
+
+@_command
 def evaluate(config: str | None, overrides: tuple[str, ...]) -> None:
     """Measure the model (with model.adapter, if given) on the held-out data."""
     from peft_jax.recipes.evaluate import run_evaluation
@@ -103,10 +113,12 @@ def evaluate(config: str | None, overrides: tuple[str, ...]) -> None:
 def generate(config: str | None, overrides: tuple[str, ...]) -> None:
     """Continue generate.prompts."""
     from peft_jax.recipes.evaluate import run_generation
+    from peft_jax.recipes.measure import shown_prompt
 
     parsed = _config(config, overrides)
     for prompt, text in zip(parsed.generate.prompts, run_generation(parsed), strict=True):
-        click.echo(f"{prompt}{text}\n")
+        break_after = "" if isinstance(prompt, str) else "\n"
+        click.echo(f"{shown_prompt(prompt)}{break_after}{text}\n")
 
 
 @_command
@@ -189,6 +201,35 @@ def inspect(config: str | None, overrides: tuple[str, ...]) -> None:
 
     parsed = _config(config, overrides)
     Console(width=None if sys.stdout.isatty() else 160).print(tree_table(run_inspection(parsed)))
+
+
+@main.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path())
+@click.option("--out", type=click.Path(), help="the page; by default FOLDER/report.html")
+def report(folders: tuple[str, ...], out: str | None) -> None:
+    """Write the page of the run in FOLDER again, or of several runs beside each other, in the
+    working directory.
+    """
+    from peft_jax.recipes.report import run_report
+
+    click.echo(run_report(folders, out))
+
+
+def data(config: str | None, overrides: tuple[str, ...], records: int) -> None:
+    """Show what a run would learn: the first records with what of them is learnt, how many there
+    are, what is skipped and why, lengths and packing.
+    """
+    from peft_jax.cli.data import print_data
+    from peft_jax.recipes.data import check_shown, run_data
+
+    check_shown(records)
+    reports = run_data(_config(config, overrides), records)
+    print_data(Console(width=None if sys.stdout.isatty() else 160), reports)
+
+
+_command(
+    click.option("--records", default=3, show_default=True, help="how many examples to show")(data)
+)
 
 
 def _table_of_options(rows: Iterable[Row]) -> Table:

@@ -78,6 +78,7 @@ class Probe(Reparametrised):
 
     trainable: ClassVar[tuple[str, ...]] = ("sink", "tokens", "calls")
     stochastic: ClassVar[bool] = False
+    all_rows: ClassVar[bool] = True  # a maximum or a median is not a sum of the devices' own
     sink: jax.Array
     tokens: jax.Array
     calls: jax.Array

@@ -53,23 +53,26 @@ def batch_sharding(mesh: Mesh, array: Any) -> NamedSharding:
 
 def mesh_of(tree: Any) -> AbstractMesh | None:
     """The mesh that the arrays of `tree`, traced or not, lie on; None where they lie on none."""
-    for x in jax.tree.leaves(tree):
-        sharding = getattr(jax.typeof(x), "sharding", None)
-        if isinstance(sharding, NamedSharding) and not sharding.mesh.empty:
-            return sharding.mesh.abstract_mesh
-    return None
+    placed = _first_placed(tree)
+    return None if placed is None else jax.typeof(placed).sharding.mesh.abstract_mesh
+
+
+def _first_placed(tree: Any) -> jax.Array | None:
+    """The first array of `tree` that lies on a mesh."""
+    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    return next((x for x in arrays if not jax.typeof(x).sharding.mesh.empty), None)
 
 
 @contextlib.contextmanager
-def entered_mesh(params: Any) -> Iterator[None]:
-    """Inside of a program that is being traced: the mesh of `params`, unless one is entered."""
-    leaf = next(iter(jax.tree.leaves(params)), None)
-    traced = isinstance(leaf, Tracer) and leaf.to_concrete_value() is None
-    mesh = mesh_of(params) if traced and jax.sharding.get_abstract_mesh().empty else None
-    if mesh is None:
+def entered_mesh(tree: Any) -> Iterator[None]:
+    """Inside of a program that is being traced: the mesh that arrays of `tree` lie on, unless one
+    is entered.
+    """
+    placed = _first_placed(tree) if jax.sharding.get_abstract_mesh().empty else None
+    if not isinstance(placed, Tracer) or placed.to_concrete_value() is not None:
         yield
         return
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(jax.typeof(placed).sharding.mesh.abstract_mesh):
         yield
 
 
@@ -104,6 +107,12 @@ def split_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(rows, *rest))
 
 
+def token_axes(rows: int, tokens: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes of the program's mesh that rows, and tokens of a row, are split over."""
+    ways = automatic("sequence")
+    return row_axes(rows), ("sequence",) if ways > 1 and tokens % ways == 0 else ()
+
+
 def split_outputs(out: Any, rows: int | None) -> Any:
     """What a module returns, each array [rows, ...] of it by `split_rows`."""
     if rows is None or not row_axes(rows):
@@ -126,8 +135,7 @@ def split_tokens(x: jax.Array) -> jax.Array:
     """An activation [B, T, ...] with its rows and tokens where `batch_sharding` puts them, whole
     along the other axes.
     """
-    rows, ways = row_axes(x.shape[0]), automatic("sequence")
-    tokens = "sequence" if ways > 1 and x.shape[1] % ways == 0 else None
-    if not rows and tokens is None:
+    rows, tokens = token_axes(*x.shape[:2])
+    if not rows and not tokens:
         return x
-    return jax.lax.with_sharding_constraint(x, P(rows or None, tokens))
+    return jax.lax.with_sharding_constraint(x, P(rows or None, tokens or None))

@@ -16,11 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from peft_jax.core.mesh import AXES, PARAMETERS
+from peft_jax.core.mesh import AXES, PARAMETERS, automatic
 from peft_jax.core.roles import is_expert, known_roles, role_of
 from peft_jax.core.select import OUTPUT_EMBEDDING, VECTORS, stack_at
 from peft_jax.core.tree import is_node, map_places, path_str, places
@@ -84,8 +85,9 @@ def spec_for(
 def _largest(path: str, shape: tuple[int, ...], mesh: Mesh, leading: int) -> P:
     """The largest axis that divides over `fsdp`; nothing of vectors."""
     whole = [None] * len(shape)
-    fits = [i for i in range(leading, len(shape)) if shape[i] % mesh.shape["fsdp"] == 0]
-    if mesh.shape["fsdp"] == 1 or _is_vector(path, shape, leading) or not fits:
+    ways = mesh.shape.get("fsdp", 1)
+    fits = [i for i in range(leading, len(shape)) if shape[i] % ways == 0]
+    if ways == 1 or _is_vector(path, shape, leading) or not fits:
         return P(*whole)
     axis = max(fits, key=lambda i: shape[i])
     return P(*whole[:axis], "fsdp", *whole[axis + 1 :])
@@ -137,7 +139,7 @@ def shardings(params: Any, mesh: Mesh, rules: Rules = ()) -> Any:
 
 
 def node_shardings(
-    path: str, x: Any, mesh: Mesh, rules: Rules = (), leading: int | None = None
+    path: str, x: Any, mesh: Any, rules: Rules = (), leading: int | None = None
 ) -> Any:
     """The NamedShardings of one place's array or node; `leading` as in `spec_for`."""
     if not is_node(x):
@@ -196,6 +198,39 @@ def shard(params: Any, mesh: Mesh, rules: Rules = ()) -> Any:
     return jax.tree.map(_put, params, found)
 
 
+def gathered(where: str, own: Mapping[str, Any], inputs: Any) -> Mapping[str, Any]:
+    """A module's own parameters as its products use them in a program on a mesh: Weights whole
+    along `fsdp`, each array gathered as it is stored (codes, not what they stand for).
+
+    Where the inputs [..., in] are so few that moving them costs less, as in decoding, the compiler
+    chooses. `where` is the module's path, of one layer.
+    """
+    if automatic("fsdp") == 1 or not jnp.issubdtype(jnp.result_type(inputs), jnp.floating):
+        return own  # rows of an embedding are looked up where they lie
+    mesh, tokens = jax.sharding.get_abstract_mesh(), math.prod(inputs.shape[:-1])
+
+    def gather(name: str, x: Any) -> Any:
+        if not isinstance(x, Weight) or len(x.shape) < 2 or x.routed:
+            return x
+        n_in, n_out = math.prod(x.shape[:-1]), x.shape[-1]
+        if tokens * (n_in + n_out) < n_in * n_out:
+            return x
+        return jax.tree.map(_whole_rows, x, node_shardings(f"{where}/{name}", x, mesh, leading=0))
+
+    return {name: gather(name, x) for name, x in own.items()}
+
+
+def _whole_rows(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """An array constrained to lie as `sharding` says, but whole along `fsdp`."""
+
+    def kept(axes: Any) -> Any:
+        several = axes if isinstance(axes, tuple) else (axes,)
+        names = tuple(a for a in several if a not in (None, "fsdp") and automatic(a) > 1)
+        return names or None
+
+    return jax.lax.with_sharding_constraint(x, P(*map(kept, sharding.spec)))
+
+
 def check_rules(rules: Rules) -> None:
     """Raise ValueError for a rule that names an axis that meshes do not have."""
     for pattern, spec in rules:
@@ -249,7 +284,7 @@ def _whole(params: Any, found: Any, mesh: Mesh, rules: Rules) -> dict[str, int]:
 
 def _sizes(axis: Any, mesh: Mesh) -> list[int]:
     names = axis if isinstance(axis, tuple) else (axis,)
-    return [mesh.shape[n] for n in names if n is not None]
+    return [mesh.shape.get(n, 1) for n in names if n is not None]
 
 
 def _bytes(n: int) -> str:

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from peft_jax.core.grouped import grouped_matmul
+
 Axes = tuple[int, ...]
 Layout = Mapping[str, tuple[Axes, Axes]]  # path -> (in_axes, out_axes)
 
@@ -72,6 +74,7 @@ class Weight(Node):
 
     sharded_together: ClassVar[bool] = False
     pruned: ClassVar[bool] = False  # holds zeros that are to stay
+    all_rows: ClassVar[bool] = False  # asks for all rows of a batch at once, wherever they lie
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -240,7 +243,7 @@ def ragged_matmul(x: jax.Array, w: Any, sizes: jax.Array) -> jax.Array:
     """
     if isinstance(w, Weight):
         return w.ragged_matmul(x, sizes)
-    return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes.astype(jnp.int32))
+    return grouped_matmul(x, w.astype(x.dtype), sizes.astype(jnp.int32))
 
 
 def row_groups(n: int, sizes: jax.Array) -> jax.Array:

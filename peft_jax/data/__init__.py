@@ -3,6 +3,7 @@ resumed.
 """
 
 from peft_jax.data.batches import batch_at, evaluation_batches, unpadded
+from peft_jax.data.chat import encode_chat
 from peft_jax.data.encode import Example, Rows, encode, fingerprint, fit, pack, with_fields
 from peft_jax.data.labelled import (
     LabelledRows,
@@ -19,7 +20,9 @@ from peft_jax.data.labelled import (
     label_ids,
     label_names,
 )
-from peft_jax.data.records import MalformedRecordError, Record, read_records
+from peft_jax.data.readers import Record
+from peft_jax.data.records import read_records
+from peft_jax.data.skipped import MalformedRecordError
 
 __all__ = [
     "Example",
@@ -33,6 +36,7 @@ __all__ = [
     "SourceRows",
     "batch_at",
     "encode",
+    "encode_chat",
     "encode_classification",
     "encode_masked",
     "encode_pairs",

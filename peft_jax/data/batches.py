@@ -19,12 +19,37 @@ def batch_at(rows: Any, index: int, batch_size: int, *, seed: int) -> Batch:
     `rows` is a NamedTuple of arrays [N, ...], `tokens` among them. The last, incomplete batch of an
     epoch is filled from the next one's order, so shapes are static and no row is lost.
     """
-    count = len(rows.tokens)
-    first = index * batch_size
-    chosen = [
-        _order(count, (first + i) // count, seed)[(first + i) % count] for i in range(batch_size)
-    ]
+    chosen = rows_at(len(rows.tokens), index, batch_size, seed=seed)
     return {name: array[chosen] for name, array in rows._asdict().items()}
+
+
+def rows_at(count: int, index: int, batch_size: int, *, seed: int) -> list[int]:
+    """Which of `count` rows the `index`-th training batch holds."""
+    first = index * batch_size
+    return [
+        int(_order(count, (first + i) // count, seed)[(first + i) % count])
+        for i in range(batch_size)
+    ]
+
+
+class Part:
+    """A field of a batch [B, ...] of which rows are read where they are asked for, so that each
+    process reads its own.
+    """
+
+    def __init__(self, field: Any, chosen: list[int]) -> None:
+        self.field, self.chosen = field, chosen
+        self.shape, self.ndim = (len(chosen), *field.shape[1:]), field.ndim
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        rows, *others = index
+        return self.field[self.chosen[rows]][(slice(None), *others)]
+
+
+def parts_at(rows: Any, index: int, batch_size: int, *, seed: int) -> dict[str, Any]:
+    """The batch of `batch_at`, its fields as parts that are read on demand."""
+    chosen = rows_at(len(rows.tokens), index, batch_size, seed=seed)
+    return {name: Part(array, chosen) for name, array in rows._asdict().items()}
 
 
 @functools.lru_cache(maxsize=4)

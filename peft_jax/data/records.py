@@ -1,36 +1,27 @@
 """Records from files and hub datasets, each with its origin, so that a malformed one can be named.
 
-What a record holds is decided by `kind`: `text`; `prompt` and `completion`; `messages` (chat);
+What a record holds is decided by its `kind`: `text`; `prompt` and `completion`; `messages` (chat);
 `text`, `label` and perhaps `text_pair` (classification); `tokens` and `tags` (tagging); `question`,
 `context` and `answers` (question_answering, as in SQuAD); `anchor` and `positive` (pairs);
 `subject`, `relation`, `object` and perhaps the subject's `aliases`, a list or "one|two" (facts).
+Other formats of texts and conversations are told from their fields (see `formats`).
 """
 
 from __future__ import annotations
 
-import csv
+import itertools
 import json
-import logging
+import typing
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from peft_jax.core.files import numbered_lines, open_text
-from peft_jax.data import builtin
+from peft_jax.data.chat import ASSISTANT
+from peft_jax.data.formats import Kind, converted, told
+from peft_jax.data.readers import Raw, Record, read_raw
+from peft_jax.data.skipped import MalformedRecordError, Skipped
 
-logger = logging.getLogger("peft_jax")
-csv.field_size_limit(2**31 - 1)  # a long text is a field like any other
-Kind = Literal[
-    "text",
-    "completion",
-    "chat",
-    "classification",
-    "tagging",
-    "question_answering",
-    "pairs",
-    "facts",
-]
-FIELDS: dict[str, tuple[str, ...]] = {
+_KINDS: tuple[Kind, ...] = typing.get_args(Kind)
+FIELDS: dict[Kind, tuple[str, ...]] = {
     "text": ("text",),
     "completion": ("prompt", "completion"),
     "chat": ("messages",),
@@ -39,41 +30,139 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "question_answering": ("question", "context", "answers"),
     "pairs": ("anchor", "positive"),
     "facts": ("subject", "relation", "object"),
+    "preference": ("chosen", "rejected"),
 }
-OPTIONAL: dict[str, tuple[str, ...]] = {"classification": ("text_pair",), "facts": ("aliases",)}
-
-
-class Record(NamedTuple):
-    """A record's fields and where it came from ("file:line")."""
-
-    value: dict[str, Any]
-    origin: str
-
-
-class MalformedRecordError(ValueError):
-    """A record that cannot be used, named by file and line."""
+OPTIONAL: dict[Kind, tuple[str, ...]] = {
+    "classification": ("text_pair",),
+    "facts": ("aliases",),
+    "chat": (
+        "tools",
+        "chat_template_kwargs",
+        "template_options",
+        "enable_thinking",
+        "documents",
+    ),
+    "preference": ("prompt",),
+}
 
 
 def read_records(
     path: str,
     *,
-    kind: Kind,
+    kind: Kind | None = None,
     split: str = "train",
     columns: Mapping[str, str] | None = None,
     delimiter: str | None = None,
     on_error: Literal["skip", "stop"] = "skip",
     limit: int | None = None,
+    skipped: Skipped | None = None,
 ) -> list[Record]:
     """All usable records of a source, at most `limit`.
 
-    `path` is "builtin:NAME", a file (.jsonl, .json, .csv, .parquet, .txt, each but Parquet also
-    with .gz) or a hub dataset id. `columns` maps the fields of the kind to the source's names; with
-    a `delimiter`, each line of a text file is split into the kind's fields. Of a table with a row a
-    thing, `columns` of {"subject": NAME, "relation": "*"} make facts: each other column is a
-    relation, and its cell the object. A malformed record is logged with file and line and passed
-    over, or ends the run with MalformedRecordError if `on_error` is "stop". Raises ValueError where
-    nothing usable is left.
+    `path` is "builtin:NAME", a file (.jsonl, .json, .csv, .parquet, .arrow, .txt, each but Parquet
+    and Arrow also with .gz) or a hub dataset id. Without a `kind`, the columns of the first record
+    tell it. `columns` maps the fields of the kind to the source's names; with a `delimiter`, each
+    line of a text file is split into the kind's fields. Of a table with a row a thing, `columns` of
+    {"subject": NAME, "relation": "*"} make facts: each other column is a relation, and its cell the
+    object. A malformed record is logged with file and line, counted in `skipped` and passed over,
+    or ends the run with MalformedRecordError if `on_error` is "stop". Raises ValueError, with a
+    table of the reasons, where nothing usable is left.
     """
+    return list(
+        iter_records(
+            path,
+            kind=kind,
+            split=split,
+            columns=columns,
+            delimiter=delimiter,
+            on_error=on_error,
+            limit=limit,
+            skipped=skipped,
+        )
+    )
+
+
+def iter_records(
+    path: str,
+    *,
+    kind: Kind | None = None,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    delimiter: str | None = None,
+    on_error: Literal["skip", "stop"] = "skip",
+    limit: int | None = None,
+    skipped: Skipped | None = None,
+) -> Iterator[Record]:
+    """The records of `read_records`, one after another."""
+    skipped = Skipped() if skipped is None else skipped
+    first, raws = _peeked(path, split, columns, delimiter, kind)
+    kind = kind or first
+    names = _names(kind, columns)
+    if kind == "facts" and names["relation"] == "*":
+        raws, names = _cells(raws, names["subject"]), {field: field for field in FIELDS[kind]}
+    count = 0
+    for raw in raws:
+        try:
+            record = _check(raw, names, kind, bool(columns))
+        except MalformedRecordError as error:
+            if on_error == "stop":
+                raise
+            skipped.add(error)
+            continue
+        yield record
+        count += 1
+        if limit is not None and count >= limit:
+            break
+    skipped.tell(path)
+    if not count:
+        said = f" ({len(skipped)} malformed)" if len(skipped) else ""
+        raise ValueError(f"{path} holds no usable {kind} record{said}{skipped.table()}")
+
+
+def told_kind(
+    path: str,
+    *,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    delimiter: str | None = None,
+) -> Kind:
+    """The kind that the first record of a source tells by its columns, text where it tells none."""
+    return _peeked(path, split, columns, delimiter, None)[0]
+
+
+def _peeked(
+    path: str,
+    split: str,
+    columns: Mapping[str, str] | None,
+    delimiter: str | None,
+    kind: Kind | None,
+) -> tuple[Kind, Iterator[Raw]]:
+    """The kind of a source's records where none is given, and the records."""
+    if kind is None and columns:
+        kind = next((k for k in _KINDS if set(columns) <= {*FIELDS[k], *OPTIONAL.get(k, ())}), None)
+    if kind is None and delimiter is not None:
+        kind = "completion"
+    raws = read_raw(path, split, delimiter, FIELDS[kind] if kind else ())
+    if kind is not None:
+        return kind, raws
+    seen: list[Raw] = []
+    for raw in raws:
+        seen.append(raw)
+        if isinstance(raw, Record) and isinstance(raw.value, Mapping):
+            kind = _kind_of(raw.value)
+            break
+    return kind or "text", itertools.chain(seen, raws)
+
+
+def _kind_of(value: Mapping[str, Any]) -> Kind | None:
+    found = told(value)
+    if found is not None and found.name == "prompt and completion":
+        spoken = isinstance(value["prompt"], list) or isinstance(value["completion"], list)
+        return "chat" if spoken else "completion"
+    return None if found is None else found.kind
+
+
+def _names(kind: Kind, columns: Mapping[str, str] | None) -> dict[str, str]:
     optional = OPTIONAL.get(kind, ())
     names = {field: (columns or {}).get(field, field) for field in FIELDS[kind]}
     names |= {field: columns[field] for field in optional if columns and field in columns}
@@ -81,34 +170,10 @@ def read_records(
         raise ValueError(
             f"columns names {sorted(unknown)[0]!r}; a {kind} record has {', '.join(names)}"
         )
-    records: list[Record] = []
-    bad = 0
-    raws = _raw(path, kind, split, delimiter)
-    if kind == "facts" and names["relation"] == "*":
-        raws, names = _cells(raws, names["subject"]), {field: field for field in FIELDS[kind]}
-    for raw in raws:
-        try:
-            records.append(_check(raw, names, kind))
-        except MalformedRecordError as error:
-            if on_error == "stop":
-                raise
-            bad += 1
-            if bad <= 5:
-                logger.warning("%s (record skipped)", error)
-        if limit is not None and len(records) >= limit:
-            break
-    if bad > 5:
-        logger.warning("%s: %d malformed records skipped in all", path, bad)
-    if not records:
-        raise ValueError(
-            f"{path} holds no usable {kind} record" + (f" ({bad} malformed)" if bad else "")
-        )
-    return records
+    return names
 
 
-def _cells(
-    raws: Iterator[Record | MalformedRecordError], subject: str
-) -> Iterator[Record | MalformedRecordError]:
+def _cells(raws: Iterator[Raw], subject: str) -> Iterator[Raw]:
     """A fact for each cell of a table that is not empty."""
     for raw in raws:
         if (
@@ -130,24 +195,37 @@ def _cells(
                 )
 
 
-def _check(raw: Record | MalformedRecordError, names: Mapping[str, str], kind: Kind) -> Record:
+def _check(raw: Raw, names: Mapping[str, str], kind: Kind, named: bool) -> Record:
+    """A record of the kind, in its fields. `named` says that columns were given their names."""
     if isinstance(raw, MalformedRecordError):
         raise raw
     if not isinstance(raw.value, Mapping):
         raise MalformedRecordError(
             f"{raw.origin}: expected an object, found {type(raw.value).__name__}"
         )
+    given: Mapping[str, Any] = raw.value
+    if not named and kind in ("text", "completion", "chat"):
+        try:
+            given = converted(given, kind)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MalformedRecordError(f"{raw.origin}: {error}") from error
     value = {}
     for field, name in names.items():
-        if name not in raw.value:
-            have = ", ".join(map(str, raw.value))
-            raise MalformedRecordError(f"{raw.origin}: no field {name!r} (fields here: {have})")
-        value[field] = raw.value[name]
+        if name not in given:
+            raise MalformedRecordError(f"{raw.origin}: {_missing(name, raw.value)}")
+        value[field] = given[name]
     for field in OPTIONAL.get(kind, ()):
-        if field not in names and raw.value.get(field) is not None:
-            value[field] = raw.value[field]
+        if field not in names and given.get(field) is not None:
+            value[field] = given[field]
     _CHECKS.get(kind, _check_texts)(value, names, raw.origin)
     return Record(value, raw.origin)
+
+
+def _missing(name: str, value: Mapping[str, Any]) -> str:
+    have = ", ".join(map(str, value))
+    found = told(value)
+    other = f", a {found.name} record" if found is not None else ""
+    return f"no field {name!r} (fields here: {have}{other})"
 
 
 def _check_texts(value: Mapping[str, Any], names: Mapping[str, str], origin: str) -> None:
@@ -208,254 +286,39 @@ def _check_fact(value: dict[str, Any], names: Mapping[str, str], origin: str) ->
         del value["aliases"]
 
 
-def _check_messages(value: Mapping[str, Any], names: Mapping[str, str], origin: str) -> None:
+def _check_messages(value: dict[str, Any], names: Mapping[str, str], origin: str) -> None:
+    """That messages are objects with roles, one of them the assistant's; of an empty content the
+    template decides.
+    """
     messages = value["messages"]
-    good = isinstance(messages, list) and messages
-    if not good or not all(
-        isinstance(m, Mapping) and isinstance(m.get("content"), str) and m.get("role")
-        for m in messages
-    ):
+    if isinstance(messages, str):  # tables may keep them as JSON
+        try:
+            messages = value["messages"] = json.loads(messages)
+        except json.JSONDecodeError as error:
+            raise MalformedRecordError(f"{origin}: messages is no list, nor JSON") from error
+    if not isinstance(messages, list) or not messages:
         raise MalformedRecordError(
             f"{origin}: messages must be a list of objects with role and content"
         )
-    if not any(m["role"] == "assistant" for m in messages):
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise MalformedRecordError(f"{origin}: messages[{i}] is no object with a role")
+    if not any(m["role"] in ASSISTANT for m in messages):
         raise MalformedRecordError(f"{origin}: no assistant turn to learn from")
+
+
+def _check_preference(value: dict[str, Any], names: Mapping[str, str], origin: str) -> None:
+    """That both answers are texts or messages."""
+    for name in ("chosen", "rejected"):
+        if not isinstance(value[name], str | list):
+            raise MalformedRecordError(f"{origin}: {names[name]!r} is neither text nor messages")
 
 
 _CHECKS: dict[str, Callable[[dict[str, Any], Mapping[str, str], str], None]] = {
     "chat": _check_messages,
+    "preference": _check_preference,
     "facts": _check_fact,
     "classification": _check_labelled,
     "tagging": _check_tags,
     "question_answering": _check_question,
-}
-
-
-def _raw(
-    path: str, kind: Kind, split: str, delimiter: str | None
-) -> Iterator[Record | MalformedRecordError]:
-    if path.startswith("builtin:"):
-        name = path.removeprefix("builtin:")
-        for i, value in enumerate(builtin.dataset(name, split)):
-            yield Record(value, f"{path}[{split}]:{i}")
-        return
-    file = Path(path).expanduser()
-    suffix = "".join(file.suffixes[-2:] if file.suffix == ".gz" else [file.suffix]).removesuffix(
-        ".gz"
-    )
-    if not file.is_file():
-        if file.exists() or suffix in _READERS or path.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"data file {path} does not exist")
-        yield from _hub(path, split)
-        return
-    reader = _READERS.get(suffix)
-    if reader is None:
-        raise ValueError(f"{path}: unknown kind of file; known: {', '.join(_READERS)} (and .gz)")
-    if suffix == ".txt" and delimiter is not None:
-        yield from _lines(file, delimiter, FIELDS[kind])
-    else:
-        yield from reader(file)
-
-
-def _jsonl(file: Path) -> Iterator[Record | MalformedRecordError]:
-    for number, line in numbered_lines(file):
-        try:
-            yield Record(json.loads(line), f"{file}:{number}")
-        except json.JSONDecodeError as error:
-            yield MalformedRecordError(
-                f"{file}:{number}: not valid JSON ({error.msg} at column {error.colno})"
-            )
-
-
-def _json(file: Path) -> Iterator[Record | MalformedRecordError]:
-    with open_text(file) as handle:
-        try:
-            values = json.load(handle)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{error.lineno}: not valid JSON ({error.msg})") from error
-    if not isinstance(values, list):
-        raise ValueError(f"{file} should hold a JSON array of records")
-    for i, value in enumerate(values):
-        yield Record(value, f"{file}[{i}]")
-
-
-def _csv(file: Path) -> Iterator[Record | MalformedRecordError]:
-    with open_text(file) as handle:
-        rows = csv.DictReader(handle, strict=True)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield MalformedRecordError(f"{file}:{rows.line_num}: {error}")
-                continue
-            if None in row or None in row.values():
-                columns = len(rows.fieldnames or [])
-                yield MalformedRecordError(
-                    f"{file}:{rows.line_num}: not {columns} columns as in the header"
-                )
-            else:
-                yield Record(dict(row), f"{file}:{rows.line_num}")
-
-
-def _text(file: Path) -> Iterator[Record | MalformedRecordError]:
-    with open_text(file) as handle:
-        yield Record({"text": handle.read().replace("\r\n", "\n")}, str(file))
-
-
-def _lines(
-    file: Path, delimiter: str, fields: tuple[str, ...]
-) -> Iterator[Record | MalformedRecordError]:
-    with open_text(file) as lines:
-        for number, line in enumerate(lines, 1):
-            parts = [part.strip() for part in line.split(delimiter)]
-            if len(parts) != len(fields):
-                yield MalformedRecordError(
-                    f"{file}:{number}: {len(parts)} fields, expected {len(fields)}"
-                )
-            else:
-                yield Record(dict(zip(fields, parts, strict=True)), f"{file}:{number}")
-
-
-def _parquet(file: Path) -> Iterator[Record]:
-    from datasets import Dataset
-
-    for i, value in enumerate(Dataset.from_parquet(str(file))):
-        yield Record(dict(value), f"{file}[{i}]")
-
-
-def _hub(name: str, split: str) -> Iterator[Record]:
-    from datasets import load_dataset
-
-    identifier, _, configuration = name.partition(":")
-    try:
-        data = load_dataset(identifier, configuration or None, split=split)
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{name} is neither a file nor a dataset that can be downloaded "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    for i, value in enumerate(data):
-        yield Record(dict(value), f"{name}[{split}]:{i}")
-
-
-def _rdf(file: Path) -> Iterator[Record | MalformedRecordError]:
-    """Triples of N-Triples or Turtle; things are called by their label in the file, or the last
-    part of their name.
-    """
-    try:
-        import rdflib
-    except ImportError as error:
-        raise ImportError("reading RDF needs rdflib: pip install peft-jax[rdf]") from error
-    graph = rdflib.Graph()
-    if file.name.removesuffix(".gz").endswith(".nt"):
-        with open_text(file) as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    graph.parse(data=line, format="nt")
-                except Exception as error:  # of several kinds
-                    yield MalformedRecordError(
-                        f"{file}:{number}: not a triple ({' '.join(str(error).split())[:80]})"
-                    )
-    else:
-        with open_text(file) as handle:
-            try:
-                graph.parse(data=handle.read(), format="turtle")
-            except Exception as error:  # of several kinds
-                raise ValueError(
-                    f"{file} is not valid Turtle: {' '.join(str(error).split())[:200]}"
-                ) from error
-    labels = (rdflib.RDFS.label, rdflib.SKOS.prefLabel)
-    for s, p, o in sorted(graph):
-        if p not in labels:
-            subject, relation, thing = (_called(graph, x, labels) for x in (s, p, o))
-            yield Record(
-                {"subject": subject, "relation": relation, "object": thing},
-                f"{file} ({s.n3()} {p.n3()})",
-            )
-
-
-def _called(graph: Any, thing: Any, labels: Any) -> str:
-    for label in labels:
-        if (value := graph.value(thing, label)) is not None:
-            return str(value)
-    text = str(thing)
-    if not text.startswith(("http:", "https:", "urn:")):
-        return text
-    return text.rstrip("/#").replace("#", "/").rpartition("/")[2].replace("_", " ")
-
-
-_CONLLU = ("form", "lemma", "upos", "xpos", "feats", "head", "deprel")
-
-
-def _conllu(file: Path) -> Iterator[Record | MalformedRecordError]:
-    """Sentences of a treebank: `tokens` (the words' forms), `lemma`, `upos`, `xpos`, `feats`,
-    `head`, `deprel`, a value a word, and what its comments say (`sent_id`, `text`). Multiword
-    tokens and empty nodes are passed over. `head_offset` says how far a word's head is from it, up
-    to 8 words ("-2", "+1", "far-", "far+"), or "root": parsing as tagging (Strzyz et al. 2019).
-    """
-    with open_text(file) as lines:
-        words: list[list[str]] = []
-        comments: dict[str, str] = {}
-        bad: MalformedRecordError | None = None
-        start = 1
-        for number, line in enumerate([*lines, "\n"], 1):
-            line = line.rstrip("\r\n")
-            if line.startswith("#"):
-                name, _, value = line[1:].partition("=")
-                comments[name.strip()] = value.strip()
-            elif line.strip():
-                parts = line.split("\t")
-                if len(parts) != 10:
-                    bad = bad or MalformedRecordError(
-                        f"{file}:{number}: {len(parts)} columns, CoNLL-U has 10"
-                    )
-                elif parts[0].isdigit():
-                    words.append(parts[1:8])
-                    if not (parts[6] == "_" or parts[6].isdigit()):
-                        bad = bad or MalformedRecordError(
-                            f"{file}:{number}: the head {parts[6]!r} is no word's number"
-                        )
-            else:
-                columns: dict[str, list[str]] = (
-                    dict(zip(_CONLLU, map(list, zip(*words, strict=True)), strict=True))
-                    if words
-                    else {}
-                )
-                heads = [int(h) for h in columns.get("head", ()) if h.isdigit()]
-                if bad is None and any(h > len(words) for h in heads):
-                    bad = MalformedRecordError(
-                        f"{file}:{start}: the head {max(heads)} is none of the sentence's "
-                        f"{len(words)} words"
-                    )
-                if bad is not None:
-                    yield bad
-                elif words:
-                    if len(heads) == len(words):
-                        columns["head_offset"] = [
-                            _offset(at, head) for at, head in enumerate(heads, 1)
-                        ]
-                    yield Record(
-                        {"tokens": columns.pop("form"), **columns, **comments}, f"{file}:{start}"
-                    )
-                words, comments, bad, start = [], {}, None, number + 1
-
-
-def _offset(at: int, head: int) -> str:
-    far = head - at
-    return (
-        "root" if head == 0 else f"{far:+d}" if abs(far) <= 8 else f"far{'+' if far > 0 else '-'}"
-    )
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Record | MalformedRecordError]]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".txt": _text,
-    ".parquet": _parquet,
-    ".conllu": _conllu,
-    ".nt": _rdf,
-    ".ttl": _rdf,
 }

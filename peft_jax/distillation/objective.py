@@ -49,6 +49,7 @@ from peft_jax.objectives.reading import (
     nll_and_hits,
     over_positions,
     scores_of,
+    with_head,
 )
 from peft_jax.objectives.tokens import balanced
 
@@ -282,9 +283,7 @@ def _teach(
         batch = {**{k: v for k, v in batch.items() if k not in ("positions", "at")}, **own}
     states, found = _read(reading, theirs, tree, batch, None, _wanted(features, tree, 1))
     stop = functools.partial(jax.tree.map, jax.lax.stop_gradient)
-    return _Taught(
-        stop(states), lambda s: stop(reading.head(theirs, stop(tree), batch)(s)), stop(found)
-    )
+    return _Taught(stop(states), reading.head(theirs, stop(tree), batch), stop(found))
 
 
 class _Comparison(NamedTuple):
@@ -312,43 +311,44 @@ def _compare(
     both = [t.states for t in taught]
     width = logits_width(head, states) * (1 + len(taught))
 
-    def scored(logits, targets):
-        return dict(zip(("nll", "hits"), nll_and_hits(logits, targets), strict=True))
-
-    def of(
-        s: jax.Array, targets: Any, theirs: list[Any], stored: dict[str, jax.Array], rng: Any = None
-    ) -> dict[str, jax.Array]:
-        logits = head(s, rng=rng)
-        return scored(logits, targets) | _divergences(
-            spec, logits, targets, teachers, taught, theirs, stored
-        )
-
+    heads = [head, *(t.head for t in taught if t.head is not None)]
+    compared = with_head(functools.partial(_compared, spec, tuple(teachers)), *heads)
     if "teacher_at" not in batch:
-        return over_positions(of, (states, batch["targets"], both, stored), width, chunk, rng)
+        arrays = (states, batch["targets"], both, stored)
+        return over_positions(compared, arrays, width, chunk, rng)
 
     def pick(x, at):
         return jnp.take_along_axis(x, at[..., None], axis=1)
 
     ours, theirs = pick(states, batch["compared_at"]), [pick(x, batch["teacher_at"]) for x in both]
 
-    def of_data(s, targets, rng=None):
-        return scored(head(s, rng=rng), targets)
+    found = over_positions(with_head(_scored, head), (states, batch["targets"]), width, chunk, rng)
+    return found | over_positions(compared, (ours, None, theirs, {}), width, chunk, rng)
 
-    def compared(s, theirs, rng=None):
-        return _divergences(spec, head(s, rng=rng), None, teachers, taught, theirs, {})
 
-    return over_positions(of_data, (states, batch["targets"]), width, chunk, rng) | over_positions(
-        compared, (ours, theirs), width, chunk, rng
-    )
+def _scored(head: Any, states: jax.Array, targets: jax.Array, rng: Any = None) -> dict[str, Any]:
+    return dict(zip(("nll", "hits"), nll_and_hits(head(states, rng=rng), targets), strict=True))
+
+
+def _compared(spec: _Comparison, teachers: Sequence[Teacher], head: Any, *given: Any, rng=None):
+    """What `_compare` gives of a chunk; without targets what is compared alone. `given` are the
+    teachers' heads, states, targets, the teachers' states and what is stored of them.
+    """
+    *heads, states, targets, theirs, stored = given
+    logits, scored = head(states, rng=rng), {}
+    if targets is not None:
+        scored = dict(zip(("nll", "hits"), nll_and_hits(logits, targets), strict=True))
+    stop = jax.lax.stop_gradient
+    others = [stop(own(s)) for own, s in zip(heads, theirs, strict=True)]
+    return scored | _divergences(spec, logits, targets, teachers, others, stored)
 
 
 def _divergences(
     spec: _Comparison,
     logits: jax.Array,
     targets: Any,
-    teachers: Any,
-    taught: Any,
-    theirs: list[Any],
+    teachers: Sequence[Teacher],
+    others: list[jax.Array],
     stored: Any,
 ) -> dict[str, jax.Array]:
     options: dict[str, Any] = {"temperature": spec.temperature, "vocabulary": spec.vocabulary}
@@ -359,12 +359,10 @@ def _divergences(
         }
     total = sum(t.weight for t in teachers)
     value, made = jnp.zeros(logits.shape[:-1], jnp.float32), {}
-    for teacher, what, states in zip(teachers, taught, theirs, strict=True):
-        value = value + teacher.weight / total * _divergence(
-            spec, options, logits, what.head(states), teacher
-        )
+    for teacher, theirs in zip(teachers, others, strict=True):
+        value = value + teacher.weight / total * _divergence(spec, options, logits, theirs, teacher)
     if spec.policy:
-        p, q = (log_probabilities(x, **options) for x in (taught[0].head(theirs[0]), logits))
+        p, q = (log_probabilities(x, **options) for x in (others[0], logits))
 
         def of(x):
             return jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0]

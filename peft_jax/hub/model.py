@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from peft_jax.core.options import ConfigError, configuration, option
 from peft_jax.core.stage import Context, Stage, State
 from peft_jax.hub.adapters import load_adapter
-from peft_jax.hub.checkpoint import load, load_fresh
+from peft_jax.hub.checkpoint import fresh_model, load, load_fresh
 from peft_jax.models.blocks import Task
 
 
@@ -61,19 +61,27 @@ def open_model(
     """(model, params) of a checkpoint's `folder` as the section says. `labels` are the classes of
     its head, and `each` takes each array as soon as it is read (see `load`).
     """
-    options: dict[str, Any] = {
+    options = {**_options(section), "labels": labels, "seed": seed, "mesh": mesh}
+    if section.fresh:
+        return load_fresh(folder, config=section.config, **options)
+    return load(folder, each=each, **options)
+
+
+def planned_model(section: ModelConfig, folder: Path) -> Any:
+    """The model that `open_model` gives, without its parameters: of `folder` the config alone is
+    read.
+    """
+    return fresh_model(folder, config=section.config, **_options(section))
+
+
+def _options(section: ModelConfig) -> dict[str, Any]:
+    return {
         "task": section.task,
-        "labels": labels,
-        "seed": seed,
         "dtype": _dtype(section.dtype),
-        "mesh": mesh,
         "scan_layers": section.scan_layers,
         "remat": section.remat,
         "attention_implementation": section.attention,
     }
-    if section.fresh:
-        return load_fresh(folder, config=section.config, **options)
-    return load(folder, each=each, **options)
 
 
 def _dtype(name: str | None) -> Any:

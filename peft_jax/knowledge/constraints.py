@@ -21,6 +21,7 @@ from peft_jax.objectives.reading import (
     mean_over,
     nll_and_hits,
     over_positions,
+    with_head,
 )
 
 
@@ -118,6 +119,24 @@ def objects_of(facts: Sequence[Any], tokenizer: Any, width: int) -> tuple[list[s
     return list(found), allowed
 
 
+def _penalised(
+    head: Any,
+    tables: Mapping[str, jax.Array],
+    states: jax.Array,
+    targets: jax.Array,
+    rules: jax.Array,
+    rng: Any = None,
+) -> dict[str, jax.Array]:
+    """nll, hits and penalties [B, T] of states [B, T, D], by rows of the tables."""
+    logits = head(states, rng=rng)
+    nll, hits = nll_and_hits(logits, targets)
+    found = {"nll": nll, "hits": hits}
+    for name, table in tables.items():
+        rows = jnp.take(table, jnp.maximum(rules - 1, 0), axis=0)
+        found[name] = PENALTIES[name](logits, rows)
+    return found
+
+
 def constrained(
     reading: Reading,
     tables: Mapping[str, tuple[Any, float]],
@@ -141,17 +160,8 @@ def constrained(
     batch = reading.view(batch, rng)
     states, head = reading.states(apply, params, batch, rng), reading.head(apply, params, batch)
 
-    def of(
-        states: jax.Array, targets: jax.Array, rules: jax.Array, rng: Any = None
-    ) -> dict[str, jax.Array]:
-        logits = head(states, rng=rng)
-        nll, hits = nll_and_hits(logits, targets)
-        found = {"nll": nll, "hits": hits}
-        for name, (table, _) in tables.items():
-            rows = jnp.take(jnp.asarray(table), jnp.maximum(rules - 1, 0), axis=0)
-            found[name] = PENALTIES[name](logits, rows)
-        return found
-
+    arrays = {name: jnp.asarray(table) for name, (table, _) in tables.items()}
+    of = with_head(_penalised, head, arrays)
     found = over_positions(
         of, (states, batch["targets"], rules), logits_width(head, states), chunk, rng
     )

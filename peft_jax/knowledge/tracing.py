@@ -106,10 +106,8 @@ def _probabilities(
 
 
 def plot_trace(traces: Trace | Sequence[Trace], path: Path) -> Path:
-    """A heat map by token and layer of what comes back of each fact, in a file. Raises ImportError
-    without matplotlib.
-    """
-    from matplotlib.figure import Figure
+    """A heat map by token and layer of what comes back of each fact, in a file."""
+    from matplotlib.figure import Figure  # takes long to load
 
     traces = [traces] if isinstance(traces, Trace) else list(traces)
     figure = Figure(

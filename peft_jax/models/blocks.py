@@ -5,6 +5,7 @@ stacks of layers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -167,13 +168,24 @@ class AttentionCore(nn.Module):
     implementation: str | None = None
 
     def __call__(self, operands: AttentionOperands) -> jax.Array:
-        o = operands
+        """[B, T, H, d] in the queries' dtype.
+
+        A layer that shares a scan with layers of another kind takes the branch of its own, so that
+        a kernel is told statically what it has to do.
+        """
+        sliding, o = operands.sliding, operands.replace(sliding=False)
+        if isinstance(sliding, bool):
+            return self._of_kind(sliding, o)
+        local, full = (functools.partial(self._of_kind, kind) for kind in (True, False))
+        return jax.lax.cond(sliding, local, full, o)
+
+    def _of_kind(self, sliding: bool, o: AttentionOperands) -> jax.Array:
         return attention(
             o.query,
             o.key,
             o.value,
             o.mask,
-            sliding=o.sliding,
+            sliding=sliding,
             bias=None if o.bias is None else o.bias.scores,
             scale=self.scale,
             softcap=self.softcap,
@@ -287,4 +299,5 @@ def abstract_params(model: nn.Module) -> Any:
 
 def fresh_params(model: nn.Module, seed: int = 0) -> Any:
     """A model's parameters before any training."""
-    return model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    plain: Any = model.clone(attention_implementation=None)  # a kernel may not take one token
+    return plain.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]

@@ -35,16 +35,24 @@ from peft_jax.models.cache import Cache, Inputs, Slots, empty_cache
 from peft_jax.models.config import DecoderConfig
 from peft_jax.models.moe import SparseMLP
 from peft_jax.models.operands import AttentionOperands
-from peft_jax.models.rotary import rotary_table, rotate, sequence_lengths
+from peft_jax.models.rotary import (
+    RotaryConfig,
+    rotary_tables,
+    rotate,
+    sequence_lengths,
+    table_of,
+)
 
 
 class LayerKind(NamedTuple):
     """What one layer does that another may not; None where scanned layers differ and `layer` says
     it per layer.
+
+    `rope` is the number of its way to rotate among `rotaries`.
     """
 
     sliding: bool | None
-    rope: bool | None
+    rope: int | None
     experts: bool
 
 
@@ -108,24 +116,18 @@ class Attention(nn.Module):
         out = self.core(AttentionOperands(q, k, v, shared["mask"], sliding))
         return self.o_proj(out.reshape(*out.shape[:-2], -1)), cache
 
-    def _flag(self, name: str, layer: dict[str, jax.Array]) -> bool | jax.Array:
+    def _flag(self, name: str, layer: dict[str, jax.Array]) -> Any:
         static = getattr(self.kind, name)
         return layer[name] if static is None else static
 
     def _rotate(
         self, q: jax.Array, k: jax.Array, shared: dict[str, Any], layer: dict[str, jax.Array]
     ) -> list[jax.Array]:
-        cos, sin = shared["rope"]
-        if shared["local_rope"] is not None:
-            sliding = self._flag("sliding", layer)
-            cos, sin = (
-                jnp.where(sliding, a, b)
-                for a, b in zip(shared["local_rope"], (cos, sin), strict=True)
-            )
-        rope = self._flag("rope", layer)
-        if isinstance(rope, bool):
-            return [rotate(y, cos, sin) if rope else y for y in (q, k)]
-        return [jnp.where(rope, rotate(y, cos, sin), y) for y in (q, k)]
+        way = self._flag("rope", layer)
+        if isinstance(way, int) and rotaries(self.config)[way] is None:
+            return [q, k]
+        cos, sin = table_of(shared["rope"], way)
+        return [rotate(y, cos, sin) for y in (q, k)]
 
 
 class MLP(nn.Module):
@@ -294,11 +296,15 @@ def shared_inputs(c: DecoderConfig, at: Cached) -> dict[str, Any]:
         "index": at.index,
         "positions": at.positions,
         "segment_ids": at.segment_ids,
-        "rope": rotary_table(c.rotary, at.positions, lengths),
-        "local_rope": None
-        if c.local_rotary is None
-        else rotary_table(c.local_rotary, at.positions, lengths),
+        "rope": rotary_tables(rotaries(c), at.positions, lengths),
     }
+
+
+def rotaries(c: DecoderConfig) -> list[RotaryConfig | None]:
+    """The ways in which the model's layers rotate; None is not at all."""
+    ways: list[RotaryConfig | None] = [c.rotary]
+    ways += [] if c.local_rotary is None else [c.local_rotary]
+    return [*ways, None] if any(c.no_rope_layers or ()) else ways
 
 
 def layer_kinds(c: DecoderConfig) -> list[LayerKind]:
@@ -306,7 +312,12 @@ def layer_kinds(c: DecoderConfig) -> list[LayerKind]:
     sliding = c.sliding_layers or (False,) * c.num_layers
     no_rope = c.no_rope_layers or (False,) * c.num_layers
     experts = [c.num_experts > 0 and i not in c.dense_layers for i in range(c.num_layers)]
-    return [LayerKind(s, not off, e) for s, off, e in zip(sliding, no_rope, experts, strict=True)]
+    ways = rotaries(c)
+    rope = [
+        ways.index(None if off else c.local_rotary if s and c.local_rotary else c.rotary)
+        for s, off in zip(sliding, no_rope, strict=True)
+    ]
+    return [LayerKind(*values) for values in zip(sliding, rope, experts, strict=True)]
 
 
 class Cached(NamedTuple):

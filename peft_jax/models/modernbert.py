@@ -30,7 +30,13 @@ from peft_jax.models.config import rotary_config
 from peft_jax.models.encoder import Encoder, EncoderConfig, encoder_shared
 from peft_jax.models.family import ENCODER_TASKS, Family
 from peft_jax.models.operands import AttentionOperands
-from peft_jax.models.rotary import RotaryConfig, rotary_table, rotate, sequence_lengths
+from peft_jax.models.rotary import (
+    RotaryConfig,
+    rotary_tables,
+    rotate,
+    sequence_lengths,
+    table_of,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,10 +110,7 @@ class Attention(Block):
         c = self.config
         qkv = self.dense(3 * c.hidden_size, "Wqkv", c.attention_bias)(x)
         q, k, v = (split_heads(y, c.head_dim) for y in jnp.split(qkv, 3, axis=-1))
-        cos, sin = (
-            jnp.where(sliding, a, b)
-            for a, b in zip(shared["local_rope"], shared["rope"], strict=True)
-        )
+        cos, sin = table_of(shared["rope"], jnp.asarray(sliding, jnp.int32))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = AttentionCore(c.head_dim**-0.5, None, self.implementation, name="core")(
             AttentionOperands(q, k, v, shared["mask"], sliding)
@@ -180,8 +183,7 @@ class ModernBertStack(Block):
         lengths = sequence_lengths(positions, segment_ids)
         shared = {
             **encoder_shared(tokens, segment_ids, positions, c.window),
-            "rope": rotary_table(c.rotary, positions, lengths),
-            "local_rope": rotary_table(c.local_rotary, positions, lengths),
+            "rope": rotary_tables([c.rotary, c.local_rotary], positions, lengths),
         }
         own = {"first": [i == 0 for i in range(c.num_layers)], "sliding": list(c.sliding_layers)}
         x = self.final_norm(run_layers(self.layers, self.embeddings(tokens), shared, own))

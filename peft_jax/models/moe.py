@@ -1,10 +1,5 @@
 """Mixtures of experts (Shazeer et al. 2017, arXiv:1701.06538): a router picks k of E experts for
-each token, none is dropped.
-
-Tokens are sorted by expert and multiplied in groups (`jax.lax.ragged_dot`). On a mesh with an axis
-`expert` each device holds some of the experts: tokens are gathered over that axis, each device adds
-what its experts say, and the sum is scattered again. Letters: N tokens, D model, F feed-forward, E
-experts, k experts a token.
+each token, none is dropped. How tokens and experts meet is in `routing`.
 """
 
 from __future__ import annotations
@@ -16,89 +11,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from peft_jax.core.bind import register_rule
-from peft_jax.core.weight import ragged_matmul
-from peft_jax.models.blocks import ACTIVATIONS
-
-
-def mixture(
-    x: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    gate_up: Any,
-    down: Any,
-    *,
-    activation: str,
-    first: Any = 0,
-) -> jax.Array:
-    """The experts' outputs [N, D] for tokens x [N, D], summed by `weights` [N, k] over the experts
-    `ids` [N, k]; an id that is no expert's adds nothing.
-
-    gate_up [E, D, 2F] and down [E, F, D] are arrays or Weights. They are the experts from the
-    number `first` on; what other experts would add is left out.
-    """
-    N, k = ids.shape
-    E = down.shape[0]
-    local = (ids - first).reshape(-1)
-    mine = (local >= 0) & (local < E)
-    order = jnp.argsort(
-        jnp.where(mine, local, E), stable=True
-    )  # others' tokens come last, in no group
-    sizes = jnp.bincount(jnp.where(mine, local, E), length=E + 1)[:E]
-    gate, up = jnp.split(ragged_matmul(x[order // k], gate_up, sizes), 2, axis=-1)
-    y = ragged_matmul(ACTIVATIONS[activation](gate) * up, down, sizes)
-    y = jnp.where(mine[order][:, None], y, 0) * weights.reshape(-1)[order][:, None].astype(y.dtype)
-    return y[jnp.argsort(order)].reshape(N, k, -1).sum(1)
-
-
-def parallel_mixture(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Any, down: Any, *, activation: str
-) -> jax.Array:
-    """`mixture` of x [B, T, D] by ids and weights [B, T, k], over the mesh's axis `expert` where
-    there is one.
-    """
-
-    def flat(
-        x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Any, down: Any, first: Any = 0
-    ) -> jax.Array:
-        def rows(a):
-            return a.reshape(-1, a.shape[-1])
-
-        y = mixture(
-            rows(x), rows(ids), rows(weights), gate_up, down, activation=activation, first=first
-        )
-        return y.reshape(x.shape)
-
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else dict(mesh.shape).get("expert", 1)
-    if ways == 1 or down.shape[0] % ways:
-        return flat(x, ids, weights, gate_up, down)
-    split = (
-        x.shape[0] % ways == 0
-    )  # rows lie on the axis too, except in small batches of generation
-
-    def local(
-        x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: Any, down: Any
-    ) -> jax.Array:
-        if split:
-            x, ids, weights = (
-                jax.lax.all_gather(a, "expert", tiled=True) for a in (x, ids, weights)
-            )
-        y = flat(x, ids, weights, gate_up, down, jax.lax.axis_index("expert") * down.shape[0])
-        return jax.lax.psum_scatter(y, "expert", tiled=True) if split else jax.lax.psum(y, "expert")
-
-    rows, experts = P("expert") if split else P(), P("expert")
-    run = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(rows, rows, rows, experts, experts),
-        out_specs=rows,
-        axis_names={"expert"},
-        check_vma=False,
-    )
-    return run(x, ids, weights, gate_up, down)
+from peft_jax.models.routing import parallel_mixture
 
 
 class Experts(nn.Module):

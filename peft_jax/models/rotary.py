@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -185,6 +186,26 @@ def rotary_table(
         )
     angles = positions.astype(jnp.float32)[..., None] * inv
     return jnp.cos(angles) * attention, jnp.sin(angles) * attention
+
+
+Tables = tuple[jax.Array, jax.Array]  # (cos, sin), each [R, B, T, dim/2]
+
+
+def rotary_tables(
+    configs: Sequence[RotaryConfig | None], positions: jax.Array, lengths: jax.Array | None = None
+) -> Tables:
+    """The tables of R ways to rotate, stacked; None is the way that leaves everything as it is."""
+    found = {c: rotary_table(c, positions, lengths) for c in configs if c is not None}
+    cos, sin = next(iter(found.values()))
+    still = (jnp.ones_like(cos), jnp.zeros_like(sin))
+    each = [still if c is None else found[c] for c in configs]
+    return jnp.stack([cos for cos, _ in each]), jnp.stack([sin for _, sin in each])
+
+
+def table_of(tables: Tables, way: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) of one of the R ways, whose number a scanned layer has as an array."""
+    cos, sin = (jax.lax.dynamic_index_in_dim(x, way, keepdims=False) for x in tables)
+    return cos, sin
 
 
 @jax.custom_vjp

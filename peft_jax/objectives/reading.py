@@ -12,12 +12,19 @@ What it then returns adds up over the parts to the whole batch's, gradients incl
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.interpreters.partial_eval import dce_jaxpr
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import Partial
+
+from peft_jax.core.mesh import automatic, entered_mesh, token_axes
 
 
 class Apply(Protocol):
@@ -37,7 +44,8 @@ class Reading(NamedTuple):
 
     `view(batch, rng)` is the batch as the model gets it, with targets [B, T] and weights [B, T];
     `states(apply, params, batch, rng)` are [B, T, D], and `head(apply, params, batch)` is a
-    function from such states (and a key for the head's dropout, `rng`) to logits [B, T, V].
+    function from such states (and a key for the head's dropout, `rng`) to logits [B, T, V], best a
+    `jax.tree_util.Partial` of the arrays that it uses (see `over_positions`).
     """
 
     view: Callable[[dict[str, jax.Array], Any], dict[str, jax.Array]]
@@ -81,10 +89,21 @@ def scores_of(
     D].
     """
 
-    def of(states, targets, rng=None):
-        return nll_and_hits(head(states, rng=rng), targets)
-
+    of = with_head(_scored, head)
     return over_positions(of, (states, targets), logits_width(head, states), chunk, rng)
+
+
+def with_head(function: Callable[..., Any], *given: Any) -> Callable[..., Any]:
+    """`function(*given, *arrays, rng=None)`, given heads and trees of arrays, as a function of
+    arrays alone: a `Partial` where all heads are.
+    """
+    heads = [x for x in given if callable(x)]
+    kind = Partial if all(isinstance(h, Partial) for h in heads) else functools.partial
+    return kind(function, *given)
+
+
+def _scored(head: Any, states: jax.Array, targets: jax.Array, rng: Any = None) -> Any:
+    return nll_and_hits(head(states, rng=rng), targets)
 
 
 def nll_and_hits(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -108,24 +127,97 @@ def logits_width(head: Callable[..., jax.Array], states: jax.Array) -> int:
 def over_positions(
     of: Callable[..., Any], arrays: Any, width: int, chunk: int | None, rng: Any = None
 ) -> Any:
-    """`of(*arrays)`, a tree of arrays [B, T], of trees of arrays [B, T, ...], for `chunk` tokens at
-    a time and computed again in the backward pass, so that `width` logits a token are never stored
-    for the whole batch.
+    """`of(*arrays)`, a tree of arrays [B, T, ...], of trees of arrays [B, T, ...], for `chunk`
+    tokens at a time and computed again in the backward pass, so that `width` logits a token are
+    never stored for the whole batch.
 
-    0: all at once; None: chunks where float32 logits would exceed 256 MB. With a key `rng` each
-    chunk gets its own, by that name.
+    0: all at once; None: chunks where the float32 logits of a device would exceed 256 MB. With a
+    key `rng` each chunk gets its own, by that name. On a mesh each device takes its own tokens in
+    chunks where `of` is a `jax.tree_util.Partial`, whose arrays are gathered once for all chunks
+    and their gradients added up after the last one; other functions are split as the compiler
+    does it.
+    """
+    with entered_mesh((of if isinstance(of, Partial) else None, arrays)):
+        B, T = jax.tree.leaves(arrays)[0].shape[:2]
+        rows, tokens = token_axes(B, T)
+        ways = math.prod(map(automatic, (*rows, *tokens)))
+        most = None if chunk is None else -(-chunk // ways)
+        if ways == 1 or not isinstance(of, Partial) or _steps(B * T // ways, T, width, most) <= 1:
+            return _in_chunks(of, arrays, width, chunk, rng, ways)
+        return _each_its_own(of, arrays, width, most, rng, rows, tokens)
+
+
+def _steps(tokens: int, T: int, width: int, chunk: int | None) -> int:
+    """In how many runs of positions `tokens` of rows of T are taken, `chunk` at a time."""
+    rows = max(1, tokens // T)
+    if chunk is None:
+        chunk = max(1, _CHUNK_BYTES // (4 * width * rows)) * rows
+        chunk = 0 if tokens * width * 4 <= _CHUNK_BYTES else chunk
+    return 1 if chunk <= 0 else -(-T // max(1, chunk // rows))
+
+
+def _each_its_own(
+    of: Partial,
+    arrays: Any,
+    width: int,
+    chunk: int | None,
+    rng: Any,
+    rows: tuple[str, ...],
+    tokens: tuple[str, ...],
+) -> Any:
+    """`_in_chunks` of each device's own rows and tokens."""
+    leaves, tree = jax.tree.flatten(of)
+    used = _used(of, arrays, rng)
+
+    def local(whole: list[Any], arrays: Any, rng: Any) -> Any:
+        given = iter(whole)
+        filled = [
+            next(given) if u else jnp.zeros(x.shape, x.dtype)
+            for u, x in zip(used, leaves, strict=True)
+        ]
+        if rng is not None:
+            for axis in (*rows, *tokens):
+                rng = jax.random.fold_in(rng, jax.lax.axis_index(axis))
+        return _in_chunks(tree.unflatten(filled), arrays, width, chunk, rng, 1)
+
+    split = P(rows or None, tokens or None)
+    run = jax.shard_map(
+        local,
+        in_specs=(P(), split, P()),
+        out_specs=split,
+        axis_names={*rows, *tokens},
+        check_vma=False,
+    )
+    return run([x for u, x in zip(used, leaves, strict=True) if u], arrays, rng)
+
+
+def _used(of: Partial, arrays: Any, rng: Any) -> list[bool]:
+    """Which of its arrays a function uses: a head is given the whole tree of a model."""
+    leaves, tree = jax.tree.flatten(of)
+    few = jax.tree.map(lambda x: x[:, :1], arrays)
+
+    def run(leaves: list[Any]) -> Any:
+        return tree.unflatten(leaves)(*few, **({} if rng is None else {"rng": rng}))
+
+    jaxpr = jax.make_jaxpr(run)(leaves).jaxpr
+    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
+
+
+def _in_chunks(
+    of: Callable[..., Any], arrays: Any, width: int, chunk: int | None, rng: Any, ways: int
+) -> Any:
+    """`of(*arrays)` by runs of positions over all rows, so that rows stay split as they are, over
+    `ways` devices.
     """
 
     def keyed(index):
         return {} if rng is None else {"rng": jax.random.fold_in(rng, index)}
 
     B, T = jax.tree.leaves(arrays)[0].shape[:2]
-    own = 0 if B * T * width * 4 <= _CHUNK_BYTES else max(1, _CHUNK_BYTES // (4 * width * B)) * B
-    tokens = own if chunk is None else chunk
-    steps = 1 if tokens <= 0 else -(-T // max(1, tokens // B))
+    most = None if chunk is None else -(-chunk // ways)
+    steps = _steps(B * T // ways, T, width, most) if ways > 1 else _steps(B * T, T, width, chunk)
     if steps <= 1:
         return of(*arrays, **keyed(0))
-    # Chunks are runs of positions over all rows, so that rows stay sharded as they are.
     size = -(-T // steps)
     pad = steps * size - T
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
-from peft_jax.core.bind import bound_of
+from peft_jax.core.bind import Bound, bound_of
 from peft_jax.models.moe import load_balancing_loss
 from peft_jax.objectives.objective import NamedObjective
 from peft_jax.objectives.reading import (
@@ -40,9 +41,16 @@ def token_states(apply: Apply, params: Any, batch: dict[str, jax.Array], rng: An
 
 def token_head(apply: Apply, params: Any, batch: dict[str, jax.Array]) -> Callable[..., jax.Array]:
     """The model's own head."""
-    if not bound_of(apply).hidden_states:
+    bound = bound_of(apply)
+    if not bound.hidden_states:
         return as_they_are
-    return functools.partial(apply, params, method="unembed", adapter_ids=batch.get("adapter_ids"))
+    if (ids := batch.get("adapter_ids")) is not None:  # each row's own, which is not to be gathered
+        return functools.partial(apply, params, method="unembed", adapter_ids=ids)
+    return Partial(_unembed, bound, params)
+
+
+def _unembed(bound: Bound, params: Any, states: jax.Array, rng: Any = None) -> jax.Array:
+    return bound(params, states, method="unembed", rng=rng)
 
 
 TOKENS = Reading(lambda batch, rng: batch, token_states, token_head)

@@ -111,14 +111,10 @@ class Report:
                 curves.add_row(layer, *(f"{points[s]:.4f}" for s in shares))
             console.print(curves)
 
-    def plot(self, path: Path) -> Path | None:
-        """A picture of sparsity and error by layer and of the sensitivity curves; None without
-        matplotlib.
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            return None
+    def plot(self, path: Path) -> Path:
+        """A picture of sparsity and error by layer and of the sensitivity curves."""
+        from matplotlib.figure import Figure  # takes long to load
+
         figure = Figure(figsize=(15 if self.curves else 10, 4), layout="constrained")
         axes = figure.subplots(1, 3 if self.curves else 2)
         kinds: dict[str, list[tuple[int, dict[str, Any]]]] = {}

@@ -31,6 +31,7 @@ from peft_jax.hub.state import read_identity, read_state, write_state
 from peft_jax.recipes.export import export, save_model, write_config
 from peft_jax.recipes.measure import held_rows, measure, samples_of, show_samples, shown
 from peft_jax.recipes.plan import Entry, planned
+from peft_jax.recipes.report import leave_report
 from peft_jax.recipes.run_config import RunConfig
 from peft_jax.recipes.setup import Setup, context_of, mesh_of, opened
 from peft_jax.training.checkpoint import fingerprint
@@ -152,6 +153,7 @@ def run_chain(config: RunConfig, console: Console) -> Result:
     if jax.process_index() == 0:
         numbers = {"before": first["metrics"], "after": last["metrics"], "samples": samples}
         write_json(out / "results.json", {**numbers, "stages": told})
+    leave_report(config)
     chain.say(f"written: {written}")
     params = chain.after(len(chain.places)).params
     return Result(params, last.get("steps", 0), {}, False, last.get("skipped_steps", 0))

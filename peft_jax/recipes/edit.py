@@ -17,9 +17,9 @@ from peft_jax.hub import save_adapter
 from peft_jax.knowledge.evaluation import edit_scores, fluency
 from peft_jax.knowledge.requests import Edit
 from peft_jax.knowledge.stage import STAGE, check_edits, edits_of, write_edits
-from peft_jax.recipes.export import write_config
 from peft_jax.recipes.measure import held_rows, printer
 from peft_jax.recipes.plan import without_stages
+from peft_jax.recipes.report import leave_report
 from peft_jax.recipes.run_config import RunConfig
 from peft_jax.recipes.setup import Setup, context_of, set_up
 from peft_jax.training.evaluate import perplexity
@@ -42,8 +42,8 @@ def run_editing(config: RunConfig, console: Console | None = None) -> Path:
     edited = edited_tree(config, setup, edits, console, out / ADAPTER)
     after = _measured(config, setup, edited, edits)
     console.print(before_and_after(before, after))
-    write_config(config, out)
     write_json(out / "results.json", {"before": before, "after": after, "edits": len(edits)})
+    leave_report(config)
     printer(console)(f"written: {out / ADAPTER}, {len(edits):,} facts")
     return out / ADAPTER
 

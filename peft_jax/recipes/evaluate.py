@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import jax
+
+from peft_jax.core.files import write_json
 from peft_jax.core.options import ConfigError
 from peft_jax.recipes.chain import finished
 from peft_jax.recipes.measure import held_out, held_rows, measure, samples_of
+from peft_jax.recipes.report import leave_report
 from peft_jax.recipes.run_config import RunConfig
 from peft_jax.recipes.setup import Setup, set_up
 from peft_jax.training.loop import check_batch
@@ -23,7 +29,13 @@ def run_evaluation(config: RunConfig) -> dict[str, float]:
     if held_out(config) is None:
         raise ConfigError("evaluate needs data.validation or data.test")
     check_batch(config.train, config.data.sequence_length, setup.mesh)
-    return measure(config, setup, setup.params, held_rows(config, setup))
+    found = measure(config, setup, setup.params, held_rows(config, setup))
+    out = Path(config.output)
+    out.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        write_json(out / "evaluation.json", {"after": found})
+    leave_report(config)
+    return found
 
 
 def run_generation(config: RunConfig) -> list[str]:

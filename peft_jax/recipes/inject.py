@@ -26,6 +26,7 @@ from peft_jax.knowledge.requests import Edit
 from peft_jax.objectives.tokens import TOKENS
 from peft_jax.recipes.edit import ADAPTER, edited_tree
 from peft_jax.recipes.plan import without_stages
+from peft_jax.recipes.report import leave_report
 from peft_jax.recipes.run_config import RunConfig
 from peft_jax.recipes.setup import Setup, set_up, subject_in
 from peft_jax.recipes.train import run_training
@@ -69,6 +70,7 @@ def run_injection(config: RunConfig, console: Console | None = None) -> dict[str
     if jax.process_index() == 0:
         console.print(before_and_after(before, after))
         write_json(out / "injection.json", {"before": before, "after": after})
+    leave_report(config)
     return {"before": before, "after": after}
 
 

@@ -9,12 +9,13 @@ from typing import Any
 from rich.console import Console
 
 from peft_jax.core.options import ConfigError
+from peft_jax.data.chat import chat_prompt, content_text
 from peft_jax.generation.generate import generate
 from peft_jax.knowledge.inputs import reads_knowledge
 from peft_jax.recipes.run_config import RunConfig
 from peft_jax.recipes.setup import Setup, subject_in
 from peft_jax.training.beside import beside
-from peft_jax.training.evaluate import generated_metrics, perplexity
+from peft_jax.training.evaluate import as_texts, generated_metrics, perplexity
 from peft_jax.training.predictions import classify
 from peft_jax.training.rows import make_rows, records_of
 from peft_jax.training.tasks import TASKS, kind_of, objective_of, usual_metrics
@@ -86,6 +87,7 @@ def measure(config: RunConfig, setup: Setup, params: Any, rows: Any) -> dict[str
         max_tokens=e.max_tokens,
         batch_size=e.batch_size,
         beside=beside(subject),
+        chat=config.data.chat,
     )
 
 
@@ -95,13 +97,14 @@ def samples_of(config: RunConfig, setup: Setup, params: Any) -> list[str]:
     if not g.prompts:
         return []
     if task == "sequence_classification":
-        return [f" -> {label}" for label in classify(subject, params, g.prompts)]
+        texts = [shown_prompt(p) for p in g.prompts]
+        return [f" -> {label}" for label in classify(subject, params, texts)]
     if task not in ("causal_lm", "seq2seq_lm"):
         raise ConfigError(f"generate.prompts are of no use to a {task} model")
-    return generate(
+    made = generate(
         reads_knowledge(setup.model),
         params,
-        g.prompts,
+        _prompts(config, setup),
         tokenizer=setup.tokenizer,
         max_tokens=g.max_tokens,
         temperature=g.temperature,
@@ -112,6 +115,31 @@ def samples_of(config: RunConfig, setup: Setup, params: Any) -> list[str]:
         cache_dtype=g.cache,
         beside=beside(subject),
     )
+    return as_texts(setup.tokenizer, made)
+
+
+def _prompts(config: RunConfig, setup: Setup) -> list[Any]:
+    """The configured prompts: texts as they are, or, where some go through the chat template, the
+    tokens of all.
+    """
+    g, tokenizer = config.generate, setup.tokenizer
+    chat = g.chat if isinstance(g.chat, bool) else kind_of(subject_in(config, setup)) == "chat"
+    if not chat and all(isinstance(p, str) for p in g.prompts):
+        return list(g.prompts)
+    options = config.data.template_options
+    made = []
+    for prompt in g.prompts:
+        if isinstance(prompt, str) and not chat:
+            made.append(tokenizer(prompt, verbose=False)["input_ids"])
+            continue
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        made.append(chat_prompt(tokenizer, messages, **options))
+    return made
+
+
+def shown_prompt(prompt: str | list[dict[str, Any]]) -> str:
+    """A prompt as text: of messages the last one's."""
+    return prompt if isinstance(prompt, str) else content_text(prompt[-1])
 
 
 def show_samples(
@@ -119,7 +147,7 @@ def show_samples(
 ) -> None:
     """Print each prompt with what became of it, before and after."""
     for i, prompt in enumerate(config.generate.prompts):
-        say(f"\nprompt: {prompt}")
+        say(f"\nprompt: {shown_prompt(prompt)}")
         for when, texts in samples.items():
             say(f"{when}: {' '.join(texts[i].split())}")
 

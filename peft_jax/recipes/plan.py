@@ -94,7 +94,7 @@ def _entry(config: RunConfig, index: int, item: Any) -> Entry:
                 f"{name}: {', '.join(known)}"
             )
     try:
-        entry = Entry(index + 1, stage, checked(_changed(RunConfig, to_dict(config), changes)))
+        entry = Entry(index + 1, stage, checked(changed(RunConfig, to_dict(config), changes)))
         stage.require(entry.section)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
@@ -122,13 +122,13 @@ def _named(where: str, item: Any) -> tuple[str, dict[str, Any]]:
     return name, changes
 
 
-def _changed(section: Any, tree: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
+def changed(section: Any, tree: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
     """A section's tree with changes; sections in it are changed, anything else is replaced."""
     fields = {f.name: f for f in dataclasses.fields(section)}
     made = dict(tree)
     for key, value in changes.items():
         inner = fields[key].default if key in fields else None
         if dataclasses.is_dataclass(inner) and isinstance(value, Mapping) and made[key]:
-            value = _changed(type(inner), made[key], value)
+            value = changed(type(inner), made[key], value)
         made[key] = value
     return made

@@ -21,6 +21,7 @@ from peft_jax.quantization.stage import QuantizeConfig
 from peft_jax.recipes.export import MODEL
 from peft_jax.recipes.measure import held_rows, measure, printer, shown
 from peft_jax.recipes.plan import is_asked, without_stages
+from peft_jax.recipes.report import leave_report
 from peft_jax.recipes.run_config import RunConfig
 from peft_jax.recipes.setup import context_of, set_up
 from peft_jax.recipes.stages import STAGES
@@ -60,6 +61,7 @@ def run_pruning(config: RunConfig, console: Console | None = None) -> Path:
     save(out / MODEL, setup.model, setup.params, tokenizer=setup.tokenizer, tool=tool)
     counted = {"before": before, "after": after, "parameters_before": whole, "parameters": left}
     write_json(out / "pruning.json", {**numbers, **counted})
+    leave_report(config)
     say(f"written: {out / MODEL}")
     return out / MODEL
 
@@ -83,7 +85,5 @@ def _reported(
     )
     report.show(context.console)
     picture = report.plot(out / "pruning.png")
-    context.say(
-        f"picture: {picture or 'none, for want of matplotlib: pip install peft-jax[plots]'}"
-    )
+    context.say(f"picture: {picture}")
     return report.to_dict()

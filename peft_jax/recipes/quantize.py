@@ -15,6 +15,7 @@ from peft_jax.quantization.stage import STAGE, QuantizeConfig, mean_bits
 from peft_jax.recipes.export import MODEL
 from peft_jax.recipes.measure import held_rows, measure, printer, shown
 from peft_jax.recipes.plan import without_stages
+from peft_jax.recipes.report import leave_report
 from peft_jax.recipes.run_config import RunConfig
 from peft_jax.recipes.setup import set_up
 
@@ -47,5 +48,6 @@ def run_quantization(config: RunConfig, console: Console | None = None) -> Path:
         out.parent / "quantization.json",
         {"before": before, "after": after, "bits": bits, "tokens": seen},
     )
+    leave_report(config)
     say(f"written: {out}")
     return out

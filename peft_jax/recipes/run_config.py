@@ -19,7 +19,13 @@ from peft_jax.core.options import ConfigError, configuration, dotted, option, se
 from peft_jax.core.select import nearest
 from peft_jax.hub.model import ModelConfig
 from peft_jax.hub.quantized import TOOLS
-from peft_jax.recipes.sections import EvaluateConfig, GenerateConfig, InjectConfig, TeachConfig
+from peft_jax.recipes.sections import (
+    CompareConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    InjectConfig,
+    TeachConfig,
+)
 from peft_jax.recipes.stages import ORDER, STAGES
 from peft_jax.training.config import OptimizerConfig, TrainConfig
 from peft_jax.training.data import DataConfig, check_data, check_source
@@ -67,6 +73,9 @@ class RunConfig(_Stages):
     )
     evaluate: EvaluateConfig = option(EvaluateConfig(), "evaluation", alters=False)
     generate: GenerateConfig = option(GenerateConfig(), "generation", alters=False)
+    compare: CompareConfig = option(
+        CompareConfig(), "what `peft-jax compare` sets side by side", alters=False
+    )
     mesh: dict[str, int] = option(
         {},
         "sizes of expert, data, fsdp, sequence and tensor; one may be -1; empty: data over all",

@@ -1,8 +1,8 @@
-"""Sections that no stage has: what is measured, sampled, taught and injected."""
+"""Sections that no stage has: what is measured, sampled, taught, injected and compared."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from peft_jax.core.options import configuration, option
 from peft_jax.data.source import SourceConfig
@@ -52,7 +52,13 @@ class InjectConfig:
 
 @configuration
 class GenerateConfig:
-    prompts: list[str] = option([], "prompts to continue, before and after training")
+    prompts: list[str | list[dict[str, Any]]] = option(
+        [], "prompts to continue, before and after training: texts, or lists of messages"
+    )
+    chat: Literal["auto"] | bool = option(
+        "auto",
+        "whether texts are a user's turn in the chat template; auto where the data is of kind chat",
+    )
     max_tokens: int = option(64, "tokens to generate")
     temperature: float = option(0.8, "0 for greedy")
     top_k: int = option(0, "sample among the k most likely; 0 for all")
@@ -74,3 +80,41 @@ class EvaluateConfig:
     limit: int = option(200, "records to generate for")
     max_tokens: int = option(64, "tokens to generate for a record")
     batch_size: int = option(16, "records generated for at a time")
+
+
+@configuration
+class RecipeConfig:
+    title: str | None = option(None, "how reports call it; by default its name")
+    technique: str | None = option(None, "the technique that it stands for, as pruning")
+    run: dict[str, Any] = option(
+        {},
+        "sections of options that differ from the run at the top, as {method: {name: full}}; "
+        "{NAME} in a text is the folder of an earlier recipe's run of the same seed",
+    )
+    rates: list[float] = option(
+        [],
+        "values of optimizer.learning_rate that are tried on the first seed; the one with the "
+        "lowest loss on data.validation is kept. All recipes have as many, or none has any",
+    )
+
+
+@configuration
+class CompareConfig:
+    recipes: dict[str, RecipeConfig] = option({}, "what is compared, by name, in this order")
+    reference: str = option("full", "the recipe that the others are measured against")
+    seeds: list[int] = option([0, 1, 2], "values of train.seed, a run each")
+    quality: str = option("loss", "the metric that says how good a model is on data.test")
+    forgetting: SourceConfig | None = option(
+        None,
+        "other text, whose loss before and after says what was forgotten; by default texts that "
+        "the base itself writes",
+    )
+    own_texts: int = option(64, "how many texts the base writes")
+    own_tokens: int = option(128, "tokens of each of them")
+    generate_rows: int = option(8, "rows of the measured generation")
+    generate_tokens: int = option(64, "tokens of each of them")
+    devices: int = option(1, "runs at a time, each on a device of its own")
+    only: list[str] = option(
+        [], "recipes whose runs are done now, as [full, lora]; the report waits for the others"
+    )
+    keep_states: bool = option(False, "keep checkpoints and states of runs that are finished")

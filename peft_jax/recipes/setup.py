@@ -19,6 +19,7 @@ from peft_jax.core.roles import register_roles, roles_from
 from peft_jax.core.sharding import check_rules
 from peft_jax.core.stage import Batches, Context, Needs, Past, State
 from peft_jax.data.source import SourceConfig
+from peft_jax.data.templates import template_of
 from peft_jax.hub import load_tokenizer, local_folder
 from peft_jax.hub.checkpoint import read_config
 from peft_jax.hub.model import ModelConfig, open_model
@@ -129,7 +130,15 @@ def opened(config: RunConfig, each: Any = None) -> Setup:
         each=each,
     )
     state = State(model, params, mask_updates=STAGES["prune"].section_of(config).mask_updates)
-    return Setup(state, load_tokenizer(folder), mesh, folder)
+    return Setup(state, tokenizer_in(config, folder), mesh, folder)
+
+
+def tokenizer_in(config: RunConfig, folder: Path) -> Any:
+    """The tokenizer of a folder, with the chat template that the configuration names."""
+    tokenizer = load_tokenizer(folder)
+    if config.data.template is not None:
+        tokenizer.chat_template = template_of(tokenizer, config.data.template).source
+    return tokenizer
 
 
 def _labels(config: RunConfig, folder: Path) -> Sequence[str] | int | None:

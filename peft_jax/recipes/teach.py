@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from peft_jax.core.bind import bind
+from peft_jax.core.files import write_json
 from peft_jax.core.options import ConfigError
 from peft_jax.core.partition import freeze
 from peft_jax.core.sharding import fetch
@@ -29,10 +31,11 @@ from peft_jax.distillation.match import tokenizer_hash
 from peft_jax.distillation.remote import remote_top_k
 from peft_jax.generation.generate import generate
 from peft_jax.hub import load_tokenizer, local_folder
-from peft_jax.objectives.reading import over_positions
+from peft_jax.objectives.reading import over_positions, with_head
 from peft_jax.objectives.tokens import TOKENS
 from peft_jax.recipes.measure import printer
 from peft_jax.recipes.plan import without_stages
+from peft_jax.recipes.report import leave_report
 from peft_jax.recipes.run_config import RunConfig
 from peft_jax.recipes.setup import mesh_of, subject_of, teacher_of
 from peft_jax.training.checkpoint import fingerprint as fingerprint_of_model
@@ -68,6 +71,9 @@ def run_teaching(config: RunConfig, console: Console | None = None) -> Path:
             out, header, read, lambda n: status.update(f"{n:,} of {header.rows:,} rows")
         )
     size = sum(f.stat().st_size for f in out.glob("shard-*.safetensors"))
+    told = {"shards": header.shards, "rows": header.rows, "bytes": size, "kept tokens": header.k}
+    write_json(out / "teaching.json", {**told, "bytes a token": header.bytes_per_token})
+    leave_report(config)
     say(
         f"written: {out}, {header.shards} shards ({found} were there), {size:,} bytes, "
         f"{header.bytes_per_token} a token "
@@ -154,11 +160,9 @@ def _predicted(config: RunConfig, setup: Loaded, rows: Rows, header: CacheHeader
     def predict(params: Any, batch: Any) -> Any:
         states, head = TOKENS.states(apply, params, batch, None), TOKENS.head(apply, params, batch)
 
-        def of(s):
-            return top_k(head(s), header.k, **options)
-
+        likely = with_head(functools.partial(_likely, header.k, tuple(options.items())), head)
         ids, log_probs = over_positions(
-            of, (states,), setup.model.config.vocab_size, config.train.loss_chunk
+            likely, (states,), setup.model.config.vocab_size, config.train.loss_chunk
         )
         return ids, log_probs.astype(jnp.dtype(header.dtype))
 
@@ -170,6 +174,10 @@ def _predicted(config: RunConfig, setup: Loaded, rows: Rows, header: CacheHeader
         return ids, log_probs
 
     return read
+
+
+def _likely(k: int, options: Sequence[tuple[str, Any]], head: Any, states: jax.Array) -> Any:
+    return top_k(head(states), k, **dict(options))
 
 
 def _asked(config: RunConfig, rows: Rows, k: int) -> Any:
@@ -246,5 +254,7 @@ def _write_texts(config: RunConfig, setup: Loaded, out: Path, say: Any) -> Path:
                 )
             file.flush()
     os.replace(partial, path)
+    write_json(out / "teaching.json", {"completions": len(prompts)})
+    leave_report(config)
     say(f"written: {path}, {len(prompts):,} completions")
     return path

@@ -16,6 +16,7 @@ from peft_jax.models.tables import check_rows, first_position
 from peft_jax.recipes.chain import run_chain
 from peft_jax.recipes.export import CHECKPOINTS, export, write_config
 from peft_jax.recipes.measure import measure, samples_of, show_samples, shown
+from peft_jax.recipes.report import leave_report
 from peft_jax.recipes.run_config import RunConfig
 from peft_jax.recipes.setup import Setup, context_of, identity, set_up, subject_in
 from peft_jax.training.checkpoint import Checkpoints
@@ -33,7 +34,7 @@ def run_training(
     A `setup` that there is already is taken as it is.
     """
     console = console or Console()
-    console.quiet = jax.process_index() != 0
+    console.quiet = console.quiet or jax.process_index() != 0
     if config.stages:
         return run_chain(config, console)
     setup = set_up(config, console) if setup is None else setup
@@ -68,6 +69,7 @@ def run_training(
     if jax.process_index() == 0:
         told = {"before": before, "after": after, "samples": samples, **numbers}
         write_json(out / "results.json", told)
+    leave_report(config)
     context.say(f"written: {exported}{_skipped(result)}")
     return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -13,8 +13,12 @@ from jax.sharding import Mesh
 
 from peft_jax.core.options import ConfigError, configuration, option
 from peft_jax.data import Record, read_records
-from peft_jax.data.records import Kind
-from peft_jax.data.source import SourceConfig
+from peft_jax.data.chat import Turns
+from peft_jax.data.encode import ChatOptions
+from peft_jax.data.formats import Kind
+from peft_jax.data.mixture import check_sources
+from peft_jax.data.records import told_kind
+from peft_jax.data.source import MixedSource, SourceConfig
 from peft_jax.knowledge.facts import part_of, read_templates
 from peft_jax.knowledge.section import KnowledgeConfig
 
@@ -24,6 +28,11 @@ Model = Any
 @configuration
 class DataConfig:
     train: SourceConfig = option(SourceConfig(), "what to learn from")
+    sources: list[MixedSource] = option(
+        [],
+        "several sources to learn from in place of data.train, as [{path: a.jsonl, weight: 2}, "
+        "{path: b.jsonl, weight: 1}] or with epochs",
+    )
     validation: SourceConfig | None = option(
         SourceConfig(split="validation"), "what to evaluate on during training", alters=False
     )
@@ -31,12 +40,25 @@ class DataConfig:
         None, "what to evaluate on at the end (by default the validation data)", alters=False
     )
     kind: Kind | None = option(
-        None, "what a record is, as classification; by default what the model's task takes"
+        None,
+        "what a record is, as chat; by default told from its columns, or what the model's task "
+        "takes",
     )
     columns: dict[str, str] = option(
         {}, "names of the record's fields in the source, as {prompt: question}"
     )
     delimiter: str | None = option(None, "what separates the fields on each line of a .txt file")
+    template: str | None = option(
+        None, "chat template: a name, as chatml, or a file; by default the tokenizer's own"
+    )
+    template_options: dict[str, Any] = option(
+        {}, "variables given to the chat template, as {enable_thinking: false}"
+    )
+    turns: Turns = option(
+        "all",
+        "of conversations whose template rewrites earlier turns: all turns, each in a row as the "
+        "model will meet it, or last, one row in which what is faithful is learnt",
+    )
     labels: list[str] = option(
         [],
         "names of the classes of a new head; by default the checkpoint's, or the training data's",
@@ -74,6 +96,17 @@ class DataConfig:
     same_texts: Literal["excluded", "negatives"] = option(
         "excluded", "what texts of a batch are that equal one of a pair's"
     )
+    cache: str | None = option(
+        None,
+        "folder that keeps the tokenized and packed rows of texts, completions and conversations, "
+        "read from there as they are needed; by default they are in memory",
+        alters=False,
+    )
+    workers: int = option(
+        0,
+        "processes that render and tokenize what data.cache is to hold; 0 for this one alone",
+        alters=False,
+    )
     packing: bool = option(
         True, "several examples in a row, kept apart by segment ids (of a causal language model)"
     )
@@ -82,10 +115,15 @@ class DataConfig:
     )
     on_error: Literal["skip", "stop"] = option("skip", "what to do with a malformed record")
 
+    @property
+    def chat(self) -> ChatOptions:
+        """How conversations are rendered and what of them is learnt."""
+        return ChatOptions(self.template_options, self.turns)
+
     def as_text(self) -> DataConfig:
         """The same for plain text: no facts, no columns, no passages."""
         knowledge = dataclasses.replace(self.knowledge, passages=None)
-        return dataclasses.replace(self, kind="text", columns={}, knowledge=knowledge)
+        return dataclasses.replace(self, kind="text", columns={}, sources=[], knowledge=knowledge)
 
 
 class Subject(NamedTuple):
@@ -121,6 +159,8 @@ def check_data(data: DataConfig) -> None:
         raise ConfigError(
             f"option 'data.sequence_length' must be at least 1, got {data.sequence_length}"
         )
+    if data.workers < 0:
+        raise ConfigError(f"option 'data.workers' must not be negative, got {data.workers}")
     if data.replay is not None and data.replay_share >= 1.0:
         raise ConfigError("data.replay_share=1 leaves nothing of data.train")
     if k.allowed_weight and not facts:
@@ -130,6 +170,9 @@ def check_data(data: DataConfig) -> None:
     for name in ("train", "validation", "test"):
         check_source(f"data.{name}", getattr(data, name), parted=facts, phrased=facts)
     check_source("data.replay", data.replay)
+    check_sources(data.sources)
+    for i, source in enumerate(data.sources):
+        check_source(f"data.sources.{i}", source, parted=facts, phrased=facts)
     check_source("data.knowledge.triples", k.triples, parted=True)
     check_source("data.knowledge.passages", k.passages, parted=k.passages_kind == "facts")
 
@@ -145,6 +188,26 @@ def check_source(
             f"{name}.phrasing is about facts that are trained or asked for: leave it out of "
             "other data"
         )
+
+
+def kind_in(data: DataConfig, source: SourceConfig, kinds: Sequence[Kind]) -> Kind:
+    """The kind of a source's records: as configured, or told from its columns where a task learns
+    from that kind, else the task's usual one. Raises ConfigError for preference pairs.
+    """
+    if data.kind is not None:
+        return data.kind
+    if len(kinds) == 1:
+        return kinds[0]
+    kind = told_kind(
+        source.path, split=source.split, columns=data.columns, delimiter=data.delimiter
+    )
+    if kind == "preference":
+        raise ConfigError(
+            f"{source.path} holds preference pairs (chosen and rejected), from which nothing here "
+            "learns yet: set data.kind and data.columns to train on the chosen answers, as "
+            "{completion: chosen}"
+        )
+    return kind if kind in kinds and kind != "facts" else kinds[0]
 
 
 def facts_of(data: DataConfig, source: SourceConfig) -> list[Record]:

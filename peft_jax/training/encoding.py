@@ -17,16 +17,16 @@ from peft_jax.data import (
     fit,
     pack,
 )
+from peft_jax.data.skipped import Skipped
 from peft_jax.training.data import Subject, names_of_labels
 
 
 def token_rows(s: Subject, records: Sequence[Record]) -> Any:
     """Rows of tokens, packed where the data is to be."""
-    d, kind = s.data, s.data.kind or "text"
-    examples = encode(records, s.tokenizer, kind, on_error=d.on_error)
-    return pack(
-        fit(examples, d.sequence_length, kind, d.too_long), d.sequence_length, packing=d.packing
-    )
+    d, skipped = s.data, Skipped()
+    examples = encode(records, s.tokenizer, on_error=d.on_error, chat=d.chat, skipped=skipped)
+    fitting = fit(examples, d.sequence_length, too_long=d.too_long, skipped=skipped)
+    return pack(fitting, d.sequence_length, packing=d.packing)
 
 
 def source_rows(s: Subject, records: Sequence[Record]) -> Any:

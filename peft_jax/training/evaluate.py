@@ -14,12 +14,16 @@ from jax.sharding import Mesh
 from peft_jax.core.bind import bind, bound_of
 from peft_jax.core.partition import partition
 from peft_jax.data import Record, Rows
+from peft_jax.data.chat import ASSISTANT, chat_prompt, content_text
+from peft_jax.data.encode import PLAIN, ChatOptions, template_options
 from peft_jax.generation.generate import generate
 from peft_jax.models.tables import check_rows, first_position
 from peft_jax.objectives.reading import Objective
 from peft_jax.objectives.tokens import next_token
 from peft_jax.training.loop import run_evaluation
 from peft_jax.training.step import make_evaluation
+
+Prompt = str | tuple[int, ...]
 
 
 def perplexity(
@@ -87,36 +91,51 @@ def generated_metrics(
     max_tokens: int = 64,
     batch_size: int = 16,
     beside: Callable[[Any], Any] | None = None,
+    chat: ChatOptions = PLAIN,
 ) -> dict[str, float]:
-    """Metrics of greedy completions of the records' prompts (or last assistant turns), several
-    references per prompt.
+    """Metrics of greedy completions of the records' prompts (or last assistant turns, rendered as
+    `chat` says), several references per prompt.
 
     `beside` as in `generate`.
     """
-    references: dict[str, list[str]] = defaultdict(list)
+    references: dict[Prompt, list[str]] = defaultdict(list)
     for record in records:
-        prompt, answer = prompt_and_answer(record, tokenizer)
+        prompt, answer = prompt_and_answer(record, tokenizer, chat)
         references[prompt].append(answer)
     prompts = list(references)[:limit]
     apply = bound_of(model)
     predictions: list[str] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        full = part + [part[-1]] * (batch_size - len(part))  # one shape, one compilation
+        full: list[Any] = part + [part[-1]] * (batch_size - len(part))  # one shape, one compilation
         texts = generate(
             apply, params, full, tokenizer=tokenizer, max_tokens=max_tokens, beside=beside
         )
-        predictions += texts[: len(part)]
+        predictions += as_texts(tokenizer, texts[: len(part)])
     return {
         name: GENERATED[name](predictions, [references[p] for p in prompts]) for name in metrics
     }
 
 
-def prompt_and_answer(record: Record, tokenizer: Any) -> tuple[str, str]:
-    """What to generate from, and what was expected."""
+def prompt_and_answer(
+    record: Record, tokenizer: Any, chat: ChatOptions = PLAIN
+) -> tuple[Prompt, str]:
+    """What to generate from, and what was expected: of a completion its prompt's text, of a
+    conversation the tokens of the prompt for its last assistant turn.
+    """
     value = record.value
-    if "messages" in value:
-        *before, last = value["messages"]
-        text = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
-        return text.removeprefix(tokenizer.bos_token or ""), last["content"]
-    return value["prompt"], value["completion"]
+    if "messages" not in value:
+        return value["prompt"], value["completion"]
+    messages = value["messages"]
+    last = max(i for i, m in enumerate(messages) if m["role"] in ASSISTANT)
+    options = {**chat.options, **template_options(value)}
+    ids = chat_prompt(tokenizer, messages[:last], value.get("tools"), **options)
+    return tuple(ids), content_text(messages[last])
+
+
+def as_texts(tokenizer: Any, made: Sequence[Any]) -> list[str]:
+    """What was generated, as texts where it is tokens."""
+    return [
+        text if isinstance(text, str) else tokenizer.decode(text, skip_special_tokens=True)
+        for text in made
+    ]

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,11 +24,13 @@ from peft_jax.core.mesh import ROWS, batch_sharding
 from peft_jax.core.partition import combine, partition, trainable_mask
 from peft_jax.core.sharding import shardings
 from peft_jax.data import batch_at, evaluation_batches
+from peft_jax.data.batches import parts_at
 from peft_jax.models.tables import check_rows
 from peft_jax.objectives.reading import Objective
 from peft_jax.objectives.tokens import next_token
 from peft_jax.training.checkpoint import Checkpoints, weights_of
 from peft_jax.training.config import TrainConfig
+from peft_jax.training.program import STEP, describe_step
 from peft_jax.training.report import Reporter, active_parameters, step_flops_per_token
 from peft_jax.training.step import TrainState, init_state, make_evaluation, make_step
 
@@ -201,14 +202,28 @@ class _Run:
             console=self.console,
         )
         stack.enter_context(self.reporter)
+        self._describe(state)
         return state
+
+    def _describe(self, state: TrainState) -> None:
+        """Tell what the step takes, once for a run."""
+        if self.folder is None or int(state.step) >= self.steps:
+            return
+        if int(state.step) == 0:  # of a run that is not this one
+            (self.folder / STEP).unlink(missing_ok=True)
+        tokens = self.rows.tokens.shape[1] * self.config.batch_size
+        arguments = (state, self.frozen, self._batch(int(state.step)))
+        describe_step(self.step, arguments, tokens, self.folder)
+        self.since = time.monotonic()
+
+    def _batch(self, number: int) -> Any:
+        read = batch_at if self.mesh is None else parts_at
+        made = read(self.rows, number, self.config.batch_size, seed=self.config.seed)
+        return on_devices(made, self.mesh)
 
     def advance(self, state: TrainState, number: int) -> tuple[TrainState, int]:
         """One step, with a log line where one is due."""
-        batch = on_devices(
-            batch_at(self.rows, number, self.config.batch_size, seed=self.config.seed), self.mesh
-        )
-        state, metrics = self.step(state, self.frozen, batch)
+        state, metrics = self.step(state, self.frozen, self._batch(number))
         number += 1
         self.tokens += self.rows.tokens.shape[1] * self.config.batch_size
         if self.reporter is not None:
@@ -320,15 +335,21 @@ def initial_state(
     start = functools.partial(init_state, optimizer=optimizer, seed=seed)
     if mesh is None:
         return start(trainable)
+    return jax.jit(start, out_shardings=state_shardings(params, optimizer, mesh))(trainable)
+
+
+def state_shardings(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Where the state of training `params`, arrays or ShapeDtypeStructs, lies on the mesh."""
+    trainable = partition(params)[0]
     where = jax.tree.map(
         lambda m, s: s if m else None, trainable_mask(params), shardings(params, mesh)
     )
     replicated = NamedSharding(mesh, P())
+    start = functools.partial(init_state, optimizer=optimizer, seed=0)
     moments = _opt_shardings(
         jax.eval_shape(start, trainable).opt_state, trainable, where, replicated
     )
-    spec = TrainState._make((replicated, where, moments, replicated, replicated, replicated))
-    return jax.jit(start, out_shardings=spec)(trainable)
+    return TrainState._make((replicated, where, moments, replicated, replicated, replicated))
 
 
 def _opt_shardings(opt_state: Any, trainable: Any, where: Any, replicated: NamedSharding) -> Any:
@@ -349,7 +370,7 @@ def _opt_shardings(opt_state: Any, trainable: Any, where: Any, replicated: Named
     return jax.tree.map(lay, opt_state, is_leaf=same)
 
 
-def on_devices(batch: dict[str, np.ndarray], mesh: Mesh | None) -> Any:
+def on_devices(batch: dict[str, Any], mesh: Mesh | None) -> Any:
     """The batch as arrays; on a mesh, each process puts its own part of it on its devices."""
     if mesh is None:
         return batch

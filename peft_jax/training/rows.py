@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from peft_jax.core.options import ConfigError
 from peft_jax.core.stage import Batches
 from peft_jax.data import Record, read_records
 from peft_jax.data.batches import batch_at
+from peft_jax.data.cache import cache_key, identity_of_file, open_rows, write_rows
+from peft_jax.data.encode import fitting
+from peft_jax.data.mixture import mixed
+from peft_jax.data.records import iter_records
+from peft_jax.data.skipped import Skipped
 from peft_jax.data.source import SourceConfig
+from peft_jax.data.workers import encode_with
+from peft_jax.distillation.match import tokenizer_hash
 from peft_jax.knowledge.facts import relation_questions, verbalise
 from peft_jax.knowledge.retrieval import passages_of, with_passages
+from peft_jax.knowledge.section import KnowledgeConfig
 from peft_jax.models.blocks import Task
-from peft_jax.training.data import DataConfig, Subject, facts_of, templates_of
+from peft_jax.training.data import DataConfig, Subject, facts_of, kind_in, templates_of
 from peft_jax.training.tasks import TASKS, rows_of
 
+logger = logging.getLogger("peft_jax")
 
-def read_source(data: DataConfig, source: SourceConfig, task: Task, seed: int) -> list[Record]:
-    """The records of one source. Raises ConfigError for a kind that the task does not take."""
+
+def read_source(
+    data: DataConfig,
+    source: SourceConfig,
+    task: Task,
+    seed: int,
+    skipped: Skipped | None = None,
+) -> list[Record]:
+    """The records of one source; what is passed over is counted in `skipped`. Raises ConfigError
+    for a kind that the task does not take.
+    """
     kinds = TASKS[task].kinds
-    kind = data.kind or kinds[0]
+    if source is data.train and data.sources:
+        return _mixed(data, task, seed, skipped)
+    kind = kind_in(data, source, kinds)
     if kind not in kinds:
         raise ConfigError(
             f"option 'data.kind': a {task} model learns from {' or '.join(kinds)} records, "
@@ -44,8 +70,24 @@ def read_source(data: DataConfig, source: SourceConfig, task: Task, seed: int) -
             delimiter=data.delimiter,
             on_error=data.on_error,
             limit=source.limit,
+            skipped=skipped,
         )
     return _with_passages(data, records, seed if training else None)
+
+
+def _mixed(data: DataConfig, task: Task, seed: int, skipped: Skipped | None) -> list[Record]:
+    """The records of data.sources, each as often as it is to be seen."""
+    parts = []
+    for source in data.sources:
+        own = dataclasses.replace(
+            data,
+            train=source,
+            sources=[],
+            kind=source.kind or data.kind,
+            columns=source.columns or data.columns,
+        )
+        parts.append(read_source(own, own.train, task, seed, skipped))
+    return mixed(parts, data.sources, seed)
 
 
 def _ruled(data: DataConfig, facts: list[Record]) -> list[Record]:
@@ -89,7 +131,10 @@ def make_rows(subject: Subject, source: SourceConfig) -> Any:
     replayed beside them.
     """
     data, times = subject.data, subject.passes
-    rows = rows_of(subject, records_of(subject, source))
+    if data.cache is not None and subject.model.task == "causal_lm":
+        rows = cached_rows(subject, source)
+    else:
+        rows = rows_of(subject, records_of(subject, source))
     if data.replay is None or source is not data.train:
         return rows
     other, share = text_rows(subject, data.replay), data.replay_share
@@ -100,6 +145,74 @@ def make_rows(subject: Subject, source: SourceConfig) -> Any:
     )[:count]
     seen = rows._make(np.tile(x, (times, *[1] * (x.ndim - 1))) for x in rows)
     return _beside(seen, other, chosen)
+
+
+def cached_rows(subject: Subject, source: SourceConfig) -> Any:
+    """The rows of one source of a causal language model, from data.cache; made there first where
+    they are not. Of several processes the first one makes them. Raises ConfigError for data that a
+    cache does not hold.
+    """
+    data = subject.data
+    if data.knowledge != KnowledgeConfig() or data.kind == "facts":
+        raise ConfigError("data.cache holds no facts and no knowledge beside data: leave it out")
+    folder = Path(str(data.cache)) / _key(subject, source)
+    if open_rows(folder) is None and jax.process_index() == 0:
+        _make_cache(subject, source, folder)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(folder.name)
+    rows = open_rows(folder)
+    if rows is None:
+        raise ConfigError(f"data.cache={data.cache} is no folder that all processes share")
+    return rows
+
+
+def _key(subject: Subject, source: SourceConfig) -> str:
+    d, tokenizer = subject.data, subject.tokenizer
+    sources = d.sources if source is d.train and d.sources else [source]
+    return cache_key(
+        sources=[(dataclasses.asdict(s), identity_of_file(s.path)) for s in sources],
+        seed=subject.seed if len(sources) > 1 else None,
+        tokenizer=tokenizer_hash(tokenizer),
+        special=[tokenizer.special_tokens_map, getattr(tokenizer, "add_bos_token", None)],
+        template=tokenizer.chat_template,
+        options=[d.kind, d.columns, d.delimiter, d.template_options, d.turns, d.on_error],
+        rows=[d.sequence_length, d.packing, d.too_long],
+    )
+
+
+def _make_cache(subject: Subject, source: SourceConfig, folder: Path) -> None:
+    d, skipped = subject.data, Skipped()
+    if source is d.train and d.sources:
+        records = read_source(d, source, "causal_lm", subject.seed, skipped)
+    else:
+        kind = kind_in(d, source, TASKS["causal_lm"].kinds)
+        records = iter_records(
+            source.path,
+            kind=kind,
+            split=source.split,
+            columns=d.columns,
+            delimiter=d.delimiter,
+            on_error=d.on_error,
+            limit=source.limit,
+            skipped=skipped,
+        )
+    examples = encode_with(
+        d.workers,
+        records,
+        subject.tokenizer,
+        on_error=d.on_error,
+        chat=d.chat,
+        skipped=skipped,
+    )
+    fits = fitting(examples, d.sequence_length, too_long=d.too_long, skipped=skipped)
+    with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), transient=True) as bar:
+        task = bar.add_task("reading the data", total=None)
+
+        def tell(examples: int, rows: int) -> None:
+            bar.update(task, description=f"{examples:,} examples in {rows:,} rows")
+
+        write_rows(folder, fits, d.sequence_length, packing=d.packing, tell=tell)
+    logger.info("%d records skipped while %s was made", len(skipped), folder)
 
 
 def text_rows(subject: Subject, source: SourceConfig) -> Any:

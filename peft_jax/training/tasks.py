@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from peft_jax.core.options import ConfigError
 from peft_jax.data import Record, encode_masked, encode_pairs, label_ids, label_names
-from peft_jax.data.records import Kind
+from peft_jax.data.formats import Kind
 from peft_jax.knowledge.constraints import constrained
 from peft_jax.knowledge.inputs import reads_knowledge
 from peft_jax.models.blocks import Task
@@ -22,7 +22,7 @@ from peft_jax.objectives.objective import make_objective
 from peft_jax.objectives.reading import Objective, Reading, cross_entropy
 from peft_jax.objectives.tokens import TOKENS, balanced, masked_reading, next_token
 from peft_jax.training.beside import is_informed, rule_tables, with_knowledge
-from peft_jax.training.data import Subject, names_of_labels
+from peft_jax.training.data import Subject, kind_in, names_of_labels
 from peft_jax.training.encoding import (
     classified_rows,
     question_rows,
@@ -99,7 +99,7 @@ def rows_of(s: Subject, records: Sequence[Record]) -> Any:
 
 def kind_of(s: Subject) -> Any:
     """The kind of records that the data holds."""
-    return s.data.kind or TASKS[s.model.task].kinds[0]
+    return kind_in(s.data, s.data.train, TASKS[s.model.task].kinds)
 
 
 def wanted_labels(

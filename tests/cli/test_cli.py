@@ -359,6 +359,7 @@ def test_quantize_shows_both_perplexities_and_writes_a_folder(options, tmp_path)
     assert "bits a quantized weight" in out
     nodes = places(peft_jax.load(tmp_path / "run" / "model")[1]).values()
     assert any(isinstance(w, Quantized) for w in nodes)
+    assert "<h2>Quantization</h2>" in (tmp_path / "run" / "report.html").read_text()
     numbers = json.loads((tmp_path / "run" / "quantization.json").read_text())
     assert len(numbers["tokens"]) == 21
     assert len(set(numbers["tokens"].values())) == 1  # all tokens go through each dense weight
@@ -384,6 +385,7 @@ def test_prune_shows_what_became_of_each_weight(options, tmp_path):
     assert error is None, out
     for text in ("before:", "after:", "% zeros a weight", "output error", "layer 2", "pruning.png"):
         assert text in out
+    assert "<h2>Layers</h2>" in (tmp_path / "run" / "report.html").read_text()
     numbers = json.loads((tmp_path / "run" / "pruning.json").read_text())
     assert len(numbers["weights"]) == 21
     assert all(row["tokens"] > 0 for row in numbers["weights"].values())

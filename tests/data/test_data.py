@@ -172,22 +172,26 @@ def test_chats_learn_only_assistant_turns(tokenizer):
     assert tokenizer.decode(example.ids).startswith("<s>### User:\nHello there")
 
 
-def test_a_template_that_rewrites_history_is_named(tokenizer, caplog):
+def test_a_template_that_rewrites_history_has_a_row_for_each_turn(tokenizer):
     import copy
 
-    bad = copy.deepcopy(tokenizer)
-    bad.chat_template = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}"
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = (
+        "{% for m in messages %}{{ loop.length }}{{ m['content'] }}</s>{% endfor %}"
+    )
     messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
     ]
     record = Record({"messages": messages}, "f:7")
-    with pytest.raises(MalformedRecordError, match="f:7: the chat template rewrites earlier turns"):
-        list(encode([record], bad, "chat", on_error="stop"))
-    bad.chat_template = None
+    made = list(encode([record], other, "chat", on_error="stop"))
+    assert [other.decode(e.ids) for e in made] == ["2a</s>2b</s>", "4a</s>4b</s>4c</s>4d</s>"]
+    assert [other.decode(e.ids[e.learn]) for e in made] == ["b</s>", "d</s>"]
+    other.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
-        list(encode([record], bad, "chat"))
+        list(encode([record], other, "chat"))
 
 
 def examples_of(sizes):

@@ -211,7 +211,9 @@ def test_generated_metrics_group_references(setup):
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
         "x",
     )
-    assert prompt_and_answer(chat, tokenizer) == ("### User:\nHi\n\n### Assistant:\n", "Ho")
+    prompt, answer = prompt_and_answer(chat, tokenizer)
+    assert tokenizer.decode(prompt) == "<s>### User:\nHi\n\n### Assistant:\n"
+    assert answer == "Ho"
 
 
 def test_perplexity_is_the_exponential_of_the_loss(setup):

@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformers import Gemma3TextConfig
 
 import peft_jax
 from peft_jax.core.attachment import Attachment, attach
 from peft_jax.core.reparametrised import node
-from peft_jax.models.attention import attention, cudnn, make_mask
+from peft_jax.models.attention import attention, cudnn, make_mask, splash
 from peft_jax.models.attention.splash import splash_attention, splash_supports
+from peft_jax.models.blocks import fresh_params
+from peft_jax.models.config import decoder_config
+from peft_jax.models.decoder import Decoder
 from tests.reference import FAMILIES, random_tokens, relative_error, torch_model
 
 
@@ -99,6 +103,39 @@ def test_splash_kernel_equals_plain_softmax(window, softcap):
     assert relative_error(out, expected) < 2e-3
     assert splash_supports(q.shape)
     assert not splash_supports((1, 100, 4, 128))
+
+
+def test_scanned_layers_that_differ_run_a_kernel_each_with_its_own_window(monkeypatch):
+    """The splash kernel in its interpreter, in a scanned model of which only some layers slide."""
+    kernel = splash.kernel.make_splash_mha
+    monkeypatch.setattr(
+        splash.kernel,
+        "make_splash_mha",
+        lambda *a, **options: kernel(*a, **{**options, "interpret": True}),
+    )
+    config = Gemma3TextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=128,
+        sliding_window=100,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    models = {
+        name: Decoder(decoder_config(config), attention_implementation=name)
+        for name in ("xla", "splash")
+    }
+    params, tokens = fresh_params(models["xla"]), random_tokens(1, 256, vocab=64)
+    hidden = {
+        name: jax.jit(peft_jax.bind(model), static_argnames="method")(
+            params, tokens, method="hidden"
+        )
+        for name, model in models.items()
+    }
+    assert relative_error(hidden["splash"], hidden["xla"]) < 1e-4
 
 
 @pytest.fixture(scope="module", params=["gemma2_caps", "gemma3"])

@@ -126,16 +126,23 @@ def test_stacking_refuses_layers_that_differ(root):
         unstack_layers(params)
 
 
-def test_compile_time_does_not_grow_with_depth():
-    from transformers import LlamaConfig
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_compile_time_does_not_grow_with_depth(kind):
+    from transformers import Gemma3TextConfig, LlamaConfig
 
     from peft_jax.models.blocks import abstract_params
     from peft_jax.models.decoder import Decoder
 
+    make, depths = {"llama": (LlamaConfig, (2, 8)), "gemma3": (Gemma3TextConfig, (7, 26))}[kind]
     sizes = []
-    for layers in (2, 8):
-        config = LlamaConfig(
-            hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=layers
+    for layers in depths:
+        config = make(
+            hidden_size=16,
+            intermediate_size=16,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_hidden_layers=layers,
+            **({} if kind == "llama" else {"sliding_window": 4, "head_dim": 8}),
         )
         model = Decoder(decoder_config(config))
         lowered = jax.jit(lambda p, t, m=model: m.apply({"params": p}, t)).lower(

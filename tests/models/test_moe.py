@@ -3,6 +3,7 @@ loss, techniques.
 """
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -10,15 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import PartitionSpec as P
+from transformers import Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import peft_jax
 from peft_jax.core import places
 from peft_jax.core.calibrate import calibrate
+from peft_jax.core.grouped import grouped_matmul, tiled_outer
 from peft_jax.core.mesh import make_mesh
 from peft_jax.core.sharding import shard
 from peft_jax.core.weight import ragged_matmul
-from peft_jax.models.moe import load_balancing_loss, mixture
+from peft_jax.models import routing
+from peft_jax.models.blocks import abstract_params
+from peft_jax.models.config import decoder_config
+from peft_jax.models.decoder import Decoder
+from peft_jax.models.moe import load_balancing_loss
+from peft_jax.models.routing import mixture
 from peft_jax.objectives.tokens import next_token
 from peft_jax.pruning import expert_importance, prune_experts, prune_structured, shrink
 from peft_jax.pruning.report import Report
@@ -138,6 +147,127 @@ def test_gradients_under_expert_parallelism_equal_those_of_one_device(root):
         out = jax.jit(gradient)(*peft_jax.partition(placed), rows)
     for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+ROUTED = [
+    ({"expert": 4, "fsdp": 2}, 8, "tokens"),
+    ({"expert": 4, "fsdp": 2}, 8, "pairs"),
+    ({"expert": 4, "fsdp": 2}, 8, "experts"),
+    ({"expert": 4, "sequence": 2}, 2, "replicas"),
+    ({"fsdp": 8}, 8, "experts"),
+    ({"fsdp": 8}, 1, "few"),
+    ({"expert": 2, "fsdp": 4}, 2, "few"),
+    ({"expert": 2, "tensor": 2, "fsdp": 2}, 4, "tokens"),
+    ({"expert": 2, "tensor": 2, "fsdp": 2}, 4, "pairs"),
+    ({"expert": 2, "tensor": 2, "fsdp": 2}, 1, "replicas"),
+]
+
+
+@pytest.fixture(scope="module")
+def routed():
+    """A batch [8, 6, D] with padding at its ends, and experts of LoRA over 8 bits."""
+    rng = np.random.default_rng(1)
+    experts = {
+        "gate_up_proj": rng.standard_normal((8, D, 2 * F)).astype(np.float32),
+        "down_proj": rng.standard_normal((8, F, D)).astype(np.float32),
+    }
+    tree = {"mlp": {"experts": jax.tree.map(jnp.asarray, experts)}}
+    tree = peft_jax.quantize(tree, Int(bits=8, block_size=4), targets="all-linear")
+    tree = perturb(peft_jax.lora(tree, jax.random.key(0), rank=2, targets="all-linear"))
+    x = rng.standard_normal((8, 6, D)).astype(np.float32)
+    ids = np.stack([rng.permutation(8)[:3] for _ in range(48)]).reshape(8, 6, 3).astype(np.int32)
+    ids[:, 4:] = 8  # of no expert
+    ids[2:4, :4, 0] = np.where((ids[2:4, :4, 1:] == 5).any(-1), ids[2:4, :4, 0], 5)
+    return tree, x, ids, np.abs(rng.standard_normal((8, 6, 3))).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames="run")
+def routed_gradients(tree, x, ids, weights, run):
+    """A mixture's output, and the gradients of its adapter, its tokens and its router's weights."""
+    trainable, frozen = peft_jax.partition(tree)
+
+    def loss(trainable, x, weights):
+        experts = peft_jax.combine(trainable, frozen)["mlp"]["experts"]
+        y = run(x, ids, weights, *(experts[f"{n}_proj"] for n in ("gate_up", "down")))
+        return (y**2).mean(), y
+
+    gradients, y = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(trainable, x, weights)
+    return [y, *jax.tree.leaves(gradients)]
+
+
+def on_one_device(x, ids, weights, gate_up, down):
+    flat = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
+    return mixture(*flat, gate_up, down, activation="silu").reshape(x.shape)
+
+
+@pytest.mark.parametrize(("axes", "rows", "route"), ROUTED, ids=str)
+def test_each_way_of_routing_equals_one_device_with_gradients(
+    axes, rows, route, routed, monkeypatch
+):
+    tree, *batch = routed
+    batch = [a[:rows] for a in batch]
+    expected = routed_gradients(tree, *batch, on_one_device)
+    if route in routing.ROUTES and route != "replicas":
+        monkeypatch.setattr(routing, "cheapest", lambda *_: route)
+    run = functools.partial(routing.parallel_mixture, activation="silu")
+    mesh = make_mesh(axes)
+    with jax.set_mesh(mesh):
+        found = routed_gradients(shard(tree, mesh), *batch, run)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_the_route_that_moves_least_is_taken():
+    """Bytes that one of 4 devices receives, counted by hand, for tokens of 10 bytes."""
+    assert routing.cheapest(4, tokens=100, chosen=8, row=10, experts=10**6) == "tokens"
+    assert routing.cheapest(4, tokens=100, chosen=2, row=10, experts=10**6) == "pairs"
+    assert routing.cheapest(4, tokens=100, chosen=8, row=10, experts=7_900) == "experts"
+    assert routing.cheapest(4, tokens=100, chosen=8, row=10, experts=8_100) == "tokens"
+
+
+def test_experts_stay_where_tokens_are_few():
+    """Of Qwen3-30B-A3B on 4 devices of fsdp: 16 tokens at a time, and a long batch."""
+    sizes = {"chosen": 8, "item": 2, "hidden": 2048, "features": 768, "experts": 302e6}
+    assert routing.few(16, **sizes)
+    assert not routing.few(16 * 4096, **sizes)
+
+
+def test_a_mixture_gathers_no_tokens_of_other_rows(routed):
+    """Over fsdp each device keeps its tokens: what is gathered are experts, codes as codes."""
+    tree, *batch = routed
+    mesh = make_mesh({"fsdp": 8})
+    run = functools.partial(routing.parallel_mixture, activation="silu")
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(a, jax.NamedSharding(mesh, P("fsdp"))) for a in batch]
+        text = routed_gradients.lower(shard(tree, mesh), *placed, run).compile().as_text()
+    gathered = set(re.findall(r"= (\S+?)(?:\{\S*)? all-gather\(", text))
+    assert f"s8[8,{F},{D}]" in gathered
+    assert f"f32[8,{F},{D}]" not in gathered
+    assert not any(re.search(r"\[(48|8,6|144)\b", shape) for shape in gathered)
+
+
+def test_the_kernel_of_gradients_equals_the_dense_product():
+    """Megablox's, in its interpreter; rows beyond the groups and an empty group count nothing."""
+    rng = np.random.default_rng(0)
+    x, grad = (jnp.asarray(rng.standard_normal((700, n)), jnp.float32) for n in (96, 24))
+    sizes = np.asarray([100, 0, 300, 7], np.int32)
+    parts = np.split(np.arange(700), np.cumsum(sizes))[:4]
+    expected = np.stack([np.asarray(x)[p].T @ np.asarray(grad)[p] for p in parts])
+    assert relative_error(tiled_outer(x, grad, sizes, interpret=True), expected) < 1e-5
+    w = jnp.zeros((4, 96, 24))
+    _, pull = jax.vjp(lambda w: grouped_matmul(x, w, sizes), w)
+    assert relative_error(pull(grad)[0], expected) < 1e-5
+
+
+def test_frozen_experts_keep_no_rows_for_a_gradient_of_theirs():
+    x, sizes = jnp.zeros((40, 8)), jnp.asarray([20, 20], jnp.int32)
+
+    def kept(argument):
+        run = functools.partial(jax.vjp, argument)
+        return {a.shape for a in jax.tree.leaves(jax.eval_shape(lambda a: run(a)[1], x))}
+
+    w = jnp.zeros((2, 8, 6))
+    assert (40, 8) not in kept(lambda x: grouped_matmul(x, w, sizes))
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -317,3 +447,10 @@ def test_what_experts_cannot_be_pruned_is_refused(root):
         shrink(model, params, channels=range(16))
     with pytest.raises(ValueError, match="prune_experts makes a mixture smaller"):
         prune_structured(model, params, [{"tokens": tokens}], units=8)
+
+
+def test_layers_with_and_without_experts_are_not_stacked():
+    config = Qwen3MoeConfig(num_hidden_layers=3, num_experts=8, vocab_size=64, mlp_only_layers=[1])
+    with pytest.raises(ValueError, match=r"some layers have experts .* scan_layers=False"):
+        abstract_params(Decoder(decoder_config(config)))
+    assert abstract_params(Decoder(decoder_config(config), scan_layers=False))

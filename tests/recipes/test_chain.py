@@ -78,11 +78,13 @@ def configuration(folder, tiny_folder, **changes):
 
 
 def results(folder):
-    """name -> bytes of what a run leaves, but for its own path, times and checkpoints."""
-    found = {}
+    """name -> bytes of what a run leaves, but for its own path, times, what it ran on, and
+    checkpoints.
+    """
+    found, apart = {}, ("config.yaml", "report.html", "about.json")
     for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
         name = path.relative_to(folder)
-        if {"checkpoints", "best", "tensorboard"} & set(name.parts) or name.name == "config.yaml":
+        if {"checkpoints", "best", "tensorboard"} & set(name.parts) or name.name in apart:
             continue
         data = path.read_bytes().replace(str(folder).encode(), b"")
         if name.name == "metrics.jsonl":

@@ -52,6 +52,7 @@ def test_facts_are_written_scored_and_saved(tiny_folder, tmp_path):
     )
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["edits"] == 2
+    assert "<td>efficacy</td>" in (tmp_path / "run" / "report.html").read_text()
     assert results["after"]["target"] > results["before"]["target"]
     assert {"efficacy", "neighbourhood", "score", "fluency", "perplexity"} <= set(results["after"])
     model, params = peft_jax.load(tiny_folder)

@@ -83,6 +83,7 @@ def test_trained_facts_are_known_and_unseen_ones_are_not(tiny_folder, files, tmp
     found = run_injection(configuration(tiny_folder, files, tmp_path / "run", data))
     assert found == json.loads((tmp_path / "run" / "injection.json").read_text())
     assert set(found["after"]) == {"said", "recall", "unseen", "perplexity"}
+    assert "What the model knows" in (tmp_path / "run" / "report.html").read_text()
     assert found["before"]["said"] == 0.0
     assert found["after"]["said"] == 1.0
     assert found["after"]["perplexity"] < found["before"]["perplexity"]  # it was replayed

@@ -105,6 +105,8 @@ def test_a_pruned_student_learns_from_its_quantized_teacher(tiny_folder, teacher
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     again = run_evaluation(configuration(tmp_path / "run" / "model", texts, tmp_path / "x"))
     assert again["loss"] == pytest.approx(results["after"]["loss"], rel=1e-4)
+    for folder, said in (("x", "Evaluation"), ("run", "On the held-out data")):
+        assert f"<h2>{said}</h2>" in (tmp_path / folder / "report.html").read_text()
     exported = run_export(config, merged=False)  # from the checkpoint, with its teachers
     assert peft_jax.load(exported)[0].config.num_layers == 1
 
@@ -155,6 +157,8 @@ def test_a_factorized_student_and_a_resumed_cache(tiny_folder, teacher, texts, t
             tiny_folder, texts, tmp_path / "cache", distill={"teachers": [{"path": str(teacher)}]}
         )
     )
+
+    assert "<td>shards</td>" in (tmp_path / "cache" / "report.html").read_text()
 
     def run(name, steps):
         config = configuration(

@@ -11,7 +11,8 @@ import pytest
 import peft_jax
 from peft_jax.core.mesh import make_mesh
 from peft_jax.core.sharding import shard
-from peft_jax.data import batch_at
+from peft_jax.data import batch_at, pack
+from peft_jax.data.encode import Example
 from peft_jax.objectives.tokens import next_token
 from peft_jax.training.loop import initial_state, on_devices
 from peft_jax.training.step import init_state, make_evaluation, make_step
@@ -64,6 +65,35 @@ def test_accumulation_equals_one_batch(setup):
         jax.tree.leaves(state.trainable), jax.tree.leaves(state_parts.trainable), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4)
+
+
+def test_packed_padded_and_split_rows_have_one_loss(setup):
+    """Of uneven lengths, rows without anything learnt among them: what a row stands beside, and in
+    which micro-batch, is no matter.
+    """
+    model, params, _ = setup
+    rng = np.random.default_rng(5)
+    examples = []
+    for n in rng.integers(2, 17, 30):
+        learn = rng.random(n) < (0.0 if n % 5 == 0 else 0.6)
+        examples.append(Example(rng.integers(3, 4096, n).astype(np.int32), learn))
+    losses = {}
+    for packing in (True, False):
+        rows = pack(examples, 16, packing=packing)
+        assert (rows.weights.sum(1) == 0).any() or packing
+        whole = {n: np.pad(a, [(0, -len(a) % 8), (0, 0)]) for n, a in rows._asdict().items()}
+        for accumulate in (1, 4):
+            state = initial_state(params, optax.sgd(0.1), 0)
+            step = make_step(
+                next_token, peft_jax.bind(model), optax.sgd(0.1), accumulate=accumulate
+            )
+            _, metrics = jax.jit(step)(state, peft_jax.partition(params)[1], whole)
+            losses[packing, accumulate] = float(metrics["loss"]), float(metrics["weight"])
+    (first, weight), *others = losses.values()
+    assert weight == sum(e.learn[1:].sum() for e in examples)
+    for loss, other in others:
+        assert loss == pytest.approx(first, rel=1e-6)
+        assert other == weight
 
 
 @pytest.mark.parametrize("chunk", [8, 40, 48])

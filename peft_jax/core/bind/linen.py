@@ -32,6 +32,7 @@ from peft_jax.core.capture import CAPTURED, RECORDER, Recorder
 from peft_jax.core.mesh import rows_in, split_outputs
 from peft_jax.core.prepare import prepare
 from peft_jax.core.select import OUTPUT_EMBEDDING
+from peft_jax.core.sharding import gathered
 from peft_jax.core.weight import Weight, materialize
 
 RULES: dict[tuple[type, str], Rule] = {}
@@ -126,7 +127,7 @@ def _intercept(
         run = (
             functools.partial(_materialized_call, module, method)
             if rule is None
-            else functools.partial(rule, module, own)
+            else functools.partial(_by_rule, rule, module, own)
         )
     for name in sorted(own, reverse=True):
         if isinstance(own[name], Attachment) and own[name].method == method:
@@ -137,6 +138,14 @@ def _intercept(
         for name, value in recorder.of("/".join(module.path), args, out).items():
             module.sow(CAPTURED, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
     return out
+
+
+def _by_rule(
+    rule: Rule, module: nn.Module, own: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """What a rule returns, with the module's parameters gathered for its inputs."""
+    own = gathered("/".join(module.path), own, args[0] if args else 0)
+    return rule(module, own, *args, **kwargs)
 
 
 def _is_super(context: Any) -> bool:

@@ -35,6 +35,7 @@ from peft_jax.core.bind.rules import (
 from peft_jax.core.capture import RECORDER, Recorder
 from peft_jax.core.mesh import row_axes, rows_in, split_outputs
 from peft_jax.core.prepare import prepare
+from peft_jax.core.sharding import gathered
 from peft_jax.core.tree import is_node, places
 from peft_jax.core.weight import Weight, materialize
 
@@ -241,7 +242,8 @@ def _substitute(
             say_fallback(
                 strict, said, where, original, method, ["/".join(names) for names in weights]
             )
-        body[method] = _make_method(original, method, rule, weights, [a.method for a in attached])
+        beside = [a.method for a in attached]
+        body[method] = _make_method(original, method, rule, weights, beside, where)
     module.__class__ = type(original.__name__, (original,), body)
 
 
@@ -253,12 +255,18 @@ def _methods(module_class: type) -> set[str]:
 
 
 def _make_method(
-    original: type, method: str, rule: Rule | None, weights: list[Names], attached: list[str]
+    original: type,
+    method: str,
+    rule: Rule | None,
+    weights: list[Names],
+    attached: list[str],
+    where: str,
 ) -> Callable[..., Any]:
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = functools.partial(_materialized_call, self, original, method, weights)
         if rule is not None and weights:
             own = {k: v.get_raw_value() for k, v in vars(self).items() if isinstance(v, nnx.Param)}
+            own = gathered(where, own, args[0] if args else 0)
             call = functools.partial(rule, self, own)
         for index in reversed([i for i, m in enumerate(attached) if m == method]):
             call = functools.partial(

@@ -46,6 +46,21 @@ def load_fresh(
     and as `load` does.
     """
     folder = local_folder(folder_or_repo, revision)
+    model = fresh_model(folder, config=config, task=task, labels=labels, dtype=dtype, **options)
+    params = jax.jit(lambda: fresh_params(model, seed))()
+    return model, params if mesh is None else shard(params, mesh, rules)
+
+
+def fresh_model(
+    folder: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    task: Task | None = None,
+    labels: Sequence[str] | int | None = None,
+    dtype: Any = None,
+    **options: Any,
+) -> Any:
+    """The model of a folder's `config.json`, as `load_fresh` has it, without parameters."""
     hf_config = labelled(read_config(folder), labels)
     known = hf_config.to_dict()
     for name in config or {}:
@@ -65,11 +80,9 @@ def load_fresh(
     architecture = dataclasses.replace(
         family.config(hf_config), generation_config=read_generation_config(folder)
     )
-    model: Any = family.module(
+    return family.module(
         architecture, task=task_of(hf_config, task), dtype=dtype, param_dtype=dtype, **options
     )
-    params = jax.jit(lambda: fresh_params(model, seed))()
-    return model, params if mesh is None else shard(params, mesh, rules)
 
 
 def labelled(hf_config: Any, labels: Sequence[str] | int | None) -> Any:

@@ -1,7 +1,7 @@
 """Compression by depth: seconds and memory of GPTQ and SparseGPT, one layer after the other, beside
 PyTorch.
 
-    python benchmarks/compression.py --depths 4 8 16 32 --rounds 2
+    python benchmarks/compression_depth.py --depths 4 8 16 32 --rounds 2
 
 Each figure is a process of its own, taking turns. The peer is a plain transcription of the
 published procedure over `transformers` layers: the same rows, blocks and damping, inputs one by
