@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 import peft_jax
 from peft_jax.core.mesh import make_mesh
 from peft_jax.hub import safetensors_io
+from peft_jax.hub.checkpoint.folder import default_dtype
 from tests.reference import random_tokens, relative_error
 
 
@@ -79,6 +81,14 @@ def test_default_dtype_is_float32_on_the_cpu(folder):
     model, params = peft_jax.load(folder)
     assert model.dtype == jnp.float32
     assert jax.tree.leaves(params)[0].dtype == jnp.float32
+
+
+def test_the_devices_of_a_mesh_decide_the_default_dtype():
+    """Also where a program for them is made on a machine that has only a CPU."""
+    config = types.SimpleNamespace(dtype="torch.bfloat16")
+    tpus = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="tpu")]))
+    assert default_dtype(config, tpus) == jnp.bfloat16
+    assert default_dtype(config, make_mesh()) == jnp.float32
 
 
 def test_saving_keeps_bfloat16(folder, tmp_path):

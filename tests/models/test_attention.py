@@ -17,11 +17,12 @@ from peft_jax.models.decoder import Decoder
 from tests.reference import FAMILIES, random_tokens, relative_error, torch_model
 
 
-def plain(q, k, v, visible, scale, softcap):
+def plain(q, k, v, visible, scale, softcap, bias=0.0):
     H, K = q.shape[2], k.shape[2]
     k, v = jnp.repeat(k, H // K, axis=2), jnp.repeat(v, H // K, axis=2)
     scores = jnp.einsum("bthd,bshd->bhts", q, k) * scale
     scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    scores = scores + bias
     return jnp.einsum(
         "bhts,bshd->bthd", jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), -1), v
     )

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from peft_jax.core.devices import program_device
 from peft_jax.core.files import read_json
 from peft_jax.models.families import introduce
 
@@ -58,10 +59,12 @@ def read_config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def default_dtype(hf_config: Any) -> Any:
+def default_dtype(hf_config: Any, mesh: Mesh | None = None) -> Any:
+    """float32 on CPUs, the checkpoint's dtype on the devices of other meshes and programs."""
     stored = str(getattr(hf_config, "dtype", None) or "float32").removeprefix("torch.")
     stored = "bfloat16" if stored == "float16" else stored  # in which nothing can be trained
-    return jnp.dtype("float32" if jax.default_backend() == "cpu" else stored)
+    on = program_device().platform if mesh is None else mesh.devices.flat[0].platform
+    return jnp.dtype("float32" if on == "cpu" else stored)
 
 
 def load_tokenizer(folder_or_repo: str | os.PathLike[str], revision: str | None = None) -> Any:

@@ -70,7 +70,7 @@ def load(
     """
     folder = local_folder(folder_or_repo, revision)
     hf_config = labelled(read_config(folder), labels)
-    dtype = default_dtype(hf_config) if dtype is None else jnp.dtype(dtype)
+    dtype = default_dtype(hf_config, mesh) if dtype is None else jnp.dtype(dtype)
     family = family_of(hf_config.model_type)
     with open_checkpoint(folder) as opened:
         checkpoint, architecture = Renamed(opened, family), family.config(hf_config)

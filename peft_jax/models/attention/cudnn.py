@@ -34,6 +34,9 @@ def _lacks(call: Call) -> str | None:
         return f"{call.q.dtype} (it computes in bfloat16 and float16)"
     if size > most or size % 8:
         return f"heads of {size} features (on these devices multiples of 8 up to {most})"
+    odd = call.q.shape[1] % 2 or call.k.shape[1] % 2
+    if odd and call.mask.aligned and (call.mask.segments is not None or not _by_rule(call)):
+        return "masks of an odd number of queries or keys"
     return None
 
 
@@ -50,10 +53,16 @@ def _is_hopper(device: Device) -> bool:
     return re.search(_HOPPER_AND_LATER, device.kind) is not None
 
 
+def _by_rule(call: Call) -> bool:
+    """Whether the kernel's own rules (causal, a window) say who sees whom within a segment."""
+    mask = call.mask
+    own = mask.aligned and not mask.dense and call.static
+    return own and (mask.causal or call.window is None)
+
+
 def _run(call: Call) -> jax.Array:
     mask = call.mask
-    by_rule = mask.aligned and not mask.dense and call.static
-    if not by_rule or (call.window is not None and not mask.causal):
+    if not _by_rule(call):
         return _masked(call)
     if mask.segments is None:
         window = None if call.window is None else (call.window - 1, 0)
@@ -67,11 +76,12 @@ def _attend(call: Call) -> Any:
     return functools.partial(jax.nn.dot_product_attention, scale=call.scale, implementation="cudnn")
 
 
-def _masked(call: Call) -> jax.Array:
+def _masked(call: Call, again: bool = False) -> jax.Array:
     """Attention under boolean masks, made block by block.
 
     The mask of a block is made again, and its output with it, where a gradient asks: that of a
-    layer among others that differ is its own. Layers alike share the one of a single block.
+    layer among others that differ is its own. Layers alike share the one of a single block, unless
+    `again` says otherwise.
     """
     static = isinstance(call.sliding, bool)
     blocks = _blocks(call)
@@ -81,7 +91,7 @@ def _masked(call: Call) -> jax.Array:
         seen = mask.visible(sliding, queries, keys)
         return _attend(call)(q[:, queries], k[:, :keys], v[:, :keys], mask=seen)
 
-    if len(blocks) > 1 or not static:
+    if again or len(blocks) > 1 or not static:
         block = jax.checkpoint(block, static_argnums=(0, 1, 2))
     operands = (call.q, call.k, call.v, call.mask, None if static else call.sliding)
     return jnp.concatenate([block(*where, *operands) for where in blocks], axis=1)
@@ -102,7 +112,7 @@ def _packed(call: Call, segments: jax.Array) -> jax.Array:
     """Rows packed from several sequences, each of which is one to the kernel.
 
     How many a row has is known at run time alone, and the kernel's statistics [B, runs, H, T] ask
-    for a number: rows of more runs than `_most_runs` go the way of masks, batch by batch.
+    for a number: where a row has more runs than `_most_runs`, masks say who sees whom.
     """
     most = _most_runs(call.q.shape[1])
     starts, lengths, count = runs_of(segments, most)
@@ -112,7 +122,7 @@ def _packed(call: Call, segments: jax.Array) -> jax.Array:
 
     if most >= call.q.shape[1]:
         return by_offsets(None)
-    return jax.lax.cond(count.max() <= most, by_offsets, lambda _: _masked(call), None)
+    return jax.lax.cond(count.max() <= most, by_offsets, lambda _: _masked(call, True), None)
 
 
 def _most_runs(T: int) -> int:
