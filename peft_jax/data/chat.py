@@ -117,6 +117,34 @@ def chat_prompt(
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def answer_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What an assistant's turn says, of the tokens that a model wrote: without special tokens, and
+    without what the template writes before the content of a plain turn (gpt-oss's channel).
+    """
+    ids = list(ids)
+    template = template_of(tokenizer)
+    lead = _lead(template, _special(tokenizer, len(tokenizer)))
+    if lead:
+        first = tokenizer(lead, add_special_tokens=False, verbose=False)["input_ids"]
+        ends = [i for i in range(len(first), len(ids) + 1) if ids[i - len(first) : i] == first]
+        ids = ids[ends[-1] :] if ends else ids
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _lead(template: Template, special: re.Pattern[str] | None) -> str:
+    """What stands between the prompt for a plain turn and its content, where tokens are in it."""
+    turns = [_said(template, "user", "a"), _said(template, "assistant", MARK)]
+    try:
+        text = render(template, turns).text.partition(MARK)[0]
+    except Exception:  # a template for other conversations
+        return ""
+    cue = _cue(template)
+    if not cue or special is None or cue not in text:
+        return ""
+    lead = _EMPTY.sub("", text.rpartition(cue)[2], count=1)
+    return lead if special.search(lead) else ""
+
+
 def _rendered(template: Template, said: list[Message], tools: list[Any] | None) -> str:
     try:
         return render(template, said, tools, prompt=True).text

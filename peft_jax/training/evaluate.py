@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from peft_jax.core.bind import bind, bound_of
 from peft_jax.core.partition import partition
 from peft_jax.data import Record, Rows
-from peft_jax.data.chat import ASSISTANT, chat_prompt, content_text
+from peft_jax.data.chat import ASSISTANT, answer_of, chat_prompt, content_text
 from peft_jax.data.encode import PLAIN, ChatOptions, template_options
 from peft_jax.generation.generate import generate
 from peft_jax.models.tables import check_rows, first_position
@@ -134,8 +134,7 @@ def prompt_and_answer(
 
 
 def as_texts(tokenizer: Any, made: Sequence[Any]) -> list[str]:
-    """What was generated, as texts where it is tokens."""
-    return [
-        text if isinstance(text, str) else tokenizer.decode(text, skip_special_tokens=True)
-        for text in made
-    ]
+    """What was generated, as texts: of tokens, which go on from the prompt of a conversation, what
+    the turn says.
+    """
+    return [text if isinstance(text, str) else answer_of(tokenizer, text) for text in made]

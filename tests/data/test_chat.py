@@ -10,6 +10,7 @@ import pytest
 
 import peft_jax
 from peft_jax.data import Record, encode, encode_chat
+from peft_jax.data.chat import answer_of
 from peft_jax.data.encode import ChatOptions
 from peft_jax.data.templates import template_of
 from peft_jax.hub.checkpoint import BASE
@@ -124,6 +125,16 @@ def test_reasoning_is_learnt_and_an_empty_block_of_it_is_not():
     (row,) = encode_chat(distilled, thought)
     asked = distilled.apply_chat_template(thought[:1], tokenize=False, add_generation_prompt=True)
     assert distilled.decode(row[0]) == f"{asked}I count.\n</think>\n\nFour.<｜end▁of▁sentence｜>"
+
+
+@pytest.mark.parametrize("name", ["gptoss", "muse_glimmer", "qwen3", "gemma4_v5", "llama3"])
+def test_an_answer_is_what_the_turn_says(name):
+    """Of channels and recipients in special tokens and words, nothing is left."""
+    tokenizer = tokenizer_of(name)
+    ((ids, learnt),) = encode_chat(tokenizer, TWO)
+    assert answer_of(tokenizer, ids[learnt]).strip() == "It is four."
+    plain = tokenizer("It is four.", add_special_tokens=False)["input_ids"]
+    assert answer_of(tokenizer, plain) == "It is four."
 
 
 def test_padding_that_is_the_end_token_hides_nothing(plain):

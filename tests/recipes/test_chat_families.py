@@ -31,7 +31,7 @@ OF_TRL = {
 }
 OWN = {"phi4": PHI_4, "mistral": MISTRAL, "smollm2": SMOLLM2}
 FAMILIES = [*OF_TRL, *OWN]
-IN_CI = ("qwen3", "deepseek-r1-distill")
+IN_CI = ("qwen3",)
 ANSWERS = {
     "What is the capital of France?": "It is Paris.",
     "What is the capital of Norway?": "Oslo is.",
@@ -76,7 +76,7 @@ def test_a_tuned_model_answers_as_it_was_taught(tmp_path, name):
     options = [
         f"data.train.path={file}",
         "data.validation=null",
-        "data.sequence_length=160",
+        f"data.sequence_length={160 if name == 'gpt-oss' else 48}",
         "data.template_options={reasoning_effort: low, enable_thinking: false}",
         "generate.temperature=0",
         "generate.max_tokens=24",
@@ -86,7 +86,7 @@ def test_a_tuned_model_answers_as_it_was_taught(tmp_path, name):
         f"model.path={folder_of(tmp_path / 'base', name)}",
         "method.name=full",
         "optimizer.learning_rate=0.02",
-        "train.steps=120",
+        "train.steps=80",
         "train.batch_size=8",
         "data.packing=false",
         "train.log_every=4",
@@ -96,14 +96,16 @@ def test_a_tuned_model_answers_as_it_was_taught(tmp_path, name):
     runner = CliRunner()
     result = runner.invoke(main, ["train", *options, *train])
     assert result.exit_code == 0, (result.output, result.exception)
-    asked = [{"role": "user", "content": question}]
+    # a text is a user's turn where the data is conversations
+    prompts = [question, [{"role": "user", "content": question}]]
     tuned = f"model.path={tmp_path / 'run' / 'model'}"
-    for prompt in (question, asked):  # a text is a user's turn where the data is conversations
-        result = runner.invoke(
-            main, ["generate", *options, tuned, f"generate.prompts={json.dumps([prompt])}"]
-        )
-        assert result.exit_code == 0, (result.output, result.exception)
-        said = result.output.removeprefix(question).strip()
-        thought = "I know it." if reasoning else ""  # the tags are special tokens here
+    result = runner.invoke(
+        main, ["generate", *options, tuned, f"generate.prompts={json.dumps(prompts)}"]
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    _, *answers = result.output.split(question)
+    thought = "I know it." if reasoning else ""  # the tags are special tokens here
+    for said in map(str.strip, answers):
         assert said.startswith(thought), result.output
         assert said.removeprefix(thought).strip() == answer, result.output
+    assert len(answers) == 2
