@@ -78,6 +78,7 @@ def scatter(
         axis.errorbar(p.x, p.y, yerr=p.spread or None, fmt="o", color=color, capsize=3, zorder=2)
     if log:
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter("")  # numbers between powers of ten would overlap
     axis.margins(x=0.2, y=0.15)
     axis.set(xlabel=x, ylabel=y)
     figure.draw_without_rendering()  # so that it is known where points lie
@@ -88,6 +89,7 @@ def scatter(
 # Where a name may stand beside its point: on which side, how far right and up, in points.
 BESIDE = (("left", 6, 4), ("left", 6, -11), ("right", -6, 4), ("right", -6, -11), ("left", 6, 14))
 LETTER, LINE = 5.0, 9.0  # the size of a letter, in points
+Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
 def _name(axis: Any, points: Sequence[Point]) -> None:
@@ -108,14 +110,14 @@ def _name(axis: Any, points: Sequence[Point]) -> None:
         axis.annotate(p.name, (p.x, p.y), ha=side, fontsize="small", **offset)
 
 
-def _box(x: float, y: float, name: str, side: str, right: float, up: float) -> tuple[float, ...]:
-    """left, bottom, right and top of a name."""
+def _box(x: float, y: float, name: str, side: str, right: float, up: float) -> Box:
+    """Where a name lies."""
     width, start = LETTER * len(name), x + right
     left = start if side == "left" else start - width
     return (left, y + up, left + width, y + up + LINE)
 
 
-def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+def _meet(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
