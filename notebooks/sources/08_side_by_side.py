@@ -81,6 +81,7 @@ for axis, key, unit in zip(axes, ("memory", "trained"), (1e6, 1), strict=True):
     axis.set(ylabel=report["quality"])
 axes[0].set(xlabel="memory of a training step, MB")
 axes[1].set(xlabel="trained parameters", xscale="log")
+axes[1].xaxis.set_minor_formatter("")
 plt.show()
 numbers = {r["name"]: r["numbers"] for r in report["recipes"]}
 assert numbers["lora"]["memory"]["mean"] < numbers["full"]["memory"]["mean"]

@@ -23,6 +23,7 @@ from peft_jax.reports.measures import (
     verdict,
 )
 
+SHOWN = {"": page.number, "bytes": page.in_bytes, "giga": page.in_billions}
 FILES = ("report.html", "report.md", "report.json", "report.csv")
 
 
@@ -121,8 +122,7 @@ def _cells(comparison: Comparison, rows: Sequence[Row]) -> list[list[str]]:
     def cell(measure: Measure, found: Summary) -> str:
         if measure.kind == "scored":
             return spread_of(found)
-        show = page.in_bytes if measure.unit == "bytes" else page.number
-        return show(found.mean)
+        return SHOWN[measure.unit](found.mean)
 
     all = measures(comparison.quality)
     return [[row.recipe.title, *(cell(m, row.numbers[m.key]) for m in all)] for row in rows]

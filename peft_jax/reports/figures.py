@@ -78,6 +78,7 @@ def scatter(
         axis.errorbar(p.x, p.y, yerr=p.spread or None, fmt="o", color=color, capsize=3, zorder=2)
     if log:
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter("")  # numbers between powers of ten would overlap
     axis.margins(x=0.2, y=0.15)
     axis.set(xlabel=x, ylabel=y)
     figure.draw_without_rendering()  # so that it is known where points lie
@@ -87,8 +88,8 @@ def scatter(
 
 # Where a name may stand beside its point: on which side, how far right and up, in points.
 BESIDE = (("left", 6, 4), ("left", 6, -11), ("right", -6, 4), ("right", -6, -11), ("left", 6, 14))
-Box = tuple[float, float, float, float]  # left, bottom, right, top
 LETTER, LINE = 5.0, 9.0  # the size of a letter, in points
+Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
 def _name(axis: Any, points: Sequence[Point]) -> None:
@@ -110,7 +111,7 @@ def _name(axis: Any, points: Sequence[Point]) -> None:
 
 
 def _box(x: float, y: float, name: str, side: str, right: float, up: float) -> Box:
-    """left, bottom, right and top of a name."""
+    """Where a name lies."""
     width, start = LETTER * len(name), x + right
     left = start if side == "left" else start - width
     return (left, y + up, left + width, y + up + LINE)

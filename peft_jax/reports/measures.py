@@ -19,7 +19,7 @@ class Measure(NamedTuple):
     title: str
     better: Literal["lower", "higher"]
     gain: str  # what is said of a better one, with {} for the ratio or difference
-    unit: Literal["", "bytes"] = ""
+    unit: Literal["", "bytes", "giga"] = ""
     kind: Literal["counted", "timed", "scored"] = "counted"
 
 
@@ -37,10 +37,16 @@ def measures(quality: str) -> tuple[Measure, ...]:
         Measure("disk", "on disk", "lower", "{}× fewer bytes on disk", "bytes"),
         Measure("device", "on the device", "lower", "{}× fewer bytes on the device", "bytes"),
         Measure("memory", "memory of a step", "lower", "{}× less memory in a step", "bytes"),
-        Measure("flops", "FLOPs of a step", "lower", "{}× fewer FLOPs in a step"),
+        Measure("flops", "GFLOP of a step", "lower", "{}× fewer FLOPs in a step", "giga"),
         Measure("step_seconds", "step, s", "lower", "{}× faster steps", kind="timed"),
         Measure("train_seconds", "training, s", "lower", "{}× less training time", kind="timed"),
-        Measure("tokens_per_second", "generation, tokens/s", "higher", "{}× as fast", kind="timed"),
+        Measure(
+            "tokens_per_second",
+            "generation, tokens/s",
+            "higher",
+            "generates {}× as fast",
+            kind="timed",
+        ),
     )
 
 

@@ -65,6 +65,11 @@ def in_bytes(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
+def in_billions(value: float | None) -> str:
+    """A count in units of 10^9."""
+    return "–" if value is None else f"{value / 1e9:.3g}"
+
+
 def about() -> dict[str, Any]:
     """Versions, commit and device of this process."""
     versions = {}
