@@ -6,10 +6,10 @@ Each row is the step that `peft-jax train` compiles for the shape of a public mo
 weights that never exist. Needs `pip install libtpu`, no TPU. Bytes between devices are those of the
 collectives' results on one device, and stand beside what the sharding makes necessary: each frozen
 array that is split over `fsdp` gathered once forward and once backward, as it is stored; the head
-once; what trains gathered and its gradient added up; with `tensor`, a layer's activations added up
-five times. FLOPs are those of the products, kernels of attention left out, beside two for each
-weight and token in the forward pass, in rematerialisation (which needs no product of `down_proj`)
-and in the backward pass, twice where the weight itself trains.
+once; what trains gathered and its gradient added up once; with `tensor`, a layer's activations
+added up five times. FLOPs are those of the products, kernels of attention left out, beside two for
+each weight and token in the forward pass, in rematerialisation (which needs no product of
+`down_proj`) and in the backward pass, twice where the weight itself trains.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def due(work: Work, planned: Any) -> tuple[float, float]:
             if "fsdp" in named and ways["fsdp"] > 1 and (head or not embedding):
                 moved += own * (1 if head and not trained else 2)
             if trained and any(ways[a] > 1 for a in (*ROWS, "sequence")):
-                moved += own / (ways["fsdp"] if "fsdp" in named and work.method == "full" else 1)
+                moved += own * (2 if head and work.method == "full" else 1)  # a head's in float32
         if len(x.shape) < 2 or (embedding and not head) or path.endswith(("scale", "bias")):
             continue
         passes = 3 - ("down_proj" in path)  # forward, again, backward

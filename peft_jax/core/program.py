@@ -37,8 +37,9 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """A collective: its kind, its result's type on one device and the bytes of it, how often it
-    runs, and whether a loop runs it; `source` is the operation of the model that it is for.
+    """A collective: its kind, the type of its result on one device (of a reduce-scatter its
+    operand's) and the bytes of that, how often it runs, and the operation of the model that it is
+    for.
     """
 
     kind: str
@@ -49,7 +50,7 @@ class Collective(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes of all its results on one device."""
+        """Bytes of all its runs on one device."""
         return self.size * self.times
 
 
@@ -65,7 +66,7 @@ class Program:
 
     @property
     def moved(self) -> int:
-        """Bytes of the results of all collectives on one device."""
+        """Bytes of all collectives on one device."""
         return sum(c.bytes for c in self.collectives)
 
 
@@ -86,7 +87,8 @@ def read_program(text: str) -> Program:
             key = channel.group(1) if channel else f"{computation}/{instruction.name}"
             other = found.get(key)
             if other is None or times < other.times:
-                found[key] = _collective(match.group(1), instruction, times)
+                moved = module.moved_by(computation, instruction)
+                found[key] = _collective(match.group(1), instruction, moved, times)
     return Program(flops, dict(kernels), tuple(found.values()))
 
 
@@ -143,6 +145,15 @@ class _Module:
     def types(self) -> dict[tuple[str, str], str]:
         """(computation, instruction) -> the type of what it yields."""
         return {(c, i.name): i.type for c, own in self.computations.items() for i in own}
+
+    def moved_by(self, computation: str, instruction: Instruction) -> str:
+        """The type of what a collective moves: its result, of a reduction that scatters its
+        operands.
+        """
+        if "reduce-scatter" not in instruction.operation:
+            return instruction.type
+        names = _operands(instruction)
+        return " ".join(self.types.get((computation, n), "") for n in names)
 
     def moves(self, instruction: Instruction) -> bool:
         """Whether a collective has more than one device in a group."""
@@ -203,9 +214,11 @@ def _called(instruction: Instruction) -> list[str]:
     return [*_CALLED.findall(instruction.rest), *several]
 
 
-def _collective(kind: str, instruction: Instruction, times: int) -> Collective:
-    shapes = [m.group() for m in _SHAPE.finditer(instruction.type)]
-    if instruction.operation.endswith("-start"):  # (operands, results, ...)
+def _collective(kind: str, instruction: Instruction, moved: str, times: int) -> Collective:
+    shapes = [m.group() for m in _SHAPE.finditer(moved)]
+    if (
+        instruction.operation.endswith("-start") and kind != "reduce-scatter"
+    ):  # (operands, results, ...)
         shapes = [s for s in shapes if s not in ("u32[]", "s32[]")]
         shapes = shapes[len(shapes) // 2 :] if kind != "all-reduce" else shapes
     source = re.search(r'op_name="([^"]*)"', instruction.rest)

@@ -168,11 +168,13 @@ def _each_its_own(
     """`_in_chunks` of each device's own rows and tokens."""
     leaves, tree = jax.tree.flatten(of)
     used = _used(of, arrays, rng)
+    given = [x for u, x in zip(used, leaves, strict=True) if u]
+    axes = [_split_axis(x) if "fsdp" in rows else None for x in given]
 
-    def local(whole: list[Any], arrays: Any, rng: Any) -> Any:
-        given = iter(whole)
+    def local(parts: list[Any], arrays: Any, rng: Any) -> Any:
+        whole = map(_gathered, parts, axes)
         filled = [
-            next(given) if u else jnp.zeros(x.shape, x.dtype)
+            next(whole) if u else jnp.zeros(x.shape, x.dtype)
             for u, x in zip(used, leaves, strict=True)
         ]
         if rng is not None:
@@ -183,12 +185,30 @@ def _each_its_own(
     split = P(rows or None, tokens or None)
     run = jax.shard_map(
         local,
-        in_specs=(P(), split, P()),
+        in_specs=([_spec(axis) for axis in axes], split, P()),
         out_specs=split,
         axis_names={*rows, *tokens},
         check_vma=False,
     )
-    return run([x for u, x in zip(used, leaves, strict=True) if u], arrays, rng)
+    return run(given, arrays, rng)
+
+
+def _split_axis(x: jax.Array) -> int | None:
+    """The axis along which a matrix lies over `fsdp`, as heads [D, V] and embeddings [V, D] do:
+    the shorter one, if that divides. So its gradient is scattered where it is added up.
+    """
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.inexact):
+        return None
+    axis = 0 if x.shape[0] <= x.shape[1] else 1
+    return axis if x.shape[axis] % automatic("fsdp") == 0 else None
+
+
+def _spec(axis: int | None) -> P:
+    return P() if axis is None else P(*[None] * axis, "fsdp")
+
+
+def _gathered(x: jax.Array, axis: int | None) -> jax.Array:
+    return x if axis is None else jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
 
 
 def _used(of: Partial, arrays: Any, rng: Any) -> list[bool]:
