@@ -341,7 +341,7 @@ def main() -> None:
         text = (__doc__ or "").split("\n\n")[2].replace("\n", " ")
         grouped = "Products of a mixture's experts are kernels too, and are not in its FLOPs."
         then = (
-            "Before, at commit 226870a, with each repeated instruction of an asynchronous collective "
+            "Before, at commit 226870a, each repetition of an asynchronous collective was "
             "counted; counted as here (Llama-3.1-8B lora on v5e:4x4, commit efca47d) 391 GB are "
             "299.8, of them 269 the head's."
         )
