@@ -23,7 +23,10 @@ from peft_jax.core import (
     places,
     register_rule,
 )
+from peft_jax.core.capture import capture, output_of
+from peft_jax.core.tree import is_node
 from peft_jax.core.weight import Weight, static
+from peft_jax.methods import METHODS
 from tests.reference import perturb, relative_error
 from tests.third_party import Gate, LinenNormed, ListedModel, VisionModel, linen_model, nnx_model
 
@@ -445,3 +448,22 @@ def test_a_collection_of_an_nnx_model_goes_on_from_call_to_call():
     _, state = apply(params, TOKENS, variables=state, mutable=True)
     assert int(state["calls"][...]) == 2
     assert int(model.calls[...]) == 0
+
+
+class Normed(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.last = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.norm(x))
+
+
+def test_a_norm_of_nnx_that_holds_a_weight_is_recorded():
+    """Two of binding's subclasses over one module still find the class that it had."""
+    model, x = Normed(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (2, 8))
+    params = METHODS["ln_tuning"](nnx_params(model), jax.random.key(0), targets=["norm"])
+    assert is_node(params["norm"]["scale"])
+    out, found = capture(peft_jax.bind(model), {"normed": output_of("norm")})(params, x)
+    np.testing.assert_allclose(found["normed"], model.norm(x), rtol=1e-6)
+    np.testing.assert_allclose(out, model(x), rtol=1e-6)

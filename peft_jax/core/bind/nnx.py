@@ -41,6 +41,7 @@ from peft_jax.core.weight import Weight, materialize
 
 RULES: dict[tuple[type, str], Rule] = {}
 Names = tuple[str, ...]  # a path within a module
+_MADE = "_made_by_binding"  # what the subclasses have that binding makes
 _CONTAINERS = (nnx.List, nnx.Dict)  # modules for the graph, which are never called
 
 
@@ -202,7 +203,18 @@ def _split_outputs(module: Any, rows: int) -> None:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return split_outputs(original.__call__(self, *args, **kwargs), rows)
 
-    module.__class__ = type(original.__name__, (original,), {"__call__": call})
+    _become(module, {"__call__": call})
+
+
+def _become(module: Any, body: Mapping[str, Any]) -> None:
+    """Give `module` a subclass of its class with these methods."""
+    original = type(module)
+    module.__class__ = type(original.__name__, (original,), {**body, _MADE: True})
+
+
+def _own_class(module: Any) -> type:
+    """The class that a module had before it was given others."""
+    return next(c for c in type(module).__mro__ if _MADE not in vars(c))
 
 
 def _record(module: nnx.Module, path: str, recorder: Recorder) -> None:
@@ -215,7 +227,7 @@ def _record(module: nnx.Module, path: str, recorder: Recorder) -> None:
             recorder.put(name, path, value)
         return out
 
-    module.__class__ = type(original.__name__, (original,), {"__call__": call})
+    _become(module, {"__call__": call})
 
 
 def _substitute(
@@ -244,7 +256,7 @@ def _substitute(
             )
         beside = [a.method for a in attached]
         body[method] = _make_method(original, method, rule, weights, beside, where)
-    module.__class__ = type(original.__name__, (original,), body)
+    _become(module, body)
 
 
 def _methods(module_class: type) -> set[str]:
@@ -360,7 +372,7 @@ def _attend(module: nnx.Embed, params: Mapping[str, Any], query: jax.Array, **_:
 def _materialized(module: nnx.Module, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Convolution kernels are small beside their activations, and norms act element by element."""
     weights = [(name,) for name, w in params.items() if isinstance(w, Weight)]
-    return _materialized_call(module, type(module).__mro__[1], "__call__", weights, *args, **kwargs)
+    return _materialized_call(module, _own_class(module), "__call__", weights, *args, **kwargs)
 
 
 for _class, _rule in {
