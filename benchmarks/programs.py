@@ -7,9 +7,10 @@ weights that never exist. Needs `pip install libtpu`, no TPU. Bytes between devi
 collectives' results on one device, and stand beside what the sharding makes necessary: each frozen
 array that is split over `fsdp` gathered once forward and once backward, as it is stored; the head
 once; what trains gathered and its gradient added up once; with `tensor`, a layer's activations
-added up five times. FLOPs are those of the products, kernels of attention left out, beside two for
-each weight and token in the forward pass, in rematerialisation (which needs no product of
-`down_proj`) and in the backward pass, twice where the weight itself trains.
+added up five times; with `expert`, its tokens gathered three times. FLOPs are those of the
+products, kernels of attention left out, beside two for each weight and token in the forward pass,
+in rematerialisation (which needs no product of `down_proj`) and in the backward pass, twice where
+the weight itself trains.
 """
 
 from __future__ import annotations
@@ -239,6 +240,8 @@ def due(work: Work, planned: Any) -> tuple[float, float]:
     moved += hidden  # the rows of the embedding, or what is added up of them
     if ways["tensor"] > 1:
         moved += 5 * model["num_hidden_layers"] * hidden
+    if ways["expert"] > 1:  # tokens meet the experts of other devices: forward, again, back
+        moved += 3 * model["num_hidden_layers"] * ways["expert"] * hidden
     if ways["sequence"] > 1:
         heads = model["num_key_value_heads"] * model.get(
             "head_dim", model["hidden_size"] // model["num_attention_heads"]
