@@ -61,11 +61,14 @@ def test_a_figure_that_is_not_the_files_is_made_so(monkeypatch, tmp_path):
 
 def test_techniques_are_told_with_what_the_comparison_found(monkeypatch, tmp_path):
     script = figures()
-    recipe = {"name": "lora", "technique": "low-rank factorization", "gains": ["2x less", "3x"]}
-    other = {"name": "qlora", "technique": "quantization", "gains": []}
+    gains = ["3x faster steps", "2x less memory in a step", "4x fewer trained parameters"]
+    recipe = {"name": "lora", "technique": "low-rank factorization", "gains": gains}
+    recipe["costs"] = ["accuracy worse by 0.1"]
+    other = {"name": "qlora", "technique": "quantization", "gains": [], "costs": []}
     (tmp_path / "c.json").write_text(json.dumps({"recipes": [recipe, other]}))
     monkeypatch.setattr(script, "COMPARISON", tmp_path / "c.json")
     text = script.current("<!-- figures: techniques -->\nold\n<!-- end -->")
-    assert "| low-rank factorization | `peft_jax.lora(params, key, rank=8)` | 2x less; 3x |" in text
-    assert "| no advantage on this task |" in text
+    told = "4x fewer trained parameters; 2x less memory in a step | accuracy worse by 0.1 |"
+    assert f"`peft_jax.lora(params, key, rank=8)` | {told}" in text
+    assert "| no advantage on this task | none |" in text
     assert "old" not in text
