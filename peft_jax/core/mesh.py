@@ -107,7 +107,7 @@ def split_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(rows, *rest))
 
 
-def token_axes(rows: int, tokens: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def batch_axes(rows: int, tokens: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The axes of the program's mesh that rows, and tokens of a row, are split over."""
     ways = automatic("sequence")
     return row_axes(rows), ("sequence",) if ways > 1 and tokens % ways == 0 else ()
@@ -135,7 +135,7 @@ def split_tokens(x: jax.Array) -> jax.Array:
     """An activation [B, T, ...] with its rows and tokens where `batch_sharding` puts them, whole
     along the other axes.
     """
-    rows, tokens = token_axes(*x.shape[:2])
+    rows, tokens = batch_axes(*x.shape[:2])
     if not rows and not tokens:
         return x
     return jax.lax.with_sharding_constraint(x, P(rows or None, tokens or None))

@@ -24,7 +24,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
-from peft_jax.core.mesh import automatic, entered_mesh, token_axes
+from peft_jax.core.mesh import automatic, batch_axes, entered_mesh
 
 
 class Apply(Protocol):
@@ -139,7 +139,7 @@ def over_positions(
     """
     with entered_mesh((of if isinstance(of, Partial) else None, arrays)):
         B, T = jax.tree.leaves(arrays)[0].shape[:2]
-        rows, tokens = token_axes(B, T)
+        rows, tokens = batch_axes(B, T)
         ways = math.prod(map(automatic, (*rows, *tokens)))
         most = None if chunk is None else -(-chunk // ways)
         if ways == 1 or not isinstance(of, Partial) or _steps(B * T // ways, T, width, most) <= 1:

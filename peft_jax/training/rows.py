@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from peft_jax.data.batches import batch_at
 from peft_jax.data.cache import cache_key, identity_of_file, open_rows, write_rows
 from peft_jax.data.encode import fitting
 from peft_jax.data.mixture import mixed
-from peft_jax.data.records import iter_records
+from peft_jax.data.records import Kind, iter_records
 from peft_jax.data.skipped import Skipped
 from peft_jax.data.source import SourceConfig
 from peft_jax.data.workers import encode_with
@@ -62,16 +63,7 @@ def read_source(
         facts, ways = _ruled(data, records), templates_of(data)
         records = verbalise(facts, ways, held_out=data.held_out, asking=asking)
     else:
-        records = read_records(
-            source.path,
-            kind=kind,
-            split=source.split,
-            columns=data.columns,
-            delimiter=data.delimiter,
-            on_error=data.on_error,
-            limit=source.limit,
-            skipped=skipped,
-        )
+        records = list(_records(data, source, kind, skipped))
     return _with_passages(data, records, seed if training else None)
 
 
@@ -99,6 +91,22 @@ def _ruled(data: DataConfig, facts: list[Record]) -> list[Record]:
     return [
         f._replace(value={**f.value, "rule": number.get(f.value["relation"], 0)}) for f in facts
     ]
+
+
+def _records(
+    data: DataConfig, source: SourceConfig, kind: Kind | None, skipped: Skipped | None
+) -> Iterator[Record]:
+    """The records of a source, one after another, read as the configuration says."""
+    return iter_records(
+        source.path,
+        kind=kind,
+        split=source.split,
+        columns=data.columns,
+        delimiter=data.delimiter,
+        on_error=data.on_error,
+        limit=source.limit,
+        skipped=skipped,
+    )
 
 
 def _with_passages(data: DataConfig, records: list[Record], seed: int | None) -> list[Record]:
@@ -186,16 +194,7 @@ def _make_cache(subject: Subject, source: SourceConfig, folder: Path) -> None:
         records = read_source(d, source, "causal_lm", subject.seed, skipped)
     else:
         kind = kind_in(d, source, TASKS["causal_lm"].kinds)
-        records = iter_records(
-            source.path,
-            kind=kind,
-            split=source.split,
-            columns=d.columns,
-            delimiter=d.delimiter,
-            on_error=d.on_error,
-            limit=source.limit,
-            skipped=skipped,
-        )
+        records = _records(d, source, kind, skipped)
     examples = encode_with(
         d.workers,
         records,
